@@ -1,0 +1,41 @@
+"""What can go wrong that a person can put right.
+
+Every class is raised with a message that names the file, the field and the fix. The command line prints the message without
+a traceback and exits with ``exit_code``; anything that is not a ``WorkshopError`` is a bug and keeps its traceback.
+"""
+
+
+class WorkshopError(Exception):
+    """A mistake or a missing thing that the message tells how to fix."""
+
+    exit_code = 1
+
+
+class NotACheckpoint(WorkshopError):
+    """The path holds no checkpoint that this workshop knows."""
+
+    exit_code = 2
+
+
+class UnsafeCheckpoint(WorkshopError):
+    """The file would run code or write outside its directory if it were loaded. Nothing of it was executed."""
+
+
+class DamagedCheckpoint(WorkshopError):
+    """A checkpoint with a missing, truncated or contradictory part."""
+
+
+class FetchError(WorkshopError):
+    """A model could not be downloaded. The message says from where, why, and whether a new start resumes."""
+
+
+class GatedModel(FetchError):
+    """The licence of a model has to be accepted, or a key is missing. The message says what and where."""
+
+
+class DataError(WorkshopError):
+    """A row or a column of a data file is not what training needs."""
+
+
+class TrainingFailed(WorkshopError):
+    """The training process ended with an error; the message holds its cause and the path of the log."""

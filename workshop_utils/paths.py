@@ -1,0 +1,104 @@
+"""Where the workshop keeps things, and writes that are all or nothing."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def root() -> Path:
+    """The repository's root: ``WORKSHOP_ROOT`` when set, else the folder that holds this package."""
+    chosen = os.environ.get("WORKSHOP_ROOT")
+    return Path(chosen).resolve() if chosen else Path(__file__).resolve().parent.parent
+
+
+def models_dir() -> Path:
+    """``models/``: one folder a format, one folder a model in it. The manifest beside them is in git, weights never are."""
+    return root() / "models"
+
+
+def data_dir() -> Path:
+    """``data/``: generators (in git) and the data sets they write (not in git)."""
+    return root() / "data"
+
+
+def runs_dir() -> Path:
+    """``runs/``: what training, evaluation and export produce."""
+    return root() / "runs"
+
+
+def huggingface_model(name: str) -> Path:
+    """Hugging Face model directory of the model called ``name``. The folder's name is the model's id when it is served."""
+    return models_dir() / "huggingface" / name
+
+
+def nemo2_checkpoint(name: str) -> Path:
+    """NeMo 2.0 distributed checkpoint (``context/`` and ``weights/``) of the model called ``name``."""
+    return models_dir() / "nemo2" / name
+
+
+def bridged_checkpoint(name: str) -> Path:
+    """The view of :func:`nemo2_checkpoint` that the script path can load (see :mod:`workshop_utils.bridge`)."""
+    return models_dir() / "bridged" / name
+
+
+def shown(path: Path | str) -> str:
+    """``path`` relative to the repository's root where it lies inside, else as it is; for messages, reports and outputs."""
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary directory beside ``target`` that takes its name when the block ends without an error.
+
+    An existing ``target`` is replaced only then; after an error nothing of it has changed and the temporary is gone.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    made.chmod(0o777 & ~_umask())
+    try:
+        yield made
+        if target.is_symlink() or target.is_file():
+            target.unlink()
+        elif target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            os.replace(target, old / "was")
+            os.replace(made, target)
+            shutil.rmtree(old)
+            return
+        os.replace(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``target`` that takes its name when the block ends without an error."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    os.close(handle)
+    made = Path(name)
+    try:
+        yield made
+        made.chmod(0o666 & ~_umask())
+        os.replace(made, target)
+    finally:
+        made.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> Path:
+    """Write ``text`` to ``target`` (UTF-8), all or nothing, and return ``target``."""
+    with new_file(target) as part:
+        part.write_text(text, encoding="utf-8")
+    return Path(target)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
