@@ -1,0 +1,52 @@
+"""The ``workshop`` command. Each sub-command is one module of this package; none of them imports torch or NeMo to show help."""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from workshop_utils import __version__
+from workshop_utils.errors import WorkshopError
+
+DESCRIPTION = """\
+Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
+
+The usual order:
+  workshop models fetch smollm2-135m-instruct     get a model
+  workshop import smollm2-135m-instruct           Hugging Face -> NeMo 2.0
+  workshop bridge models/nemo2/NAME               make it loadable by the script path
+  workshop finetune model.restore_from_path=...   LoRA through torchrun
+  workshop evaluate --adapter ADAPTER             base and adapter on the test set
+  workshop export ADAPTER --to nemo               an adapter for NIM
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command found in this package."""
+    parser = argparse.ArgumentParser("workshop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
+        importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted."""
+    args, rest = build_parser().parse_known_args(argv)
+    if rest and not getattr(args, "takes_overrides", False):
+        build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.run(args)
+    except WorkshopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from complaining at exit.
+        sys.stdout = None
+        return 0
