@@ -1,0 +1,108 @@
+"""Patches of the NeMo 2.0 API (``nemo.lightning`` and ``nemo.collections.llm``) of nemo-toolkit 2.4.1."""
+
+import importlib.machinery
+import signal
+import sys
+import threading
+import types
+from types import ModuleType
+
+from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
+
+
+@patch("nemo-toolkit", "nemo.lightning.io.pl", when=no_cuda, reason="asserts torch.cuda.is_initialized() after loading a checkpoint")
+def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
+    """Tensors loaded without a GPU are where they belong."""
+    module._fix_tensors_device = lambda checkpoint: checkpoint
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.peft.lora", when=no_transformer_engine,
+       reason="compares modules with transformer_engine.Linear even where it is missing: NameError")  # fmt: skip
+def lora_without_transformer_engine(module: ModuleType) -> None:
+    """No module is an instance of the class that stands in."""
+    if not module.HAVE_TE:
+        module.te = types.SimpleNamespace(Linear=type("TransformerEngineLinear", (), {}))
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.peft.utils", when=no_transformer_engine,
+       reason="HAVE_TE can be truthy without Transformer Engine, since it is the outcome of several lenient imports")  # fmt: skip
+def lora_utils_without_transformer_engine(module: ModuleType) -> None:
+    """Say what is true."""
+    module.HAVE_TE = False
+
+
+def local_layer_norm_name(name):
+    """Name of a layer norm in Megatron-Core's local layer spec for its name in Transformer Engine's fused layers."""
+    if not isinstance(name, str):
+        return name
+    return name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.").replace(
+        ".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."
+    )
+
+
+@patch("nemo-toolkit", "nemo.lightning.io.state", when=no_transformer_engine,
+       reason="importers and exporters name the layer norms as Transformer Engine fuses them: they match nothing in a local-spec model")  # fmt: skip
+def layer_norm_names_of_connectors(module: ModuleType) -> None:
+    """Rename both sides of a mapping when neither model has fused layer norms and one has separate ones."""
+    original = module.apply_transforms
+
+    def names(model):
+        return (model if isinstance(model, module._ModelState) else getattr(model, "module", model)).state_dict().keys()
+
+    def apply_transforms(source, target, mapping, *args, **kwargs):
+        if any("layer_norm_" in f"{key}{value}" for key, value in mapping.items()):
+            known = [*names(source), *names(target)]
+            fused = any(".linear_qkv.layer_norm_" in name for name in known)
+            if not fused and any(".pre_mlp_layernorm." in name for name in known):
+                mapping = {local_layer_norm_name(key): local_layer_norm_name(value) for key, value in mapping.items()}
+        return original(source, target, mapping, *args, **kwargs)
+
+    module.apply_transforms = apply_transforms
+
+
+class _EmptySettings(ModuleType):
+    """Stands in for ModelOpt modules whose attributes are read, as settings, while NeMo is imported."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return {}
+
+
+@patch("nemo-toolkit", "nemo", when=no_modelopt,
+       reason="nemo.collections.llm reads modelopt.torch.speculative.EAGLE3_DEFAULT_CFG at import; the ModelOpt releases it wants do "
+       "not import with torch 2.13")  # fmt: skip
+def modelopt_at_import(module: ModuleType) -> None:
+    """Put empty modules in its place. Nothing in the workshop quantises or distils."""
+    for name in ("modelopt", "modelopt.torch", "modelopt.torch.speculative"):
+        stand_in = _EmptySettings(name)
+        stand_in.__path__ = []
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        sys.modules.setdefault(name, stand_in)
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.modelopt.quantization.quantizer", when=no_modelopt,
+       reason="export_ckpt(target='hf') first asks ModelOpt whether the model is quantised")  # fmt: skip
+def export_without_modelopt(module: ModuleType) -> None:
+    """It is not."""
+    module.export_hf_checkpoint = lambda *args, **kwargs: None
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.gpt.data.utils", "nemo.collections.nlp.data.language_modeling.text_memmap_dataset",
+       when=no_cuda,
+       reason="the pool that indexes data files inherits Lightning's SIGTERM handler, survives Pool.terminate() and hangs join(): "
+       "seen with the fork start method, which is what a CPU run uses")  # fmt: skip
+def index_workers_can_be_stopped(module: ModuleType) -> None:
+    """Workers are forked while SIGTERM has its default meaning."""
+    original = module.build_index_files
+
+    def build_index_files(*args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            return original(*args, **kwargs)
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+    module.build_index_files = build_index_files

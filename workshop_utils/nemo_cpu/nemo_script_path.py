@@ -1,0 +1,161 @@
+"""Patches of the script path (``nemo.collections.nlp``, NeMo 1 style) of nemo-toolkit 2.4.1."""
+
+import inspect
+import os
+import sys
+import types
+from types import ModuleType
+
+from .nemo2 import local_layer_norm_name
+from .registry import always, no_apex, no_cuda, no_transformer_engine, patch
+from .torch_cuda import CpuTorch
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins", when=always,
+       reason="MCoreSelfAttentionMixin.forward() predates Megatron-Core 0.12: \"unexpected keyword argument 'inference_context'\" on "
+       "every LoRA run, on GPUs too")  # fmt: skip
+def lora_mixin_forward(module: ModuleType) -> None:
+    """Use Megatron-Core's own ``forward``: it calls the mixin's ``get_query_key_value_tensors``, which adds the LoRA of q, k and v.
+
+    The LoRA of the attention's output projection, which the replaced method added itself, becomes a forward hook.
+    """
+    attention, mixin = module.SelfAttention, module.MCoreSelfAttentionMixin
+    if "inference_context" not in inspect.signature(attention.forward).parameters:
+        return  # Megatron-Core before 0.12 and the mixin agree
+    if "inference_context" in inspect.signature(mixin.forward).parameters:
+        return  # a NeMo in which this is repaired
+    name = module.AdapterName.LORA_DENSE_ATTENTION_ADAPTER
+
+    def forward(self, *args, **kwargs):
+        adapter = self.get_adapter_module(name) if self.is_adapter_available() else None
+        if adapter is None or not self.adapter_cfg[name]["enabled"]:
+            return attention.forward(self, *args, **kwargs)
+        hook = self.linear_proj.register_forward_hook(
+            lambda projection, inputs, output: (output[0] + adapter(inputs[0]), *output[1:])
+        )
+        try:
+            return attention.forward(self, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    mixin.forward = forward
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.parts.nlp_overrides", when=no_apex,
+       reason="ImportError 'Apex was not found', although its names are only used in isinstance()")  # fmt: skip
+def strategy_without_apex(module: ModuleType) -> None:
+    """Say that Apex is there and give the names classes of which nothing is an instance."""
+    if not module.HAVE_APEX:
+        from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
+
+        module.HAVE_APEX = True
+        module.MegatronDistributedFusedAdam = type("MegatronDistributedFusedAdam", (), {})
+        module.McoreDistributedOptimizer = McoreDistributedOptimizer
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.parts.nlp_overrides", when=no_cuda,
+       reason="asserts torch.cuda.is_initialized() when a run resumes from a distributed checkpoint")  # fmt: skip
+def resumed_tensors_stay_on_cpu(module: ModuleType) -> None:
+    """Tensors loaded without a GPU are where they belong."""
+    module.NLPDDPStrategy._fix_tensors_device = lambda self, checkpoint: checkpoint
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.models.language_modeling.megatron_base_model", when=no_apex,
+       reason="_enable_nvidia_optimizations matches the container's version, None outside it: TypeError in re.fullmatch")  # fmt: skip
+def container_version(module: ModuleType) -> None:
+    """A version before 21.11 also turns off the persistent layer norm, an Apex kernel."""
+    os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "20.01")
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine,
+       reason="get_specs() builds every layer spec, Transformer Engine's too: NameError")  # fmt: skip
+def local_layer_spec(module: ModuleType) -> None:
+    """Megatron-Core's local layers are what can be built without Transformer Engine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None, fp8=False):
+        return get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+
+    module.get_specs = get_specs
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine,
+       reason="Megatron-Core 0.13's local attention asks for process groups in its constructor; NeMo makes them later")  # fmt: skip
+def process_groups_before_the_model(module: ModuleType) -> None:
+    """Start the strategy's environment when the model is built."""
+    from megatron.core import parallel_state
+
+    original = module.MegatronGPTModel.model_provider_func
+
+    def model_provider_func(self, pre_process, post_process):
+        if not parallel_state.is_initialized():
+            strategy = self.trainer.strategy
+            if strategy.launcher is not None:
+                strategy.launcher.launch(lambda: None, trainer=self.trainer)
+            strategy.setup_environment()
+        return original(self, pre_process, post_process)
+
+    module.MegatronGPTModel.model_provider_func = model_provider_func
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine,
+       reason="plain state dicts (adapters, merged models) name the layer norms as Transformer Engine fuses them")  # fmt: skip
+def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
+    """Rename on load. Distributed checkpoints need no help: the local spec maps the names itself."""
+    original = module.MegatronGPTModel.load_state_dict
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        kept = {local_layer_norm_name(name): value for name, value in state_dict.items() if not name.endswith("_extra_state")}
+        return original(self, kept, *args, **kwargs)
+
+    module.MegatronGPTModel.load_state_dict = load_state_dict
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.build_model", when=no_apex,
+       reason="takes set_defaults_if_not_set_tensor_model_parallel_attributes from Apex only: NameError")  # fmt: skip
+def parallel_attributes(module: ModuleType) -> None:
+    """Megatron-Core has the same function."""
+    from megatron.core.tensor_parallel.layers import set_defaults_if_not_set_tensor_model_parallel_attributes as helper
+
+    module.set_defaults_if_not_set_tensor_model_parallel_attributes = helper
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.clip_grads", when=no_apex,
+       reason="gradient clipping calls Apex's multi_tensor_applier and amp_C: NameError")  # fmt: skip
+def gradient_norm(module: ModuleType) -> None:
+    """Megatron-Core has both in plain torch."""
+    from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
+
+    module.multi_tensor_applier = local_multi_tensor_applier
+    module.amp_C = types.SimpleNamespace(multi_tensor_l2norm=local_multi_tensor_l2_norm)
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.clip_grads",
+       "nemo.collections.nlp.modules.common.text_generation_utils", when=no_cuda,
+       reason="device='cuda' is written in the source: 'Torch not compiled with CUDA enabled'")  # fmt: skip
+def cuda_literals_in_nemo(module: ModuleType) -> None:
+    """Give the module a ``torch`` that makes its tensors on the CPU."""
+    module.torch = CpuTorch(module.torch)
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.data.language_modeling.megatron.dataset_utils", when=always,
+       reason="BlendableDataset compiles a C++ file inside site-packages at run time: needs make, g++, pybind11 and write access")  # fmt: skip
+def compiled_helpers(module: ModuleType) -> None:
+    """Use the same functions compiled in Megatron-Core.
+
+    Its ``build_blending_indices`` wants int16 where NeMo passes uint8; pybind11 would convert silently and fill a copy.
+    """
+    import megatron.core.datasets.helpers_cpp as compiled
+    import nemo.collections.nlp.data.language_modeling.megatron as package
+    import numpy
+
+    def build_blending_indices(dataset_index, dataset_sample_index, weights, count, size, verbose):
+        wide = dataset_index.astype(numpy.int16)
+        compiled.build_blending_indices(wide, dataset_sample_index, weights, count, size, verbose)
+        dataset_index[:] = wide
+
+    helpers = ModuleType(f"{package.__name__}.helpers")
+    helpers.__dict__.update({name: getattr(compiled, name) for name in dir(compiled) if name.startswith("build_")})
+    helpers.build_blending_indices = build_blending_indices
+    sys.modules[helpers.__name__] = package.helpers = helpers
+    module.compile_helper = lambda: None

@@ -1,0 +1,101 @@
+"""torch without CUDA: the calls that NeMo and Megatron-Core make whatever the device become harmless."""
+
+import contextlib
+import os
+from types import ModuleType
+
+from .registry import no_cuda, patch
+
+
+class _Stream:
+    """Stands in for ``torch.cuda.Stream``: CPU work is finished when a call returns, so there is nothing to order."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def synchronize(self): ...
+
+    def wait_stream(self, stream): ...
+
+    def wait_event(self, event): ...
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+class _Event:
+    """Stands in for ``torch.cuda.Event``."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def record(self, *args): ...
+
+    def synchronize(self): ...
+
+    def wait(self, *args): ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, other) -> float:
+        return 0.0
+
+
+def _returns(value):
+    return lambda *args, **kwargs: value
+
+
+@patch("torch", "torch", when=no_cuda, reason="NeMo and Megatron-Core call torch.cuda functions unconditionally: AssertionError, "
+       "'Torch not compiled with CUDA enabled' or 'Found no NVIDIA driver'")  # fmt: skip
+def cuda_calls_do_nothing(torch: ModuleType) -> None:
+    """``torch.cuda.current_device()`` answers "cpu", so that ``device=torch.cuda.current_device()`` is right as it stands."""
+    cuda = torch.cuda
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, _returns(None))
+    cuda.current_device = _returns("cpu")
+    cuda.Stream, cuda.Event = _Stream, _Event
+    cuda.current_stream = cuda.default_stream = _returns(_Stream())
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _returns(None)
+    # Used as constructors (NeMo's get_samples_mapping) and in isinstance (NeMo's clip_grads).
+    for name in ("LongTensor", "IntTensor", "FloatTensor", "HalfTensor", "BFloat16Tensor"):
+        setattr(cuda, name, getattr(torch, name))
+
+
+@patch("torch", "torch", when=no_cuda, reason=".cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'")
+def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
+    """``tensor.cuda()`` and ``module.cuda()`` return what they were called on."""
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+@patch("torch", "torch", when=no_cuda, reason="Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and "
+       "minutes on a CPU; there is nothing to fuse for")  # fmt: skip
+def no_compilation(torch: ModuleType) -> None:
+    """Turn torch.compile off, in child processes too."""
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch._dynamo.config.disable = True
+
+
+class CpuTorch:
+    """``torch`` as a module sees it that writes ``device="cuda"`` in so many words: the same, but tensors are made on the CPU."""
+
+    FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+
+    def __init__(self, torch: ModuleType):
+        self._torch = torch
+        for name in self.FACTORIES:
+            setattr(self, name, self._on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str):
+        return getattr(self._torch, name)
+
+    @staticmethod
+    def _on_cpu(factory):
+        def make(*args, **kwargs):
+            if str(kwargs.get("device", "")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            if kwargs.get("pin_memory"):
+                kwargs["pin_memory"] = False
+            return factory(*args, **kwargs)
+
+        return make
