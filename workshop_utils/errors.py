@@ -39,3 +39,15 @@ class DataError(WorkshopError):
 
 class TrainingFailed(WorkshopError):
     """The training process ended with an error; the message holds its cause and the path of the log."""
+
+
+class UnsupportedAdapter(WorkshopError):
+    """A sound adapter of a kind that the chosen reader, or this workshop, cannot take. The message names what can."""
+
+
+class OutputExists(WorkshopError):
+    """Something else stands where an export would go. Nothing was replaced."""
+
+
+class ConformanceFailed(WorkshopError):
+    """A file that was just written breaks a rule of its reader; it was not kept. The message names the rule and the key."""
