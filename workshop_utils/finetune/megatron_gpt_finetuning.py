@@ -1,0 +1,39 @@
+"""The entry script that torchrun starts: NeMo's parameter-efficient fine-tuning of a GPT-style model, NeMo 1 style.
+
+It takes the same Hydra overrides as ``examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py`` of a NeMo clone and
+composes the same pieces of the library; that script can be used in its place (``NEMO_PATH``).
+"""
+
+import torch.multiprocessing
+
+from workshop_utils import nemo_cpu
+
+nemo_cpu.apply()
+
+from nemo.core.config import hydra_runner  # noqa: E402  NeMo is imported after the patches are in place
+
+
+@hydra_runner(config_path="conf", config_name="megatron_gpt_finetuning_config")
+def main(cfg) -> None:
+    """Build trainer, model and adapter from ``cfg`` and train. NeMo writes the ``.nemo`` when training ends."""
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+    from nemo.collections.nlp.parts.peft_config import PEFT_CONFIG_MAP
+    from nemo.utils.exp_manager import exp_manager
+
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    exp_manager(trainer, cfg.exp_manager)
+    model_cfg = MegatronGPTSFTModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    model = MegatronGPTSFTModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
+    scheme = PEFT_CONFIG_MAP[cfg.model.peft.peft_scheme]
+    if cfg.model.peft.restore_from_path:
+        model.load_adapters(cfg.model.peft.restore_from_path, scheme(model_cfg))
+    elif scheme is not None:
+        model.add_adapter(scheme(model_cfg))
+    trainer.fit(model)
+
+
+if __name__ == "__main__":
+    # Workers that index data files start fresh: a forked copy of a process that runs threads can deadlock.
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    main()
