@@ -1,0 +1,107 @@
+"""Training rows: read, checked, and rendered through the model's own chat template.
+
+NeMo's script path takes rows ``{"input", "output"}`` and glues them with a prompt template. Here ``input`` is everything the
+chat template puts before the answer, ``output`` is the answer, and the tokenizer's stop token follows (``add_eos``). That is,
+token for token, what the model sees later when a server renders the same conversation.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop_utils import paths
+from workshop_utils.errors import DataError
+
+ROLES = ("system", "user", "assistant")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSON Lines file as ``{"messages": [{"role", "content"}, ...]}``, the last message being the answer.
+
+    Rows ``{"input": str, "output": str}`` become a user and an assistant message.
+
+    Raises:
+        DataError: names the file, the line and the field that is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{paths.shown(path)} does not exist.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    rows = [_checked_row(line, f"{paths.shown(path)}, line {number}")
+            for number, line in enumerate(text.splitlines(), 1) if line.strip()]  # fmt: skip
+    if not rows:
+        raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
+    return rows
+
+
+def _checked_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object with `messages`, or `input` and `output`.")
+    if "messages" not in row:
+        if not {"input", "output"} <= row.keys():
+            raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {', '.join(sorted(row)) or 'nothing'}.")
+        row = {"messages": [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]}
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise DataError(f"{where}: `messages` has to be a list of at least a user and an assistant message.")
+    for position, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
+            raise DataError(f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a `content` that is a text.")
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise DataError(f"{where}: the last message has to be the assistant's answer, and not empty.")
+    return row
+
+
+def render_prompt(tokenizer, messages: list[dict]) -> str:
+    """The text before the answer: ``messages`` without their last assistant turn, and the template's opening of the next one."""
+    turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A file ready for NeMo: its path, rows, and token counts (prompt, answer and stop token together)."""
+
+    path: Path
+    rows: int
+    mean_tokens: float
+    max_tokens: int
+
+
+def render_file(source: Path, tokenizer, target: Path) -> Rendered:
+    """Render ``source`` into ``target``, one ``{"input", "output"}`` a line, and count tokens."""
+    rows = read_rows(source)
+    lengths, lines = [], []
+    for row in rows:
+        prompt, answer = render_prompt(tokenizer, row["messages"]), row["messages"][-1]["content"].strip()
+        lengths.append(len(tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]) + 1)
+        lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
+    paths.write_text(target, "\n".join(lines) + "\n")
+    # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old one would point into the old text.
+    for stale in target.parent.glob(f"{target.name}.idx.*"):
+        stale.unlink()
+    return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
+
+
+def load_tokenizer(directory: Path):
+    """The tokenizer of a Hugging Face directory, with a chat template.
+
+    Raises:
+        DataError: the directory has no tokenizer or the tokenizer no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{paths.shown(directory)} holds no tokenizer that transformers can load: {error}") from None
+    if not tokenizer.chat_template:
+        raise DataError(f"{paths.shown(directory)}: the tokenizer has no chat template. Use the instruct version of the model.")
+    return tokenizer

@@ -1,0 +1,48 @@
+"""``workshop finetune``: LoRA by the script path."""
+
+import argparse
+from pathlib import Path
+
+HELP = """\
+Fine-tune with NeMo's script path: torchrun and megatron_gpt_finetuning.
+
+Everything after the options is a Hydra override of the script, for example
+  workshop finetune model.restore_from_path=models/bridged/smollm2-135m-instruct
+  workshop finetune model.restore_from_path=... trainer.max_steps=20 model.peft.lora_tuning.adapter_dim=8
+  workshop finetune --data my.jsonl model.restore_from_path=...
+With model.restore_from_path alone it trains on the workshop's ticket data with this machine's settings.
+Set NEMO_PATH to a NeMo clone to run its own copy of the script.
+"""
+
+
+def add_parser(subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
+    parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
+    parser.add_argument("--name", default="triage-lora", help="name of the run and of its .nemo (default: %(default)s)")
+    parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and what it would train on, and stop")
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def run(args) -> int:
+    """Plan, print, train."""
+    from workshop_utils import finetune, paths
+    from workshop_utils.errors import WorkshopError
+
+    unknown = [word for word in args.rest if word.startswith("-")]
+    if unknown:
+        raise WorkshopError(f"unknown option {unknown[0]}; see `workshop finetune --help`. Overrides are written key=value.")
+    plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
+                              nproc_per_node=args.nproc_per_node)  # fmt: skip
+    print(f"device: {plan.device}")
+    for rendered in plan.data:
+        print(f"{paths.shown(rendered.path)}: {rendered.rows} rows, {rendered.mean_tokens:.0f} tokens a row, longest {rendered.max_tokens}")
+    print(plan, flush=True)
+    if args.dry_run:
+        return 0
+    adapter = finetune.finetune(plan)
+    print(f"adapter: {paths.shown(adapter)} ({adapter.stat().st_size / 1e6:.1f} MB)")
+    return 0

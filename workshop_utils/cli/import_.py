@@ -1,0 +1,30 @@
+"""``workshop import``: Hugging Face -> NeMo 2.0."""
+
+from pathlib import Path
+
+
+def add_parser(subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "import", help="Hugging Face model -> NeMo 2.0 checkpoint",
+        description="Convert a Hugging Face model of the Llama family to a NeMo 2.0 distributed checkpoint with llm.import_ckpt. "
+        "Example: workshop import smollm2-135m-instruct",
+    )  # fmt: skip
+    parser.add_argument("model", help="a model that `workshop models fetch` got, or a Hugging Face model directory")
+    parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Convert, unless it is there."""
+    from workshop_utils import paths
+    from workshop_utils.import_checkpoint import import_checkpoint
+
+    source = Path(args.model) if Path(args.model).is_dir() else paths.huggingface_model(args.model)
+    target = args.out or paths.nemo2_checkpoint(source.resolve().name)
+    if target.exists() and not args.overwrite:
+        print(f"{paths.shown(target)} is there already; --overwrite makes it again.")
+        return 0
+    print(f"NeMo 2.0 checkpoint: {paths.shown(import_checkpoint(source, target))}")
+    return 0

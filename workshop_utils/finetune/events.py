@@ -1,0 +1,61 @@
+"""What a training process tells while it runs: one JSON object a line, read by the progress display and the plots.
+
+Lightning adds the callback to every Trainer through its ``lightning.pytorch.callbacks_factory`` entry points, so NeMo's own
+scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment there is no callback.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+
+def callbacks() -> list:
+    """The factory that Lightning calls."""
+    target = os.environ.get("WORKSHOP_EVENTS")
+    return [_event_writer(Path(target))] if target else []
+
+
+def _event_writer(target: Path):
+    from lightning.pytorch import Callback
+
+    class EventWriter(Callback):
+        """Writes "start", "step" (loss, lr, seconds of this step), "validation" (loss) and "end" on rank 0."""
+
+        def _write(self, trainer, event: str, **values) -> None:
+            if trainer.is_global_zero:
+                with target.open("a") as stream:
+                    stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}) + "\n")
+
+        def on_train_start(self, trainer, module):
+            self._write(trainer, "start", max_steps=trainer.max_steps)
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self._began = time.perf_counter()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            loss = trainer.callback_metrics.get("reduced_train_loss")
+            rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
+            self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate,
+                        seconds=time.perf_counter() - self._began)  # fmt: skip
+
+        def on_validation_end(self, trainer, module):
+            loss = trainer.callback_metrics.get("val_loss", trainer.callback_metrics.get("validation_loss"))
+            if loss is not None and not trainer.sanity_checking:
+                self._write(trainer, "validation", loss=float(loss))
+
+        def on_train_end(self, trainer, module):
+            self._write(trainer, "end")
+
+    return EventWriter()
+
+
+def read_events(path: Path) -> list[dict]:
+    """The events in ``path`` so far. A line that is still being written is left out."""
+    events = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return events

@@ -1,0 +1,214 @@
+"""From a few settings to the exact torchrun command: defaults of this machine and this data set, then the user's overrides."""
+
+import importlib.util
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from workshop_utils import chat_data, paths
+from workshop_utils.device import Device, choose_device, quiet_environment
+from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
+
+RECIPE = {
+    "trainer.max_steps": 90,
+    "trainer.val_check_interval": 30,
+    "model.global_batch_size": 8,
+    "model.micro_batch_size": 8,
+    "model.peft.peft_scheme": "lora",
+    "model.peft.lora_tuning.target_modules": "[attention_qkv]",
+    "model.peft.lora_tuning.adapter_dim": 32,
+    "model.peft.lora_tuning.alpha": 64,
+    "model.optim.lr": "2e-3",
+    "model.optim.sched.warmup_steps": 8,
+    "model.data.train_ds.max_seq_length": 512,
+}
+"""What the workshop trains with when nothing else is said; measured in notebooks 05 and 06."""
+
+SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
+UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
+
+
+@dataclass
+class Plan:
+    """Everything that is known before training starts."""
+
+    command: list[str]
+    environment: dict[str, str]
+    overrides: dict[str, str]
+    run_dir: Path
+    device: Device
+    data: list[chat_data.Rendered] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Path:
+        """The ``.nemo`` that NeMo writes at the end."""
+        return self.run_dir / "checkpoints" / f"{self.run_dir.name}.nemo"
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Mean tokens of one optimizer step, padding aside, or None where the data were not rendered here."""
+        return self.data[0].mean_tokens * int(self.overrides["model.global_batch_size"]) if self.data else None
+
+    @property
+    def events(self) -> Path:
+        """JSON lines that the training process writes (see :mod:`.events`)."""
+        return self.run_dir / "events.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """Everything that torchrun and its workers print."""
+        return self.run_dir / "torchrun.log"
+
+    def __str__(self) -> str:
+        shown = [paths.shown(part) if os.path.isabs(part) else part for part in self.command]
+        return " \\\n  ".join([" ".join(shlex.quote(part) for part in shown[:4]), *map(shlex.quote, shown[4:])])
+
+
+def make_plan(
+    overrides: list[str],
+    *,
+    data: Path | None = None,
+    validation: Path | None = None,
+    name: str = "triage-lora",
+    nproc_per_node: int = 1,
+) -> Plan:
+    """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and this machine's settings.
+
+    Raises:
+        WorkshopError: an override is no ``key=value``, or ``model.restore_from_path`` is missing.
+        NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the message says what to do.
+        DataError: a data file or a row is not usable.
+    """
+    given = parse_overrides(overrides)
+    base = given.get("model.restore_from_path")
+    if not base:
+        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
+    base = Path(base).resolve()
+    check_loadable(base)
+    device = choose_device()
+    run_dir = _run_dir(given, name)
+    rendered = [] if "model.data.train_ds.file_names" in given else _render(base, run_dir, data, validation)
+    settings = {**RECIPE, **machine_settings(device, nproc_per_node), **_files(rendered)}
+    settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
+    settings |= given | {"model.restore_from_path": str(base)}
+    return Plan(
+        torchrun(script_path(), [f"{key}={value}" for key, value in settings.items()], nproc_per_node),
+        training_environment(run_dir, nproc_per_node), settings, run_dir, device, rendered,
+    )  # fmt: skip
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, str]:
+    """``["a.b=1", "++c=2"]`` -> ``{"a.b": "1", "++c": "2"}``; a later one wins, as with Hydra."""
+    parsed = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise WorkshopError(f"{text!r} is not an override: write key=value, for example trainer.max_steps=50.")
+        parsed[key] = value
+    return parsed
+
+
+def check_loadable(base: Path) -> None:
+    """Say at once, not after 30 s of imports, that ``base`` cannot be loaded by the script path.
+
+    Raises:
+        NotACheckpoint: with the command that helps.
+    """
+    if not base.exists():
+        raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} does not exist.")
+    if base.is_file():
+        if base.suffix != ".nemo":
+            raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} is a file, but not a .nemo archive.")
+        return
+    if (base / "context").is_dir():
+        raise NotACheckpoint(
+            f"model.restore_from_path: {paths.shown(base)} is a NeMo 2.0 checkpoint, which the script path cannot load. "
+            f"Run `workshop bridge {paths.shown(base)}` and give the directory that it makes."
+        )
+    if not (base / "model_config.yaml").is_file() or not (base / "model_weights").is_dir():
+        raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} has no model_config.yaml and model_weights/.")
+
+
+def machine_settings(device: Device, nproc_per_node: int) -> dict[str, str]:
+    """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW does the same sums."""
+    settings = {"trainer.devices": str(nproc_per_node), "trainer.accelerator": device.kind, "trainer.precision": device.precision}
+    if device.kind == "cpu" or importlib.util.find_spec("apex") is None:
+        settings["model.optim.name"] = "adamw"
+    return settings
+
+
+def script_path() -> Path:
+    """Our entry script, or the one of the NeMo clone that ``NEMO_PATH`` names.
+
+    Raises:
+        WorkshopError: ``NEMO_PATH`` holds no such script.
+    """
+    clone = os.environ.get("NEMO_PATH")
+    if not clone:
+        return SCRIPT
+    script = Path(clone).expanduser() / UPSTREAM_SCRIPT
+    if not script.is_file():
+        raise WorkshopError(f"NEMO_PATH is {clone}, but {script} does not exist. Check out NeMo v2.4.1 there, or unset NEMO_PATH.")
+    return script
+
+
+def torchrun(script: Path, overrides: list[str], nproc_per_node: int = 1) -> list[str]:
+    """The command line. ``--standalone`` picks a free port, so that two runs on one machine do not meet."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, "--standalone", f"--nproc_per_node={nproc_per_node}", str(script), *overrides]
+
+
+def training_environment(run_dir: Path, nproc_per_node: int = 1) -> dict[str, str]:
+    """Environment of the training processes: patches, events, no telemetry, the cores shared out among the processes."""
+    from workshop_utils import nemo_cpu
+
+    environment = dict(os.environ)
+    quiet_environment(environment)
+    nemo_cpu.inherit(environment)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node)))
+    return environment | {"WORKSHOP_EVENTS": str(run_dir / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _run_dir(given: dict[str, str], name: str) -> Path:
+    parent = Path(given.get("exp_manager.exp_dir", paths.runs_dir() / "finetune"))
+    return parent.resolve() / given.get("exp_manager.name", name)
+
+
+def _render(base: Path, run_dir: Path, data: Path | None, validation: Path | None) -> list[chat_data.Rendered]:
+    train = Path(data) if data else paths.data_dir() / "tickets" / "train.jsonl"
+    if validation is None:
+        beside = train.with_name("validation.jsonl")
+        validation = beside if beside.exists() else train
+    if not data and not train.exists():
+        raise DataError(f"{paths.shown(train)} does not exist: run `python data/make_tickets.py`, or give --data.")
+    tokenizer = chat_data.load_tokenizer(_tokenizer_dir(base))
+    files = paths.runs_dir() / "finetune" / "data" / run_dir.name
+    return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
+            (("train", train), ("validation", Path(validation)))]  # fmt: skip
+
+
+def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
+    if not rendered:
+        return {}
+    train, validation = rendered
+    return {
+        "model.data.train_ds.file_names": json.dumps([str(train.path)]),
+        "model.data.train_ds.concat_sampling_probabilities": "[1.0]",
+        "model.data.validation_ds.file_names": json.dumps([str(validation.path)]),
+        "model.data.validation_ds.names": "[validation]",
+    }
+
+
+def _tokenizer_dir(base: Path) -> Path:
+    if base.is_file():
+        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
+    config = yaml.safe_load((base / "model_config.yaml").read_text())
+    try:
+        return Path(config["tokenizer"]["type"])
+    except (KeyError, TypeError):
+        raise NotACheckpoint(f"{paths.shown(base / 'model_config.yaml')}: `tokenizer.type` is missing. Bridge it again.") from None
