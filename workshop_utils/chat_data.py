@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils import paths
+from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError
 
 ROLES = ("system", "user", "assistant")
@@ -59,10 +60,14 @@ def _checked_row(line: str, where: str) -> dict:
     return row
 
 
-def render_prompt(tokenizer, messages: list[dict]) -> str:
-    """The text before the answer: ``messages`` without their last assistant turn, and the template's opening of the next one."""
-    turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def prompt_turns(messages: list[dict]) -> list[dict]:
+    """``messages`` without the assistant's last turn, that is, what the model is asked."""
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def render_prompt(tokenizer: ChatTokenizer, messages: list[dict]) -> str:
+    """The text before the answer, ending with the template's opening of the assistant's turn."""
+    return tokenizer.render(prompt_turns(messages))
 
 
 @dataclass(frozen=True)
@@ -75,33 +80,16 @@ class Rendered:
     max_tokens: int
 
 
-def render_file(source: Path, tokenizer, target: Path) -> Rendered:
+def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
     """Render ``source`` into ``target``, one ``{"input", "output"}`` a line, and count tokens."""
     rows = read_rows(source)
     lengths, lines = [], []
     for row in rows:
         prompt, answer = render_prompt(tokenizer, row["messages"]), row["messages"][-1]["content"].strip()
-        lengths.append(len(tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]) + 1)
+        lengths.append(len(tokenizer.encode(prompt + answer)) + 1)
         lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
     paths.write_text(target, "\n".join(lines) + "\n")
     # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old one would point into the old text.
     for stale in target.parent.glob(f"{target.name}.idx.*"):
         stale.unlink()
     return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
-
-
-def load_tokenizer(directory: Path):
-    """The tokenizer of a Hugging Face directory, with a chat template.
-
-    Raises:
-        DataError: the directory has no tokenizer or the tokenizer no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{paths.shown(directory)} holds no tokenizer that transformers can load: {error}") from None
-    if not tokenizer.chat_template:
-        raise DataError(f"{paths.shown(directory)}: the tokenizer has no chat template. Use the instruct version of the model.")
-    return tokenizer

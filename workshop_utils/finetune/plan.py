@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from workshop_utils import chat_data, paths
+from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 
@@ -186,7 +187,7 @@ def _render(base: Path, run_dir: Path, data: Path | None, validation: Path | Non
         validation = beside if beside.exists() else train
     if not data and not train.exists():
         raise DataError(f"{paths.shown(train)} does not exist: run `python data/make_tickets.py`, or give --data.")
-    tokenizer = chat_data.load_tokenizer(_tokenizer_dir(base))
+    tokenizer = ChatTokenizer(_tokenizer_dir(base))
     files = paths.runs_dir() / "finetune" / "data" / run_dir.name
     return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
             (("train", train), ("validation", Path(validation)))]  # fmt: skip
