@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
     parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
-    parser.add_argument("--name", default="triage-lora", help="name of the run and of its .nemo (default: %(default)s)")
+    parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and what it would train on, and stop")
     parser.set_defaults(run=run, takes_overrides=True)

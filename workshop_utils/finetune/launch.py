@@ -1,5 +1,6 @@
 """Run a plan: torchrun in a process group of its own, progress from its events, the real cause when it fails."""
 
+import json
 import os
 import re
 import signal
@@ -18,27 +19,43 @@ GRACE = 10.0
 """Seconds that the workers get to end after a signal before they are killed."""
 
 
-def finetune(plan: Plan, progress: bool = True) -> Path:
+def finetune(plan: Plan, progress: bool = True, reuse: bool = False) -> Path:
     """Train and return the path of the ``.nemo`` adapter that NeMo wrote.
 
-    A finished earlier run of the same name is kept under a numbered name. An unfinished one is continued from its last
-    checkpoint, and a line says so.
+    A finished earlier run of the same name is kept under a numbered name; with ``reuse`` it is used instead when it was made
+    from the same overrides, data and base. An unfinished one of the same kind is continued from its last checkpoint, and a
+    line says so.
 
     Raises:
         TrainingFailed: with the cause from the worker's log. The log stays beside the run.
     """
-    if plan.adapter.exists():
-        kept = _keep(plan.run_dir)
-        print(f"The earlier run is kept as {paths.shown(kept)}.")
+    same = _read(plan.record).get("fingerprint") == plan.fingerprint()
+    if plan.adapter.exists() and reuse and same:
+        print(f"{paths.shown(plan.run_dir)}: the adapter of an earlier, identical run is used.")
+        return plan.adapter
+    if plan.run_dir.exists() and not (same and not plan.adapter.exists()):
+        print(f"The earlier run is kept as {paths.shown(_keep(plan.run_dir))}.")
     elif any(plan.run_dir.glob("checkpoints/*.ckpt")):
         print(f"Continuing the interrupted run in {paths.shown(plan.run_dir)} from its last checkpoint.")
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    record = {"fingerprint": plan.fingerprint(), "device": str(plan.device)}
+    paths.write_text(plan.record, json.dumps(record, indent=2))
+    began = time.monotonic()
     status = run_logged(plan.command, plan.environment, plan.log, plan.events if progress else None, plan.tokens_per_step)
     if status != 0:
         raise TrainingFailed(f"{failure_cause(plan.log)}\nThe whole log: {paths.shown(plan.log)}")
     if not plan.adapter.exists():
         raise TrainingFailed(f"torchrun ended well, but {paths.shown(plan.adapter)} is missing. The log: {paths.shown(plan.log)}")
+    paths.write_text(plan.record, json.dumps(record | {"seconds": time.monotonic() - began}, indent=2))
     return plan.adapter
+
+
+def _read(record: Path) -> dict:
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+def train_seconds(plan: Plan) -> float:
+    """Seconds from the start of torchrun to its end, imports and model loading included, of the finished run of ``plan``."""
+    return _read(plan.record)["seconds"]
 
 
 def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None,

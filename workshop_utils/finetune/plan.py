@@ -1,5 +1,6 @@
 """From a few settings to the exact torchrun command: defaults of this machine and this data set, then the user's overrides."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -65,6 +66,24 @@ class Plan:
         """Everything that torchrun and its workers print."""
         return self.run_dir / "torchrun.log"
 
+    @property
+    def record(self) -> Path:
+        """JSON beside the run: what was asked for (see :meth:`fingerprint`) and, once finished, the seconds it took."""
+        return self.run_dir / "run.json"
+
+    def fingerprint(self) -> dict:
+        """What decides the outcome: overrides, script, data and base. Equal fingerprints, equal runs on one machine."""
+        base = Path(self.overrides["model.restore_from_path"])
+        described = base / "model_config.yaml" if base.is_dir() else base
+        weights = base / "model_weights" / ".metadata"
+        return {
+            "overrides": {key: paths.shown(value) if os.path.isabs(value) else value for key, value in self.overrides.items()
+                          if not key.startswith("model.data.") or not key.endswith("file_names")},
+            "script": paths.shown(script_path()),
+            "data": [sha256(rendered.path) for rendered in self.data],
+            "base": [sha256(path) for path in (described, weights) if path.is_file() and path.stat().st_size < 1 << 30],
+        }  # fmt: skip
+
     def __str__(self) -> str:
         shown = [paths.shown(part) if os.path.isabs(part) else part for part in self.command]
         return " \\\n  ".join([" ".join(shlex.quote(part) for part in shown[:4]), *map(shlex.quote, shown[4:])])
@@ -75,7 +94,7 @@ def make_plan(
     *,
     data: Path | None = None,
     validation: Path | None = None,
-    name: str = "triage-lora",
+    name: str | None = None,
     nproc_per_node: int = 1,
 ) -> Plan:
     """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and this machine's settings.
@@ -92,7 +111,7 @@ def make_plan(
     base = Path(base).resolve()
     check_loadable(base)
     device = choose_device()
-    run_dir = _run_dir(given, name)
+    run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
     rendered = [] if "model.data.train_ds.file_names" in given else _render(base, run_dir, data, validation)
     settings = {**RECIPE, **machine_settings(device, nproc_per_node), **_files(rendered)}
     settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
@@ -101,6 +120,12 @@ def make_plan(
         torchrun(script_path(), [f"{key}={value}" for key, value in settings.items()], nproc_per_node),
         training_environment(run_dir, nproc_per_node), settings, run_dir, device, rendered,
     )  # fmt: skip
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, str]:
