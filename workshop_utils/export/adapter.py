@@ -1,0 +1,321 @@
+"""Read the LoRA adapter that NeMo's script path writes: a ``.nemo`` with ``model_config.yaml`` and ``model_weights.ckpt``.
+
+Formats and names: ``PEFT_MODULE_MAP``, ``LoraPEFTConfig`` (``nemo/collections/nlp/parts/peft_config.py``) and ``AdapterName``
+(``.../megatron/adapters/parallel_adapters.py``) of nemo-toolkit 2.4.1. The update of a layer is
+``alpha / adapter_dim * linear_out @ linear_in`` (``ParallelLinearAdapter.forward``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedAdapter
+from workshop_utils.export.qkv import ORDERS, Heads, Order
+from workshop_utils.formats import nemo_archive
+from workshop_utils.paths import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "model_weights.ckpt"
+#: The adapter's name in a key, and the target module it belongs to, in the order of a forward pass.
+TARGETS = {
+    "lora_kqv_adapter": "attention_qkv",
+    "lora_dense_attention_adapter": "attention_dense",
+    "lora_hto4h_adapter": "mlp_fc1",
+    "lora_4htoh_adapter": "mlp_fc2",
+}
+_GROUPS_OF_TARGETS = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": tuple(TARGETS.values()),
+}
+_GATED_ACTIVATIONS = ("fast-swiglu", "fast-geglu", "fast-reglu", "swiglu", "geglu", "reglu")
+_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attention|mlp)\.adapter_layer\.(\w+)\.(linear_in|linear_out)\.weight")
+_ANY_ADAPTER = re.compile(r".*\.adapter_layer\.(\w+)\..*")
+
+
+class Halves(NamedTuple):
+    """The two matrices of one adapter: ``linear_in`` (A) ``[r, in]`` and ``linear_out`` (B) ``[out, r]``."""
+
+    linear_in: Tensor
+    linear_out: Tensor
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of the base model that fix the shapes of an adapter."""
+
+    hidden_size: int
+    ffn_hidden_size: int
+    num_layers: int
+    heads: Heads
+    gated: bool
+
+    def features(self, target: str) -> tuple[int, int]:
+        """Input and output features of the linear layer that ``target`` names."""
+        attention = self.heads.attention * self.heads.channels
+        return {
+            "attention_qkv": (self.hidden_size, self.heads.rows),
+            "attention_dense": (attention, self.hidden_size),
+            "mlp_fc1": (self.hidden_size, self.ffn_hidden_size * (2 if self.gated else 1)),
+            "mlp_fc2": (self.ffn_hidden_size, self.hidden_size),
+        }[target]
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target module) to its two matrices, in the file's dtype."""
+
+    source: Path
+    sha256: str
+    config: dict[str, Any]
+    architecture: Architecture
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    qkv_order: Order
+    base: str
+    weights: dict[tuple[int, str], Halves]
+
+    @property
+    def scale(self) -> float:
+        """What the reader multiplies ``linear_out @ linear_in`` with: ``alpha / adapter_dim``."""
+        return self.alpha / self.rank
+
+
+def find_adapter(path: Path | str) -> Path:
+    """The ``.nemo`` at ``path``, or the only one in the ``checkpoints`` folders below it.
+
+    Raises:
+        NotACheckpoint: there is none, more than one, or the directory is a NeMo 2.0 distributed checkpoint.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise NotACheckpoint(f"{shown(path)} does not exist. Give a .nemo adapter, or the run directory of a training.")
+    if (path / "weights" / ".metadata").exists():
+        raise NotACheckpoint(f"{shown(path)} is a NeMo 2.0 distributed checkpoint; give the .nemo of a script-path training.")
+    found = sorted(file for file in path.rglob("*.nemo") if file.parent == path or file.parent.name == "checkpoints")
+    if not found:
+        raise NotACheckpoint(f"{shown(path)} holds no .nemo. NeMo writes one to checkpoints/ when a training ends normally.")
+    if len(found) > 1:
+        names = "\n".join(f"  {shown(file)}" for file in found)
+        raise NotACheckpoint(f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}")
+    return found[0]
+
+
+def read_adapter(path: Path | str) -> LoraAdapter:
+    """Read and validate the LoRA adapter at ``path`` (a ``.nemo``, or a run directory that holds exactly one).
+
+    Nothing is executed or extracted: the YAML is loaded safely, the tensors with ``torch.load(weights_only=True)``.
+
+    Raises:
+        NotACheckpoint: not a LoRA adapter, or not one adapter.
+        UnsafeCheckpoint: the weights hold something else than tensors.
+        DamagedCheckpoint: a field or a tensor is missing, contradicts the others, or is not finite.
+        UnsupportedAdapter: tensor-parallel parts, another variant of LoRA, or a target this workshop does not know.
+    """
+    source = find_adapter(path)
+    config = nemo_archive.read_config(source)
+    lora = _lora_section(source, config)
+    _refuse_parallel(source, config)
+    architecture = _architecture(source, config)
+    rank, alpha = _rank_and_alpha(source, lora)
+    weights = _weights(source, _load_tensors(source))
+    targets = _targets(source, lora, weights)
+    _check_whole(source, architecture, targets, weights, rank)
+    with source.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    order = _workshop_section(config).get("qkv_order", "interleaved")
+    if order not in ORDERS:
+        raise DamagedCheckpoint(f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of {', '.join(ORDERS)}.")
+    return LoraAdapter(source, sha256, config, architecture, rank, alpha, targets, order, _base(config), weights)
+
+
+def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
+    section = config.get("workshop")
+    return section if isinstance(section, dict) else {}
+
+
+def _base(config: dict[str, Any]) -> str:
+    """The base model's name: what an earlier export recorded, else the last part of the path it was restored from."""
+    recorded = _workshop_section(config).get("base")
+    return str(recorded) if recorded else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
+
+
+def _lora_section(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``peft.lora_tuning`` of the configuration, after checking that this is plain LoRA."""
+    peft = config.get("peft")
+    scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None
+    if scheme != "lora":
+        what = "a whole model" if scheme in (None, "none") else f"an adapter of another kind ({scheme})"
+        raise NotACheckpoint(f"{shown(source)} is {what}: peft.peft_scheme in model_config.yaml is {scheme!r}, not 'lora'.")
+    lora = peft.get("lora_tuning")
+    if not isinstance(lora, dict):
+        raise DamagedCheckpoint(f"{shown(source)}: model_config.yaml has no section peft.lora_tuning.")
+    if lora.get("variant", "nemo") != "nemo":
+        raise UnsupportedAdapter(
+            f"{shown(source)}: peft.lora_tuning.variant is {lora['variant']!r}; only 'nemo' (fused q, k, v) can be exported."
+        )
+    for field in ("layer_selection", "weight_tying"):
+        if lora.get(field):
+            raise UnsupportedAdapter(
+                f"{shown(source)}: peft.lora_tuning.{field} is set; only adapters with their own weights in every layer can be "
+                "exported."
+            )
+    return lora
+
+
+def _refuse_parallel(source: Path, config: dict[str, Any]) -> None:
+    """NeMo keeps each rank's slice in a folder of its own and never merges them; no reader accepts that."""
+    parts = [name for name in nemo_archive.member_names(source) if re.match(r"(\./)?(mp_rank_|tp_rank_)\d+", name)]
+    sizes = [config.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline")]
+    if parts or sizes != [1, 1]:
+        seen = parts[0] if parts else f"tensor/pipeline parallel sizes {sizes[0]}/{sizes[1]}"
+        raise UnsupportedAdapter(
+            f"{shown(source)} was written by several model-parallel ranks ({seen}) and its parts are not merged. No reader "
+            "accepts that. Train with model.tensor_model_parallel_size=1 and model.pipeline_model_parallel_size=1."
+        )
+
+
+def _number(source: Path, config: dict[str, Any], field: str, default: int | None = None) -> int:
+    value = config.get(field)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise DamagedCheckpoint(f"{shown(source)}: {field} in model_config.yaml is {value!r}; it must be a positive integer.")
+    return value
+
+
+def _architecture(source: Path, config: dict[str, Any]) -> Architecture:
+    """Defaults as in ``LoraPEFTConfig``: groups default to heads, ``kv_channels`` to ``hidden_size / heads``."""
+    hidden, heads = _number(source, config, "hidden_size"), _number(source, config, "num_attention_heads")
+    groups = _number(source, config, "num_query_groups", default=heads)
+    if heads % groups:
+        raise DamagedCheckpoint(f"{shown(source)}: num_attention_heads {heads} is not a multiple of num_query_groups {groups}.")
+    if config.get("kv_channels") is None and hidden % heads:
+        raise DamagedCheckpoint(
+            f"{shown(source)}: kv_channels is not set, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}."
+        )
+    return Architecture(
+        hidden_size=hidden,
+        ffn_hidden_size=_number(source, config, "ffn_hidden_size", default=4 * hidden),
+        num_layers=_number(source, config, "num_layers"),
+        heads=Heads(heads, groups, _number(source, config, "kv_channels", default=hidden // heads)),
+        gated=config.get("activation") in _GATED_ACTIVATIONS,
+    )
+
+
+def _rank_and_alpha(source: Path, lora: dict[str, Any]) -> tuple[int, float]:
+    rank = _number(source, lora, "adapter_dim")
+    alpha = lora.get("alpha")
+    if alpha is None:
+        raise DamagedCheckpoint(
+            f"{shown(source)}: model_config.yaml has no peft.lora_tuning.alpha, so the adapter's scale is not recorded. NeMo trains"
+            f" with alpha = adapter_dim then: write `alpha: {rank}` there if that is how it was trained."
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        raise DamagedCheckpoint(f"{shown(source)}: peft.lora_tuning.alpha is {alpha!r}; it must be a positive number.")
+    return rank, alpha
+
+
+def _load_tensors(source: Path) -> dict[str, Tensor]:
+    import torch
+
+    content = nemo_archive.read_member(source, WEIGHTS)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is not a tensor file"
+        raise UnsafeCheckpoint(f"{shown(source)}: {WEIGHTS} holds something else than tensors: {reason}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(f"{shown(source)}: {WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not state:
+        raise NotACheckpoint(f"{shown(source)}: {WEIGHTS} holds no tensors by name.")
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise NotACheckpoint(f"{shown(source)}: {key!r} in {WEIGHTS} is a {type(value).__name__}, not a tensor.")
+    return state
+
+
+def _weights(source: Path, state: dict[str, Tensor]) -> dict[tuple[int, str], Halves]:
+    """Group the flat ``state`` by layer and target. Prefixes before ``layers.`` differ between versions and are dropped."""
+    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if not match or match[2] not in TARGETS:
+            adapter = _ANY_ADAPTER.fullmatch(key)
+            if not adapter:
+                raise NotACheckpoint(f"{shown(source)} is not a LoRA adapter: it holds the tensor {key!r}.")
+            known = ", ".join(TARGETS)
+            raise UnsupportedAdapter(f"{shown(source)}: unknown adapter {adapter[1]!r} in the key {key!r}. Known are {known}.")
+        one = halves.setdefault((int(match[1]), TARGETS[match[2]]), {})
+        if match[3] in one:
+            raise DamagedCheckpoint(f"{shown(source)}: two tensors for {match[3]} of layer {match[1]}; the second is {key!r}.")
+        one[match[3]] = tensor
+    for (layer, target), one in halves.items():
+        for half in Halves._fields:
+            if half not in one:
+                raise DamagedCheckpoint(f"{shown(source)}: layer {layer}, {target} has no {half}.weight.")
+    return {
+        place: Halves(**halves[place]) for place in sorted(halves, key=lambda p: (p[0], list(TARGETS.values()).index(p[1])))
+    }
+
+
+def _targets(source: Path, lora: dict[str, Any], weights: dict[tuple[int, str], Halves]) -> tuple[str, ...]:
+    """The targets in the tensors, after checking them against ``target_modules`` (NeMo's default is attention_qkv)."""
+    named = lora.get("target_modules") or ["attention_qkv"]
+    named = [named] if isinstance(named, str) else named
+    wanted = {target for name in named for target in _GROUPS_OF_TARGETS.get(name, (name,))}
+    unknown = sorted(wanted - set(TARGETS.values()))
+    if unknown:
+        raise UnsupportedAdapter(f"{shown(source)}: unknown target {unknown[0]!r} in peft.lora_tuning.target_modules.")
+    found = {target for _, target in weights}
+    if found != wanted:
+        raise DamagedCheckpoint(
+            f"{shown(source)}: peft.lora_tuning.target_modules names {', '.join(sorted(wanted))}, but the tensors are for "
+            f"{', '.join(sorted(found))}."
+        )
+    return tuple(target for target in TARGETS.values() if target in found)
+
+
+def _check_whole(
+    source: Path, architecture: Architecture, targets: tuple[str, ...], weights: dict[tuple[int, str], Halves], rank: int
+) -> None:
+    """Every layer has every target, in the shapes that the configuration implies, and every number is finite."""
+    import torch
+
+    extra = [layer for layer, _ in weights if layer >= architecture.num_layers]
+    if extra:
+        raise DamagedCheckpoint(f"{shown(source)}: a tensor for layer {extra[0]}, but num_layers is {architecture.num_layers}.")
+    for layer in range(architecture.num_layers):
+        for target in targets:
+            if (layer, target) not in weights:
+                raise DamagedCheckpoint(f"{shown(source)}: layer {layer} has no adapter for {target}.")
+    for (layer, target), halves in weights.items():
+        inputs, outputs = architecture.features(target)
+        for half, tensor, shape in zip(Halves._fields, halves, ((rank, inputs), (outputs, rank)), strict=True):
+            name = f"layer {layer}, {target} {half}.weight"
+            if tuple(tensor.shape) != shape:
+                raise DamagedCheckpoint(
+                    f"{shown(source)}: {name} is {list(tensor.shape)}, but model_config.yaml (adapter_dim {rank}, hidden_size "
+                    f"{architecture.hidden_size}, ffn_hidden_size {architecture.ffn_hidden_size}, heads/groups/channels "
+                    f"{'/'.join(map(str, architecture.heads))}) asks for {list(shape)}."
+                )
+            if not tensor.is_floating_point():
+                raise UnsupportedAdapter(
+                    f"{shown(source)}: {name} is {tensor.dtype}; only floating-point weights can be exported."
+                )
+            if not torch.isfinite(tensor).all():
+                raise DamagedCheckpoint(
+                    f"{shown(source)}: {name} holds NaN or infinity. The training diverged: lower the rate."
+                )

@@ -1,0 +1,106 @@
+"""The model card that comes with every export. It says what is known, and what was not tested."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from workshop_utils.export.adapter import LoraAdapter
+from workshop_utils.export.record import Record
+
+_ORDER = {
+    "qkv": "all query rows, then all key rows, then all value rows (`Q|K|V`)",
+    "interleaved": "interleaved by group: the query heads of a group, its key head, its value head",
+    "separate": "none: q, k and v are separate tensors",
+}
+
+
+def model_card(adapter: LoraAdapter, record: Record, name: str, results: Mapping[str, float | str] | None = None) -> str:
+    """The card in Markdown. ``results`` are measured figures by name; without them the card says that none were given."""
+    base = f"`{record.base}`" if record.base else "a base model that was not recorded"
+    return "\n".join(
+        [
+            *_front_matter(record),
+            f"# {name}",
+            "",
+            f"A LoRA adapter for {base}, trained with NVIDIA NeMo's script path and exported by nemo-lora-workshop.",
+            "The base model is not included; its licence applies to its use.",
+            "",
+            "## Format",
+            "",
+            f"- Intended reader: {record.reader}.",
+            f"- Row order of the fused q/k/v matrix: {_ORDER[record.qkv_order]}.",
+            f"- Scale: {_scale(adapter, record)}.",
+            f"- Made from `{record.source}` (sha256 `{record.source_sha256}`), without loading the base model.",
+            *_cautions(adapter, record),
+            "",
+            "## Training",
+            "",
+            *_training(adapter),
+            "",
+            "## Results",
+            "",
+            *([f"- {what}: {figure}" for what, figure in results.items()] if results else ["None were given to the export."]),
+            "",
+            "## Not tested",
+            "",
+            "The adapter was not loaded by a NIM. NIM 1.x documents `.nemo` adapters, but its own loader is closed; NIM 2.x",
+            "documents the Hugging Face layout only. What was checked is the rules of the public readers.",
+            "",
+        ]
+    )
+
+
+def _front_matter(record: Record) -> list[str]:
+    if record.to != "hf-peft":
+        return []
+    base = [f"base_model: {json.dumps(record.base)}"] if record.base else []
+    return ["---", *base, "library_name: peft", "pipeline_tag: text-generation", "tags: [lora, nemo]", "---", ""]
+
+
+def _scale(adapter: LoraAdapter, record: Record) -> str:
+    fraction = f"alpha / rank = {adapter.alpha:g} / {adapter.rank} = {adapter.scale:g}"
+    if record.alpha_baked_in:
+        return (
+            f"{fraction} is multiplied into `linear_out`, because the reader applies none; the configuration says alpha = rank"
+        )
+    return f"the reader applies {fraction}"
+
+
+def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
+    heads, hidden = adapter.architecture.heads, adapter.architecture.hidden_size
+    lines = [f"- Rank {adapter.rank}: the server must allow it (vLLM `--max-lora-rank`, NIM `NIM_MAX_LORA_RANK`)."]
+    if record.qkv_order == "qkv":
+        lines.append("- Do not give this file to NeMo or to NeMo's converter: they expect interleaved rows.")
+    if record.qkv_order == "interleaved":
+        lines.append("- Do not give this file to TensorRT-LLM: it expects `Q|K|V` rows and applies no scale.")
+        if heads.channels * heads.attention != hidden:
+            lines.append(f"- NeMo's converter takes hidden_size / heads for the head size; this model's is {heads.channels}.")
+    return lines
+
+
+def _training(adapter: LoraAdapter) -> list[str]:
+    """What the configuration records; a field that is absent is left out rather than guessed."""
+    config = adapter.config
+    lora = config["peft"]["lora_tuning"]
+    facts: dict[str, Any] = {
+        "Targets": ", ".join(adapter.targets),
+        "Rank": adapter.rank,
+        "Alpha": f"{adapter.alpha:g}",
+        "Dropout": lora.get("adapter_dropout"),
+        "Optimiser": _at(config, "optim", "name"),
+        "Learning rate": _at(config, "optim", "lr"),
+        "Global batch size": config.get("global_batch_size"),
+        "Longest sequence (tokens)": _at(config, "data", "train_ds", "max_seq_length"),
+        "Precision": config.get("precision"),
+        "Layers": adapter.architecture.num_layers,
+        "Trainable parameters": sum(half.numel() for halves in adapter.weights.values() for half in halves),
+    }
+    return [f"- {what}: {value}" for what, value in facts.items() if value is not None]
+
+
+def _at(config: Any, *path: str) -> Any:
+    for field in path:
+        config = config.get(field) if isinstance(config, dict) else None
+    return config
