@@ -254,7 +254,10 @@ def test_an_export_is_reused_and_said_so(root):
         assert (first.reused, second.reused) == (False, True)
         assert {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in second.files} == before
         assert second.rules == first.rules
-        assert not export_adapter(source, **options, overwrite=True).reused
+        assert export_adapter(source, **options, overwrite=True).reused
+        copy = source.rename(source.with_name("copy.nemo"))
+        assert export_adapter(copy, **options, name="tickets").reused
+        copy.rename(source)
 
 
 def test_the_card_is_honest(root):

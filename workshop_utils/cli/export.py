@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", metavar="PATH", help="the .nemo or the directory to write (default: in runs/exports/)")
     parser.add_argument("--base", metavar="ID", help="id of the base model to record (default: the one in the adapter)")
     parser.add_argument("--name", help="name of the adapter; a server shows it as the model's id (default: the file's)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an export that is already there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an export of another adapter that is already there")
     parser.set_defaults(run=run)
 
 

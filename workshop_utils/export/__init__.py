@@ -29,7 +29,7 @@ def export(
         reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"`` (interleaved, as trained).
         base_model: the base's id or path to record; by default the name in the adapter's configuration.
         name: the adapter's name; by default the file's.
-        overwrite: replace an earlier export. Anything else that stands there is never replaced.
+        overwrite: replace an export of another adapter, or a spoilt one. A directory with other files is never replaced.
         results: measured figures by name, for the model card.
 
     Raises:

@@ -75,7 +75,7 @@ def _to_nemo(
         _refuse_second_nemo(target)
     _refuse_source(adapter, target)
     card = target.with_suffix(".md")
-    kept = None if overwrite else _reusable(target, adapter, record)
+    kept = _reusable(target, adapter, record, overwrite)
     reused = kept is not None
     if not reused:
         with paths.new_file(card) as new_card, paths.new_file(target) as new_target:
@@ -92,7 +92,7 @@ def _to_hf_peft(
 ) -> Export:
     _refuse_foreign_directory(target)
     _refuse_source(adapter, target)
-    kept = None if overwrite else _reusable(target, adapter, record)
+    kept = _reusable(target, adapter, record, overwrite)
     reused = kept is not None
     if not reused:
         with paths.new_directory(target) as part:
@@ -105,31 +105,34 @@ def _to_hf_peft(
     return Export(target, files, record, tuple(kept), reused)
 
 
-def _reusable(target: Path, adapter: LoraAdapter, record: Record) -> list[str] | None:
-    """The rules kept by an existing export of the same adapter in the same form; ``None`` when the place is free.
+def _reusable(target: Path, adapter: LoraAdapter, record: Record, overwrite: bool) -> list[str] | None:
+    """The rules kept by an existing export of the same adapter in the same form; ``None`` when a new one is to be written.
 
     Raises:
-        OutputExists: something else is there, or that export no longer passes its checks.
+        OutputExists: something else is there, or that export no longer passes its checks, and ``overwrite`` is not set.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     try:
-        if record.to == "nemo":
-            found = nemo_archive.read_config(target).get("workshop")
-        else:
-            found = json.loads((target / hf_peft.RECORD).read_text(encoding="utf-8"))
-        if found != record.as_dict():
-            raise OutputExists(
-                f"{shown(target)} exists and was made from another adapter or for another reader or base. {_FIX}"
-            )
-        return check_nemo(target, adapter, record) if record.to == "nemo" else check_hf_peft(target, adapter)
-    except OutputExists:
-        raise
-    except (WorkshopError, OSError, ValueError, AttributeError) as error:
-        raise OutputExists(f"{shown(target)} exists and is not a sound export of this adapter ({error}). {_FIX}") from error
+        return _check_existing(target, adapter, record)
+    except (WorkshopError, OSError, ValueError) as error:
+        if overwrite:
+            return None
+        raise OutputExists(f"{shown(target)} exists. {error} Choose another --out, or replace it with --overwrite.") from error
 
 
-_FIX = "Choose another --out, or replace it with --overwrite."
+def _check_existing(target: Path, adapter: LoraAdapter, record: Record) -> list[str]:
+    if record.to == "nemo":
+        found = nemo_archive.read_config(target).get("workshop")
+    else:
+        file = target / hf_peft.RECORD
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if not isinstance(found, dict):
+        raise OutputExists("It was not made by this workshop.")
+    # The name of the file it was made from and the version that made it do not matter: what it holds is checked below.
+    if any(found.get(field) != value for field, value in record.as_dict().items() if field not in ("source", "exporter")):
+        raise OutputExists("It was made from another adapter, or for another reader or base.")
+    return check_nemo(target, adapter, record) if record.to == "nemo" else check_hf_peft(target, adapter)
 
 
 def _refuse_second_nemo(target: Path) -> None:
