@@ -72,5 +72,7 @@ def quiet_environment(environment: dict[str, str]) -> None:
         "NEMO_ONELOGGER_ENABLED": "0",
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # torch warns about a package that nvidia-resiliency-ext requires, in every process that imports it.
+        "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
     }.items():
         environment.setdefault(name, value)

@@ -9,6 +9,8 @@ Every step records its artifact for the report of ``make workshop``.
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,13 @@ class Workshop:
             # In a process of its own: NeMo's importer leaves a parallel state behind that a kernel cannot get rid of.
             _workshop("import", str(self.hf_model()), "--out", str(target))
         return record_artifact("nemo2_checkpoint", target)
+
+    def make_once(self, artifact: str, target: Path, make: Callable[[Path], object]) -> Path:
+        """``target``, made by ``make(temporary directory)`` if it is not there; recorded as ``artifact``."""
+        if not target.exists():
+            with paths.new_directory(target) as part:
+                make(part)
+        return record_artifact(artifact, target)
 
     def bridged_checkpoint(self) -> Path:
         """The view of the NeMo 2.0 checkpoint that the script path loads."""
@@ -106,6 +115,7 @@ def open_workshop(show: bool = True) -> Workshop:
     if settings.device != "auto":
         os.environ["WORKSHOP_DEVICE"] = settings.device
     quiet_environment(os.environ)
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     nemo_cpu.apply()
     workshop = Workshop(settings, find(settings.model), choose_device())
     if show:
