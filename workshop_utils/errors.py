@@ -25,6 +25,10 @@ class DamagedCheckpoint(WorkshopError):
     """A checkpoint with a missing, truncated or contradictory part."""
 
 
+class UnsupportedCheckpoint(WorkshopError):
+    """A sound checkpoint of a kind that this command cannot take. The message names the field and what can take it."""
+
+
 class FetchError(WorkshopError):
     """A model could not be downloaded. The message says from where, why, and whether a new start resumes."""
 

@@ -125,7 +125,7 @@ def open_workshop(show: bool = True) -> Workshop:
 
 def _workshop(*arguments: str) -> None:
     """Run a ``workshop`` command quietly; what it printed is shown only if it fails."""
-    done = subprocess.run([sys.executable, "-m", "workshop_utils", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "workshop_utils", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise WorkshopError(f"`workshop {' '.join(arguments)}` failed:\n{tail}")

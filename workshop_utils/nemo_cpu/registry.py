@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-LIBRARIES = {"torch": "2.13.0", "megatron-core": "0.13.1", "nemo-toolkit": "2.4.1"}
+LIBRARIES = {"torch": "2.13.0", "lightning": "2.4.0", "megatron-core": "0.13.1", "nemo-toolkit": "2.4.1"}
 """Library -> the version each patch was written against."""
 
 

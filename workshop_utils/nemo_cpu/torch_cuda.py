@@ -68,6 +68,13 @@ def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
+@patch("lightning", "lightning.fabric.utilities.device_dtype_mixin", when=no_cuda, reason="a LightningModule has a cuda() of its own, "
+       "which NeMo's MegatronGPTModel.generate calls: TypeError in torch.device('cuda', 'cpu')")  # fmt: skip
+def cuda_method_of_lightning_modules(module: ModuleType) -> None:
+    """As for other modules: return what it was called on."""
+    module._DeviceDtypeModuleMixin.cuda = lambda self, *args, **kwargs: self
+
+
 @patch("torch", "torch", when=no_cuda, reason="Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and "
        "minutes on a CPU; there is nothing to fuse for")  # fmt: skip
 def no_compilation(torch: ModuleType) -> None:
