@@ -83,6 +83,12 @@ class Workshop:
         base = f"model.restore_from_path={self.bridged_checkpoint()}"
         return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
 
+    def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
+        """The run's overrides for any ``base``, loadable or not, and another run directory; always from the beginning."""
+        place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}", "exp_manager.resume_if_exists=false"
+        settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
+        return [f"{key}={value}" for key, value in settings.items()]
+
     def adapter(self, *overrides: str) -> Path:
         """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished before."""
         from workshop_utils import finetune
@@ -97,7 +103,7 @@ class Workshop:
         from workshop_utils.export import export
 
         adapter = self.adapter()
-        made = {form: export(adapter, form, base_model=self.model.name) for form in ("nemo", "hf-peft")}
+        made = {form: export(adapter, form, base_model=self.model.name, overwrite=True) for form in ("nemo", "hf-peft")}
         record_artifact("nemo_adapter", made["nemo"])
         record_artifact("peft_adapter", made["hf-peft"])
         return made
