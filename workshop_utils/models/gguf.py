@@ -79,6 +79,7 @@ def _tokenizer(gguf_file: Path, fields: dict):
         unk_token=unknown,
         pad_token=PAD_TOKEN,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # a Llama has no token types
         clean_up_tokenization_spaces=False,
         model_max_length=fields["llama.context_length"],
         chat_template=fields["tokenizer.chat_template"],
