@@ -35,6 +35,10 @@ def model_card(adapter: LoraAdapter, record: Record, name: str, results: Mapping
             f"- Made from `{record.source}` (sha256 `{record.source_sha256}`), without loading the base model.",
             *_cautions(adapter, record),
             "",
+            "## Use",
+            "",
+            *_use(record, name),
+            "",
             "## Training",
             "",
             *_training(adapter),
@@ -78,6 +82,24 @@ def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
         if heads.channels * heads.attention != hidden:
             lines.append(f"- NeMo's converter takes hidden_size / heads for the head size; this model's is {heads.channels}.")
     return lines
+
+
+def _use(record: Record, name: str) -> list[str]:
+    if record.to == "hf-peft":
+        return [
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            "base = AutoModelForCausalLM.from_pretrained(BASE_DIRECTORY_OR_ID)",
+            "model = PeftModel.from_pretrained(base, THIS_DIRECTORY)",
+            "```",
+            "",
+            f"For NIM or vLLM, give this directory the name that clients will ask for, such as `{name}`.",
+        ]
+    if record.qkv_order == "qkv":
+        return [f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one `.nemo` in each directory."]
+    return ["Restore it with NeMo onto the base it was trained on, or convert it with `nemo/export/utils/lora_converter.py`."]
 
 
 def _training(adapter: LoraAdapter) -> list[str]:
