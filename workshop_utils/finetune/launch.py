@@ -114,7 +114,7 @@ def _end(process: subprocess.Popen) -> None:
 
 def failure_cause(log: Path) -> str:
     """The exception that ended the worker: the last traceback's message that is not torchrun's own summary."""
-    lines = Path(log).read_text(errors="replace").splitlines()
+    lines = Path(log).read_text(errors="replace").replace(f"{paths.root()}/", "").splitlines()
     cut = next((i for i, line in enumerate(lines) if "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in line), len(lines))
     lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in lines[:cut]]
     for index in range(len(lines) - 1, -1, -1):

@@ -10,7 +10,7 @@ from workshop_utils import nemo_cpu
 
 nemo_cpu.apply()
 
-from nemo.core.config import hydra_runner  # noqa: E402  NeMo is imported after the patches are in place
+from nemo.core.config import hydra_runner
 
 
 @hydra_runner(config_path="conf", config_name="megatron_gpt_finetuning_config")

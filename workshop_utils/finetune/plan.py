@@ -59,17 +59,17 @@ class Plan:
     @property
     def events(self) -> Path:
         """JSON lines that the training process writes (see :mod:`.events`)."""
-        return self.run_dir / "events.jsonl"
+        return notes(self.run_dir) / "events.jsonl"
 
     @property
     def log(self) -> Path:
         """Everything that torchrun and its workers print."""
-        return self.run_dir / "torchrun.log"
+        return notes(self.run_dir) / "torchrun.log"
 
     @property
     def record(self) -> Path:
         """JSON beside the run: what was asked for (see :meth:`fingerprint`) and, once finished, the seconds it took."""
-        return self.run_dir / "run.json"
+        return notes(self.run_dir) / "run.json"
 
     def fingerprint(self) -> dict:
         """What decides the outcome: overrides, script, data and base. Equal fingerprints, equal runs on one machine."""
@@ -116,10 +116,16 @@ def make_plan(
     settings = {**RECIPE, **machine_settings(device, nproc_per_node), **_files(rendered)}
     settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     settings |= given | {"model.restore_from_path": str(base)}
+    settings = {key: str(value) for key, value in settings.items()}
     return Plan(
         torchrun(script_path(), [f"{key}={value}" for key, value in settings.items()], nproc_per_node),
         training_environment(run_dir, nproc_per_node), settings, run_dir, device, rendered,
     )  # fmt: skip
+
+
+def notes(run_dir: Path) -> Path:
+    """Where a run's log, events and record stand: in a folder, since NeMo's exp_manager moves *files* of an earlier start away."""
+    return run_dir / "workshop"
 
 
 def sha256(path: Path) -> str:
@@ -197,7 +203,7 @@ def training_environment(run_dir: Path, nproc_per_node: int = 1) -> dict[str, st
     quiet_environment(environment)
     nemo_cpu.inherit(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node)))
-    return environment | {"WORKSHOP_EVENTS": str(run_dir / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+    return environment | {"WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _run_dir(given: dict[str, str], name: str) -> Path:

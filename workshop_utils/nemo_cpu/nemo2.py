@@ -4,7 +4,6 @@ import importlib.machinery
 import signal
 import sys
 import threading
-import types
 from types import ModuleType
 
 from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
@@ -14,21 +13,6 @@ from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
 def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
     """Tensors loaded without a GPU are where they belong."""
     module._fix_tensors_device = lambda checkpoint: checkpoint
-
-
-@patch("nemo-toolkit", "nemo.collections.llm.peft.lora", when=no_transformer_engine,
-       reason="compares modules with transformer_engine.Linear even where it is missing: NameError")  # fmt: skip
-def lora_without_transformer_engine(module: ModuleType) -> None:
-    """No module is an instance of the class that stands in."""
-    if not module.HAVE_TE:
-        module.te = types.SimpleNamespace(Linear=type("TransformerEngineLinear", (), {}))
-
-
-@patch("nemo-toolkit", "nemo.collections.llm.peft.utils", when=no_transformer_engine,
-       reason="HAVE_TE can be truthy without Transformer Engine, since it is the outcome of several lenient imports")  # fmt: skip
-def lora_utils_without_transformer_engine(module: ModuleType) -> None:
-    """Say what is true."""
-    module.HAVE_TE = False
 
 
 def local_layer_norm_name(name):

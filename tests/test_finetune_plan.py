@@ -1,0 +1,137 @@
+"""Planning a run: what is refused before anything heavy starts, and who wins among recipe, machine and user."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny_model import make_tiny_model, write_rows
+
+from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
+from workshop_utils.finetune import failure_cause, make_plan, run_logged
+from workshop_utils.finetune.plan import SCRIPT, parse_overrides, script_path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """What `workshop bridge` leaves, as far as planning looks at it."""
+    directory = tmp_path_factory.mktemp("bridged") / "tiny"
+    tokenizer = make_tiny_model(directory.parent / "hf")
+    (directory / "model_weights").mkdir(parents=True)
+    (directory / "model_config.yaml").write_text(yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}}))
+    return directory
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
+    monkeypatch.delenv("NEMO_PATH", raising=False)
+    (tmp_path / "data" / "tickets").mkdir(parents=True)
+    for name in ("train", "validation"):
+        write_rows(tmp_path / "data" / "tickets" / f"{name}.jsonl")
+    return tmp_path
+
+
+def test_the_base_alone_is_enough(root, base):
+    plan = make_plan([f"model.restore_from_path={base}"])
+    assert [rendered.rows for rendered in plan.data] == [16, 16]
+    assert plan.run_dir == root / "runs" / "finetune" / "tiny-lora"
+    assert plan.adapter == plan.run_dir / "checkpoints" / "tiny-lora.nemo"
+    assert plan.overrides["trainer.accelerator"] == "cpu"
+    assert plan.command[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+
+
+def test_the_user_wins_over_recipe_and_machine(root, base):
+    plan = make_plan([f"model.restore_from_path={base}", "trainer.max_steps=7", "trainer.precision=bf16-mixed",
+                      f"exp_manager.exp_dir={root}/else", "exp_manager.name=mine"])  # fmt: skip
+    assert (plan.overrides["trainer.max_steps"], plan.overrides["trainer.precision"]) == ("7", "bf16-mixed")
+    assert plan.adapter == root / "else" / "mine" / "checkpoints" / "mine.nemo"
+    assert sum(part.startswith("trainer.max_steps=") for part in plan.command) == 1
+
+
+def test_own_data_and_its_validation_file(root, base, tmp_path):
+    write_rows(tmp_path / "my.jsonl", 5)
+    plan = make_plan([f"model.restore_from_path={base}"], data=tmp_path / "my.jsonl")
+    assert [rendered.rows for rendered in plan.data] == [5, 5], "without a validation.jsonl the training rows stand in"
+
+
+def test_the_fingerprint_follows_what_decides_the_outcome(root, base):
+    first = make_plan([f"model.restore_from_path={base}"]).fingerprint()
+    assert first == make_plan([f"model.restore_from_path={base}"]).fingerprint()
+    assert first != make_plan([f"model.restore_from_path={base}", "model.optim.lr=1e-4"]).fingerprint()
+    write_rows(root / "data" / "tickets" / "train.jsonl", 17)
+    assert first != make_plan([f"model.restore_from_path={base}"]).fingerprint()
+
+
+def test_processes_share_the_cores_and_inherit_the_patches(root, base, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    plan = make_plan([f"model.restore_from_path={base}"], nproc_per_node=64)
+    assert plan.environment["OMP_NUM_THREADS"] == "1"
+    assert "nemo_cpu/inherited" in plan.environment["PYTHONPATH"]
+    assert "--nproc_per_node=64" in plan.command
+
+
+def test_nemo_path_runs_the_clones_script(root, tmp_path, monkeypatch):
+    assert script_path() == SCRIPT
+    monkeypatch.setenv("NEMO_PATH", str(tmp_path))
+    with pytest.raises(WorkshopError, match="NEMO_PATH is .* does not exist"):
+        script_path()
+    script = tmp_path / "examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    assert script_path() == script
+
+
+@pytest.mark.parametrize("overrides, error, said", [
+    ([], WorkshopError, "model.restore_from_path is missing"),
+    (["oops"], WorkshopError, "'oops' is not an override: write key=value"),
+    (["model.restore_from_path=no/such"], NotACheckpoint, "no/such does not exist"),
+])  # fmt: skip
+def test_refused_at_once(root, overrides, error, said):
+    with pytest.raises(error, match=said):
+        make_plan(overrides)
+
+
+def test_a_nemo2_checkpoint_is_told_from_a_bridged_one(root, tmp_path):
+    (tmp_path / "n2" / "context").mkdir(parents=True)
+    with pytest.raises(NotACheckpoint, match="Run `workshop bridge"):
+        make_plan([f"model.restore_from_path={tmp_path / 'n2'}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(NotACheckpoint, match="no model_config.yaml"):
+        make_plan([f"model.restore_from_path={tmp_path / 'empty'}"])
+
+
+def test_missing_tickets_are_named(root, base):
+    (root / "data" / "tickets" / "train.jsonl").unlink()
+    with pytest.raises(DataError, match="make_tickets.py"):
+        make_plan([f"model.restore_from_path={base}"])
+
+
+def test_a_later_override_wins():
+    assert parse_overrides(["a=1", "++b=x=y", "a=2"]) == {"a": "2", "++b": "x=y"}
+
+
+def test_status_and_cause_of_a_failed_process(tmp_path):
+    program = "import sys\nprint('before')\ndef f():\n    raise ValueError('the real cause')\nf()"
+    assert run_logged([sys.executable, "-c", program], {"PYTHONUNBUFFERED": "1"}, tmp_path / "log") == 1
+    summary = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nRootCause (first observed failure)\n"
+    with (tmp_path / "log").open("a") as log:
+        log.write(summary)
+    assert failure_cause(tmp_path / "log") == "ValueError: the real cause"
+
+
+def test_a_process_that_dies_without_a_word(tmp_path):
+    run_logged([sys.executable, "-c", "print('last words'); import os; os.kill(os.getpid(), 9)"], {"PYTHONUNBUFFERED": "1"}, tmp_path / "log")
+    assert "last words" in failure_cause(tmp_path / "log")
+
+
+def test_dry_run_imports_nothing_heavy(root, base):
+    program = (
+        "import sys; from workshop_utils.cli import main; "
+        f"status = main(['finetune', '--dry-run', 'model.restore_from_path={base}']); "
+        "print([name for name in ('torch', 'transformers', 'nemo', 'lightning') if name in sys.modules]); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "trainer.max_steps=" in done.stdout
