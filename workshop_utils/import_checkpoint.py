@@ -1,5 +1,6 @@
-"""Hugging Face model directory -> NeMo 2.0 distributed checkpoint, by NeMo's own ``llm.import_ckpt``."""
+"""Hugging Face model directory <-> NeMo 2.0 distributed checkpoint, by NeMo's own importer and exporter."""
 
+import json
 from pathlib import Path
 
 from workshop_utils import nemo_cpu, paths
@@ -16,15 +17,38 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
         NotACheckpoint: ``hf_model`` is no Hugging Face model of the Llama family.
     """
     hf_model, target = Path(hf_model).resolve(), Path(target)
-    if not (hf_model / "config.json").is_file():
-        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+    _check_family(hf_model)
     nemo_cpu.apply()
     from nemo.collections import llm
     from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
 
-    importer = HFLlamaImporter(str(hf_model))
-    if importer.config is None or getattr(importer, "config", None) is None:
-        raise NotACheckpoint(f"{paths.shown(hf_model)}: NeMo knows no Llama configuration for it.")
+    config = HFLlamaImporter(str(hf_model)).config
     with paths.new_directory(target) as part:
-        llm.import_ckpt(model=llm.LlamaModel(importer.config), source=f"hf://{hf_model}", output_path=part, overwrite=True)
+        llm.import_ckpt(model=llm.LlamaModel(config), source=f"hf://{hf_model}", output_path=part, overwrite=True)
     return target
+
+
+def export_huggingface(checkpoint: Path, target: Path) -> Path:
+    """The other way, for a model that comes as NeMo 2.0 (from NGC): ``llm.export_ckpt`` to a Hugging Face directory.
+
+    Raises:
+        NotACheckpoint: ``checkpoint`` is no NeMo 2.0 directory.
+    """
+    from workshop_utils.formats import nemo2
+
+    checkpoint = nemo2.locate(Path(checkpoint)).resolve()
+    nemo_cpu.apply()
+    from nemo.collections import llm
+
+    with paths.new_directory(target) as part:
+        llm.export_ckpt(path=checkpoint, target="hf", output_path=part, overwrite=True)
+    return target
+
+
+def _check_family(hf_model: Path) -> None:
+    file = hf_model / "config.json"
+    if not file.is_file():
+        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+    family = json.loads(file.read_text()).get("model_type")
+    if family != "llama":
+        raise NotACheckpoint(f"{paths.shown(file)}: model_type is {family!r}; this workshop converts the Llama family ('llama').")

@@ -11,7 +11,8 @@ def add_parser(subparsers) -> None:
         "Example: workshop import smollm2-135m-instruct",
     )  # fmt: skip
     parser.add_argument("model", help="a model that `workshop models fetch` got, or a Hugging Face model directory")
-    parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME)")
+    parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME, or models/huggingface/NAME)")
+    parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.set_defaults(run=run)
 
@@ -19,12 +20,16 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Convert, unless it is there."""
     from workshop_utils import paths
-    from workshop_utils.import_checkpoint import import_checkpoint
+    from workshop_utils.import_checkpoint import export_huggingface, import_checkpoint
 
-    source = Path(args.model) if Path(args.model).is_dir() else paths.huggingface_model(args.model)
-    target = args.out or paths.nemo2_checkpoint(source.resolve().name)
+    have, want = paths.huggingface_model, paths.nemo2_checkpoint
+    convert = import_checkpoint
+    if args.to_huggingface:
+        have, want, convert = want, have, export_huggingface
+    source = Path(args.model) if Path(args.model).is_dir() else have(args.model)
+    target = args.out or want(source.resolve().name)
     if target.exists() and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")
         return 0
-    print(f"NeMo 2.0 checkpoint: {paths.shown(import_checkpoint(source, target))}")
+    print(f"written: {paths.shown(convert(source, target))}")
     return 0

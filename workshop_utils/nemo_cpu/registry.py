@@ -1,5 +1,6 @@
 """The list of patches, the conditions they depend on, and how they are run: right after the patched module's import."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ def no_apex() -> bool:
     return importlib.util.find_spec("apex") is None
 
 
+@functools.cache
 def no_modelopt() -> bool:
-    """True when NVIDIA's ModelOpt is not installed."""
+    """True when NVIDIA's ModelOpt is not installed. Remembered: once the stand-in is loaded, ``find_spec`` finds that."""
     return importlib.util.find_spec("modelopt") is None
 
 
