@@ -1,0 +1,188 @@
+"""Read the ``.metadata`` pickle of a torch_dist checkpoint without running anything it names.
+
+``torch.distributed.checkpoint`` writes its index as a pickle, and loads it with a bare ``pickle.load``: whoever wrote the file
+chooses which functions run. Here only the names that such an index really needs are accepted, and each stands for an inert
+object made in this module, so that neither torch nor anything else is imported. Every other name is refused and reported.
+
+Source of the list: ``torch/distributed/checkpoint/{metadata,filesystem}.py`` (torch 2.13) and
+``megatron/core/dist_checkpointing/strategies/torch.py`` (Megatron-Core 0.13 to 0.15).
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, Self
+
+from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.paths import shown
+
+MAX_BYTES = 256 * 1024**2
+"""Larger files are not read. 100,000 chunks take about 15 MB."""
+
+MAX_DIMENSIONS = 64
+
+
+class _Sealed(type):
+    """Metaclass of the stand-ins: a pickle that tries to change a stand-in class (opcode BUILD) fails."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise pickle.UnpicklingError(f"tries to change {cls.__name__}.{name}")
+
+
+class Record(metaclass=_Sealed):
+    """Stand-in for a class whose pickled state is a mapping of attributes; unknown attributes are kept out."""
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments: Any) -> Self:
+        return object.__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        """Arguments of a reduce call carry nothing that is used."""
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"{type(self).__name__} has no mapping as its state")
+        for name in self.__slots__:
+            if name in state:
+                setattr(self, name, state[name])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The attribute ``name``, or ``default`` where the file did not set it."""
+        return getattr(self, name, default)
+
+
+class Metadata(Record):
+    """``torch.distributed.checkpoint.metadata.Metadata`` and Megatron-Core's ``MCoreMetadata``."""
+
+    __slots__ = ("state_dict_metadata", "storage_data", "version")
+
+
+class MetadataIndex(Record):
+    """Names one stored item: the tensor's name and the chunk's offset in it. Equal only to itself."""
+
+    __slots__ = ("fqn", "index", "offset")
+
+
+class TensorStorageMetadata(Record):
+    """Shape and chunks of one tensor."""
+
+    __slots__ = ("chunks", "properties", "size")
+
+
+class ChunkStorageMetadata(Record):
+    """Offset and shape of one chunk of a tensor."""
+
+    __slots__ = ("offsets", "sizes")
+
+
+class StorageInfo(Record):
+    """Where a stored item lies: file, first byte, number of bytes."""
+
+    __slots__ = ("length", "offset", "relative_path", "transform_descriptors")
+
+
+class BytesStorageMetadata(Record):
+    """An item that is not a tensor, such as the ``_extra_state`` of Transformer Engine."""
+
+    __slots__ = ()
+
+
+class TensorProperties(Record):
+    """dtype and layout of one tensor; pickled as a tuple (dtype, layout, requires_grad, memory format, pin_memory)."""
+
+    __slots__ = ("dtype", "layout")
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) < 2:
+            raise pickle.UnpicklingError("TensorProperties has no tuple as its state")
+        self.dtype, self.layout = state[:2]
+
+
+class Ignored(Record):
+    """Anything that is allowed in the file and never looked at."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the state."""
+
+
+class _Size(metaclass=_Sealed):
+    """``torch.Size``: becomes a plain tuple. Takes only tuples, which are shared and not copied."""
+
+    def __new__(cls, values: Any = ()) -> tuple:
+        if not isinstance(values, tuple) or len(values) > MAX_DIMENSIONS:
+            raise pickle.UnpicklingError("torch.Size of something that is not a short tuple")
+        return values
+
+
+class _Layout(metaclass=_Sealed):
+    """``torch.serialization._get_layout("torch.strided")``: becomes its argument."""
+
+    def __new__(cls, name: Any) -> Any:
+        return name
+
+
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+"""Bytes of one element of each dtype that a checkpoint may hold."""
+
+_DCP = "torch.distributed.checkpoint"
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("torch", "Size"): _Size,
+    ("torch.serialization", "_get_layout"): _Layout,
+    (f"{_DCP}.metadata", "Metadata"): Metadata,
+    (f"{_DCP}.metadata", "MetadataIndex"): MetadataIndex,
+    (f"{_DCP}.metadata", "TensorStorageMetadata"): TensorStorageMetadata,
+    (f"{_DCP}.metadata", "ChunkStorageMetadata"): ChunkStorageMetadata,
+    (f"{_DCP}.metadata", "BytesStorageMetadata"): BytesStorageMetadata,
+    (f"{_DCP}.metadata", "TensorProperties"): TensorProperties,
+    (f"{_DCP}.filesystem", "_StorageInfo"): StorageInfo,
+    (_MCORE, "MCoreMetadata"): Metadata,
+    **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
+    **{("pathlib", name): Ignored for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")},
+    **{(f"{_DCP}.metadata", name): Ignored for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")},
+    **{(f"{_DCP}.planner", name): Ignored for name in ("TensorWriteData", "WriteItem", "WriteItemType")},
+    (_MCORE, "MCoreSavePlan"): Ignored,
+}
+
+
+class _Refused(pickle.UnpicklingError):
+    """The pickle names something outside the list."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = _ALLOWED.get((module, name))
+        if found is None:
+            raise _Refused(f"{module}.{name}")
+        return found
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The index of a torch_dist checkpoint as inert objects.
+
+    Raises :class:`UnsafeCheckpoint` when the file names anything that an index does not need, and
+    :class:`DamagedCheckpoint` when it is too large, cut off, or no such index.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DamagedCheckpoint(f"{shown(path)} has {size:,} bytes; an index of a checkpoint has at most {MAX_BYTES:,}.")
+    try:
+        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+    except _Refused as error:
+        raise UnsafeCheckpoint(
+            f"{shown(path)} is a pickle that would call {error} when it is loaded. The index of a checkpoint needs no such "
+            "name. Nothing was executed. Do not load this checkpoint; get it again from a source you trust."
+        ) from None
+    # A pickle is a program: a broken one may fail in any of these ways.
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+            MemoryError, RecursionError, UnicodeDecodeError, ImportError) as error:  # fmt: skip
+        raise DamagedCheckpoint(f"{shown(path)} cannot be read as the index of a torch_dist checkpoint: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise DamagedCheckpoint(f"{shown(path)} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
+    return metadata
