@@ -1,0 +1,205 @@
+"""The workshop's figures. Each function returns the figure and prints its finding in one line.
+
+Colours are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), told apart in all common forms of colour blindness;
+bars carry hatches and numbers, lines carry markers, so that colour is never the only difference.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workshop_utils import paths
+from workshop_utils.evaluate import ADAPTER, BASE, TITLES, Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from workshop_utils.formats.nemo2 import Nemo2Checkpoint
+
+ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
+_STYLES = {"exact match": (BLUE, ""), "valid JSON": (ORANGE, "//")}
+_FIELD_STYLES = ((GREEN, ".."), (SKY, "xx"), (VERMILION, "\\\\"), ("#CC79A7", "++"), ("#F0E442", "oo"))
+
+
+def plot_scores(scores: Mapping[str, Scores]) -> Figure:
+    """Exact match, valid JSON and the accuracy of each field, side by side for every variant, in per cent of the rows."""
+    figure, axes = _figure(9, 4.2)
+    fields = list(dict.fromkeys(name for entry in scores.values() for name in entry.fields))
+    measures = {"exact match": [entry.exact_match for entry in scores.values()]}
+    if all(entry.valid_json is not None for entry in scores.values()):
+        measures["valid JSON"] = [entry.valid_json for entry in scores.values()]
+    measures |= {name: [entry.fields.get(name, 0.0) for entry in scores.values()] for name in fields}
+    width = 0.8 / len(measures)
+    for number, (name, values) in enumerate(measures.items()):
+        colour, hatch = _STYLES.get(name) or _FIELD_STYLES[(number - 2) % len(_FIELD_STYLES)]
+        places = [variant + (number - (len(measures) - 1) / 2) * width for variant in range(len(scores))]
+        bars = axes.bar(places, [100 * value for value in values], width, label=name, color=colour, hatch=hatch, edgecolor="black")
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=1)
+    axes.set(ylim=(0, 112), ylabel="% of test rows", xticks=range(len(scores)), yticks=range(0, 101, 20))
+    axes.set_xticklabels([TITLES.get(name, name) for name in scores])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(measures), frameon=False, fontsize=9)
+    print(scores_finding(scores))
+    return figure
+
+
+def scores_finding(scores: Mapping[str, Scores]) -> str:
+    """The result in one sentence; also the alternative text of :func:`plot_scores`."""
+    rates = {TITLES.get(name, name): f"{entry.exact_match:.1%}" for name, entry in scores.items()}
+    rows = next(iter(scores.values())).rows
+    if BASE in scores and ADAPTER in scores:
+        others = [f"{name} {rate}" for name, rate in rates.items() if name not in (TITLES[BASE], TITLES[ADAPTER])]
+        beside = f" ({', '.join(others)})" if others else ""
+        return f"Exact match on {rows} test rows: {rates[TITLES[BASE]]} for the base, {rates[TITLES[ADAPTER]]} with the adapter{beside}."
+    return f"Exact match on {rows} test rows: {', '.join(f'{name} {rate}' for name, rate in rates.items())}."
+
+
+def plot_training(events: Sequence[Mapping]) -> Figure:
+    """Training and validation loss, and below it the learning rate, against the step.
+
+    Args:
+        events: as :func:`workshop_utils.finetune.events.read_events` returns them; only "step" and "validation" are used.
+
+    Raises:
+        ValueError: no training step among the events.
+    """
+    steps = [event for event in events if event["event"] == "step" and event.get("loss") is not None]
+    checks = [event for event in events if event["event"] == "validation"]
+    if not steps:
+        raise ValueError("no training step among the events")
+    figure, (loss, rate) = _figure(8, 4.8, rows=2, sharex=True, height_ratios=(3, 1))
+    loss.plot([e["step"] for e in steps], [e["loss"] for e in steps], color=BLUE, marker=".", label="training")
+    loss.plot([e["step"] for e in checks], [e["loss"] for e in checks], color=VERMILION, marker="s", linestyle="--", label="validation")
+    loss.set(ylabel="loss", ylim=(0, None))
+    loss.legend(frameon=False)
+    rated = [e for e in steps if e.get("lr") is not None]
+    rate.plot([e["step"] for e in rated], [e["lr"] for e in rated], color=GREEN, marker=".")
+    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    finding = f"Training loss: {steps[0]['loss']:.3f} at step {steps[0]['step']}, {steps[-1]['loss']:.3f} at step {steps[-1]['step']}"
+    if checks:
+        best = min(checks, key=lambda event: event["loss"])
+        finding += f"; lowest validation loss {best['loss']:.3f} at step {best['step']}"
+    print(finding + ".")
+    return figure
+
+
+def plot_confusion(scores: Scores, field: str) -> Figure:
+    """Rows of the test set by label (down) and answer (across) for one class field of ``scores``.
+
+    Raises:
+        ValueError: ``field`` is not a class in these scores.
+    """
+    if field not in scores.confusion:
+        raise ValueError(f"{field!r} is no class; there are {', '.join(scores.confusion) or 'none'}")
+    counts = scores.confusion[field]
+    # Answers that are no label get a column only where there are some.
+    columns = [name for name in next(iter(counts.values())) if name in counts or any(line[name] for line in counts.values())]
+    figure, axes = _figure(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(counts))
+    most = max(max(line.values()) for line in counts.values())
+    axes.imshow([[line[name] for name in columns] for line in counts.values()], cmap="Blues", vmin=0, vmax=most, aspect="auto")
+    for y, line in enumerate(counts.values()):
+        for x, name in enumerate(columns):
+            axes.text(x, y, line[name], ha="center", va="center", color="white" if line[name] > most / 2 else "black")
+    axes.set(xticks=range(len(columns)), yticks=range(len(counts)), xlabel=f"answered {field}", ylabel=f"right {field}")
+    axes.set_xticklabels(columns, rotation=30, ha="right")
+    axes.set_yticklabels(list(counts))
+    axes.grid(False)
+    print(_confusion_finding(field, counts))
+    return figure
+
+
+def plot_shards(checkpoint: Nemo2Checkpoint) -> Figure:
+    """Megabytes of every layer in each weights file of ``checkpoint``, stacked."""
+    from workshop_utils.formats.restricted_pickle import DTYPE_BYTES
+
+    sizes: dict[str, dict[int, float]] = {file: {} for file in sorted(checkpoint.files) if file.endswith(".distcp")}
+    for name, tensor in checkpoint.model_tensors().items():
+        for chunk in tensor.chunks if ".layers." in name else ():
+            layer = sizes[chunk.file]
+            layer[chunk.offsets[0]] = layer.get(chunk.offsets[0], 0) + math.prod(chunk.shape) * DTYPE_BYTES[tensor.dtype] / 1e6
+    layers = sorted(set().union(*sizes.values()))
+    figure, axes = _figure(9, 3.2)
+    floor = [0.0] * len(layers)
+    for (file, held), (colour, hatch) in zip(sizes.items(), itertools.cycle(_FIELD_STYLES)):
+        heights = [held.get(layer, 0.0) for layer in layers]
+        axes.bar(layers, heights, bottom=floor, label=file, color=colour, hatch=hatch, edgecolor="black")
+        floor = [below + height for below, height in zip(floor, heights, strict=True)]
+    axes.set(xlabel="layer", ylabel="MB")
+    axes.legend(frameon=False, ncols=len(sizes), loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    mixed = sum(sum(layer in held for held in sizes.values()) > 1 for layer in layers)
+    print(f"{mixed} of {len(layers)} layers have weights in more than one file.")
+    return figure
+
+
+def plot_labels(answers: Sequence[Mapping[str, str]], down: str, across: str) -> Figure:
+    """How many of ``answers`` have each combination of the fields ``down`` and ``across``."""
+    rows, columns = (sorted({answer[field] for answer in answers}) for field in (down, across))
+    counts = {row: dict.fromkeys(columns, 0) for row in rows}
+    for answer in answers:
+        counts[answer[down]][answer[across]] += 1
+    figure, axes = _figure(1.6 + 0.9 * len(columns), 1.2 + 0.4 * len(rows))
+    axes.imshow([list(line.values()) for line in counts.values()], cmap="Blues", vmin=0, aspect="auto")
+    for y, line in enumerate(counts.values()):
+        for x, count in enumerate(line.values()):
+            axes.text(x, y, count, ha="center", va="center", color="white")
+    axes.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=across, ylabel=down)
+    axes.set_xticklabels(columns)
+    axes.set_yticklabels(rows)
+    axes.grid(False)
+    cells = [count for line in counts.values() for count in line.values()]
+    print(f"{len(cells)} combinations of {down} and {across}, between {min(cells)} and {max(cells)} rows each.")
+    return figure
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Display ``figure`` in a notebook as a PNG with the alternative text ``alt``.
+
+    The text is the output's plain-text form and its ``alt`` metadata, which nbconvert puts into the page. An HTML ``<img>``
+    would carry it into JupyterLab too, but JupyterLab removes embedded images from the HTML of a notebook not run yet.
+    """
+    from IPython.display import display
+
+    png = base64.b64encode(_png(figure)).decode()
+    display({"image/png": png, "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def save(figure: Figure, target: Path) -> Path:
+    """Write ``figure`` as a PNG, all or nothing, and return ``target``."""
+    with paths.new_file(target) as part:
+        part.write_bytes(_png(figure))
+    return Path(target)
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=90, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _figure(width: float, height: float, rows: int = 1, **options):
+    """A figure that no graphical backend manages: it works without a display and is shown only by :func:`show`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, **options)
+    for one in [axes] if rows == 1 else axes:
+        one.grid(axis="y", alpha=0.3)
+        one.set_axisbelow(True)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _confusion_finding(field: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+    total = sum(sum(line.values()) for line in counts.values())
+    right = sum(line[label] for label, line in counts.items())
+    wrong = [(count, label, answer) for label, line in counts.items() for answer, count in line.items() if answer != label and count]
+    if not wrong:
+        return f"{field}: all {total} rows right."
+    count, label, answer = max(wrong, key=lambda mistake: mistake[0])
+    return f"{field}: {right} of {total} rows right; most frequent mistake: {label} answered as {answer} ({count} rows)."
