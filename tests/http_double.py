@@ -126,7 +126,8 @@ class Root:
 
     def leftovers(self) -> list[str]:
         """Names of hidden files and directories in models/: staging that should be gone."""
-        return sorted(file.name for file in (self.path / "models").rglob(".*") if file.name != ".ngc-client")
+        hidden = (file.name for file in (self.path / "models").rglob(".*"))
+        return sorted(name for name in hidden if name != ".ngc-client" and not name.endswith(".lock"))
 
 
 def workshop(root: Root, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

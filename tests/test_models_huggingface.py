@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,6 +114,14 @@ def test_a_model_is_fetched_once_and_is_usable(root, hub):
     asked = len(hub.double.requests)
     assert fetch(root, hub).returncode == 0
     assert len(hub.double.requests) == asked
+
+
+def test_two_at_once_fetch_once(root, hub):
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda _: fetch(root, hub), range(2)))
+    assert [result.returncode for result in results] == [0, 0]
+    weights = [request.method for request in hub.double.seen(f"/{REPO}/resolve/{SHA}/model.safetensors")]
+    assert weights.count("GET") == 1
 
 
 def test_a_broken_connection_is_resumed_with_a_range_request(root, hub):

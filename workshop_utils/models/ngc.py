@@ -39,7 +39,7 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
             f"{model.address}: NGC wants a key. Make a personal key with the service 'NGC Catalog' at {KEY_PAGE}, set NGC_API_KEY "
             "to it and start again"
         )
-    staging = paths.models_dir() / ".ngc-download" / model.name
+    staging = paths.models_dir() / f".{model.name}.ngc-download"
     staging.mkdir(parents=True, exist_ok=True)
     if shutil.which("ngc"):
         _with_command(model, staging, progress)
@@ -64,7 +64,7 @@ def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             for line in driver.stdout:
-                said = json.loads(line) if line.startswith("{") else said
+                said = json.loads(line)
                 if "total" in said:
                     bar.total = said["total"]
                     bar.update(said["done"] - bar.n)

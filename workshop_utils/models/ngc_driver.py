@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 NOTES = ".fetched.json"
+PRECONDITION_FAILED = 412  # NGC's answer while terms have not been accepted
 
 
 def main(target: str, directory: Path) -> int:
@@ -35,7 +36,7 @@ def main(target: str, directory: Path) -> int:
             download(client.registry.model, target, directory)
     except (errors.NgcException, ValueError, OSError) as error:
         kind = next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "failed")
-        if "accept terms" in str(error):
+        if getattr(error, "status_code", None) == PRECONDITION_FAILED:
             kind = "terms"
         elif "Invalid apikey" in str(error):
             kind = "refused"

