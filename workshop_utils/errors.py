@@ -45,6 +45,10 @@ class TrainingFailed(WorkshopError):
     """The training process ended with an error; the message holds its cause and the path of the log."""
 
 
+class GenerationFailed(WorkshopError):
+    """NeMo ended with an error while it answered; the message ends with what it wrote last."""
+
+
 class UnsupportedAdapter(WorkshopError):
     """A sound adapter of a kind that the chosen reader, or this workshop, cannot take. The message names what can."""
 

@@ -147,7 +147,7 @@ def evaluate(
     variants: Sequence[str] | None = None,
     limit: int | None = None,
     max_new_tokens: int = 48,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: bool = True,
 ) -> Evaluation:
     """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in ``out_dir``.

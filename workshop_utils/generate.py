@@ -15,6 +15,7 @@ from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns
 from workshop_utils.device import choose_device
 from workshop_utils.errors import NotACheckpoint
+from workshop_utils.settings import load_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,19 @@ if TYPE_CHECKING:
 
 Messages = list[dict]
 """A conversation: ``[{"role": "user", "content": "..."}, ...]``. A last turn by the assistant is the answer and not shown."""
+
+
+def model_directory(model: Path | str | None = None) -> Path:
+    """``model`` if it is a directory, else the fetched model of that name; without one, that of the settings.
+
+    Raises:
+        NotACheckpoint: it is neither; the message says how to get it.
+    """
+    name = load_settings().model if model is None else str(model)
+    for directory in (Path(name), paths.huggingface_model(name)):
+        if (directory / "config.json").is_file():
+            return directory
+    raise NotACheckpoint(f"{name} is no Hugging Face model directory, nor a model that is here: `workshop models fetch {name}`.")
 
 
 def as_peft(adapter: Path | str) -> Path:
@@ -73,7 +87,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Messages],
     max_new_tokens: int = 64,
-    batch_size: int = 16,
+    batch_size: int = 32,
     prefix: Messages | None = None,
     progress: bool = True,
 ) -> list[str]:

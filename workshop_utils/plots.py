@@ -128,7 +128,7 @@ def plot_shards(checkpoint: Nemo2Checkpoint) -> Figure:
     floor = [0.0] * len(layers)
     for (file, held), (colour, hatch) in zip(sizes.items(), itertools.cycle(_FIELD_STYLES)):
         heights = [held.get(layer, 0.0) for layer in layers]
-        axes.bar(layers, heights, bottom=floor, label=file, color=colour, hatch=hatch, edgecolor="black")
+        axes.bar(layers, heights, bottom=floor, label=f"in {file}", color=colour, hatch=hatch, edgecolor="black")
         floor = [below + height for below, height in zip(floor, heights, strict=True)]
     axes.set(xlabel="layer", ylabel="MB")
     axes.legend(frameon=False, ncols=len(sizes), loc="upper center", bbox_to_anchor=(0.5, 1.2))

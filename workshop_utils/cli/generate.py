@@ -1,0 +1,59 @@
+"""``workshop generate``: the same prompts to the base and to the adapter, side by side."""
+
+import argparse
+from pathlib import Path
+
+HELP = """\
+Answer prompts with the base model, and with the adapter beside it.
+
+Greedy, in batches, through transformers and PEFT, each prompt in the model's own chat template. A .nemo adapter is exported to
+the PEFT layout first.
+  workshop generate "What is the capital of France?"
+  workshop generate --adapter runs/exports/NAME/hf-peft "The invoice is wrong. My ID: WH-564."
+  workshop generate --adapter ADAPTER.nemo --file prompts.jsonl
+"""
+
+
+def add_parser(subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("generate", help="answers of the base and the adapter, side by side", description=HELP,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("prompt", nargs="*", help="what to ask")
+    parser.add_argument("--file", type=Path, help="more prompts: JSON Lines as for training, or one prompt a line in any other file")
+    parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")
+    parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Load, answer, print."""
+    from workshop_utils import paths
+    from workshop_utils.chat_data import prompt_turns, read_rows
+    from workshop_utils.errors import DataError
+    from workshop_utils.generate import model_directory
+
+    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    if args.file and args.file.suffix == ".jsonl":
+        conversations += [prompt_turns(row["messages"]) for row in read_rows(args.file)]
+    elif args.file:
+        if not args.file.is_file():
+            raise DataError(f"{paths.shown(args.file)} does not exist.")
+        lines = args.file.read_text(encoding="utf-8").splitlines()
+        conversations += [[{"role": "user", "content": line}] for line in lines if line.strip()]
+    if not conversations:
+        raise DataError("nothing to answer: give a prompt, or --file with one prompt a line.")
+    if args.max_new_tokens < 1:
+        raise DataError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1.")
+    directory = model_directory(args.model)
+
+    from workshop_utils.generate import generate, load
+
+    answers = {"base": generate(*load(directory), conversations, args.max_new_tokens)}
+    if args.adapter:
+        answers["adapter"] = generate(*load(directory, args.adapter), conversations, args.max_new_tokens)
+    for number, turns in enumerate(conversations):
+        print(f"\nprompt:  {turns[-1]['content']}")
+        for name, texts in answers.items():
+            print(f"{name + ':':<8} {texts[number].strip()}")
+    return 0
