@@ -1,5 +1,6 @@
 """The shape of a Llama-like decoder, in one vocabulary for every checkpoint format."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,3 +19,15 @@ class Architecture:
     tied: bool
     rope_base: float
     rope_scaling: dict[str, Any] | None = None
+
+
+def size(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
+    """The positive whole number ``config[name]``, or ``default`` where there is none."""
+    value = config.get(name)
+    return value if type(value) is int and value > 0 else default
+
+
+def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float | None:
+    """The number ``config[name]``, or ``default`` where there is none."""
+    value = config.get(name)
+    return value if type(value) in (int, float) else default

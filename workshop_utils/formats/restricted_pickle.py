@@ -1,15 +1,16 @@
-"""Read the ``.metadata`` pickle of a torch_dist checkpoint without running anything it names.
+"""Read the pickles of checkpoints without running anything they name.
 
-``torch.distributed.checkpoint`` writes its index as a pickle, and loads it with a bare ``pickle.load``: whoever wrote the file
-chooses which functions run. Here only the names that such an index really needs are accepted, and each stands for an inert
-object made in this module, so that neither torch nor anything else is imported. Every other name is refused and reported.
+``torch.distributed.checkpoint`` writes its index, ``.metadata``, as a pickle, and loads it with a bare ``pickle.load``: whoever
+wrote the file chooses which functions run. Here only the names that such a file really needs are accepted, and each stands for
+an inert object, so that neither torch nor anything else is imported. Every other name is refused and reported.
 
-Source of the list: ``torch/distributed/checkpoint/{metadata,filesystem}.py`` (torch 2.13) and
+Source of the list for ``.metadata``: ``torch/distributed/checkpoint/{metadata,filesystem}.py`` (torch 2.13) and
 ``megatron/core/dist_checkpointing/strategies/torch.py`` (Megatron-Core 0.13 to 0.15).
 """
 
 import io
 import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,14 +23,14 @@ MAX_BYTES = 256 * 1024**2
 MAX_DIMENSIONS = 64
 
 
-class _Sealed(type):
+class Sealed(type):
     """Metaclass of the stand-ins: a pickle that tries to change a stand-in class (opcode BUILD) fails."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         raise pickle.UnpicklingError(f"tries to change {cls.__name__}.{name}")
 
 
-class Record(metaclass=_Sealed):
+class Record(metaclass=Sealed):
     """Stand-in for a class whose pickled state is a mapping of attributes; unknown attributes are kept out."""
 
     __slots__ = ()
@@ -108,7 +109,7 @@ class Ignored(Record):
         """Drop the state."""
 
 
-class _Size(metaclass=_Sealed):
+class _Size(metaclass=Sealed):
     """``torch.Size``: becomes a plain tuple. Takes only tuples, which are shared and not copied."""
 
     def __new__(cls, values: Any = ()) -> tuple:
@@ -117,7 +118,7 @@ class _Size(metaclass=_Sealed):
         return values
 
 
-class _Layout(metaclass=_Sealed):
+class _Layout(metaclass=Sealed):
     """``torch.serialization._get_layout("torch.strided")``: becomes its argument."""
 
     def __new__(cls, name: Any) -> Any:
@@ -156,33 +157,54 @@ class _Refused(pickle.UnpicklingError):
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None) -> None:
+        super().__init__(io.BytesIO(data))
+        self._allowed, self._storage = allowed, storage
+
     def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name))
+        found = self._allowed.get((module, name))
         if found is None:
             raise _Refused(f"{module}.{name}")
         return found
 
+    def persistent_load(self, key: Any) -> Any:
+        if self._storage is None:
+            raise pickle.UnpicklingError("it refers to things outside the pickle")
+        return self._storage(key)
 
-def read_metadata(path: Path) -> Metadata:
-    """The index of a torch_dist checkpoint as inert objects.
 
-    Raises :class:`UnsafeCheckpoint` when the file names anything that an index does not need, and
-    :class:`DamagedCheckpoint` when it is too large, cut off, or no such index.
+def load(
+    data: bytes, where: str, allowed: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None = None
+) -> Any:
+    """What the pickle ``data`` describes, built only of plain values and of what ``allowed`` maps (module, name) to.
+
+    ``storage`` answers persistent ids, as torch's archives use them. Raises :class:`UnsafeCheckpoint` when the pickle names
+    anything else and :class:`DamagedCheckpoint` when it is broken; ``where`` names it.
     """
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise DamagedCheckpoint(f"{shown(path)} has {size:,} bytes; an index of a checkpoint has at most {MAX_BYTES:,}.")
     try:
-        metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        return _Unpickler(data, allowed, storage).load()
     except _Refused as error:
         raise UnsafeCheckpoint(
-            f"{shown(path)} is a pickle that would call {error} when it is loaded. The index of a checkpoint needs no such "
-            "name. Nothing was executed. Do not load this checkpoint; get it again from a source you trust."
+            f"{where} is a pickle that would call {error} when it is loaded. A checkpoint needs no such name. Nothing was "
+            "executed. Do not load this file; get it again from a source you trust."
         ) from None
     # A pickle is a program: a broken one may fail in any of these ways.
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-            MemoryError, RecursionError, UnicodeDecodeError, ImportError) as error:  # fmt: skip
-        raise DamagedCheckpoint(f"{shown(path)} cannot be read as the index of a torch_dist checkpoint: {error}") from error
+            MemoryError, RecursionError, ImportError) as error:  # fmt: skip
+        raise DamagedCheckpoint(f"{where} cannot be read as a pickle of a checkpoint: {error}") from error
+
+
+def load_index(data: bytes, where: str) -> Metadata:
+    """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as :func:`load`."""
+    metadata = load(data, where, _ALLOWED)
     if not isinstance(metadata, Metadata):
-        raise DamagedCheckpoint(f"{shown(path)} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
+        raise DamagedCheckpoint(f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
     return metadata
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a pickle. Raises :class:`DamagedCheckpoint` when it is larger than MAX_BYTES."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DamagedCheckpoint(f"{shown(path)} has {size:,} bytes; at most {MAX_BYTES:,} are read.")
+    return path.read_bytes()

@@ -1,0 +1,108 @@
+"""``workshop inspect``: what is this checkpoint, and what can load it?"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils.errors import NotACheckpoint, WorkshopError
+from workshop_utils.paths import shown
+
+if TYPE_CHECKING:
+    from workshop_utils.formats.summary import Checkpoint
+
+DESCRIPTION = """\
+Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what can load it.
+
+Known are NeMo 2.0 directories (models and adapters), bridged views, NeMo 1 .nemo archives, Hugging Face model directories and
+PEFT adapter directories. Only headers and indexes are read, without torch, and nothing that a file contains is run.
+Exit status: 0 for a checkpoint, 2 for anything else, also when it is damaged or unsafe to load.
+"""
+
+EXAMPLES = """\
+examples:
+  workshop inspect models/nemo2/smollm2-135m-instruct
+  workshop inspect models/huggingface/smollm2-135m-instruct --tensors
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``inspect`` to the ``workshop`` command."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what a checkpoint is and what can load it",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint: a directory or a .nemo file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor: name, dtype, shape, bytes, file")
+    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the description of ``args.path``; 0 for a checkpoint, 2 otherwise."""
+    from workshop_utils.formats.identify import identify
+
+    try:
+        found = identify(args.path)
+    except WorkshopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NotACheckpoint.exit_code
+    if args.json:
+        import json
+
+        print(json.dumps(as_dict(found, args.tensors), indent=2))
+        return 0
+    for name, value in lines(found):
+        print(f"{name:<14}{value}")
+    if args.tensors:
+        print()
+        for tensor in found.tensors:
+            print(f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes  {tensor.file}")
+    return 0
+
+
+def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
+    """(name, value) of each line of the description; what is not known is left out."""
+    yield "path", shown(found.path)
+    yield "format", found.format
+    if sizes := found.architecture:
+        yield "architecture", f"{sizes.layers} layers, hidden {sizes.hidden}, FFN {sizes.ffn}"
+        yield "attention", f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value groups"
+        if sizes.vocabulary:
+            yield "vocabulary", f"{sizes.vocabulary:,} rows, {'tied' if sizes.tied else 'not tied'} to the output"
+        scaling = f", scaled: {', '.join(f'{k} {v}' for k, v in sizes.rope_scaling.items())}" if sizes.rope_scaling else ""
+        yield "rope", f"base {sizes.rope_base:g}{scaling}"
+    if found.parameters is not None:
+        yield "parameters", f"{found.parameters:,} in {len(found.tensors)} tensors, {found.dtype}"
+    yield "bytes", f"{found.nbytes:,}"
+    if found.tokenizer:
+        yield "tokenizer", found.tokenizer
+    if adapter := found.adapter:
+        yield "adapter", f"rank {adapter.rank}, alpha {adapter.alpha}, on {', '.join(adapter.targets)}"
+        here = {True: " (is here)", False: " (no longer there)", None: ""}[adapter.base_is_here]
+        yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
+    for number, note in enumerate(found.notes):
+        yield "" if number else "note", note
+    for number, reader in enumerate(found.loads_in):
+        yield "" if number else "loads in", reader
+
+
+def as_dict(found: "Checkpoint", tensors: bool = False) -> dict[str, Any]:
+    """The description as plain values; the tensors only on request."""
+    import dataclasses
+
+    result = {name: value for name, value in vars(found).items() if name not in ("tensors", "nbytes")} | {
+        "path": shown(found.path),
+        "parameters": found.parameters,
+        "dtype": found.dtype,
+        "bytes": found.nbytes,
+    }
+    for name in ("architecture", "adapter"):
+        result[name] = dataclasses.asdict(result[name]) if result[name] else None
+    if tensors:
+        result["tensors"] = [dataclasses.asdict(tensor) | {"bytes": tensor.nbytes} for tensor in found.tensors]
+    return result
