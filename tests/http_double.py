@@ -133,7 +133,12 @@ class Root:
 def workshop(root: Root, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run ``workshop ARGUMENTS`` in ``root``; ``environment`` is added to one without foreign settings."""
     clean = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
-    clean |= {"WORKSHOP_ROOT": str(root.path), "PYTHONPATH": str(REPOSITORY), "HOME": str(root.path), "PIP_CONFIG_FILE": os.devnull}
+    clean |= {
+        "WORKSHOP_ROOT": str(root.path),
+        "PYTHONPATH": str(REPOSITORY),
+        "HOME": str(root.path),
+        "PIP_CONFIG_FILE": os.devnull,
+    }
     clean |= {"OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-m", "workshop_utils", *arguments]
     return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240, check=False)

@@ -61,7 +61,9 @@ def listed(name: str, content: bytes) -> dict:
 
 
 def success(body: dict) -> Answer:
-    return Answer(json.dumps(body | {"requestStatus": {"statusCode": "SUCCESS"}}).encode(), 200, {"Content-Type": "application/json"})
+    return Answer(
+        json.dumps(body | {"requestStatus": {"statusCode": "SUCCESS"}}).encode(), 200, {"Content-Type": "application/json"}
+    )
 
 
 def failure(status: int) -> Answer:

@@ -52,7 +52,11 @@ def test_an_unknown_name_gets_the_nearest_ones():
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [({"source": "ftp"}, "source is 'ftp'"), ({"colour": "red"}, "'colour' is unknown"), ({"format": "onnx"}, "format is 'onnx'")],
+    [
+        ({"source": "ftp"}, "source is 'ftp'"),
+        ({"colour": "red"}, "'colour' is unknown"),
+        ({"format": "onnx"}, "format is 'onnx'"),
+    ],
 )
 def test_a_wrong_entry_is_named(tmp_path, monkeypatch, entry, message):
     Root(tmp_path).add("mine", **{"source": "pypi", "address": "x==1"} | entry)
@@ -105,7 +109,10 @@ def test_pad_token(tmp_path, tokens, end, pad, expected):
     (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
     pad_token.ensure(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == expected
-    assert json.loads((tmp_path / "config.json").read_text()) == {"eos_token_id": [5, 6], "pad_token_id": tokens.index(expected)}
+    assert json.loads((tmp_path / "config.json").read_text()) == {
+        "eos_token_id": [5, 6],
+        "pad_token_id": tokens.index(expected),
+    }
     assert not (tmp_path / "generation_config.json").exists()
 
 

@@ -86,7 +86,9 @@ def run_fetch(args: argparse.Namespace) -> int:
         if is_present(model):
             print(f"{here} is there: nothing to do")
         else:
-            print(f"{source_of(model).plan(model)}\n{_size(model.size)} to download, into {here}\nlicence: {model.licence}, {model.licence_url}")
+            print(
+                f"{source_of(model).plan(model)}\n{_size(model.size)} to download, into {here}\nlicence: {model.licence}, {model.licence_url}"
+            )
         return 0
     print(paths.shown(fetch(args.name, progress=not args.quiet)))
     return 0

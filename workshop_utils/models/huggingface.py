@@ -91,7 +91,9 @@ def _explained(model: Model, error: BaseException) -> FetchError:
     if isinstance(error, errors.GatedRepoError) or status == 403 or (status == 401 and model.gated):
         return GatedModel(_how_to_get_access(model, status))
     if isinstance(error, errors.RepositoryNotFoundError):
-        return FetchError(f"{model.address}: the Hub has no such repository ({status}), or it is private and HF_TOKEN may not see it")
+        return FetchError(
+            f"{model.address}: the Hub has no such repository ({status}), or it is private and HF_TOKEN may not see it"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
         return FetchError(f"{model.address}: the Hub has no revision {model.revision}; see models/manifest.yaml")
     if isinstance(error, errors.LocalEntryNotFoundError):
@@ -103,7 +105,9 @@ def _explained(model: Model, error: BaseException) -> FetchError:
     if status is not None:
         return FetchError(f"{model.address}: the Hub answered {status}. Try again later; it resumes")
     if isinstance(error, requests.RequestException):
-        return FetchError(f"{model.address}: the connection broke ({type(error).__name__}). Start again; it resumes where it stopped")
+        return FetchError(
+            f"{model.address}: the connection broke ({type(error).__name__}). Start again; it resumes where it stopped"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return FetchError(
             f"{model.address}: no space left on the disk of the Hub's cache (HF_HOME); {model.size / 1e9:.1f} GB are needed"

@@ -60,7 +60,10 @@ def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
     command = [str(_python_of_sdk()), str(Path(__file__).with_name("ngc_driver.py")), model.address, str(staging)]
     said: dict = {}
     log = staging / "driver.log"
-    with log.open("w") as errors, tqdm(total=model.size, desc=model.name, unit="B", unit_scale=True, disable=not progress) as bar:
+    with (
+        log.open("w") as errors,
+        tqdm(total=model.size, desc=model.name, unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             for line in driver.stdout:

@@ -77,7 +77,9 @@ def download(models, target: str, directory: Path) -> None:
 def check(result, file) -> None:
     """The client reports a failed transfer only in its result."""
     if result.status != "Completed":
-        raise OSError(f"{file.path}: the transfer ended as '{result.status}' after {result.completed_bytes} of {file.sizeInBytes} bytes")
+        raise OSError(
+            f"{file.path}: the transfer ended as '{result.status}' after {result.completed_bytes} of {file.sizeInBytes} bytes"
+        )
     if file.sha256_base64:
         with open(Path(result.path) / file.path, "rb") as content:
             found = base64.b64encode(hashlib.file_digest(content, "sha256").digest()).decode()

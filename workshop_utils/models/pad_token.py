@@ -25,7 +25,9 @@ def ensure(directory: Path) -> None:
     if pad is None or pad == end:
         pad = next((token for token in CANDIDATES if token in ids and token != end), None)
         if pad is None:
-            raise FetchError(f"{directory.name}: its tokenizer has none of {', '.join(CANDIDATES)}, so there is nothing to pad with")
+            raise FetchError(
+                f"{directory.name}: its tokenizer has none of {', '.join(CANDIDATES)}, so there is nothing to pad with"
+            )
         _update(directory / "tokenizer_config.json", pad_token=pad)
         _update(directory / "special_tokens_map.json", pad_token=pad)
     for name in ("config.json", "generation_config.json"):

