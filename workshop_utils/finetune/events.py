@@ -24,6 +24,7 @@ def _event_writer(target: Path):
 
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
+                target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("a") as stream:
                     stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}) + "\n")
 

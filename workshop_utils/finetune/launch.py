@@ -1,5 +1,6 @@
 """Run a plan: torchrun in a process group of its own, progress from its events, the real cause when it fails."""
 
+import itertools
 import json
 import os
 import re
@@ -119,8 +120,9 @@ def failure_cause(log: Path) -> str:
     lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in lines[:cut]]
     for index in range(len(lines) - 1, -1, -1):
         if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*", lines[index]):
-            following = [line for line in lines[index + 1 : index + 6] if line.strip() and not re.match(r"^(\[|\w+ \d{4}|[EWI]\d{4})", line)]
-            return "\n".join([lines[index], *following])
+            # A message may go on for some lines; NeMo's log and the next traceback do not belong to it.
+            rest = itertools.takewhile(lambda line: line.strip() and not re.match(r"Traceback|\[|[EWI]\d{4} |\w+: +\d+%", line), lines[index + 1 :])
+            return "\n".join([lines[index], *itertools.islice(rest, 5)])
     tail = [line for line in lines if line.strip()][-5:]
     return "The training process ended without a Python error. Its last words:\n" + "\n".join(tail)
 
