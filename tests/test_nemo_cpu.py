@@ -20,6 +20,7 @@ from workshop_utils.nemo_cpu.registry import LIBRARIES, PATCHES
 FAULTS = {
     "cuda_calls_do_nothing": None,  # see test_torch_without_cuda_refuses
     "cuda_method_keeps_the_cpu": None,
+    "cuda_method_of_lightning_modules": r"def cuda\(self, device",
     "no_compilation": None,  # see test_fusers_compile
     "cuda_literals_in_megatron": r"device=(device|torch\.cuda\.current_device\(\)|self\.\w+|[\"']cuda[\"'])|pin_memory",
     "random_states_of_the_gpu": r"cuda rng state \{\} is not added",
