@@ -105,8 +105,8 @@ class NemoModel:
         ids = torch.tensor(token_ids, device=next(self.model.parameters()).device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         with torch.inference_mode():
-            # Without a mask Megatron-Core's attention is causal.
-            return self.model.model(ids, positions, None).float().cpu().numpy()[..., : len(self.tokenizer)]
+            # Without a mask Megatron-Core's attention is causal. Rows that only pad the vocabulary are cut off.
+            return self.model.model(ids, positions, None).float().cpu().numpy()[..., : self.model.cfg.get("override_vocab_size")]
 
 
 def ask_nemo(
@@ -128,7 +128,7 @@ def ask_nemo(
     with tempfile.TemporaryDirectory(prefix="workshop-nemo-") as name:
         folder = Path(name)
         job = {"bridged": str(Path(bridged).resolve()), "adapter": adapter and str(Path(adapter).resolve()), "prompts": list(prompts),
-               "token_ids": [[int(token) for token in row] for row in token_ids or []], "max_new_tokens": max_new_tokens}  # fmt: skip
+               "token_ids": [[int(token) for token in row] for row in ([] if token_ids is None else token_ids)], "max_new_tokens": max_new_tokens}  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job))
         log = folder / "log.txt"
         environment = os.environ.copy()
