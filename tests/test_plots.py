@@ -1,0 +1,66 @@
+"""Figures show what they are given, and say it in a sentence."""
+
+import json
+
+import pytest
+
+from workshop_utils import evaluate, plots
+
+LABELS = [json.dumps({"team": team, "reply": f"We have {i}."}) for i, team in enumerate(["billing", "login"] * 5)]
+WRONG = [label.replace("login", "billing") for label in LABELS]
+
+
+def scores():
+    return {"base": evaluate.score(["?"] * 10, LABELS), "majority-class": evaluate.score(WRONG, LABELS),
+            "adapter": evaluate.score(LABELS[:-1] + ["{}"], LABELS)}  # fmt: skip
+
+
+def test_scores_are_bars_with_numbers_and_hatches(capsys):
+    axes = plots.plot_scores(scores()).axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["base", "majority class", "adapter"]
+    bars = {container.get_label(): container for container in axes.containers}
+    assert list(bars) == ["exact match", "valid JSON", "team", "reply"]
+    assert [bar.get_height() for bar in bars["exact match"]] == pytest.approx([0, 50, 90])
+    assert len({bar[0].get_hatch() for bar in bars.values()}) == 4, "colour is never the only difference"
+    assert "90" in [text.get_text() for text in axes.texts]
+    assert "0.0% for the base, 90.0% with the adapter (majority class 50.0%)" in capsys.readouterr().out
+
+
+def test_scores_of_plain_text(capsys):
+    figure = plots.plot_scores({"base": evaluate.score(["a", "b"], ["a", "a"])})
+    assert [container.get_label() for container in figure.axes[0].containers] == ["exact match"]
+    assert "base 50.0%" in capsys.readouterr().out
+
+
+def test_training_curves(capsys):
+    events = [{"event": "start", "step": 0}, *({"event": "step", "step": i, "loss": 4 / i, "lr": 1e-4 * i} for i in (1, 2, 3, 4)),
+              {"event": "validation", "step": 2, "loss": 1.5}, {"event": "validation", "step": 4, "loss": 1.25}]  # fmt: skip
+    loss, rate = plots.plot_training(events).axes
+    assert [list(line.get_ydata()) for line in loss.lines] == [[4, 2, 4 / 3, 1], [1.5, 1.25]]
+    assert list(rate.lines[0].get_ydata()) == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+    assert "4.000 at step 1, 1.000 at step 4; lowest validation loss 1.250 at step 4." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no training step"):
+        plots.plot_training(events[:1])
+
+
+def test_confusion(capsys):
+    result = scores()
+    axes = plots.plot_confusion(result["majority-class"], "team").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["5", "0", "5", "0"]
+    assert "5 of 10 rows right; most frequent mistake: login answered as billing (5 rows)" in capsys.readouterr().out
+    axes = plots.plot_confusion(result["adapter"], "team").axes[0]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["billing", "login", "no answer"]
+    with pytest.raises(ValueError, match="'reply' is no class"):
+        plots.plot_confusion(result["base"], "reply")
+
+
+def test_shown_with_alternative_text_and_saved(tmp_path, monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", lambda *args, **options: shown.append((args[0], options)))
+    figure = plots.plot_scores(scores())
+    plots.show(figure, "Three groups of bars")
+    data, options = shown[0]
+    assert data["text/plain"] == options["metadata"]["image/png"]["alt"] == "Three groups of bars"
+    assert plots.save(figure, tmp_path / "a" / "plot.png").read_bytes().startswith(b"\x89PNG")
