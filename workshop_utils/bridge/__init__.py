@@ -80,10 +80,10 @@ def link(nemo2_dir: Path) -> Path:
 
 def _is_current(target: Path, source: Path, fingerprint: str) -> bool:
     """Whether ``target`` already is this view. Raises :class:`OutputExists` when something else stands there."""
-    if not os.path.lexists(target):
-        return False
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise OutputExists(f"{paths.shown(target)}: the view cannot lie inside the checkpoint or contain it. Choose another place.")
+    if not os.path.lexists(target):
+        return False
     marker = view.read_marker(target / MARKER)
     if marker is None:
         raise OutputExists(f"{paths.shown(target)} exists and is not a bridged view. It was left as it is. Choose another place.")

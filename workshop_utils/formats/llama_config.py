@@ -193,10 +193,9 @@ def _value(name: str, value: Any, default: Any, where: str) -> Any:
         sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
         if sound and wanted is int and name != "rotary_base":
             sound = value == int(value)
-            value = int(value)
     if not sound:
         raise DamagedCheckpoint(f"{where}: config.{name} is {value!r}, which is no {wanted.__name__}.")
-    return value
+    return int(value) if wanted is int and name != "rotary_base" else value
 
 
 def _number(text: str) -> float | str:

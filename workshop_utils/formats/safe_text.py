@@ -12,6 +12,9 @@ from workshop_utils.paths import shown
 MAX_BYTES = 32 * 1024**2
 """Larger texts are not read. A ``model.yaml`` has some 10 kB, the index of a large sharded model some 200 kB."""
 
+MAX_DEPTH = 100
+"""Deeper nesting is refused: libyaml's loader overflows the stack on it and takes Python with it."""
+
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -30,6 +33,7 @@ def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
     Raises :class:`UnsafeCheckpoint` for tags such as ``!!python/object`` and :class:`DamagedCheckpoint` for broken YAML.
     """
     try:
+        _check_events(text)
         value = yaml.load(text, Loader=_SafeLoader)
     except yaml.constructor.ConstructorError as error:
         if "python/" in str(error.problem):
@@ -41,6 +45,25 @@ def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         raise DamagedCheckpoint(f"{where} cannot be read as YAML: {str(error) or type(error).__name__}") from error
     return _mapping(value, where)
+
+
+def _check_events(text: bytes) -> None:
+    """Refuse, before anything is built, what makes a safe loader crash or run for hours on a small file."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
+            # Merge keys copy mappings, so that a few lines can double a mapping over and over.
+            if event.value == "<<":
+                raise ValueError("it has a merge key (<<), which no checkpoint needs")
+            # Base-60 numbers (1:2:3) take time that grows with the square of their length.
+            if len(event.value) > 1000 and event.value[0] in "+-.0123456789":
+                raise ValueError("it has a number of more than 1,000 digits")
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
