@@ -5,6 +5,7 @@ import json
 import pytest
 from export_samples import Shape, config_of, tensors_of, write_adapter
 from test_evaluate import LABELS, TEST, TRAIN
+from test_generate import one_thread  # noqa: F401  used by every test
 from tiny_model import SHAPE, make_tiny_model
 
 from workshop_utils.cli import main

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from test_generate import one_thread  # noqa: F401  used by every test
 from tiny_model import make_tiny_model
 
 from workshop_utils import evaluate, generate
