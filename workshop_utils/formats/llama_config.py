@@ -89,7 +89,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     f"{_PACKAGE}.llama.Llama32Config1B": {**_LLAMA_32, "num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32},
     f"{_PACKAGE}.llama.Llama32Config3B": {**_LLAMA_32, "num_layers": 28, "hidden_size": 3072, "num_attention_heads": 24},
     f"{_PACKAGE}.llama_nemotron.Llama31NemotronNano8BConfig": {**_LLAMA_31_8B, "kv_channels": 128},
-    f"{_PACKAGE}.llama_nemotron.Llama31Nemotron70BConfig": {**_LLAMA_31_70B, "kv_channels": 128},
+    f"{_PACKAGE}.llama_nemotron.Llama31Nemotron70BConfig": _LLAMA_31_70B,
 }
 """Configuration class, as ``_target_`` names it -> every field that is read here, with the default of that class."""
 
