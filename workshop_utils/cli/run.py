@@ -1,0 +1,48 @@
+"""``workshop run``: the whole series without a browser."""
+
+import argparse
+
+DESCRIPTION = """\
+Run the notebooks in order, without a browser, and end with a table: notebook, time, result. This is what `make workshop`
+does after it has made the environment.
+
+A notebook that fails is named with its first error and does not stop the others: each makes what it needs. The command
+then exits with 1. Executed copies go to runs/workshop/notebooks, the report to runs/workshop/report.json. What an earlier
+run made is used again.
+"""
+
+EXAMPLES = """\
+examples:
+  workshop run                          the whole series
+  workshop run --only 03 05             two of them
+  workshop run --only 03 --save-outputs store the outputs in notebooks/ as well, to commit them
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``run`` to the ``workshop`` command."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run all notebooks, or some, and report what they made",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of the notebooks to run")
+    parser.add_argument("--save-outputs", action="store_true", help="store the outputs of those that pass in notebooks/")
+    parser.add_argument("--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 if every notebook asked for passed, 1 if one failed, 130 after Ctrl-C."""
+    from workshop_utils import run_notebooks
+
+    if args.list:
+        print(*(file.stem for file in run_notebooks.find_notebooks(args.only)), sep="\n")
+        return 0
+    results = run_notebooks.run_notebooks(args.only, args.save_outputs)
+    print("\n" + run_notebooks.summary(results))
+    if run_notebooks.was_interrupted(results):
+        return 130
+    return 1 if any(row.result == "failed" for row in results) else 0

@@ -1,0 +1,178 @@
+"""Run one notebook without a browser, in a kernel of this interpreter, and say how it ended."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop_utils import paths
+from workshop_utils.device import quiet_environment
+from workshop_utils.errors import WorkshopError
+
+CELL_TIMEOUT = 1800
+"""Seconds a single cell may take. Training on a slow machine is the longest one."""
+
+PATIENCE = 20
+"""Seconds that an interrupted cell gets to stop what it started, before its kernel is killed."""
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """``result`` is passed, failed or interrupted; ``notebook`` holds the outputs of the cells that ran."""
+
+    notebook: dict
+    seconds: float
+    result: str
+    error: str | None = None
+
+
+def execute(
+    file: Path, on_cell: Callable[[int, int], None] = lambda number, total: None, timeout: int = CELL_TIMEOUT
+) -> Execution:
+    """Run the notebook ``file`` in its own folder. ``file`` itself is only read.
+
+    The kernel is always the one of the running interpreter, whatever kernels are installed for the user. Ctrl-C (or SIGTERM)
+    interrupts the cell that runs, so that it can stop its own processes; a second one kills the kernel.
+
+    Args:
+        on_cell: called before each code cell with its number (from 1) and the number of code cells.
+        timeout: seconds a cell may take.
+    """
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    notebook = _read(file)
+    client = _new_client(notebook, cwd=file.resolve().parent, on_cell=on_cell, timeout=timeout)
+    start = time.monotonic()
+    error = None
+    try:
+        client.execute(env=_environment())
+    except CellExecutionError as failure:
+        error = f"{client.place()}: {failure.ename}: {_plain(failure.evalue)}"
+    except CellTimeoutError:
+        error = f"{client.place()}: took longer than {timeout} s"
+    except DeadKernelError:
+        error = f"{client.place()}: the kernel died. Most often memory ran out: close other programs and run again"
+    except _Stopped:
+        pass
+    except RuntimeError as failure:
+        error = f"the kernel did not start: {failure}"
+    result = "interrupted" if client.stopped else "failed" if error else "passed"
+    if client.stopped:
+        error = f"interrupted at {client.place()}"
+    return Execution(notebook, time.monotonic() - start, result, error)
+
+
+def save(notebook: dict, target: Path) -> Path:
+    """Write ``notebook`` to ``target``, all or nothing, without what differs from run to run or cannot be shown again.
+
+    Dropped: widgets (their state lives in the kernel only), standard error (progress bars and warnings), the time of each
+    cell's execution, and the version of Python.
+    """
+    import nbformat
+
+    notebook["metadata"].pop("widgets", None)
+    notebook["metadata"]["language_info"] = {"name": "python"}
+    for cell in notebook["cells"]:
+        for volatile in ("execution", "ExecuteTime", "collapsed", "scrolled"):
+            cell["metadata"].pop(volatile, None)
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if not _volatile(output)]
+    return paths.write_text(target, nbformat.writes(notebook) + "\n")
+
+
+def _read(file: Path) -> dict:
+    import nbformat
+
+    try:
+        return nbformat.read(file, as_version=4)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise WorkshopError(
+            f"{paths.shown(file)} is not a notebook: {error}. Get it back with: git checkout {file.name}"
+        ) from None
+
+
+def _volatile(output: dict) -> bool:
+    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
+
+
+def _plain(text: str) -> str:
+    """First line of an error, without the colours that IPython gives it."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")[0]
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, without telemetry, and with the programs of this interpreter (torchrun) on PATH."""
+    environment = dict(os.environ)
+    quiet_environment(environment)
+    # What a notebook draws must not depend on the settings of whoever started the run.
+    environment.pop("MPLBACKEND", None)
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    return environment
+
+
+class _Stopped(Exception):
+    """Ctrl-C came between two cells."""
+
+
+def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], timeout: int):
+    """An nbclient that knows which cell it runs and that interrupts, rather than kills, on the first Ctrl-C."""
+    import asyncio
+
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+    from nbclient import NotebookClient
+
+    class OwnKernel(AsyncKernelManager):
+        def __init__(self, **kwargs):
+            # Without folders to search, "python3" can only be the interpreter that runs this.
+            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport_encryption="auto", **kwargs)
+
+    class Client(NotebookClient):
+        stopped = False
+        number = 0
+
+        def place(self) -> str:
+            return f"cell [{self.number}]" if self.number else "its start"
+
+        def cell_starts(self, cell: dict, cell_index: int) -> None:
+            if self.stopped:
+                raise _Stopped
+            code = [index for index, one in enumerate(notebook["cells"]) if one["cell_type"] == "code"]
+            self.number = code.index(cell_index) + 1
+            on_cell(self.number, len(code))
+
+        async def async_start_new_kernel(self, **kwargs) -> None:
+            # nbclient has just set its own handlers, which kill the kernel and leave what it started behind.
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.stop, loop)
+            await super().async_start_new_kernel(**kwargs)
+
+        def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+            if not self.km.has_kernel:
+                pass
+            elif self.stopped:
+                self.ending = loop.create_task(self.km.shutdown_kernel(now=True))
+            else:
+                self.ending = loop.create_task(self.km.interrupt_kernel())
+                loop.call_later(PATIENCE, lambda: self.km.has_kernel and self.stop(loop))
+            self.stopped = True
+
+    client = Client(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        kernel_manager_class=OwnKernel,
+        resources={"metadata": {"path": str(cwd)}},
+        record_timing=False,
+        coalesce_streams=True,
+        skip_cells_with_tag="skip-execution",
+    )
+    client.on_cell_start = client.cell_starts
+    return client
