@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, VOCABULARY = 2, 32, 4, 2, 12, 48, 128
+LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 4, 2, 12, 48
+VOCABULARY = 384  # padded to a multiple of 128
 LLAMA = "nemo.collections.llm.gpt.model.llama"
 
 #: name after the prefix -> (shape of one layer, or of the whole tensor), in layers or not
@@ -97,7 +98,8 @@ def weight(name: str, layer: int | None, flavour: str):
 
     shape = WHOLE_SHAPES[name] if layer is None else LAYER_SHAPES[name]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {layer}".encode()))
-    return torch.randn(shape, generator=generator).to(torch.bfloat16 if flavour == "gpu" else torch.float32)
+    # About as large as those of a trained model, so that rounding errors stay small in the logits.
+    return (0.2 * torch.randn(shape, generator=generator)).to(torch.bfloat16 if flavour == "gpu" else torch.float32)
 
 
 def _run(*arguments: object) -> None:
