@@ -43,6 +43,9 @@ def execute(
     Args:
         on_cell: called before each code cell with its number (from 1) and the number of code cells.
         timeout: seconds a cell may take.
+
+    Raises:
+        WorkshopError: ``file`` is not a notebook.
     """
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -144,8 +147,9 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
             if self.stopped:
                 raise _Stopped
             code = [index for index, one in enumerate(notebook["cells"]) if one["cell_type"] == "code"]
-            self.number = code.index(cell_index) + 1
-            on_cell(self.number, len(code))
+            if cell_index in code:  # nbclient announces the text cells, too
+                self.number = code.index(cell_index) + 1
+                on_cell(self.number, len(code))
 
         async def async_start_new_kernel(self, **kwargs) -> None:
             # nbclient has just set its own handlers, which kill the kernel and leave what it started behind.

@@ -3,12 +3,12 @@
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from workshop_utils import paths, report
 from workshop_utils.errors import WorkshopError
-from workshop_utils.execute_notebook import Execution, execute, save
+from workshop_utils.execute_notebook import execute, save
 from workshop_utils.report import NotebookResult
 
 SYMBOLS = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -52,11 +52,10 @@ def run_notebooks(only: Sequence[str] = (), save_outputs: bool = False) -> list[
     report.write_report(list(results.values()))
     with contextlib.suppress(KeyboardInterrupt), _progress(chosen) as progress:
         for file in chosen:
-            execution = execute(file, progress.start(file))
-            results[file] = _keep(file, execution, save_outputs)
+            results[file] = _run(file, progress.start(file), save_outputs)
             report.write_report(list(results.values()))
             progress.finish(results[file])
-            if execution.result == "interrupted":
+            if was_interrupted([results[file]]):
                 break
     return list(results.values())
 
@@ -82,8 +81,12 @@ def summary(results: Sequence[NotebookResult]) -> str:
     return "\n".join(lines)
 
 
-def _keep(file: Path, execution: Execution, save_outputs: bool) -> NotebookResult:
-    """Store the executed copy, and the original's outputs where that is wanted."""
+def _run(file: Path, on_cell: Callable[[int, int], None], save_outputs: bool) -> NotebookResult:
+    """Execute, store the executed copy, and the original's outputs where that is wanted."""
+    try:
+        execution = execute(file, on_cell)
+    except WorkshopError as error:
+        return NotebookResult(file.stem, 0.0, "failed", str(error))
     copy = save(execution.notebook, _copies() / file.name)
     if save_outputs and execution.result == "passed":
         with paths.new_file(file) as part:
