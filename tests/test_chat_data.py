@@ -91,3 +91,8 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer_dir, tmp_path):
         ChatTokenizer(tmp_path)
     with pytest.raises(DataError, match="has no tokenizer_config.json"):
         ChatTokenizer(tmp_path / "elsewhere")
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"input": "a\u2028b", "output": "c"}\n')
+    assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][0]["content"] == "a\u2028b"

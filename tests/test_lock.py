@@ -81,7 +81,9 @@ def test_the_installed_version_is_the_pinned_one(name):
     assert metadata.version(name).split("+")[0] == PINS[name]
 
 
-@pytest.mark.parametrize("line", ["numpy>=1", "numpy", "-r other.txt", "--index-url https://example.com", "a==1; python_version<'3'"])
+@pytest.mark.parametrize(
+    "line", ["numpy>=1", "numpy", "-r other.txt", "--index-url https://example.com", "a==1; python_version<'3'"]
+)
 def test_a_line_that_is_no_pin_is_named(tmp_path, line):
     (tmp_path / "lock.txt").write_text(f"# fine\na-b==1\n{line}\n")
     with pytest.raises(WorkshopError, match=r"lock\.txt, line 3"):

@@ -2,11 +2,14 @@
 
 import argparse
 import importlib
+import os
 import pkgutil
 import sys
+import warnings
 from collections.abc import Sequence
 
 from workshop_utils import __version__
+from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
 
 DESCRIPTION = """\
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "takes_overrides", False):
         build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
     args.rest = rest
+    quiet_environment(os.environ)
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         return args.run(args)
     except WorkshopError as error:
