@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +44,9 @@ class Workshop:
         if self.model.format == "nemo2":
             models.fetch(self.model.name)
         elif not target.exists():
-            # In a process of its own: NeMo's importer leaves a parallel state behind that a kernel cannot get rid of.
+            # In a process of its own: Lightning refuses to build NeMo's trainer in a notebook's kernel.
             _workshop("import", str(self.hf_model()), "--out", str(target))
         return record_artifact("nemo2_checkpoint", target)
-
-    def make_once(self, artifact: str, target: Path, make: Callable[[Path], object]) -> Path:
-        """``target``, made by ``make(temporary directory)`` if it is not there; recorded as ``artifact``."""
-        if not target.exists():
-            with paths.new_directory(target) as part:
-                make(part)
-        return record_artifact(artifact, target)
 
     def bridged_checkpoint(self) -> Path:
         """The view of the NeMo 2.0 checkpoint that the script path loads."""
