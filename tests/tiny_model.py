@@ -7,7 +7,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 
 
 def make_tiny_model(directory: Path, vocab_size: int = 384, **changes) -> Path:
@@ -28,9 +28,9 @@ def make_tiny_model(directory: Path, vocab_size: int = 384, **changes) -> Path:
     )  # fmt: skip
     fast.save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | dict(vocab_size=vocab_size, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
-                                        tie_word_embeddings=True, torch_dtype="float32", bos_token_id=1, eos_token_id=2,
-                                        pad_token_id=0) | changes)  # fmt: skip
+    config = LlamaConfig(**SHAPE | {"vocab_size": vocab_size, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+                                        "tie_word_embeddings": True, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2,
+                                        "pad_token_id": 0} | changes)  # fmt: skip
     model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = 0
     model.save_pretrained(directory)
