@@ -17,8 +17,8 @@ from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 
 RECIPE = {
-    "trainer.max_steps": 60,
-    "trainer.val_check_interval": 20,
+    "trainer.max_steps": 51,
+    "trainer.val_check_interval": 17,
     "trainer.limit_val_batches": 6,
     "model.global_batch_size": 8,
     "model.micro_batch_size": 8,
