@@ -76,4 +76,6 @@ echo "installing $(grep -c == requirements.txt) pinned packages; the first time 
 .venv/bin/python -m pip install --quiet --progress-bar on --requirement requirements.txt ||
     stop "pip could not install the packages; its message stands above. Run the command again to go on where it stopped."
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+# JupyterLab would ask whether it may fetch news, and look for updates.
+.venv/bin/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1
 wanted >"$stamp"

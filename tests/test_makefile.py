@@ -16,7 +16,7 @@ PYTHON = """\
 case "$*" in
     *version_info*) echo "${VERSION:-3.11}" ;;
     *ensurepip*) [ -z "${NO_VENV:-}" ] ;;
-    "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/jupyter ;;
     "-m pip install"*) echo "$*" >>pip.log; [ ! -e no-network ] ;;
 esac
 """
@@ -149,6 +149,35 @@ def test_too_little_disk_gets_a_sentence(clone):
 
 def test_a_limit_that_is_no_number_gets_a_sentence(clone):
     fails_with(make_environment(clone, MIN_DISK_GB="8G"), "MIN_DISK_GB is '8G'")
+
+
+def find_chromium(clone: Path) -> subprocess.CompletedProcess:
+    command = [str(clone / "bin" / "bash"), str(clone / "scripts" / "chromium.sh")]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env={"PATH": str(clone / "bin")})
+
+
+def test_chromium_is_used_where_it_is(clone):
+    for name in ("chromium", "chromedriver"):
+        program(clone, name, "#!/bin/bash\n")
+    assert find_chromium(clone).returncode == 0
+
+
+def test_chromium_is_not_installed_without_leave(clone):
+    program(clone, "id", "#!/bin/bash\necho 1000\n")
+    program(clone, "sudo", "#!/bin/bash\nexit 1\n")
+    program(clone, "apt-get", "#!/bin/bash\ntouch called\n")
+    fails_with(find_chromium(clone), "apt install chromium chromium-driver")
+    assert not Path("called").exists()
+
+
+def test_chromium_is_installed_with_leave(clone):
+    program(clone, "id", "#!/bin/bash\necho 0\n")
+    install = (
+        f"""case "$*" in *install*) for one in chromium chromedriver; do cp "$0" {str(clone / "bin")!r}/$one; done ;; esac"""
+    )
+    program(clone, "apt-get", f"#!/bin/bash\n{install}\n")
+    done = find_chromium(clone)
+    assert done.returncode == 0, done.stderr
 
 
 def make(*arguments: str, cwd: Path = ROOT) -> str:

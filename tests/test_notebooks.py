@@ -1,5 +1,6 @@
 """Rules that every notebook keeps: its outputs are there and compared, and its page is in order."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_one_title_and_no_level_left_out(file):
     levels = [len(hashes) for hashes in re.findall(r"^(#{1,6}) ", without_code, re.MULTILINE)]
     assert levels.count(1) == 1
     assert levels[0] == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False)), levels
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), levels
 
 
 @every_notebook
