@@ -40,6 +40,7 @@ def test_the_base_alone_is_enough(root, base):
     assert plan.adapter == plan.run_dir / "checkpoints" / "tiny-lora.nemo"
     assert plan.overrides["trainer.accelerator"] == "cpu"
     assert plan.command[1:4] == ["-m", "torch.distributed.run", "--standalone"]
+    assert str(plan).startswith("torchrun") and str(root) not in str(plan)
 
 
 def test_the_user_wins_over_recipe_and_machine(root, base):

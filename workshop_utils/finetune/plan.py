@@ -86,8 +86,9 @@ class Plan:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        shown = [paths.shown(part) if os.path.isabs(part) else part for part in self.command]
-        return " \\\n  ".join([" ".join(shlex.quote(part) for part in shown[:4]), *map(shlex.quote, shown[4:])])
+        """The command as one would type it in the repository's root; ``torchrun`` is ``python -m torch.distributed.run``."""
+        typed = [part.replace(f"{paths.root()}/", "") for part in self.command[3:]]
+        return " \\\n  ".join(["torchrun", *map(shlex.quote, typed)])
 
 
 def make_plan(
