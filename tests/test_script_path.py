@@ -31,7 +31,7 @@ def workshop(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 def tiny(tmp_path_factory):
     """A random Llama 3.1 (scaled rope, grouped queries) imported by NeMo and bridged."""
     folder = tmp_path_factory.mktemp("chain")
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     make_tiny_model(folder / "hf" / "tiny", rope_scaling=scaling)
     done = workshop("import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny"))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -72,12 +72,12 @@ def test_bridged_logits_equal_hugging_face(tiny):
 
 
 def logits(tiny: Path, adapter: Path | None = None, peft: Path | None = None):
-    """(transformers, NeMo) logits ``[1, 100, vocabulary]``; past 64 positions, so that the rope scaling matters."""
+    """(transformers, NeMo) logits ``[1, 300, vocabulary]``: long enough for the rope scaling to matter."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    tokens = np.random.default_rng(0).integers(3, 250, size=(1, 100))
+    tokens = np.random.default_rng(0).integers(3, 250, size=(1, 300))
     nemo = nemo_logits(tiny / "bridged" / "tiny", adapter, tokens)
     model = AutoModelForCausalLM.from_pretrained(tiny / "hf" / "tiny", torch_dtype=torch.float32)
     if peft:

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 from workshop_utils import nemo_cpu, paths
-from workshop_utils.errors import NotACheckpoint
+from workshop_utils.errors import NotACheckpoint, UnsupportedCheckpoint
+
+LLAMA31_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Values of Llama 3.1's scaled rope that NeMo 2.4.1's HFLlamaImporter takes for granted (class Llama31Config)."""
 
 
 def import_checkpoint(hf_model: Path, target: Path) -> Path:
@@ -15,6 +18,7 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
 
     Raises:
         NotACheckpoint: ``hf_model`` is no Hugging Face model of the Llama family.
+        UnsupportedCheckpoint: its rope scaling is one that NeMo's importer would change.
     """
     hf_model, target = Path(hf_model).resolve(), Path(target)
     _check_family(hf_model)
@@ -49,6 +53,15 @@ def _check_family(hf_model: Path) -> None:
     file = hf_model / "config.json"
     if not file.is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
-    family = json.loads(file.read_text()).get("model_type")
-    if family != "llama":
-        raise NotACheckpoint(f"{paths.shown(file)}: model_type is {family!r}; this workshop converts the Llama family ('llama').")
+    config = json.loads(file.read_text())
+    if config.get("model_type") != "llama":
+        raise NotACheckpoint(
+            f"{paths.shown(file)}: model_type is {config.get('model_type')!r}; this workshop converts the Llama family ('llama')."
+        )
+    scaling = config.get("rope_scaling") or {}
+    for field, value in LLAMA31_ROPE.items():
+        if scaling.get(field, value) != value:
+            raise UnsupportedCheckpoint(
+                f"{paths.shown(file)}: rope_scaling.{field} is {scaling[field]}. NeMo's importer keeps only the factor and takes {value}, "
+                "as Llama 3.1 and 3.2 have it: the converted model would compute something else."
+            )
