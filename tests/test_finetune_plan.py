@@ -73,7 +73,7 @@ def test_processes_share_the_cores_and_inherit_the_patches(root, base, monkeypat
     assert "--nproc_per_node=64" in plan.command
 
 
-def test_nemo_path_runs_the_clones_script(root, tmp_path, monkeypatch):
+def test_nemo_path_runs_the_clones_script(root, base, tmp_path, monkeypatch):
     assert script_path() == SCRIPT
     monkeypatch.setenv("NEMO_PATH", str(tmp_path))
     with pytest.raises(WorkshopError, match="NEMO_PATH is .* does not exist"):
@@ -82,6 +82,8 @@ def test_nemo_path_runs_the_clones_script(root, tmp_path, monkeypatch):
     script.parent.mkdir(parents=True)
     script.touch()
     assert script_path() == script
+    command = make_plan([f"model.restore_from_path={base}", "trainer.max_steps=3"]).command
+    assert "trainer.max_steps=3" in command and "++trainer.limit_val_batches=6" in command, "its defaults may lack our keys"
 
 
 @pytest.mark.parametrize("overrides, error, said", [

@@ -119,8 +119,11 @@ def make_plan(
     settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     settings |= given | {"model.restore_from_path": str(base)}
     settings = {key: str(value) for key, value in settings.items()}
+    script = script_path()
+    # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
+    marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
     return Plan(
-        torchrun(script_path(), [f"{key}={value}" for key, value in settings.items()], nproc_per_node),
+        torchrun(script, [f"{marks[key]}{key}={value}" for key, value in settings.items()], nproc_per_node),
         training_environment(run_dir, nproc_per_node), settings, run_dir, device, rendered,
     )  # fmt: skip
 
