@@ -269,8 +269,8 @@ def test_a_sharded_hugging_face_model(hf_model):
     model.save_pretrained(path.parent / "parts", max_shard_size="10KB")
     found = identify(path.parent / "parts")
     assert found.parameters == model.num_parameters()
-    assert len({tensor.file for tensor in found.tensors}) > 1
-    part = path.parent / "parts" / found.tensors[0].file
+    assert len({tensor.files[0] for tensor in found.tensors}) > 1
+    part = path.parent / "parts" / found.tensors[0].files[0]
     part.unlink()
     with pytest.raises(DamagedCheckpoint, match=f"{part.name} is missing"):
         identify(path.parent / "parts")

@@ -11,21 +11,29 @@ class WorkshopError(Exception):
     exit_code = 1
 
 
-class NotACheckpoint(WorkshopError):
+class CheckpointError(WorkshopError):
+    """Something is wrong with a checkpoint. ``tensor`` names what is affected, where it is one tensor."""
+
+    def __init__(self, message: str, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+class NotACheckpoint(CheckpointError):
     """The path holds no checkpoint that this workshop knows."""
 
     exit_code = 2
 
 
-class UnsafeCheckpoint(WorkshopError):
+class UnsafeCheckpoint(CheckpointError):
     """The file would run code or write outside its directory if it were loaded. Nothing of it was executed."""
 
 
-class DamagedCheckpoint(WorkshopError):
+class DamagedCheckpoint(CheckpointError):
     """A checkpoint with a missing, truncated or contradictory part."""
 
 
-class UnsupportedCheckpoint(WorkshopError):
+class UnsupportedCheckpoint(CheckpointError):
     """A sound checkpoint of a kind that this command cannot take. The message names the field and what can take it."""
 
 

@@ -116,7 +116,7 @@ def plot_confusion(scores: Scores, field: str) -> Figure:
 
 def plot_shards(checkpoint: Nemo2Checkpoint) -> Figure:
     """Megabytes of every layer in each weights file of ``checkpoint``, stacked."""
-    from workshop_utils.formats.restricted_pickle import DTYPE_BYTES
+    from workshop_utils.formats.tensor import DTYPE_BYTES
 
     sizes: dict[str, dict[int, float]] = {file: {} for file in sorted(checkpoint.files) if file.endswith(".distcp")}
     for name, tensor in checkpoint.model_tensors().items():

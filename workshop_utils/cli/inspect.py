@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tensors:
         print()
         for tensor in found.tensors:
-            print(f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes  {tensor.file}")
+            print(f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes  {', '.join(tensor.files)}")
     return 0
 
 
@@ -95,7 +95,8 @@ def as_dict(found: "Checkpoint", tensors: bool = False) -> dict[str, Any]:
     """The description as plain values; the tensors only on request."""
     import dataclasses
 
-    result = {name: value for name, value in vars(found).items() if name not in ("tensors", "nbytes")} | {
+    result = {name: value for name, value in vars(found).items() if name not in ("tensors", "nbytes", "kind", "detail")} | {
+        "format": found.format,
         "path": shown(found.path),
         "parameters": found.parameters,
         "dtype": found.dtype,
@@ -104,5 +105,5 @@ def as_dict(found: "Checkpoint", tensors: bool = False) -> dict[str, Any]:
     for name in ("architecture", "adapter"):
         result[name] = dataclasses.asdict(result[name]) if result[name] else None
     if tensors:
-        result["tensors"] = [dataclasses.asdict(tensor) | {"bytes": tensor.nbytes} for tensor in found.tensors]
+        result["tensors"] = [{"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype, "file": ", ".join(tensor.files)} | {"bytes": tensor.nbytes} for tensor in found.tensors]
     return result

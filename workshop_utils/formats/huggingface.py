@@ -14,9 +14,9 @@ from typing import Any
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
 from workshop_utils.formats import safe_text, torch_archive
 from workshop_utils.formats.architecture import Architecture, number, size
-from workshop_utils.formats.restricted_pickle import DTYPE_BYTES
 from workshop_utils.formats.safe_text import read_json
-from workshop_utils.formats.summary import Adapter, TensorInfo
+from workshop_utils.formats.summary import Adapter
+from workshop_utils.formats.tensor import DTYPE_BYTES, Tensor, whole
 from workshop_utils.paths import shown
 
 _DTYPES = {
@@ -25,7 +25,7 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read_safetensors(path: Path) -> list[TensorInfo]:
+def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of one safetensors file, from its header. Raises :class:`DamagedCheckpoint` when they do not fit the file."""
     length = path.stat().st_size
     with path.open("rb") as file:
@@ -35,17 +35,17 @@ def read_safetensors(path: Path) -> list[TensorInfo]:
             raise DamagedCheckpoint(f"{shown(path)} is no safetensors file, or it is cut off.")
         header = safe_text.parse_json(file.read(header_length), f"{shown(path)} (header)")
     header.pop("__metadata__", None)
-    return [_tensor(path, name, entry, length - 8 - header_length) for name, entry in header.items()]
+    return [_tensor(path, name, entry, 8 + header_length, length - 8 - header_length) for name, entry in header.items()]
 
 
-def _tensor(path: Path, name: str, entry: Any, available: int) -> TensorInfo:
+def _tensor(path: Path, name: str, entry: Any, data_start: int, available: int) -> Tensor:
     if not isinstance(entry, dict):
         raise DamagedCheckpoint(f"{shown(path)}: {name} has no description.")
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), _DTYPES.get(str(entry.get("dtype")))
     sound = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not sound or not all(type(item) is int and 0 <= item < 2**63 for item in shape + offsets):
         raise DamagedCheckpoint(f"{shown(path)}: {name} has no sound shape and byte range.")
-    tensor = TensorInfo(name, tuple(shape), dtype or str(entry.get("dtype")), path.name)
+    tensor = whole(name, tuple(shape), dtype or str(entry.get("dtype")), path.name, data_start + offsets[0], offsets[1] - offsets[0])
     if offsets[1] > available:
         raise DamagedCheckpoint(f"{shown(path)} is cut off: {name} ends at byte {offsets[1]:,} of {available:,}. Copy it again.")
     if tensor.dtype in DTYPE_BYTES and tensor.nbytes != offsets[1] - offsets[0]:
@@ -60,10 +60,10 @@ def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_mod
     :class:`DamagedCheckpoint` when there is none or an indexed one is missing, :class:`UnsafeCheckpoint` for an indexed name that
     leaves the directory.
     """
-    for whole in (f"{stem}.safetensors", f"{torch_stem}.bin"):
-        if (path / whole).is_file():
-            return [path / whole]
-        index = path / f"{whole}.index.json"
+    for single in (f"{stem}.safetensors", f"{torch_stem}.bin"):
+        if (path / single).is_file():
+            return [path / single]
+        index = path / f"{single}.index.json"
         if index.is_file():
             return _indexed(path, index)
     raise DamagedCheckpoint(f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an index of parts.")
@@ -82,16 +82,16 @@ def _indexed(path: Path, index: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def read_tensors(files: list[Path]) -> list[TensorInfo]:
+def read_tensors(files: list[Path]) -> list[Tensor]:
     """The tensors of weight files as :func:`weight_files` finds them."""
-    found: list[TensorInfo] = []
+    found: list[Tensor] = []
     for path in files:
         if path.suffix == ".safetensors":
             found += read_safetensors(path)
             continue
         with path.open("rb") as file:
             saved = torch_archive.read_tensors(file, shown(path))
-        found += [TensorInfo(name, tensor.shape, tensor.dtype, path.name) for name, tensor in saved.items()]
+        found += [whole(name, tensor.shape, tensor.dtype, path.name, 0, 0) for name, tensor in saved.items()]
     return found
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import huggingface, llama_config, nemo1_config, nemo2, nemo_archive, torch_archive, torch_dist
 from workshop_utils.formats.safe_text import read_json, read_yaml
-from workshop_utils.formats.summary import Adapter, Checkpoint, TensorInfo
+from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
+from workshop_utils.formats.tensor import Tensor, whole
 from workshop_utils.paths import shown
 
 
@@ -74,13 +75,13 @@ def _nemo2(path: Path) -> Checkpoint:
     if optimizer:
         notes.append(f"{optimizer} tensors of optimizer state beside the weights")
     if found.is_adapter:
-        kind, adapter = "NeMo 2.0 adapter directory", _nemo2_adapter(found)
+        kind, adapter = Kind.NEMO2_ADAPTER, _nemo2_adapter(found)
         loads_in = (
             "NeMo 2.0, on top of its base: llm.generate(path=...), peft.merge_lora(lora_checkpoint_path=...)",
             'PEFT and vLLM, after peft.export_lora or llm.export_ckpt(path=..., target="hf-peft")',
         )
     else:
-        kind, adapter = "NeMo 2.0 directory", None
+        kind, adapter = Kind.NEMO2, None
         loads_in = (
             "NeMo 2.0: nemo.collections.llm (finetune, generate, export_ckpt)",
             f"the script path, after: workshop bridge {shown(path)}",
@@ -88,21 +89,15 @@ def _nemo2(path: Path) -> Checkpoint:
         )
     return Checkpoint(
         path=path,
-        format=f"{kind} ({found.backend['sharded_backend']})",
+        kind=kind,
+        detail=found.backend["sharded_backend"],
         architecture=architecture,
         nbytes=found.nbytes,
-        tensors=_from_index(tensors),
+        tensors=tuple(tensors.values()),
         tokenizer=_nemo2_tokenizer(found.model.get("tokenizer")),
         adapter=adapter,
         loads_in=loads_in,
         notes=tuple(notes),
-    )
-
-
-def _from_index(tensors: Mapping[str, torch_dist.Tensor]) -> tuple[TensorInfo, ...]:
-    return tuple(
-        TensorInfo(tensor.name, tensor.shape, tensor.dtype, ", ".join(sorted({chunk.file for chunk in tensor.chunks})))
-        for tensor in tensors.values()
     )
 
 
@@ -141,13 +136,14 @@ def _nemo1_directory(path: Path) -> Checkpoint:
     bridged = (path / "bridge.json").is_file()
     if not weights.is_dir():
         raise DamagedCheckpoint(f"{shown(weights)} is missing.")
-    tensors = _from_index(torch_dist.read_directory(weights).tensors)
+    tensors = tuple(torch_dist.read_directory(weights).tensors.values())
     notes = ()
     if bridged:
         notes = (f"a view of the NeMo 2.0 checkpoint {shown(path / str(read_json(path / 'bridge.json').get('view_of')))}",)
     return Checkpoint(
         path=path,
-        format="bridged view of a NeMo 2.0 directory" if bridged else "NeMo 1 directory",
+        kind=Kind.BRIDGED_VIEW if bridged else Kind.NEMO1_DIRECTORY,
+        detail=None,
         architecture=nemo1_config.architecture(config),
         nbytes=sum(torch_dist.file_sizes(weights).values()),
         tensors=tensors,
@@ -180,7 +176,8 @@ def _archive(path: Path) -> Checkpoint:
         loads_in = (f"the script path: workshop finetune model.restore_from_path={shown(path)}",)
     return Checkpoint(
         path=path,
-        format="NeMo 1 archive (.nemo), LoRA adapter" if adapter else "NeMo 1 archive (.nemo)",
+        kind=Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE,
+        detail=None,
         architecture=nemo1_config.architecture(config),
         nbytes=sum(member.size for member in members),
         tensors=tensors,
@@ -191,17 +188,17 @@ def _archive(path: Path) -> Checkpoint:
     )
 
 
-def _archive_tensors(path: Path, members: list[nemo_archive.Member]) -> tuple[tuple[TensorInfo, ...], tuple[str, ...]]:
+def _archive_tensors(path: Path, members: list[nemo_archive.Member]) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
     """The tensors in the archive, with a note where they cannot be listed."""
     sizes = {member.name: member.size for member in members}
     if nemo_archive.WEIGHTS in sizes:
         with nemo_archive.open_member(path, nemo_archive.WEIGHTS) as file:
             saved = torch_archive.read_tensors(file, f"{shown(path)}:{nemo_archive.WEIGHTS}")
-        return tuple(TensorInfo(name, found.shape, found.dtype, nemo_archive.WEIGHTS) for name, found in saved.items()), ()
+        return tuple(whole(name, found.shape, found.dtype, nemo_archive.WEIGHTS, 0, 0) for name, found in saved.items()), ()
     if f"model_weights/{torch_dist.INDEX}" in sizes:
         files = {name.partition("/")[2]: size for name, size in sizes.items() if name.startswith("model_weights/")}
         index = nemo_archive.read_member(path, f"model_weights/{torch_dist.INDEX}")
-        return _from_index(torch_dist.read_index(index, f"{shown(path)}:model_weights", files).tensors), ()
+        return tuple(torch_dist.read_index(index, f"{shown(path)}:model_weights", files).tensors.values()), ()
     parts = sorted({name.partition("/")[0] for name in sizes if re.match(r"(mp_rank|tp_rank)_\d+", name)})
     if parts:
         return (), (f"written by {len(parts)} model-parallel ranks whose parts are not merged; no reader of adapters takes that",)
@@ -214,7 +211,8 @@ def _huggingface(path: Path) -> Checkpoint:
     name = path.resolve().name
     return Checkpoint(
         path=path,
-        format=f"Hugging Face model directory ({config.get('model_type')})",
+        kind=Kind.HUGGINGFACE,
+        detail=str(config.get("model_type")),
         architecture=huggingface.architecture(config),
         nbytes=sum(file.stat().st_size for file in files),
         tensors=tuple(huggingface.read_tensors(files)),
@@ -240,7 +238,8 @@ def _peft(path: Path) -> Checkpoint:
     files = huggingface.weight_files(path, "adapter_model", "adapter_model")
     return Checkpoint(
         path=path,
-        format=f"Hugging Face PEFT adapter directory ({config.get('peft_type')})",
+        kind=Kind.PEFT,
+        detail=str(config.get("peft_type")),
         architecture=None,
         nbytes=sum(file.stat().st_size for file in files),
         tensors=tuple(huggingface.read_tensors(files)),

@@ -18,7 +18,8 @@ from typing import Any
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import torch_dist
 from workshop_utils.formats.safe_text import read_json, read_yaml
-from workshop_utils.formats.torch_dist import StoredObject, Tensor
+from workshop_utils.formats.tensor import Tensor
+from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.formats.tensor import DTYPE_BYTES
 from workshop_utils.paths import shown
 
 MAX_BYTES = 256 * 1024**2
@@ -124,12 +125,6 @@ class _Layout(metaclass=Sealed):
     def __new__(cls, name: Any) -> Any:
         return name
 
-
-DTYPE_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
-}  # fmt: skip
-"""Bytes of one element of each dtype that a checkpoint may hold."""
 
 _DCP = "torch.distributed.checkpoint"
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"

@@ -1,32 +1,28 @@
 """What a checkpoint of any format comes down to."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from workshop_utils.formats.architecture import Architecture
-from workshop_utils.formats.restricted_pickle import DTYPE_BYTES
+from workshop_utils.formats.tensor import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor: ``dtype`` by name, ``nbytes`` of its elements, and the file (or files) that hold it."""
+class Kind(StrEnum):
+    """The formats that are told apart."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the elements; 0 where the dtype is not known."""
-        return self.elements * DTYPE_BYTES.get(self.dtype, 0)
+    NEMO2 = "NeMo 2.0 directory"
+    NEMO2_ADAPTER = "NeMo 2.0 adapter directory"
+    NEMO1_ARCHIVE = "NeMo 1 archive (.nemo)"
+    NEMO1_ARCHIVE_ADAPTER = "NeMo 1 archive (.nemo), LoRA adapter"
+    NEMO1_DIRECTORY = "NeMo 1 directory"
+    BRIDGED_VIEW = "bridged view of a NeMo 2.0 directory"
+    LIGHTNING = "Lightning checkpoint (.ckpt)"
+    MEGATRON = "Megatron checkpoint (iter_*)"
+    HUGGINGFACE = "Hugging Face model directory"
+    PEFT = "Hugging Face PEFT adapter directory"
+    GGUF = "GGUF file"
 
 
 @dataclass(frozen=True)
@@ -44,18 +40,25 @@ class Adapter:
 class Checkpoint:
     """The answer of :func:`workshop_utils.formats.identify.identify`. What could not be told is None.
 
-    ``nbytes`` are the files of the weights, ``loads_in`` what can load it, with the command or call, ``notes`` what to know.
+    ``detail`` is the backend, version or family inside the ``kind``. ``nbytes`` are the files of the weights, ``loads_in`` what can
+    load it, with the command or call, ``notes`` what to know.
     """
 
     path: Path
-    format: str
+    kind: Kind
+    detail: str | None
     architecture: Architecture | None
     nbytes: int
-    tensors: tuple[TensorInfo, ...]
+    tensors: tuple[Tensor, ...]
     tokenizer: str | None
     adapter: Adapter | None
     loads_in: tuple[str, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def format(self) -> str:
+        """Kind and detail, for people."""
+        return f"{self.kind.value} ({self.detail})" if self.detail else self.kind.value
 
     @property
     def parameters(self) -> int | None:
@@ -68,7 +71,7 @@ class Checkpoint:
         return ", ".join(dtypes(self.tensors)) or None
 
 
-def dtypes(tensors: Iterable[TensorInfo]) -> list[str]:
+def dtypes(tensors: Iterable[Tensor]) -> list[str]:
     """The different dtypes of ``tensors``, the one with most elements first."""
     elements: dict[str, int] = {}
     for tensor in tensors:

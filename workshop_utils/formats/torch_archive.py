@@ -12,7 +12,8 @@ from typing import IO, Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import restricted_pickle
-from workshop_utils.formats.restricted_pickle import DTYPE_BYTES, Ignored, Sealed
+from workshop_utils.formats.restricted_pickle import Ignored, Sealed
+from workshop_utils.formats.tensor import DTYPE_BYTES
 
 MAX_PICKLE = 64 * 1024**2
 

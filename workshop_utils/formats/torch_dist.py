@@ -4,51 +4,18 @@
 ``weights/``, NeMo 1 in ``model_weights/``.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import restricted_pickle
+from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.paths import shown
 
 INDEX = ".metadata"
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One stored piece of a tensor: where it begins in the tensor, its shape, and its bytes ``[start, start + length)`` of a file.
-
-    The byte range holds a small ``torch.save`` archive, so ``length`` is more than the bytes of its elements.
-    """
-
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of the checkpoint; ``dtype`` is a name such as ``bfloat16``."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: tuple[Chunk, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the elements alone."""
-        return self.elements * restricted_pickle.DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +36,12 @@ class Index:
     objects: dict[str, StoredObject]
 
 
-def read_directory(weights: Path) -> Index:
+def read_directory(weights: Path, report: Report = stop) -> Index:
     """The index of the directory ``weights``; errors as :func:`read_index`, also for a missing or too large file."""
     path = weights / INDEX
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
-    return read_index(restricted_pickle.read_bytes(path), shown(weights), file_sizes(weights))
+    return read_index(restricted_pickle.read_bytes(path), shown(weights), file_sizes(weights), report)
 
 
 def file_sizes(weights: Path) -> dict[str, int]:
@@ -82,40 +49,52 @@ def file_sizes(weights: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(weights.iterdir()) if file.is_file()}
 
 
-def read_index(data: bytes, where: str, files: Mapping[str, int]) -> Index:
+def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report = stop) -> Index:
     """The entries that the pickle ``data`` lists. ``where`` names the directory in errors, ``files`` are its files and sizes.
 
     Each entry's byte range is checked to lie inside a file that is there. Raises :class:`UnsafeCheckpoint` (the pickle would run
-    code, or a range leaves the directory), :class:`DamagedCheckpoint` and :class:`UnsupportedCheckpoint` (compressed entries).
+    code) and :class:`DamagedCheckpoint` when the index as a whole cannot be read. A fault of one entry goes to ``report`` and the
+    entry is left out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint (compressed).
     """
     index = restricted_pickle.load_index(data, f"{where}/{INDEX}")
     entries, stored = index.get("state_dict_metadata"), index.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise DamagedCheckpoint(f"{where}/{INDEX} has no list of tensors or no list of their places.")
-    places = _places(stored, where, files)
+    places = _places(stored, where, files, report)
     tensors, objects = {}, {}
     for name, entry in entries.items():
-        if isinstance(name, str) and isinstance(entry, restricted_pickle.TensorStorageMetadata):
-            tensors[name] = _tensor(where, name, entry, places)
-        elif isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places:
-            objects[name] = StoredObject(name, *places[name, None])
-        else:
-            raise DamagedCheckpoint(f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.")
+        try:
+            if isinstance(name, str) and isinstance(entry, restricted_pickle.TensorStorageMetadata):
+                tensors[name] = _tensor(where, name, entry, places)
+            elif isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places:
+                if place := places[name, None]:
+                    objects[name] = StoredObject(name, *place)
+            else:
+                raise DamagedCheckpoint(f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.", str(name))
+        except CheckpointError as fault:
+            report(fault)
     return Index(tensors, objects)
 
 
-def _places(stored: dict, where: str, files: Mapping[str, int]) -> dict[tuple, tuple[str, int, int]]:
-    """(name, offset in the tensor) -> (file, start, length)."""
+def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) -> dict[tuple, tuple[str, int, int] | None]:
+    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported."""
     places = {}
     for key, place in stored.items():
         if not isinstance(key, restricted_pickle.MetadataIndex) or not isinstance(place, restricted_pickle.StorageInfo):
-            raise DamagedCheckpoint(f"{where}/{INDEX} lists a place of an unknown kind.")
+            report(DamagedCheckpoint(f"{where}/{INDEX} lists a place of an unknown kind."))
+            continue
         name, offset = key.get("fqn"), key.get("offset")
         if not isinstance(name, str) or not (offset is None or _is_shape(offset)):
-            raise DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name.")
+            report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
+            continue
         if (name, offset) in places:
-            raise DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.")
-        places[name, offset] = _place(where, name, place, files)
+            report(DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name))
+            continue
+        try:
+            places[name, offset] = _place(where, name, place, files)
+        except CheckpointError as fault:
+            places[name, offset] = None
+            report(fault)
     return places
 
 
@@ -123,37 +102,40 @@ def _place(where: str, name: str, place: restricted_pickle.StorageInfo, files: M
     """(file, start, length) of one stored item, once the file is known to hold that range."""
     file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
     if not isinstance(file, str) or not _is_shape((start, length)):
-        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.")
+        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
     if place.get("transform_descriptors"):
-        raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.")
+        raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name)
     if file not in files:
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
-            raise UnsafeCheckpoint(f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not read.")
-        raise DamagedCheckpoint(f"{where}/{file} is missing; it holds {name}. Copy the checkpoint again, all of it.")
+            raise UnsafeCheckpoint(f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not read.", name)
+        raise DamagedCheckpoint(f"{where}/{file} is missing; it holds {name}. Copy the checkpoint again, all of it.", name)
     if start + length > files[file]:
         raise DamagedCheckpoint(
             f"{where}/{file} has {files[file]:,} bytes but {name} ends at byte {start + length:,}: the file is cut off. "
-            "Copy the checkpoint again."
+            "Copy the checkpoint again.",
+            name,
         )
     return file, start, length
 
 
 def _tensor(where: str, name: str, entry: restricted_pickle.TensorStorageMetadata, places: dict) -> Tensor:
+    """The tensor, without the chunks whose place was reported."""
     shape, properties, chunks = entry.get("size"), entry.get("properties"), entry.get("chunks")
     dtype = properties.get("dtype") if isinstance(properties, restricted_pickle.TensorProperties) else None
     dtype = str(dtype).removeprefix("torch.")
-    if not _is_shape(shape) or dtype not in restricted_pickle.DTYPE_BYTES or not isinstance(chunks, list):
-        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.")
+    if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
+        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name)
     found = []
     for chunk in chunks:
         offsets, sizes = (chunk.get("offsets"), chunk.get("sizes")) if isinstance(chunk, restricted_pickle.Record) else (None, None)
         if not _is_shape(offsets) or not _is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
-            raise DamagedCheckpoint(f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.")
+            raise DamagedCheckpoint(f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.", name)
         if (name, offsets) not in places:
-            raise DamagedCheckpoint(f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file.")
-        found.append(Chunk(offsets, sizes, *places[name, offsets]))
-    return Tensor(name, shape, dtype, tuple(found))
+            raise DamagedCheckpoint(f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file.", name)
+        if place := places[name, offsets]:
+            found.append(Chunk(offsets, sizes, *place))
+    return Tensor(name, shape, dtype, tuple(found), packed=True)
 
 
 def _is_shape(value: Any) -> bool:
