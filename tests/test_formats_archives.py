@@ -324,11 +324,14 @@ def test_the_command(root, hf_model, capsys):
     assert main(["inspect", str(path), "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert "2 layers, hidden 32, FFN 48" in printed
-    assert "model.embed_tokens.weight  float32  [64, 32]  8,192 bytes  model.safetensors" in printed
+    assert "model.embed_tokens.weight  float32  [64, 32]  8,192 bytes\n    model.safetensors  byte " in printed
     assert main(["inspect", str(path), "--json", "--tensors"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["path"], found["parameters"], found["dtype"]) == ("hf", model.num_parameters(), "float32")
-    assert found["tensors"][0].keys() == {"name", "shape", "dtype", "file", "bytes"}
+    assert found["tensors"][0].keys() == {"name", "shape", "dtype", "chunks", "packed", "bytes"}
+    assert sum(sum(cells.values()) for cells in found["shards"].values()) == sum(tensor["bytes"] for tensor in found["tensors"])
+    assert main(["inspect", str(path), "--shards"]) == 0
+    assert "All 2 layers are in one file." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", ["nothing", "hf/config.json", ".", "empty", "text.txt", "cut.nemo"])

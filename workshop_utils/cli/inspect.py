@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   workshop inspect models/nemo2/smollm2-135m-instruct
   workshop inspect models/huggingface/smollm2-135m-instruct --tensors
+  workshop inspect models/nemo2/smollm2-135m-instruct --shards
 """
 
 
@@ -37,7 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint: a directory or a .nemo file")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor: name, dtype, shape, bytes, file")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor: name, dtype, shape, bytes, and where its pieces lie")
+    parser.add_argument("--shards", action="store_true", help="the shard map: megabytes of every layer in each file")
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     parser.set_defaults(run=run)
 
@@ -54,15 +56,37 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps(as_dict(found, args.tensors), indent=2))
+        print(json.dumps(as_dict(found), indent=2))
         return 0
     for name, value in lines(found):
         print(f"{name:<14}{value}")
-    if args.tensors:
-        print()
-        for tensor in found.tensors:
-            print(f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes  {', '.join(tensor.files)}")
+    for wanted, listing in ((args.tensors, tensor_lines), (args.shards, shard_lines)):
+        if wanted:
+            print(*("", *listing(found)), sep="\n")
     return 0
+
+
+def tensor_lines(found: "Checkpoint") -> Iterator[str]:
+    """A line for each tensor, and one for each of its pieces: file, first byte, bytes, and where the piece begins in the tensor."""
+    for tensor in found.tensors:
+        yield f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes"
+        for chunk in tensor.chunks:
+            at = f"  at {list(chunk.offsets)}" if len(tensor.chunks) > 1 else ""
+            yield f"    {chunk.file}  byte {chunk.start:,}  {chunk.length:,} bytes  {list(chunk.shape)}{at}"
+
+
+def shard_lines(found: "Checkpoint") -> Iterator[str]:
+    """A table: one line for each layer, one column for each file, in megabytes; then the finding."""
+    from workshop_utils.doctor.shard_map import shard_map
+
+    found_map = shard_map(found)
+    width = max([len(file) for file in found_map.files] + [8])
+    yield "MB by layer".ljust(14) + "  ".join(file.rjust(width) for file in found_map.files)
+    for layer in (None, *found_map.layers):
+        cells = [found_map.cells[file].get(layer, 0) for file in found_map.files]
+        name = "outside" if layer is None else f"layer {layer}"
+        yield name.ljust(14) + "  ".join((f"{size / 1e6:.2f}" if size else "-").rjust(width) for size in cells)
+    yield found_map.finding
 
 
 def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
@@ -91,19 +115,23 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
         yield "" if number else "loads in", reader
 
 
-def as_dict(found: "Checkpoint", tensors: bool = False) -> dict[str, Any]:
-    """The description as plain values; the tensors only on request."""
+def as_dict(found: "Checkpoint") -> dict[str, Any]:
+    """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
-    result = {name: value for name, value in vars(found).items() if name not in ("tensors", "nbytes", "kind", "detail")} | {
-        "format": found.format,
+    from workshop_utils.doctor.shard_map import shard_map
+
+    shards = shard_map(found)
+    plain = dataclasses.asdict(found)
+    return plain | {
         "path": shown(found.path),
+        "kind": found.kind.name.lower(),
+        "format": found.format,
         "parameters": found.parameters,
         "dtype": found.dtype,
-        "bytes": found.nbytes,
+        "tensors": [entry | {"bytes": tensor.nbytes} for entry, tensor in zip(plain["tensors"], found.tensors, strict=True)],
+        "shards": {
+            file: {"outside" if layer is None else str(layer): size for layer, size in cells.items()}
+            for file, cells in shards.cells.items()
+        },
     }
-    for name in ("architecture", "adapter"):
-        result[name] = dataclasses.asdict(result[name]) if result[name] else None
-    if tensors:
-        result["tensors"] = [{"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype, "file": ", ".join(tensor.files)} | {"bytes": tensor.nbytes} for tensor in found.tensors]
-    return result
