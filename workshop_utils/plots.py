@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from workshop_utils.evaluate import ADAPTER, BASE, TITLES, Scores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from workshop_utils.formats.nemo2 import Nemo2Checkpoint
+    from workshop_utils.formats.summary import Checkpoint
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 _STYLES = {"exact match": (BLUE, ""), "valid JSON": (ORANGE, "//")}
@@ -114,26 +113,50 @@ def plot_confusion(scores: Scores, field: str) -> Figure:
     return figure
 
 
-def plot_shards(checkpoint: Nemo2Checkpoint) -> Figure:
-    """Megabytes of every layer in each weights file of ``checkpoint``, stacked."""
-    from workshop_utils.formats.tensor import DTYPE_BYTES
+def plot_shards(checkpoint: Checkpoint) -> Figure:
+    """The shard map of ``checkpoint``: files down, layers across, each cell shaded by its megabytes."""
+    from workshop_utils.doctor.shard_map import shard_map
 
-    sizes: dict[str, dict[int, float]] = {file: {} for file in sorted(checkpoint.files) if file.endswith(".distcp")}
-    for name, tensor in checkpoint.model_tensors().items():
-        for chunk in tensor.chunks if ".layers." in name else ():
-            layer = sizes[chunk.file]
-            layer[chunk.offsets[0]] = layer.get(chunk.offsets[0], 0) + math.prod(chunk.shape) * DTYPE_BYTES[tensor.dtype] / 1e6
-    layers = sorted(set().union(*sizes.values()))
-    figure, axes = _figure(9, 3.2)
-    floor = [0.0] * len(layers)
-    for (file, held), (colour, hatch) in zip(sizes.items(), itertools.cycle(_FIELD_STYLES)):
-        heights = [held.get(layer, 0.0) for layer in layers]
-        axes.bar(layers, heights, bottom=floor, label=f"in {file}", color=colour, hatch=hatch, edgecolor="black")
-        floor = [below + height for below, height in zip(floor, heights, strict=True)]
-    axes.set(xlabel="layer", ylabel="MB")
-    axes.legend(frameon=False, ncols=len(sizes), loc="upper center", bbox_to_anchor=(0.5, 1.2))
-    mixed = sum(sum(layer in held for held in sizes.values()) > 1 for layer in layers)
-    print(f"{mixed} of {len(layers)} layers have weights in more than one file.")
+    found = shard_map(checkpoint)
+    columns = (None, *found.layers)
+    megabytes = [[found.cells[file].get(layer, 0) / 1e6 for layer in columns] for file in found.files]
+    figure, axes = _figure(9, 1.5 + 0.45 * len(found.files))
+    # The embeddings outside the layers would leave all layers white.
+    darkest = max(max(line[1:], default=0) for line in megabytes) or None
+    image = axes.imshow(megabytes, cmap="Blues", vmin=0, vmax=darkest, aspect="auto")
+    for y, line in enumerate(megabytes):
+        for x, size in enumerate(line):
+            if len(columns) <= 40:
+                colour = "white" if darkest and size > darkest / 2 else "black"
+                axes.text(x, y, f"{size:.0f}" if size else "-", ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlabel="layer", xticks=range(len(columns)), yticks=range(len(found.files)))
+    axes.set_xticklabels(["outside", *map(str, found.layers)], rotation=90, fontsize=8)
+    axes.set_yticklabels(found.files)
+    axes.grid(False)
+    figure.colorbar(image, ax=axes, label="MB", fraction=0.03)
+    print(found.finding)
+    return figure
+
+
+def plot_parameters(checkpoint: Checkpoint) -> Figure:
+    """A treemap of the parameters of ``checkpoint``: the area of a tile is the number of elements of that kind of tensor."""
+    import squarify
+
+    from workshop_utils.doctor.tree import by_module
+
+    counts = by_module(checkpoint)
+    total = sum(counts.values())
+    figure, axes = _figure(9, 4)
+    shown = {name: count for name, count in counts.items() if count > total / 500}
+    styles = list(itertools.islice(itertools.cycle(_FIELD_STYLES), len(shown)))
+    squarify.plot(
+        list(shown.values()), ax=axes, pad=True, color=[colour for colour, _ in styles], alpha=0.6, edgecolor="black",
+        label=[f"{name}\n{count / total:.1%}" if count > total / 50 else "" for name, count in shown.items()],
+        text_kwargs={"fontsize": 8},
+    )  # fmt: skip
+    axes.set_axis_off()
+    name, count = next(iter(counts.items()))
+    print(f"{total:,} parameters; {name} holds {count / total:.0%} of them.")
     return figure
 
 
