@@ -4,15 +4,18 @@ import json
 
 import pytest
 
-from workshop_utils.errors import NotACheckpoint, UnsupportedCheckpoint
+from workshop_utils.errors import NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.import_checkpoint import import_checkpoint
 
 
 @pytest.mark.parametrize("config, error, said", [
     (None, NotACheckpoint, "has no config.json"),
     ({"model_type": "gpt2"}, NotACheckpoint, "model_type is 'gpt2'"),
-    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 64}},
-     UnsupportedCheckpoint, "original_max_position_embeddings is 64"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, UnsupportedCheckpoint, "rope_type is 'yarn'"),
+    ({"model_type": "llama", "attention_bias": True}, UnsupportedCheckpoint, "attention_bias is true"),
+    ({"model_type": "qwen2", "hidden_act": "gelu"}, UnsupportedCheckpoint, "hidden_act is \"gelu\""),
+    ({"model_type": "qwen3", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, UnsupportedCheckpoint, "rope_scaling"),
+    ({"model_type": "qwen2", "auto_map": {"AutoConfig": "evil.Config"}}, UnsafeCheckpoint, "auto_map names Python code"),
 ])  # fmt: skip
 def test_refused_at_once(tmp_path, config, error, said):
     if config:

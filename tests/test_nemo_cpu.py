@@ -25,6 +25,8 @@ FAULTS = {
     "cuda_literals_in_megatron": r"device=(device|torch\.cuda\.current_device\(\)|self\.\w+|[\"']cuda[\"'])|pin_memory",
     "random_states_of_the_gpu": r"cuda rng state \{\} is not added",
     "fusions_off": r"is not available\. Please install TE >= 1\.4 or Apex",
+    "norm_before_the_experts": r"\"pre_mlp_layernorm\.\": \"mlp\.linear_fc1\.layer_norm_\"",
+    "zero_centred_layer_norm": r"zero_centered_gamma not supported by torch LayerNorm",
     "loaded_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "resumed_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "layer_norm_names_of_connectors": r"def apply_transforms\(",

@@ -1,13 +1,73 @@
-"""Hugging Face model directory <-> NeMo 2.0 distributed checkpoint, by NeMo's own importer and exporter."""
+"""Hugging Face model directory <-> NeMo 2.0 distributed checkpoint, by NeMo's own importers and exporters.
+
+NeMo's importers take a few fields for granted that a ``config.json`` may set otherwise (see :data:`FAMILIES`), run code that a
+tokenizer brings along, and keep the tokenizer of every import in one directory, ``/tmp/nemo_tokenizer``. :func:`import_checkpoint`
+puts the fields right, refuses what cannot be put right, and uses a directory of its own.
+"""
 
 import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workshop_utils import nemo_cpu, paths
-from workshop_utils.errors import NotACheckpoint, UnsupportedCheckpoint
+from workshop_utils.errors import NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.formats.safe_text import read_json
 
-LLAMA31_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Values of Llama 3.1's scaled rope that NeMo 2.4.1's HFLlamaImporter takes for granted (class Llama31Config)."""
+
+@dataclass(frozen=True)
+class HuggingFaceFamily:
+    """How NeMo imports one ``model_type``.
+
+    ``activation`` and ``unused`` (field -> the only value that NeMo's importer understands) are checked; ``corrections`` maps the
+    fields of ``config.json`` to fields of NeMo's configuration that the importer leaves at the default of its class.
+    """
+
+    module: str
+    importer: str
+    activation: str = "silu"
+    unused: Mapping[str, Any] = None
+    corrections: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda config: {}
+
+
+def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3.1's rope: the importer keeps only the factor."""
+    scaling = config.get("rope_scaling") or {}
+    names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+             "old_context_len": "original_max_position_embeddings"}  # fmt: skip
+    return {new: scaling[old] for new, old in names.items() if old in scaling}
+
+
+def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
+    # The importer takes the window for the length, and Mistral 0.2 and later have none; and rows of the embedding from the tokenizer.
+    return {"seq_length": config["max_position_embeddings"], "vocab_size": config["vocab_size"]}
+
+
+def _rows(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the embedding, which the importer takes from the tokenizer."""
+    return {"vocab_size": config["vocab_size"]}
+
+
+def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
+    # The importer leaves the length and the size of a head at 4096 and 128.
+    return {"seq_length": config["max_position_embeddings"], "kv_channels": config.get("head_dim") or 128}
+
+
+_NO_ROPE = {"rope_scaling": None}
+_NO_BIAS = {"attention_bias": False}
+_TIED = {"tie_word_embeddings": False}
+FAMILIES = {
+    "llama": HuggingFaceFamily("llama", "HFLlamaImporter", unused=_NO_BIAS | {"mlp_bias": False}, corrections=_llama),
+    "mistral": HuggingFaceFamily("mistral", "HFMistralImporter", unused=_NO_ROPE | _TIED, corrections=_mistral),
+    "mixtral": HuggingFaceFamily("mixtral", "HFMixtralImporter", unused=_NO_ROPE | _TIED | {"sliding_window": None}, corrections=_rows),
+    "qwen2": HuggingFaceFamily("qwen2", "HFQwen2Importer", unused=_NO_ROPE | {"use_sliding_window": False}),
+    "qwen3": HuggingFaceFamily("qwen3", "HFQwen3Importer", unused=_NO_ROPE | _NO_BIAS | {"use_sliding_window": False},
+                               corrections=_qwen3),
+    "nemotron": HuggingFaceFamily("nemotron", "HFNemotronImporter", "relu2", _NO_ROPE | _NO_BIAS | _TIED | {"mlp_bias": False}, _rows),
+}  # fmt: skip
+"""``model_type`` of ``config.json`` -> how it is imported; NeMo 2.4.1, ``nemo/collections/llm/gpt/model/*.py``."""
 
 
 def import_checkpoint(hf_model: Path, target: Path) -> Path:
@@ -17,18 +77,32 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
     The weights keep the dtype that ``config.json`` names in ``torch_dtype``.
 
     Raises:
-        NotACheckpoint: ``hf_model`` is no Hugging Face model of the Llama family.
-        UnsupportedCheckpoint: its rope scaling is one that NeMo's importer would change.
+        NotACheckpoint: ``hf_model`` is no Hugging Face model of a family in :data:`FAMILIES`.
+        UnsafeCheckpoint: the model brings code along, which NeMo's importer would run.
+        UnsupportedCheckpoint: a field of its configuration has a value that NeMo's importer would ignore.
     """
     hf_model, target = Path(hf_model).resolve(), Path(target)
-    _check_family(hf_model)
+    family = check(hf_model)
+    config = read_json(hf_model / "config.json")
     nemo_cpu.apply()
-    from nemo.collections import llm
-    from nemo.collections.llm.gpt.model.llama import HFLlamaImporter
+    import dataclasses
+    import importlib
 
-    config = HFLlamaImporter(str(hf_model)).config
-    with paths.new_directory(target) as part:
-        llm.import_ckpt(model=llm.LlamaModel(config), source=f"hf://{hf_model}", output_path=part, overwrite=True)
+    module = importlib.import_module(f"nemo.collections.llm.gpt.model.{family.module}")
+    base = getattr(module, family.importer)
+    with tempfile.TemporaryDirectory(prefix="workshop-tokenizer-") as folder, paths.new_directory(target) as part:
+        settings = dataclasses.replace(base(str(hf_model)).config, **family.corrections(config))
+
+        class Importer(base):
+            config = settings
+
+            def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
+                from transformers import AutoTokenizer
+
+                AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
+                return folder
+
+        Importer(str(hf_model)).apply(part)
     return target
 
 
@@ -49,19 +123,39 @@ def export_huggingface(checkpoint: Path, target: Path) -> Path:
     return target
 
 
-def _check_family(hf_model: Path) -> None:
+def check(hf_model: Path) -> HuggingFaceFamily:
+    """The family of ``hf_model``; errors as :func:`import_checkpoint`. Reads ``config.json`` only, and loads nothing."""
     file = hf_model / "config.json"
     if not file.is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
-    config = json.loads(file.read_text())
-    if config.get("model_type") != "llama":
+    config = read_json(file)
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
         raise NotACheckpoint(
-            f"{paths.shown(file)}: model_type is {config.get('model_type')!r}; this workshop converts the Llama family ('llama')."
+            f"{paths.shown(file)}: model_type is {config.get('model_type')!r}; the families that can be converted are {', '.join(FAMILIES)}."
         )
-    scaling = config.get("rope_scaling") or {}
-    for field, value in LLAMA31_ROPE.items():
-        if scaling.get(field, value) != value:
-            raise UnsupportedCheckpoint(
-                f"{paths.shown(file)}: rope_scaling.{field} is {scaling[field]}. NeMo's importer keeps only the factor and takes {value}, "
-                "as Llama 3.1 and 3.2 have it: the converted model would compute something else."
+    for name in ("config.json", "tokenizer_config.json"):
+        if (hf_model / name).is_file() and read_json(hf_model / name).get("auto_map"):
+            raise UnsafeCheckpoint(
+                f"{paths.shown(hf_model / name)}: auto_map names Python code of the model's own, which NeMo's importer would run. "
+                "Nothing was executed. Take auto_map out: the families converted here need no code."
             )
+    wanted = {"hidden_act": family.activation} | dict(family.unused)
+    for name, value in wanted.items():
+        if config.get(name) not in (None, value):
+            raise UnsupportedCheckpoint(
+                f"{paths.shown(file)}: {name} is {json.dumps(config[name])}. NeMo's {family.importer} takes {json.dumps(value)} for "
+                "granted: the converted model would compute something else."
+            )
+    _check_rope(file, config)
+    return family
+
+
+def _check_rope(file: Path, config: Mapping[str, Any]) -> None:
+    scaling = config.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UnsupportedCheckpoint(
+            f"{paths.shown(file)}: rope_scaling.rope_type is {kind!r}; NeMo's importer knows only 'llama3' and would ignore it: the "
+            "converted model would compute something else."
+        )

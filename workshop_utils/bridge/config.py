@@ -1,87 +1,22 @@
 """``context/model.yaml`` of NeMo 2.0 -> ``model_config.yaml`` of the script path (NeMo 1).
 
-The keys are those that ``MegatronGPTModel`` and its base class read in NeMo 2.4.1
-(``nemo/collections/nlp/models/language_modeling/{megatron_gpt_model,megatron_base_model}.py``). The NeMo 2.0 fields must not be
-copied to the top level beside them: NeMo 1 hands every key that Megatron-Core's ``TransformerConfig`` knows straight to it, where
-a field that NeMo 2.0 wrote as a class or function would override the value derived from ``activation``, ``precision`` and so on.
+The NeMo 2.0 fields must not be copied to the top level beside the keys of :mod:`workshop_utils.formats.nemo1_config`: NeMo 1 hands
+every key that Megatron-Core's ``TransformerConfig`` knows straight to it, where a field that NeMo 2.0 wrote as a class or function
+would override the value derived from ``activation``, ``precision`` and so on.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
-from workshop_utils.formats.llama_config import ROPE_SCALING, read_fields
+from workshop_utils.formats import gpt_config, megatron_layout, nemo1_config
 from workshop_utils.formats.nemo2 import Nemo2Checkpoint
+from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
 
-EMBEDDING = "module.embedding.word_embeddings.weight"
-
-_SAME_NAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "init_method_std",
-    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "layernorm_zero_centered_gamma", "persist_layer_norm",
-    "position_embedding_type", "rotary_base", "rotary_interleaved", "seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights", "make_vocab_size_divisible_by",
-)  # fmt: skip
-
-_RENAMED = {
-    "encoder_seq_length": "seq_length",
-    "max_position_embeddings": "seq_length",
-    "rotary_percentage": "rotary_percent",
-    "bias": "add_bias_linear",
-    "qkv_bias": "add_qkv_bias",
-}
-
-_PRECISION = {"float32": 32, "bfloat16": "bf16-mixed", "float16": "16-mixed"}
-_ACTIVATION = {("silu", True): "fast-swiglu", ("gelu", True): "fast-geglu", ("gelu", False): "gelu", ("relu", False): "relu"}
-
-_CONSTANT = {
-    "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
-    "nemo_version": "2.4.1",
-    # Megatron-Core's model, whose tensor names are those of the NeMo 2.0 checkpoint. `name` chooses its layers: "" is plain GPT.
-    "mcore_gpt": True,
-    "name": "",
-    "transformer_engine": True,
-    # A checkpoint written without Transformer Engine has no _extra_state entries; that is logged and no error. The bridge itself
-    # makes sure that every weight is there.
-    "dist_ckpt_load_strictness": "log_all",
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "sequence_parallel": False,
-    "micro_batch_size": 1,
-    "global_batch_size": 1,
-    "seed": 1234,
-    "pre_process": True,
-    "post_process": True,
-    "ffn_dropout": 0.0,
-    "use_scaled_init_method": True,
-    "apply_query_key_layer_scaling": False,
-    "normalize_attention_scores": True,
-    "do_layer_norm_weight_decay": False,
-    "use_cpu_initialization": False,
-    "megatron_amp_O2": False,
-    "fp32_residual_connection": False,
-    "fp16_lm_cross_entropy": False,
-    "native_amp_init_scale": 2**32,
-    "native_amp_growth_interval": 1000,
-    "hysteresis": 2,
-    # Fused kernels exist only for GPUs, and give the same numbers to rounding.
-    "bias_activation_fusion": False,
-    "bias_dropout_add_fusion": False,
-    "masked_softmax_fusion": True,
-    "get_attention_mask_from_fusion": True,
-    "apply_rope_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "gradient_as_bucket_view": True,
-    "sync_batch_comm": False,
-    "activations_checkpoint_granularity": None,
-    "activations_checkpoint_method": None,
-    "activations_checkpoint_num_layers": None,
-    "activations_checkpoint_layers_per_pipeline": None,
-    "nsys_profile": {"enabled": False},
-    "apex_transformer_log_level": 30,
-}
+PREFIX = "module."
 
 
 def translate(checkpoint: Nemo2Checkpoint) -> dict[str, Any]:
@@ -90,91 +25,40 @@ def translate(checkpoint: Nemo2Checkpoint) -> dict[str, Any]:
     Raises :class:`UnsupportedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`DamagedCheckpoint`, each naming the field or tensor.
     """
     where = shown(checkpoint.path / "context" / "model.yaml")
-    fields = read_fields(checkpoint.model, where)
-    rows, dtype = _embedding(checkpoint)
-    _check_tensors(checkpoint, fields, rows)
-    activation = _ACTIVATION.get((fields["activation_func"], fields["gated_linear_unit"]))
-    normalization = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}.get(fields["normalization"])
-    for name, value in (("activation_func", activation), ("normalization", normalization)):
-        if value is None:
-            raise UnsupportedCheckpoint(f"{where}: config.{name} is {fields[name]!r}, which the script path does not know.")
-    scaling = {name: fields[name] for name in ROPE_SCALING if name in fields}
-    return {
-        **_CONSTANT,
-        **{name: fields[name] for name in _SAME_NAME},
-        **{new: fields[old] for new, old in _RENAMED.items()},
-        "activation": activation,
-        "normalization": "layernorm1p" if normalization == "layernorm" and fields["layernorm_zero_centered_gamma"] else normalization,
-        "precision": _PRECISION[dtype],
-        "override_vocab_size": rows,
-        "scale_positional_embedding": bool(scaling),
-        **scaling,
-        "tokenizer": _tokenizer(checkpoint, where),
-    }
+    fields = gpt_config.read_fields(checkpoint.model, where)
+    rows, dtype = check_tensors(checkpoint.model_tensors(), PREFIX, fields, shown(checkpoint.path), "context/model.yaml")
+    family = gpt_config.family_of(checkpoint.model, where)
+    return nemo1_config.from_fields(fields, family, rows, dtype, tokenizer(checkpoint, where), where)
 
 
-def _embedding(checkpoint: Nemo2Checkpoint) -> tuple[int, str]:
-    """Rows (the padded vocabulary) and dtype of the embedding: what the weights are, whatever the configuration says."""
-    embedding = checkpoint.tensors.get(EMBEDDING)
-    if embedding is None or len(embedding.shape) != 2:
-        raise DamagedCheckpoint(f"{shown(checkpoint.path)}: the tensor {EMBEDDING} (vocabulary x hidden) is missing.")
-    if embedding.dtype not in _PRECISION:
-        raise UnsupportedCheckpoint(
-            f"{shown(checkpoint.path)}: {EMBEDDING} is {embedding.dtype}; the script path takes {', '.join(_PRECISION)}."
-        )
-    return embedding.shape[0], embedding.dtype
+def check_tensors(tensors: Mapping[str, Tensor], prefix: str, fields: dict[str, Any], where: str, config: str) -> tuple[int, str]:
+    """Rows and dtype of the embedding, once ``tensors`` are exactly those of the model with ``fields``, under names with ``prefix``.
 
-
-def expected_shapes(fields: dict[str, Any], rows: int) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a Llama as Megatron-Core stores it, with ``rows`` rows of the embedding.
-
-    Shapes are (layers, output, input); linear_qkv holds q, k and v of each group after one another, linear_fc1 gate and up.
+    The rows are those that are stored, whatever the configuration says: it may be padded. ``where`` and ``config`` name the checkpoint
+    and its configuration in errors: :class:`DamagedCheckpoint` (missing, or of another shape) and :class:`UnsupportedCheckpoint`.
     """
-    layers, hidden, ffn = fields["num_layers"], fields["hidden_size"], fields["ffn_hidden_size"]
-    heads, groups, head_dim = fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]
-    qkv, fc1 = (heads + 2 * groups) * head_dim, (2 if fields["gated_linear_unit"] else 1) * ffn
-    block = "module.decoder.layers"
-    shapes = {
-        EMBEDDING: (rows, hidden),
-        f"{block}.self_attention.linear_qkv.layer_norm_weight": (layers, hidden),
-        f"{block}.self_attention.linear_qkv.weight": (layers, qkv, hidden),
-        f"{block}.self_attention.linear_proj.weight": (layers, hidden, heads * head_dim),
-        f"{block}.mlp.linear_fc1.layer_norm_weight": (layers, hidden),
-        f"{block}.mlp.linear_fc1.weight": (layers, fc1, hidden),
-        f"{block}.mlp.linear_fc2.weight": (layers, hidden, ffn),
-        "module.decoder.final_layernorm.weight": (hidden,),
-    }
-    if not fields["share_embeddings_and_output_weights"]:
-        shapes["module.output_layer.weight"] = (rows, hidden)
-    if fields["add_bias_linear"] or fields["add_qkv_bias"]:
-        shapes[f"{block}.self_attention.linear_qkv.bias"] = (layers, qkv)
-    if fields["add_bias_linear"]:
-        shapes[f"{block}.self_attention.linear_proj.bias"] = (layers, hidden)
-        shapes[f"{block}.mlp.linear_fc1.bias"] = (layers, fc1)
-        shapes[f"{block}.mlp.linear_fc2.bias"] = (layers, hidden)
-    return shapes
-
-
-def _check_tensors(checkpoint: Nemo2Checkpoint, fields: dict[str, Any], rows: int) -> None:
-    # The loader only logs a weight that is missing and goes on with random numbers, so the check has to be here.
-    expected = expected_shapes(fields, rows)
+    embedding = tensors.get(prefix + megatron_layout.EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise DamagedCheckpoint(f"{where}: the tensor {prefix}{megatron_layout.EMBEDDING} (vocabulary x hidden) is missing.")
+    # The loaders only log a weight that is missing and go on with random numbers, so the check has to be here.
+    expected = {prefix + name: weight.shape for name, weight in megatron_layout.layout(fields, embedding.shape[0]).items()}
     for name, shape in expected.items():
-        found = checkpoint.tensors.get(name)
+        found = tensors.get(name)
         if found is None or found.shape != shape:
             stated = f"has the shape {found.shape}" if found else "is missing"
             raise DamagedCheckpoint(
-                f"{shown(checkpoint.path)}: the tensor {name} {stated}; context/model.yaml asks for {shape}. The configuration "
-                "and the weights are not of one model."
+                f"{where}: the tensor {name} {stated}; {config} asks for {shape}. The configuration and the weights are not of one model."
             )
-    more = sorted(set(checkpoint.model_tensors()) - set(expected))
+    more = sorted(set(tensors) - set(expected))
     if more:
-        raise UnsupportedCheckpoint(f"{shown(checkpoint.path)} holds tensors that a plain Llama does not have: {', '.join(more[:5])}")
+        raise UnsupportedCheckpoint(f"{where} holds tensors that the model of {config} does not have: {', '.join(more[:5])}")
+    return embedding.shape[0], embedding.dtype
 
 
 _TOKENIZERS = "nemo.collections.common.tokenizers"
 
 
-def _tokenizer(checkpoint: Nemo2Checkpoint, where: str) -> dict[str, Any]:
+def tokenizer(checkpoint: Nemo2Checkpoint, where: str) -> dict[str, Any]:
     """The ``tokenizer`` section. NeMo 1 looks paths up in the current directory, so they are absolute here."""
     described = checkpoint.model.get("tokenizer")
     kind = described.get("_target_") if isinstance(described, dict) else None

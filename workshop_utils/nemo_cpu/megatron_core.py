@@ -56,3 +56,42 @@ def fusions_off(module: ModuleType) -> None:
         check(self)
 
     config.__post_init__ = post_init
+
+
+@patch("megatron-core", "megatron.core.models.gpt.gpt_layer_specs", when=no_transformer_engine,
+       reason="the local layers store the norm before a mixture of experts as mlp.linear_fc1.layer_norm_weight; with Transformer Engine, "
+       "and so in every checkpoint of a GPU, it is pre_mlp_layernorm.weight: neither machine loads the other's Mixtral")  # fmt: skip
+def norm_before_the_experts(module: ModuleType) -> None:
+    """Store it under its own name: without a fused layer there is nothing to rename."""
+    original = module.get_gpt_layer_local_spec
+
+    def get_gpt_layer_local_spec(num_experts=None, *args, **kwargs):
+        spec = original(num_experts, *args, **kwargs)
+        if num_experts is not None:
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        return spec
+
+    module.get_gpt_layer_local_spec = get_gpt_layer_local_spec
+
+
+@patch("megatron-core", "megatron.core.transformer.torch_norm", when=no_transformer_engine,
+       reason="Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine have: AssertionError, "
+       "'zero_centered_gamma not supported by torch LayerNorm'")  # fmt: skip
+def zero_centred_layer_norm(module: ModuleType) -> None:
+    """The same norm in plain torch."""
+    torch, original = module.torch, module.WrappedTorchNorm.__new__
+
+    class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+        def reset_parameters(self):
+            torch.nn.init.zeros_(self.weight)
+            torch.nn.init.zeros_(self.bias)
+
+        def forward(self, hidden):
+            return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+    def new(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
+        if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
+            return ZeroCentredLayerNorm(hidden_size, eps=eps)
+        return original(cls, config, hidden_size, eps, *args, **kwargs)
+
+    module.WrappedTorchNorm.__new__ = new

@@ -74,7 +74,12 @@ def local_layer_spec(module: ModuleType) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None, fp8=False):
-        return get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+        return get_gpt_layer_local_spec(
+            num_experts=transformer_config.num_moe_experts,
+            # Only "decoder_block_gpt" of NeMo's own specs has norms of q and k; the others leave them out without a word.
+            qk_layernorm=spec_name == "decoder_block_gpt" and transformer_config.qk_layernorm,
+            normalization=transformer_config.normalization,
+        )
 
     module.get_specs = get_specs
 
