@@ -34,5 +34,5 @@ def load(directory: str, seed: int) -> str:
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     for name in sys.argv[2:]:
-        print(f"{Path(name).name}: {load(name, int(sys.argv[1]))}")
+        print(f"{Path(name).parent.name}: {load(name, int(sys.argv[1]))}")
     torch.distributed.destroy_process_group()

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 save_shards.py DIRECTORY 4:2 16:2 4:3
 
-A SETTING is LAYERS:WRITER_THREADS[:SEED]. The checkpoint goes to DIRECTORY/{processes}p_{layers}l_{threads}t[_seed].
+A SETTING is LAYERS:WRITER_THREADS[:SEED]. The checkpoint goes to DIRECTORY/{processes}p_{layers}l_{threads}t[_seed]/iter_0000001.
 """
 
 import sys
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     for setting in sys.argv[2:]:
         layers, threads, *seed = map(int, setting.split(":"))
         name = "_".join([f"{torch.distributed.get_world_size()}p_{layers}l_{threads}t", *map(str, seed)])
-        target = Path(sys.argv[1]) / name
+        target = Path(sys.argv[1]) / name / "iter_0000001"
         target.mkdir(parents=True, exist_ok=True)
         torch.distributed.barrier()
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=threads)
