@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from workshop_utils.formats.tensor import Chunk, Tensor
 
@@ -9,33 +10,43 @@ Box = tuple[tuple[int, int], ...]
 """A part of a tensor: ``(start, stop)`` on each axis."""
 
 _PRIME = 2**61 - 1
-_MOST_LAYERS = 8
+_MOST_SLICES = 1000
 
 
-def faults(tensor: Tensor) -> list[str]:
-    """What is wrong with the tiling of ``tensor``: each gap, overlap and chunk that sticks out, in words; empty when it is exact.
+class Fault(NamedTuple):
+    """A part of a tensor that is not in exactly one chunk: ``chunks`` is how many hold it, None for a chunk that sticks out."""
 
-    Of a tensor with faults in many places along its first axis (the layers of a stacked tensor) the first few are named.
+    part: Box
+    chunks: int | None
+
+    def __str__(self) -> str:
+        if self.chunks is None:
+            return f"a chunk covers {_shown(self.part)}, outside the shape"
+        return f"{_shown(self.part)} is in {self.chunks} chunks" if self.chunks else f"no chunk covers {_shown(self.part)}"
+
+
+def faults(tensor: Tensor) -> list[Fault]:
+    """Where the chunks of ``tensor`` leave a gap, overlap or stick out; empty when they cover it exactly.
+
+    Slices along the first axis (the layers of a stacked tensor) are told apart: each that is faulty gives one fault.
     """
     whole = tuple((0, size) for size in tensor.shape)
     boxes = [_box(chunk) for chunk in tensor.chunks]
     outside = [box for box in boxes if any(stop > size for (_, stop), size in zip(box, tensor.shape, strict=True))]
     if outside:
-        return [f"a chunk covers {shown(box)}, outside the shape {list(tensor.shape)}" for box in outside[:_MOST_LAYERS]]
+        return [Fault(box, None) for box in outside]
     weights = _Weights()
-    if weights.covered_once(boxes, whole):
-        return []
     found = []
-    for part in _bad_parts(weights, boxes, whole, 0, _MOST_LAYERS if len(whole) > 1 else 1):
-        cell, inside = part, _clipped(boxes, part)
+    for part in _bad_parts(weights, boxes, whole, 0, _MOST_SLICES if len(whole) > 1 else 1):
+        inside = _clipped(boxes, part)
         for axis in range(1, len(whole)):
-            cell = _bad_parts(weights, inside, cell, axis, 1)[0]
-            inside = _clipped(inside, cell)
-        found.append(f"{shown(cell)} is in {len(inside)} chunks" if inside else f"no chunk covers {shown(cell)}")
+            part = _bad_parts(weights, inside, part, axis, 1)[0]
+            inside = _clipped(inside, part)
+        found.append(Fault(part, len(inside)))
     return found
 
 
-def shown(box: Box) -> str:
+def _shown(box: Box) -> str:
     """``box`` as an index of the tensor: ``[3, 0:16]``."""
     return "[" + ", ".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in box) + "]"
 

@@ -12,6 +12,7 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedAdapter
 from workshop_utils.export.qkv import ORDERS, Heads, Order
 from workshop_utils.formats import nemo_archive
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
@@ -91,6 +93,16 @@ class LoraAdapter:
         return self.alpha / self.rank
 
 
+class Layout(NamedTuple):
+    """What an adapter's configuration and the shapes of its tensors say; fields as in :class:`LoraAdapter`."""
+
+    architecture: Architecture
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    weights: dict[tuple[int, str], Halves]
+
+
 def find_adapter(path: Path | str) -> Path:
     """The ``.nemo`` at ``path``, or the only one in the ``checkpoints`` folders below it.
 
@@ -126,19 +138,32 @@ def read_adapter(path: Path | str) -> LoraAdapter:
     """
     source = find_adapter(path)
     config = nemo_archive.read_config(source)
-    lora = _lora_section(source, config)
+    _lora_section(source, config)
     _refuse_parallel(source, config)
-    architecture = _architecture(source, config)
-    rank, alpha = _rank_and_alpha(source, lora)
-    weights = _weights(source, _load_tensors(source))
-    targets = _targets(source, lora, weights)
-    _check_whole(source, architecture, targets, weights, rank)
+    layout = read_layout(source, config, _load_tensors(source))
+    _check_numbers(source, layout.weights)
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     order = _workshop_section(config).get("qkv_order", "interleaved")
     if order not in ORDERS:
         raise DamagedCheckpoint(f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of {', '.join(ORDERS)}.")
-    return LoraAdapter(source, sha256, config, architecture, rank, alpha, targets, order, _base(config), weights)
+    return LoraAdapter(source, sha256, config, *layout[:4], order, _base(config), layout.weights)
+
+
+def read_layout(source: Path, config: dict[str, Any], state: Mapping[str, Any], report: Report = stop) -> Layout:
+    """What ``config`` and the shapes of the tensors ``state`` say: halves, ranks, targets and layers, each checked against the others.
+
+    ``state`` maps each key to anything with a ``shape``; no values are looked at. Errors as :func:`read_adapter`; those of one layer or
+    tensor go to ``report``.
+    """
+    lora = _lora_section(source, config)
+    architecture = _architecture(source, config)
+    rank, alpha = _rank_and_alpha(source, lora)
+    weights, broken = _weights(source, state, report)
+    targets = _targets(source, lora, {*weights, *broken}, report)
+    _check_layers(source, architecture.num_layers, targets, {*weights, *broken}, report)
+    _check_shapes(source, architecture, weights, rank, report)
+    return Layout(architecture, rank, alpha, targets, weights)
 
 
 def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +272,13 @@ def _load_tensors(source: Path) -> dict[str, Tensor]:
     return state
 
 
-def _weights(source: Path, state: dict[str, Tensor]) -> dict[tuple[int, str], Halves]:
-    """Group the flat ``state`` by layer and target. Prefixes before ``layers.`` differ between versions and are dropped."""
+def _weights(
+    source: Path, state: Mapping[str, Tensor], report: Report
+) -> tuple[dict[tuple[int, str], Halves], set[tuple[int, str]]]:
+    """The flat ``state`` by layer and target, and those that lack a half.
+
+    Prefixes before ``layers.`` differ between versions and are dropped.
+    """
     halves: dict[tuple[int, str], dict[str, Tensor]] = {}
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
@@ -260,18 +290,30 @@ def _weights(source: Path, state: dict[str, Tensor]) -> dict[tuple[int, str], Ha
             raise UnsupportedAdapter(f"{shown(source)}: unknown adapter {adapter[1]!r} in the key {key!r}. Known are {known}.")
         one = halves.setdefault((int(match[1]), TARGETS[match[2]]), {})
         if match[3] in one:
-            raise DamagedCheckpoint(f"{shown(source)}: two tensors for {match[3]} of layer {match[1]}; the second is {key!r}.")
+            report(
+                DamagedCheckpoint(
+                    f"{shown(source)}: two tensors for {match[3]} of layer {match[1]}; the second is {key!r}.", key
+                )
+            )
         one[match[3]] = tensor
     for (layer, target), one in halves.items():
         for half in Halves._fields:
             if half not in one:
-                raise DamagedCheckpoint(f"{shown(source)}: layer {layer}, {target} has no {half}.weight.")
-    return {
-        place: Halves(**halves[place]) for place in sorted(halves, key=lambda p: (p[0], list(TARGETS.values()).index(p[1])))
-    }
+                name = _name(layer, target, half)
+                report(DamagedCheckpoint(f"{shown(source)}: layer {layer}, {target} has no {half}.weight.", name))
+    whole = [place for place, one in halves.items() if len(one) == len(Halves._fields)]
+    whole.sort(key=lambda place: (place[0], list(TARGETS.values()).index(place[1])))
+    return {place: Halves(**halves[place]) for place in whole}, halves.keys() - set(whole)
 
 
-def _targets(source: Path, lora: dict[str, Any], weights: dict[tuple[int, str], Halves]) -> tuple[str, ...]:
+def _name(layer: int, target: str, half: str) -> str:
+    """The key of a tensor, without the prefix that differs between versions."""
+    block = "self_attention" if target.startswith("attention") else "mlp"
+    adapter = next(name for name, its_target in TARGETS.items() if its_target == target)
+    return f"layers.{layer}.{block}.adapter_layer.{adapter}.{half}.weight"
+
+
+def _targets(source: Path, lora: dict[str, Any], places: set[tuple[int, str]], report: Report) -> tuple[str, ...]:
     """The targets in the tensors, after checking them against ``target_modules`` (NeMo's default is attention_qkv)."""
     named = lora.get("target_modules") or ["attention_qkv"]
     named = [named] if isinstance(named, str) else named
@@ -279,38 +321,54 @@ def _targets(source: Path, lora: dict[str, Any], weights: dict[tuple[int, str], 
     unknown = sorted(wanted - set(TARGETS.values()))
     if unknown:
         raise UnsupportedAdapter(f"{shown(source)}: unknown target {unknown[0]!r} in peft.lora_tuning.target_modules.")
-    found = {target for _, target in weights}
+    found = {target for _, target in places}
     if found != wanted:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: peft.lora_tuning.target_modules names {', '.join(sorted(wanted))}, but the tensors are for "
-            f"{', '.join(sorted(found))}."
+        report(
+            DamagedCheckpoint(
+                f"{shown(source)}: peft.lora_tuning.target_modules names {', '.join(sorted(wanted))}, but the tensors are for "
+                f"{', '.join(sorted(found))}."
+            )
         )
     return tuple(target for target in TARGETS.values() if target in found)
 
 
-def _check_whole(
-    source: Path, architecture: Architecture, targets: tuple[str, ...], weights: dict[tuple[int, str], Halves], rank: int
-) -> None:
-    """Every layer has every target, in the shapes that the configuration implies, and every number is finite."""
-    import torch
-
-    extra = [layer for layer, _ in weights if layer >= architecture.num_layers]
-    if extra:
-        raise DamagedCheckpoint(f"{shown(source)}: a tensor for layer {extra[0]}, but num_layers is {architecture.num_layers}.")
-    for layer in range(architecture.num_layers):
+def _check_layers(source: Path, count: int, targets: tuple[str, ...], places: set[tuple[int, str]], report: Report) -> None:
+    """Every one of ``count`` layers has every target, and there are no others."""
+    for layer, target in sorted(places):
+        if layer >= count:
+            message = f"{shown(source)}: a tensor for layer {layer}, but num_layers is {count}."
+            report(DamagedCheckpoint(message, _name(layer, target, "linear_in")))
+    for layer in range(count):
         for target in targets:
-            if (layer, target) not in weights:
-                raise DamagedCheckpoint(f"{shown(source)}: layer {layer} has no adapter for {target}.")
+            if (layer, target) not in places:
+                message = f"{shown(source)}: layer {layer} has no adapter for {target}."
+                report(DamagedCheckpoint(message, _name(layer, target, "linear_in")))
+
+
+def _check_shapes(
+    source: Path, architecture: Architecture, weights: dict[tuple[int, str], Halves], rank: int, report: Report
+) -> None:
+    """Both halves have the shapes that the configuration implies."""
     for (layer, target), halves in weights.items():
         inputs, outputs = architecture.features(target)
         for half, tensor, shape in zip(Halves._fields, halves, ((rank, inputs), (outputs, rank)), strict=True):
-            name = f"layer {layer}, {target} {half}.weight"
             if tuple(tensor.shape) != shape:
-                raise DamagedCheckpoint(
-                    f"{shown(source)}: {name} is {list(tensor.shape)}, but model_config.yaml (adapter_dim {rank}, hidden_size "
-                    f"{architecture.hidden_size}, ffn_hidden_size {architecture.ffn_hidden_size}, heads/groups/channels "
-                    f"{'/'.join(map(str, architecture.heads))}) asks for {list(shape)}."
+                message = (
+                    f"{shown(source)}: layer {layer}, {target} {half}.weight is {list(tensor.shape)}, but model_config.yaml "
+                    f"(adapter_dim {rank}, hidden_size {architecture.hidden_size}, ffn_hidden_size "
+                    f"{architecture.ffn_hidden_size}, heads/groups/channels {'/'.join(map(str, architecture.heads))}) asks for "
+                    f"{list(shape)}."
                 )
+                report(DamagedCheckpoint(message, _name(layer, target, half)))
+
+
+def _check_numbers(source: Path, weights: dict[tuple[int, str], Halves]) -> None:
+    """Every number is a finite floating-point one."""
+    import torch
+
+    for (layer, target), halves in weights.items():
+        for half, tensor in zip(Halves._fields, halves, strict=True):
+            name = f"layer {layer}, {target} {half}.weight"
             if not tensor.is_floating_point():
                 raise UnsupportedAdapter(
                     f"{shown(source)}: {name} is {tensor.dtype}; only floating-point weights can be exported."
