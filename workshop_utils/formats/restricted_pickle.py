@@ -2,19 +2,20 @@
 
 ``torch.distributed.checkpoint`` writes its index, ``.metadata``, as a pickle, and loads it with a bare ``pickle.load``: whoever
 wrote the file chooses which functions run. Here only the names that such a file really needs are accepted, and each stands for
-an inert object, so that neither torch nor anything else is imported. Every other name is refused and reported.
+an inert object, so that neither torch nor anything else is imported. Every other name is refused and reported, with the call.
 
 Source of the list for ``.metadata``: ``torch/distributed/checkpoint/{metadata,filesystem}.py`` (torch 2.13) and
 ``megatron/core/dist_checkpointing/strategies/torch.py`` (Megatron-Core 0.13 to 0.15).
 """
 
-import io
 import pickle
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.formats.pickle_machine import Foreign, Machine, Record, Sealed  # noqa: F401
 from workshop_utils.formats.tensor import DTYPE_BYTES
 from workshop_utils.paths import shown
 
@@ -23,35 +24,8 @@ MAX_BYTES = 256 * 1024**2
 
 MAX_DIMENSIONS = 64
 
-
-class Sealed(type):
-    """Metaclass of the stand-ins: a pickle that tries to change a stand-in class (opcode BUILD) fails."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError(f"tries to change {cls.__name__}.{name}")
-
-
-class Record(metaclass=Sealed):
-    """Stand-in for a class whose pickled state is a mapping of attributes; unknown attributes are kept out."""
-
-    __slots__ = ()
-
-    def __new__(cls, *arguments: Any) -> Self:
-        return object.__new__(cls)
-
-    def __init__(self, *arguments: Any) -> None:
-        """Arguments of a reduce call carry nothing that is used."""
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict):
-            raise pickle.UnpicklingError(f"{type(self).__name__} has no mapping as its state")
-        for name in self.__slots__:
-            if name in state:
-                setattr(self, name, state[name])
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The attribute ``name``, or ``default`` where the file did not set it."""
-        return getattr(self, name, default)
+MAX_CALLS = 100
+"""So many calls of one pickle are reported."""
 
 
 class Metadata(Record):
@@ -61,9 +35,9 @@ class Metadata(Record):
 
 
 class MetadataIndex(Record):
-    """Names one stored item: the tensor's name and the chunk's offset in it. Equal only to itself."""
+    """Names one stored item: the tensor's name and the chunk's offset in it."""
 
-    __slots__ = ("fqn", "index", "offset")
+    __slots__ = ("fqn", "offset")
 
 
 class TensorStorageMetadata(Record):
@@ -106,31 +80,33 @@ class Ignored(Record):
 
     __slots__ = ()
 
+    def __init__(self, *arguments: Any) -> None:
+        """Drop the arguments."""
+
     def __setstate__(self, state: Any) -> None:
         """Drop the state."""
 
 
-class _Size(metaclass=Sealed):
+def size(values: Any = ()) -> tuple:
     """``torch.Size``: becomes a plain tuple. Takes only tuples, which are shared and not copied."""
-
-    def __new__(cls, values: Any = ()) -> tuple:
-        if not isinstance(values, tuple) or len(values) > MAX_DIMENSIONS:
-            raise pickle.UnpicklingError("torch.Size of something that is not a short tuple")
-        return values
+    if type(values) is not tuple or len(values) > MAX_DIMENSIONS:
+        raise pickle.UnpicklingError("torch.Size of something that is not a short tuple")
+    return values
 
 
-class _Layout(metaclass=Sealed):
+def layout(name: Any) -> Any:
     """``torch.serialization._get_layout("torch.strided")``: becomes its argument."""
+    return name
 
-    def __new__(cls, name: Any) -> Any:
-        return name
 
+Allowed = Mapping[tuple[str, str], Any]
+"""(module, name) -> a plain value, or what to call in its place."""
 
 _DCP = "torch.distributed.checkpoint"
 _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("torch", "Size"): _Size,
-    ("torch.serialization", "_get_layout"): _Layout,
+_INDEX: Allowed = {
+    ("torch", "Size"): size,
+    ("torch.serialization", "_get_layout"): layout,
     (f"{_DCP}.metadata", "Metadata"): Metadata,
     (f"{_DCP}.metadata", "MetadataIndex"): MetadataIndex,
     (f"{_DCP}.metadata", "TensorStorageMetadata"): TensorStorageMetadata,
@@ -146,52 +122,119 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     (_MCORE, "MCoreSavePlan"): Ignored,
 }
 
+# A pickle is a program: a broken one may fail in any of these ways.
+_BROKEN = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError,
+    RecursionError, struct.error,
+)  # fmt: skip
+
 
 class _Refused(pickle.UnpicklingError):
     """The pickle names something outside the list."""
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, allowed: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None) -> None:
-        super().__init__(io.BytesIO(data))
-        self._allowed, self._storage = allowed, storage
+def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> Any:
+    """What the pickle ``data`` describes, built only of plain values and of what ``allowed`` maps (module, name) to.
 
-    def find_class(self, module: str, name: str) -> Any:
-        found = self._allowed.get((module, name))
+    ``storage`` answers persistent ids, as torch's archives use them. Raises :class:`UnsafeCheckpoint` when the pickle names
+    anything else (see :func:`unsafe`) and :class:`DamagedCheckpoint` when it is broken; ``where`` names it.
+    """
+
+    def find(module: str, name: str) -> Any:
+        found = allowed.get((module, name))
         if found is None:
             raise _Refused(f"{module}.{name}")
         return found
 
-    def persistent_load(self, key: Any) -> Any:
-        if self._storage is None:
-            raise pickle.UnpicklingError("it refers to things outside the pickle")
-        return self._storage(key)
-
-
-def load(
-    data: bytes, where: str, allowed: Mapping[tuple[str, str], Any], storage: Callable[[Any], Any] | None = None
-) -> Any:
-    """What the pickle ``data`` describes, built only of plain values and of what ``allowed`` maps (module, name) to.
-
-    ``storage`` answers persistent ids, as torch's archives use them. Raises :class:`UnsafeCheckpoint` when the pickle names
-    anything else and :class:`DamagedCheckpoint` when it is broken; ``where`` names it.
-    """
     try:
-        return _Unpickler(data, allowed, storage).load()
-    except _Refused as error:
-        raise UnsafeCheckpoint(
-            f"{where} is a pickle that would call {error} when it is loaded. A checkpoint needs no such name. Nothing was "
-            "executed. Do not load this file; get it again from a source you trust."
-        ) from None
-    # A pickle is a program: a broken one may fail in any of these ways.
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-            MemoryError, RecursionError, ImportError) as error:  # fmt: skip
-        raise DamagedCheckpoint(f"{where} cannot be read as a pickle of a checkpoint: {error}") from error
+        return Machine(data, find, storage).run()
+    except _Refused as refused:
+        calls = scan(data, where, allowed, storage)
+        raise unsafe(where, str(refused), calls) from None
+    except _BROKEN as error:
+        raise _broken(where, error) from error
+
+
+def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[Any], Any] | None = None) -> list[str]:
+    """What the pickle ``data`` would do besides describing a checkpoint: the calls of names outside ``allowed``, in their order.
+
+    Such as ``posix.system('touch x')``, or ``argparse.Namespace`` for a name that is looked up and not called. Nothing of it is
+    done. At most MAX_CALLS. What stands after a break in the pickle is not seen: it would not be reached either. Raises
+    :class:`DamagedCheckpoint` if the pickle breaks before any of them.
+    """
+    calls, _ = survey(data, where, allowed, storage)
+    return calls
+
+
+def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> tuple[list[str], Any]:
+    """As :func:`scan`, with what the pickle describes; a :class:`Foreign` stands for each name and result outside ``allowed``.
+
+    The second is None for a broken pickle.
+    """
+    seen: dict[str, bool] = {}
+
+    def find(module: str, name: str) -> Any:
+        found = allowed.get((module, name))
+        if found is None:
+            found = Foreign(plain(f"{module}.{name}", 200))
+            if len(seen) < MAX_CALLS:
+                seen.setdefault(found.text, False)
+        return found
+
+    def called(what: str, arguments: Any) -> None:
+        text = f"{what}({', '.join(_text(argument) for argument in arguments[:4]) if type(arguments) is tuple else '...'})"
+        if len(seen) < MAX_CALLS:
+            # The call takes the place of the bare name.
+            seen.pop(what, None)
+            seen[text] = True
+
+    value = None
+    try:
+        value = Machine(data, find, storage, called).run()
+    except _BROKEN as error:
+        if not seen:
+            raise _broken(where, error) from error
+    return list(seen), value
+
+
+def unsafe(where: str, name: str, calls: list[str]) -> UnsafeCheckpoint:
+    """The error for the pickle ``where`` that names ``name``, with the first of its ``calls``."""
+    what = f" ({'; '.join(calls[:3])}{f'; and {len(calls) - 3} more' if len(calls) > 3 else ''})" if calls else ""
+    return UnsafeCheckpoint(
+        f"{where} is a pickle that would call {plain(name, 200)} when it is loaded{what}. A checkpoint needs no such name. "
+        "Nothing was executed. Do not load this file; get it again from a source you trust."
+    )
+
+
+def _broken(where: str, error: BaseException) -> DamagedCheckpoint:
+    return DamagedCheckpoint(
+        f"{where} cannot be read as a pickle of a checkpoint: {plain(str(error), 200) or type(error).__name__}"
+    )
+
+
+def plain(text: str, longest: int) -> str:
+    """``text`` for a message: shortened, and without what a terminal would obey."""
+    shortened = text if len(text) <= longest else f"{text[:longest]}..."
+    return shortened if shortened.isascii() and shortened.isprintable() else ascii(shortened)[1:-1]
+
+
+def _text(value: Any, depth: int = 0) -> str:
+    """An argument of a call, shortened."""
+    if isinstance(value, Foreign):
+        return value.text[:80]
+    if isinstance(value, str | bytes):
+        return ascii(value[:80]) + ("..." if len(value) > 80 else "")
+    if isinstance(value, int | float | None):
+        return str(value)
+    if isinstance(value, tuple | list) and depth < 3:
+        inside = ", ".join(_text(item, depth + 1) for item in value[:4])
+        return f"[{inside}{', ...' if len(value) > 4 else ''}]"
+    return "{...}" if isinstance(value, dict) else "..."
 
 
 def load_index(data: bytes, where: str) -> Metadata:
     """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as :func:`load`."""
-    metadata = load(data, where, _ALLOWED)
+    metadata = load(data, where, _INDEX)
     if not isinstance(metadata, Metadata):
         raise DamagedCheckpoint(f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
     return metadata

@@ -11,11 +11,16 @@ from typing import Any
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import restricted_pickle
+from workshop_utils.formats.pickle_machine import without_collector
+from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.paths import shown
 
 INDEX = ".metadata"
+
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +61,29 @@ def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report
     code) and :class:`DamagedCheckpoint` when the index as a whole cannot be read. A fault of one entry goes to ``report`` and the
     entry is left out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint (compressed).
     """
+    with without_collector():
+        return _read_index(data, where, files, report)
+
+
+def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Report) -> Index:
     index = restricted_pickle.load_index(data, f"{where}/{INDEX}")
     entries, stored = index.get("state_dict_metadata"), index.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise DamagedCheckpoint(f"{where}/{INDEX} has no list of tensors or no list of their places.")
     places = _places(stored, where, files, report)
+    del index, stored
     tensors, objects = {}, {}
     for name, entry in entries.items():
         try:
-            if isinstance(name, str) and isinstance(entry, restricted_pickle.TensorStorageMetadata):
+            if not isinstance(name, str) or len(name) > MAX_NAME:
+                raise DamagedCheckpoint(f"{where}/{INDEX} lists something without a sound name.")
+            if isinstance(entry, restricted_pickle.TensorStorageMetadata):
                 tensors[name] = _tensor(where, name, entry, places)
             elif isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places:
                 if place := places[name, None]:
                     objects[name] = StoredObject(name, *place)
             else:
-                raise DamagedCheckpoint(f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.", str(name))
+                raise DamagedCheckpoint(f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.", name)
         except CheckpointError as fault:
             report(fault)
     return Index(tensors, objects)
@@ -79,12 +92,14 @@ def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report
 def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) -> dict[tuple, tuple[str, int, int] | None]:
     """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported."""
     places = {}
-    for key, place in stored.items():
+    while stored:
+        # Taken out one by one, so that there are never two full lists of 100,000 places.
+        key, place = stored.popitem()
         if not isinstance(key, restricted_pickle.MetadataIndex) or not isinstance(place, restricted_pickle.StorageInfo):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place of an unknown kind."))
             continue
         name, offset = key.get("fqn"), key.get("offset")
-        if not isinstance(name, str) or not (offset is None or _is_shape(offset)):
+        if not isinstance(name, str) or len(name) > MAX_NAME or not (offset is None or _is_shape(offset)):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
             continue
         if (name, offset) in places:
@@ -101,7 +116,7 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
 def _place(where: str, name: str, place: restricted_pickle.StorageInfo, files: Mapping[str, int]) -> tuple[str, int, int]:
     """(file, start, length) of one stored item, once the file is known to hold that range."""
     file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
-    if not isinstance(file, str) or not _is_shape((start, length)):
+    if not isinstance(file, str) or len(file) > MAX_NAME or not _is_shape((start, length)):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
     if place.get("transform_descriptors"):
         raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name)
@@ -126,18 +141,30 @@ def _tensor(where: str, name: str, entry: restricted_pickle.TensorStorageMetadat
     dtype = str(dtype).removeprefix("torch.")
     if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name)
-    found = []
+    found, shapes = [], {}
     for chunk in chunks:
-        offsets, sizes = (chunk.get("offsets"), chunk.get("sizes")) if isinstance(chunk, restricted_pickle.Record) else (None, None)
+        offsets, sizes = (
+            (chunk.get("offsets"), chunk.get("sizes")) if isinstance(chunk, restricted_pickle.Record) else (None, None)
+        )
         if not _is_shape(offsets) or not _is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
             raise DamagedCheckpoint(f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.", name)
-        if (name, offsets) not in places:
-            raise DamagedCheckpoint(f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file.", name)
-        if place := places[name, offsets]:
-            found.append(Chunk(offsets, sizes, *place))
+        # Each place serves one chunk: a list that names one chunk over and over would take for ever.
+        place = places.pop((name, offsets), ())
+        if place == ():
+            raise DamagedCheckpoint(
+                f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file of its own.", name
+            )
+        if place:
+            file, start, length = place
+            found.append(Chunk(offsets, shapes.setdefault(sizes, sizes), file, start, length))
     return Tensor(name, shape, dtype, tuple(found), packed=True)
 
 
 def _is_shape(value: Any) -> bool:
     """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
-    return isinstance(value, tuple) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
+        return False
+    for item in value:  # noqa: SIM110 (half the time of all())
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
