@@ -1,5 +1,6 @@
 """Planning a run: what is refused before anything heavy starts, and who wins among recipe, machine and user."""
 
+import shutil
 import subprocess
 import sys
 
@@ -79,7 +80,7 @@ def test_nemo_path_runs_the_clones_script(root, base, tmp_path, monkeypatch):
     with pytest.raises(WorkshopError, match="NEMO_PATH is .* does not exist"):
         script_path()
     script = tmp_path / "examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py"
-    script.parent.mkdir(parents=True)
+    shutil.copytree(SCRIPT.parent / "conf", script.parent / "conf")
     script.touch()
     assert script_path() == script
     command = make_plan([f"model.restore_from_path={base}", "trainer.max_steps=3"]).command

@@ -58,6 +58,10 @@ class ChatTokenizer:
         """Token ids of ``text``; special tokens written in it count as such, none is added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def count(self, texts: list[str]) -> list[int]:
+        """Number of tokens of each of ``texts``, as :meth:`encode` has them; on all cores."""
+        return [len(found.ids) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
 
 def _environment():
     from jinja2.ext import loopcontrols

@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
     parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="print the command and what it would train on, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -38,9 +38,9 @@ def run(args) -> int:
     plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node)  # fmt: skip
     print(f"device: {plan.device}")
-    for rendered in plan.data:
-        print(f"{paths.shown(rendered.path)}: {rendered.rows} rows, {rendered.mean_tokens:.0f} tokens a row, longest {rendered.max_tokens}")
+    print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")
     print(plan, flush=True)
+    plan.preflight.require()
     if args.dry_run:
         return 0
     adapter = finetune.finetune(plan)

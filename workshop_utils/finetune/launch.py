@@ -28,8 +28,10 @@ def finetune(plan: Plan, progress: bool = True, reuse: bool = False) -> Path:
     line says so.
 
     Raises:
+        WorkshopError: the plan's preflight found something that would make the run fail.
         TrainingFailed: with the cause from the worker's log. The log stays beside the run.
     """
+    plan.preflight.require()
     same = _read(plan.record).get("fingerprint") == plan.fingerprint()
     if plan.adapter.exists() and reuse and same:
         print(f"{paths.shown(plan.run_dir)}: the adapter of an earlier, identical run is used.")

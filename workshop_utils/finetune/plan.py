@@ -9,12 +9,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
+from workshop_utils.finetune.configuration import compose
+from workshop_utils.finetune.preflight import Preflight, preflight
+from workshop_utils.formats.nemo1_config import architecture
+from workshop_utils.formats.nemo_archive import read_config
+from workshop_utils.formats.safe_text import read_yaml
 
 RECIPE = {
     "trainer.max_steps": 51,
@@ -45,6 +48,7 @@ class Plan:
     overrides: dict[str, str]
     run_dir: Path
     device: Device
+    preflight: Preflight
     data: list[chat_data.Rendered] = field(default_factory=list)
 
     @property
@@ -103,8 +107,11 @@ def make_plan(
 
     Raises:
         WorkshopError: an override is no ``key=value``, or ``model.restore_from_path`` is missing.
+        WorkshopError: an override names a key that the script does not have; the nearest one is offered.
         NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the message says what to do.
-        DataError: a data file or a row is not usable.
+        DataError: a data file or a row given as ``data`` or ``validation`` is not usable.
+
+    What else would go wrong stands in the plan's ``preflight``; :func:`.launch.finetune` refuses to start then.
     """
     given = parse_overrides(overrides)
     base = given.get("model.restore_from_path")
@@ -114,7 +121,9 @@ def make_plan(
     check_loadable(base)
     device = choose_device()
     run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
-    rendered = [] if "model.data.train_ds.file_names" in given else _render(base, run_dir, data, validation)
+    described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
+    tokenizer = _tokenizer(base, described)
+    rendered = [] if "model.data.train_ds.file_names" in given else _render(tokenizer, run_dir, data, validation)
     settings = {**RECIPE, **machine_settings(device, nproc_per_node), **_files(rendered)}
     settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     settings |= given | {"model.restore_from_path": str(base)}
@@ -122,10 +131,11 @@ def make_plan(
     script = script_path()
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
+    words = [f"{marks[key]}{key}={value}" for key, value in settings.items()]
+    checked = preflight(compose(script, words), architecture(described), nproc_per_node, run_dir, tokenizer)
     return Plan(
-        torchrun(script, [f"{marks[key]}{key}={value}" for key, value in settings.items()], nproc_per_node),
-        training_environment(run_dir, nproc_per_node), settings, run_dir, device, rendered,
-    )  # fmt: skip
+        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device, checked, rendered
+    )
 
 
 def notes(run_dir: Path) -> Path:
@@ -216,14 +226,15 @@ def _run_dir(given: dict[str, str], name: str) -> Path:
     return parent.resolve() / given.get("exp_manager.name", name)
 
 
-def _render(base: Path, run_dir: Path, data: Path | None, validation: Path | None) -> list[chat_data.Rendered]:
+def _render(tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, validation: Path | None) -> list[chat_data.Rendered]:
     train = Path(data) if data else paths.data_dir() / "tickets" / "train.jsonl"
     if validation is None:
         beside = train.with_name("validation.jsonl")
         validation = beside if beside.exists() else train
     if not data and not train.exists():
         raise DataError(f"{paths.shown(train)} does not exist: run `python data/make_tickets.py`, or give --data.")
-    tokenizer = ChatTokenizer(_tokenizer_dir(base))
+    if tokenizer is None:
+        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
     files = paths.runs_dir() / "finetune" / "data" / run_dir.name
     return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
             (("train", train), ("validation", Path(validation)))]  # fmt: skip
@@ -241,11 +252,11 @@ def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
     }
 
 
-def _tokenizer_dir(base: Path) -> Path:
+def _tokenizer(base: Path, described: dict) -> ChatTokenizer | None:
+    """The base's own tokenizer; None for a ``.nemo``, which carries it inside."""
     if base.is_file():
-        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
-    config = yaml.safe_load((base / "model_config.yaml").read_text())
+        return None
     try:
-        return Path(config["tokenizer"]["type"])
+        return ChatTokenizer(Path(described["tokenizer"]["type"]))
     except (KeyError, TypeError):
         raise NotACheckpoint(f"{paths.shown(base / 'model_config.yaml')}: `tokenizer.type` is missing. Bridge it again.") from None

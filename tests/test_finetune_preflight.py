@@ -1,0 +1,184 @@
+"""What is found before NeMo is imported: batch arithmetic, parallel sizes, data, settings; and the counts against NeMo's own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from tiny_model import make_tiny_model, write_rows
+
+from workshop_utils.chat_template import ChatTokenizer
+from workshop_utils.errors import DataError, WorkshopError
+from workshop_utils.finetune import configuration, data_check, make_plan
+from workshop_utils.finetune.data_check import Template
+from workshop_utils.finetune.plan import SCRIPT
+
+SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 128,
+         "override_vocab_size": 512}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bridged") / "tiny"
+    tokenizer = make_tiny_model(directory.parent / "hf")
+    (directory / "model_weights").mkdir(parents=True)
+    (directory / "model_config.yaml").write_text(yaml.safe_dump(SIZES | {"tokenizer": {"type": str(tokenizer)}}))
+    return directory
+
+
+@pytest.fixture
+def plan(base, tmp_path, monkeypatch):
+    """A function from overrides to the plan's preflight, on 16 rows."""
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
+    monkeypatch.delenv("NEMO_PATH", raising=False)
+    train, validation = write_rows(tmp_path / "train.jsonl"), write_rows(tmp_path / "validation.jsonl", 3)
+    validation.write_text(validation.read_text().replace("number", "figure"))
+
+    def made(*overrides: str, processes: int = 1):
+        return make_plan([f"model.restore_from_path={base}", *overrides], data=train, validation=validation,
+                         nproc_per_node=processes).preflight  # fmt: skip
+
+    return made
+
+
+def test_a_sound_run_has_facts_and_no_problem(plan):
+    found = plan()
+    assert found.problems == []
+    found.require()
+    assert "batch: 8 rows = 8 a micro batch x 1 accumulated x 1 data-parallel (TP 1 x PP 1 x CP 1)" in found.facts
+    # rank x (in + out) of the fused projection, in each of the four layers
+    assert any(fact.startswith(f"trainable: {4 * 32 * (64 + 128):,} of ") for fact in found.facts)
+
+
+@pytest.mark.parametrize("overrides, processes, said", [
+    (["model.global_batch_size=9"], 1, "global_batch_size 9 is no multiple of micro batch 8 x 1"),
+    (["model.global_batch_size=4"], 1, "Set model.global_batch_size=8"),
+    (["model.micro_batch_size=0"], 1, "micro_batch_size is 0; it has to be a whole number of at least 1"),
+    ([], 2, "global_batch_size 8 is no multiple of micro batch 8 x 2 data-parallel copies"),
+    (["model.tensor_model_parallel_size=2"], 1, "TP 2 x PP 1 x CP 1 needs a multiple of 2"),
+    (["model.tensor_model_parallel_size=4"], 4, "size 4 does not divide the 2 key/value groups. Possible below it: [1, 2]"),
+    (["model.pipeline_model_parallel_size=3"], 3, "size 3 does not divide the 4 layers"),
+    (["trainer.devices=4"], 2, "Give --nproc-per-node=4"),
+    (["+model.context_parallel_size=2"], 2, "only through Transformer Engine"),
+    (["model.sequence_parallel=true"], 1, "sequence_parallel needs"),
+    (["model.peft.peft_scheme=dora"], 1, "peft_scheme is 'dora'; there are lora, ptuning"),
+    (["model.peft.lora_tuning.target_modules=[q_proj]"], 1, "names q_proj; there are attention_qkv"),
+    (["model.peft.lora_tuning.adapter_dim=0"], 1, "adapter_dim is 0"),
+    (["model.peft.lora_tuning.adapter_dropout=1.0"], 1, "adapter_dropout is 1.0"),
+    (["model.peft.lora_tuning.layer_selection=[0,1]"], 1, "layers are numbered from 1 to 4"),
+    (["model.data.train_ds.prompt_template='{output} {input}'"], 1, "has to end with {output}"),
+    (["model.data.train_ds.prompt_template='plain'"], 1, "it names no column"),
+    (["model.data.train_ds.prompt_template='{input} é {output}'"], 1, "outside ASCII, which NeMo garbles"),
+    (["model.data.train_ds.truncation_field=context"], 1, None),
+    (["model.data.train_ds.truncation_field=question"], 1, "names 'question'; the template has input, output"),
+    (["model.data.train_ds.concat_sampling_probabilities=[0.5]"], 1, "adds up to 0.5"),
+    (["model.data.validation_ds.names=[a,b]"], 1, "has 2 names for 1 files"),
+    (["model.data.train_ds.label_key=answer", "model.data.train_ds.prompt_template='{input}{answer}'"], 1, "needs a text in 'answer'; the row has input, output"),
+])  # fmt: skip
+def test_what_would_fail_is_said_before(plan, overrides, processes, said):
+    found = plan(*overrides, processes=processes)
+    if said is None:
+        assert found.problems == []
+        return
+    assert any(said in problem for problem in found.problems), found.problems
+    with pytest.raises(WorkshopError, match="this run would fail"):
+        found.require()
+
+
+@pytest.mark.parametrize("override, meant", [
+    ("trainer.max_step=5", "trainer.max_steps"),
+    ("model.peft.lora_tuning.adaptr_dim=8", "model.peft.lora_tuning.adapter_dim"),
+    ("optim.lr=1", "model.optim.lr"),
+    ("adapter_dim=4", "model.peft.lora_tuning.adapter_dim"),
+    ("model.restore_path=x", "model.restore_from_path"),
+])  # fmt: skip
+def test_the_nearest_key_is_offered(plan, override, meant):
+    with pytest.raises(WorkshopError, match=rf"is no key of the fine-tuning script\. Did you mean {meant}\?"):
+        plan(override)
+
+
+def test_an_override_that_cannot_be_parsed():
+    with pytest.raises(WorkshopError, match=r"cannot be read as an override"):
+        configuration.compose(SCRIPT, ["model.data.train_ds.file_names=[a"])
+
+
+def test_added_keys_are_let_through():
+    assert configuration.compose(SCRIPT, ["+model.brand_new=3"]).model.brand_new == 3
+
+
+def test_rows_that_are_cut_and_rows_that_repeat_are_warned_of(plan, base, tmp_path):
+    assert any("rows are longer than 8 tokens" in line for line in plan("model.data.train_ds.max_seq_length=8").warnings)
+    train = tmp_path / "train.jsonl"
+    found = make_plan([f"model.restore_from_path={base}"], data=train, validation=train).preflight
+    assert any("repeats 16 rows" in line or "is the training file itself" in line for line in found.warnings)
+
+
+def test_a_bad_row_is_named(plan, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": 3, "output": "b"}\n')
+    found = plan(f"model.data.train_ds.file_names=[{tmp_path}/bad.jsonl]", f"model.data.validation_ds.file_names=[{tmp_path}/no.jsonl]")
+    assert "bad.jsonl, line 2: the template needs a text in 'input'" in found.problems[0]
+    assert "no.jsonl does not exist" in found.problems[1]
+
+
+@pytest.mark.parametrize("content, said", [
+    (b"", "holds no rows"), (b"[1]\n", "a list, not an object"), (b"{\n", "not JSON"), (b"\xff\n", "not JSON in UTF-8"),
+])  # fmt: skip
+def test_files_that_are_no_rows(base, tmp_path, content, said):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    tokenizer = ChatTokenizer(yaml.safe_load((base / "model_config.yaml").read_text())["tokenizer"]["type"])
+    with pytest.raises(DataError, match=said):
+        data_check.count(tmp_path / "x.jsonl", Template("{input}{output}", "output", (), 64, 1), tokenizer)
+
+
+def test_a_large_file_is_sampled_and_says_so(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_check, "SAMPLE", 5)
+    tokenizer = ChatTokenizer(yaml.safe_load((base / "model_config.yaml").read_text())["tokenizer"]["type"])
+    (tmp_path / "x.jsonl").write_text('{"input": "a", "output": "b"}\n' * 12)
+    found = data_check.count(tmp_path / "x.jsonl", Template("{input}{output}", "output", (), 64, 1), tokenizer)
+    assert (found.rows, found.sampled) == (12, 5)
+    assert "12 rows" in str(found) and "of a sample of 5" in str(found)
+
+
+NEMO = """
+import json, sys
+from workshop_utils import nemo_cpu; nemo_cpu.apply()
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+tokenizer = AutoTokenizer(sys.argv[1], use_fast=True)
+for case in json.loads(sys.argv[3]):
+    data = GPTSFTDataset(sys.argv[2], tokenizer, memmap_workers=1, add_bos=case["bos"], add_eos=True, label_key="output",
+        prompt_template=case["template"], truncation_field=case["field"], max_seq_length=case["length"], sanity_check_dist_workers=False)
+    rows = [data[i] for i in range(len(data))]
+    whole = GPTSFTDataset(sys.argv[2], tokenizer, memmap_workers=1, add_bos=case["bos"], add_eos=True, label_key="output",
+        prompt_template=case["template"], truncation_field=case["field"], max_seq_length=10**6, sanity_check_dist_workers=False)
+    full = [whole[i] for i in range(len(whole))]
+    print("RESULT", json.dumps({"lengths": [r["token_count"] for r in full], "answers_cut": sum(len(a["answer_ids"]) < len(b["answer_ids"]) for a, b in zip(rows, full))}))
+"""
+
+
+@pytest.mark.slow
+def test_the_counts_are_those_of_nemo(base, tmp_path):
+    """Lengths, rows that are too long and answers that are cut, as NeMo's own data set class makes them."""
+    directory = yaml.safe_load((base / "model_config.yaml").read_text())["tokenizer"]["type"]
+    rows = [{"input": "word " * (n % 7 + 1) + " end ", "output": " answer" * (n % 5 + 1)} for n in range(20)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cases = [
+        {"template": "{input}{output}", "field": "input", "length": 20, "bos": False},
+        {"template": "Question: {input}\\n\\nAnswer: {output}", "field": "input", "length": 24, "bos": True},
+        {"template": "{input} {output}", "field": "output", "length": 16, "bos": False},
+        {"template": "{input} {output}", "field": "input,output", "length": 30, "bos": False},
+    ]
+    done = subprocess.run([sys.executable, "-c", NEMO, directory, str(file), json.dumps(cases)], capture_output=True, text=True, check=False)
+    results = [json.loads(line.removeprefix("RESULT ")) for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    assert len(results) == len(cases), done.stderr[-2000:]
+    tokenizer = ChatTokenizer(directory)
+    for case, right in zip(cases, results, strict=True):
+        rule = Template(case["template"], "output", tuple(case["field"].split(",")), case["length"], 1 + case["bos"])
+        found = data_check.count(file, rule, tokenizer)
+        assert found.longest == max(right["lengths"])
+        assert found.mean_tokens == sum(right["lengths"]) / len(rows)
+        assert found.truncated == sum(length > case["length"] for length in right["lengths"]) > 0
+        assert found.answers_cut == right["answers_cut"]

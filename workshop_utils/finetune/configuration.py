@@ -1,0 +1,77 @@
+"""The configuration that the script will see: its defaults with the overrides on top, composed by Hydra itself, without torch."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils import paths
+from workshop_utils.errors import WorkshopError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONFIG = "megatron_gpt_finetuning_config"
+
+
+def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
+    """The configuration of ``script`` (``conf/megatron_gpt_finetuning_config.yaml`` beside it) with ``overrides``.
+
+    Raises:
+        WorkshopError: an override cannot be parsed, or names a key that the script does not have; the nearest one is offered.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    folder = Path(script).resolve().parent / "conf"
+    if not (folder / f"{CONFIG}.yaml").is_file():
+        raise WorkshopError(f"{paths.shown(folder / CONFIG)}.yaml is missing: the script has no defaults.")
+    with initialize_config_dir(str(folder), version_base=None):
+        try:
+            return hydra_compose(CONFIG, overrides=list(overrides))
+        except HydraException as error:
+            raise WorkshopError(_explained(error, folder)) from None
+
+
+def keys(config: "DictConfig") -> list[str]:
+    """Every dotted key of ``config``, branches included, without following interpolations."""
+    from omegaconf import OmegaConf
+
+    return list(_keys(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def nearest(key: str, known: Sequence[str]) -> str | None:
+    """The key among ``known`` that ``key`` was probably meant to be: alike as a whole, or with the same last part elsewhere."""
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return close[0]
+    last = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == last]
+    if same:
+        return max(same, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
+    ends = {name.rpartition(".")[2]: name for name in known}
+    close = difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)
+    return ends[close[0]] if close else None
+
+
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        for name, child in node.items():
+            yield f"{prefix}{name}"
+            yield from _keys(child, f"{prefix}{name}.")
+
+
+def _explained(error: Exception, folder: Path) -> str:
+    """What Hydra says, in a sentence that names the override and the key that was probably meant."""
+    text = str(error)
+    if unknown := re.match(r"Could not override '([^']+)'\.", text):
+        from omegaconf import OmegaConf
+
+        key = unknown[1]
+        meant = nearest(key, keys(OmegaConf.load(folder / f"{CONFIG}.yaml")))
+        offer = f" Did you mean {meant}?" if meant else ""
+        return f"{key} is no key of the fine-tuning script.{offer} To add a key that its defaults lack, write +{key}=..."
+    if override := getattr(error, "override", None):
+        return f"{override!r} cannot be read as an override ({text.splitlines()[0]}). Quote it for the shell: 'key=[value]'."
+    return text.splitlines()[0]

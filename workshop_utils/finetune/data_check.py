@@ -1,0 +1,167 @@
+"""Will NeMo take this data file, and what will it make of it? Counted as NeMo's ``GPTSFTDataset`` does, without torch.
+
+Source of the rules: ``nemo/collections/nlp/data/language_modeling/megatron/gpt_sft_dataset.py`` (NeMo 2.4.1). The prompt template
+is cut at its ``{fields}``, each piece is tokenised by itself, and what is too long is taken from the truncation fields first.
+"""
+
+import json
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop_utils import paths
+from workshop_utils.chat_template import ChatTokenizer
+from workshop_utils.errors import DataError
+
+SAMPLE = 10_000
+"""Rows of a larger file are not all tokenised: this many, drawn at random, stand for it."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a row becomes tokens: the settings of ``model.data.train_ds`` that decide it. ``extra`` counts bos, sep and eos.
+
+    ``cut_from`` is ``truncation_method``: the side from which tokens go.
+    """
+
+    text: str
+    label: str
+    truncation_fields: tuple[str, ...]
+    max_seq_length: int
+    extra: int
+    cut_from: str = "right"
+
+    @property
+    def fields(self) -> list[str]:
+        """The columns that a row needs, in the template's order."""
+        return re.findall(r"{(.*?)}", self.text)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """``rows`` of the file, and of the ``sampled`` ones: tokens (mean, longest), how many are too long, how many lose answer tokens."""
+
+    path: Path
+    rows: int
+    sampled: int
+    mean_tokens: float
+    longest: int
+    truncated: int
+    answers_cut: int
+
+    def __str__(self) -> str:
+        of = f" (of a sample of {self.sampled:,})" if self.sampled < self.rows else ""
+        return f"{paths.shown(self.path)}: {self.rows:,} rows; {self.mean_tokens:.0f} tokens a row, longest {self.longest:,}{of}"
+
+
+def check_template(template: Template) -> Iterator[str]:
+    """A sentence for each reason why NeMo would refuse or spoil ``template``."""
+    where = "model.data.train_ds.prompt_template"
+    if not template.fields:
+        yield f"{where} is {template.text!r}: it names no column. Write for instance '{{input}} {{output}}'."
+    elif not template.text.endswith(f"{{{template.label}}}"):
+        yield (f"{where} has to end with {{{template.label}}}, the answer (label_key); it is {template.text!r}. "
+               "What follows the answer would never be learnt.")  # fmt: skip
+    for field in template.truncation_fields:
+        # NeMo renames "context", its old default, to the first field.
+        if template.fields and field not in template.fields and not (field == "context" and template.fields[0] == "input"):
+            yield f"model.data.train_ds.truncation_field names {field!r}; the template has {', '.join(template.fields)}."
+    if not template.text.isascii():
+        # NeMo decodes the template with unicode_escape, which takes every byte of UTF-8 for a character.
+        yield f"{where} holds characters outside ASCII, which NeMo garbles. Put them into the rows, or write \\u escapes."
+
+
+def count(path: Path, template: Template, tokenizer: ChatTokenizer) -> Counted:
+    """Read ``path`` and count what NeMo would see.
+
+    Raises:
+        DataError: a row is no JSON object, lacks a column of the template, or has one that is no text; file, line and field named.
+    """
+    path = Path(path)
+    rows = list(_rows(path, template))
+    chosen = rows if len(rows) <= SAMPLE else random.Random(0).sample(rows, SAMPLE)
+    lengths, answers = [], []
+    pieces = [text for row in chosen for text in _pieces(row, template)]
+    counts = iter(tokenizer.count(pieces))
+    for row in chosen:
+        found = [next(counts) for _ in _pieces(row, template)]
+        lengths.append(sum(found) + template.extra)
+        answers.append(_answer_is_cut(found, lengths[-1] - template.max_seq_length, template))
+    longer = sum(length > template.max_seq_length for length in lengths)
+    return Counted(path, len(rows), len(chosen), sum(lengths) / len(lengths), max(lengths), longer, sum(answers))
+
+
+def _answer_is_cut(sizes: list[int], over: int, template: Template) -> bool:
+    """Whether a row that is ``over`` tokens too long loses tokens of its answer, the last of the pieces with these ``sizes``.
+
+    Every truncation field gives up an equal share; what a short one cannot give is taken from the end (or the beginning).
+    """
+    if over <= 0:
+        return False
+    fields = [(name, size) for name, size in zip(_names(template), sizes, strict=True) if name in _given_away(template)]
+    left = over
+    for number, (name, size) in enumerate(fields):
+        share = over // len(fields) + (number < over % len(fields))
+        if name == template.label and share:
+            return True
+        left -= min(share, size)
+    return left > 0 if template.cut_from == "right" else left > sum(sizes[:-1])
+
+
+def common_rows(first: Path, second: Path, template: Template) -> int:
+    """Rows of ``second`` that stand in ``first`` as well, answer included."""
+    seen = {_key(row, template) for row in _rows(first, template)}
+    return sum(_key(row, template) in seen for row in _rows(second, template))
+
+
+def _key(row: dict, template: Template) -> tuple[str, ...]:
+    return tuple(row[field] for field in template.fields)
+
+
+def _rows(path: Path, template: Template) -> Iterator[dict]:
+    if not path.is_file():
+        raise DataError(f"{paths.shown(path)} does not exist.")
+    found = False
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                found = True
+                yield _row(line, template, f"{paths.shown(path)}, line {number}")
+    if not found:
+        raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
+
+
+def _row(line: bytes, template: Template, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{where}: not JSON in UTF-8 ({error}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__}, not an object.")
+    for field in template.fields:
+        if not isinstance(row.get(field), str):
+            has = ", ".join(sorted(row)) or "nothing"
+            raise DataError(f"{where}: the template needs a text in {field!r}; the row has {has}. Set prompt_template and label_key.")
+    return row
+
+
+def _parts(template: Template) -> list[str]:
+    """The template cut as NeMo cuts it: fields with the spaces before them, and the text between."""
+    text = template.text.encode().decode("unicode_escape")
+    return [part for part in re.split(r"( *?{.+?})", text) if part]
+
+
+def _names(template: Template) -> list[str]:
+    """The field of each part, "" for text."""
+    return [part.strip(" ")[1:-1] if part.lstrip(" ").startswith("{") else "" for part in _parts(template)]
+
+
+def _given_away(template: Template) -> Sequence[str]:
+    return [template.fields[0] if field == "context" else field for field in template.truncation_fields]
+
+
+def _pieces(row: dict, template: Template) -> Iterator[str]:
+    for part, name in zip(_parts(template), _names(template), strict=True):
+        yield " " * (len(part) - len(part.lstrip(" "))) + row[name].strip(" ") if name else part

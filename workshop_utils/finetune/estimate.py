@@ -1,0 +1,88 @@
+"""Rough numbers before a run: trainable parameters, memory, disk and time. Each says what it counts."""
+
+import math
+from dataclasses import dataclass
+
+from workshop_utils.formats.architecture import Architecture
+
+TARGETS = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
+}
+"""What NeMo's group names stand for (``get_target_modules`` in ``peft_config.py``, NeMo 2.4.1)."""
+
+BYTES = {"32": 4, "32-true": 4, "16": 2, "bf16": 2, "16-mixed": 2, "bf16-mixed": 2, "bf16-true": 2}
+"""Bytes of a weight at ``trainer.precision``. With AMP O2 or autocast NeMo keeps the frozen base in half precision."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one process. ``memory`` and ``disk`` in bytes, ``operations`` in floating-point operations for one optimizer step."""
+
+    parameters: int
+    trainable: int
+    memory: int
+    disk: int
+    operations: float
+
+
+def lora_modules(targets: list[str]) -> list[str]:
+    """The modules that ``targets`` mean, groups resolved, each once."""
+    return list(dict.fromkeys(module for target in targets for module in TARGETS.get(target, (target,))))
+
+
+def parameters(sizes: Architecture) -> int:
+    """Weights of a Llama-like decoder, norms and biases aside."""
+    attention = sizes.hidden * sizes.head_dim * (2 * sizes.heads + 2 * sizes.groups)
+    embeddings = (sizes.vocabulary or 0) * sizes.hidden * (1 if sizes.tied else 2)
+    return sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + embeddings
+
+
+def lora_parameters(sizes: Architecture, modules: list[str], rank: int, layers: int) -> int:
+    """Weights of a LoRA adapter: rank x (in + out) for every module of every adapted layer."""
+    heads = sizes.heads * sizes.head_dim
+    ends = {
+        "attention_qkv": sizes.hidden + (sizes.heads + 2 * sizes.groups) * sizes.head_dim,
+        "attention_dense": heads + sizes.hidden,
+        "mlp_fc1": sizes.hidden + 2 * sizes.ffn,
+        "mlp_fc2": sizes.ffn + sizes.hidden,
+    }
+    return layers * rank * sum(ends[module] for module in modules)
+
+
+def estimate(sizes: Architecture, trainable: int, precision: str, tokens: int, length: int, global_tokens: float, split: int = 1,
+             kept_checkpoints: int = 2) -> Estimate:  # fmt: skip
+    """What a run needs.
+
+    Args:
+        trainable: weights that are trained; Adam keeps a gradient and two moments of 4 bytes for each.
+        tokens: of one micro batch, padding included; ``length`` of them in one row.
+        global_tokens: of one optimizer step over all processes.
+        split: tensor-parallel x pipeline-parallel size.
+        kept_checkpoints: Lightning checkpoints (weights and moments of what is trained) on disk at once.
+
+    Activations after Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equation 1, without
+    recomputation: ``tokens * hidden * (34 + 5 * heads * length / hidden)`` bytes a layer in 16 bits, twice that in 32; and two copies
+    of the logits in 32 bits. With a frozen base a step takes 4 operations a weight and token: forward, and gradients of activations.
+    """
+    size = BYTES.get(precision, 4)
+    count = parameters(sizes)
+    activations = sizes.layers * tokens * sizes.hidden * (34 + 5 * sizes.heads * length / sizes.hidden) * size / 2
+    logits = 2 * 4 * tokens * (sizes.vocabulary or 0)
+    memory = (count * size + trainable * (4 + 4 + 8) + activations + logits) / split
+    disk = kept_checkpoints * trainable * 12 + trainable * 4
+    return Estimate(count, trainable, math.ceil(memory), disk, 4.0 * count * global_tokens)
+
+
+def operations_per_second() -> float:
+    """Floating-point operations a second of this machine's processors, from multiplying two small matrices for a moment."""
+    import time
+
+    import numpy
+
+    matrix = numpy.ones((1024, 1024), "float32")
+    matrix @ matrix
+    began = time.perf_counter()
+    matrix @ matrix
+    return 2 * 1024**3 / (time.perf_counter() - began)

@@ -1,0 +1,227 @@
+"""Everything that can be known to go wrong before NeMo is imported: arithmetic, files, settings. Takes under two seconds."""
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils import paths
+from workshop_utils.chat_template import ChatTokenizer
+from workshop_utils.errors import DataError, WorkshopError
+from workshop_utils.finetune import data_check, estimate
+from workshop_utils.formats.architecture import Architecture
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SCHEMES = ("lora", "ptuning", "adapter", "ia3", "none")
+MODULES = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", *estimate.TARGETS)
+
+
+@dataclass
+class Preflight:
+    """What was found: ``facts`` (a line each), ``problems`` (a sentence with its fix each) and ``warnings`` that stop nothing."""
+
+    facts: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def require(self) -> None:
+        """Raise :class:`WorkshopError` with every problem, if there is one."""
+        if self.problems:
+            raise WorkshopError("\n".join(["this run would fail:", *(f"  - {problem}" for problem in self.problems)]))
+
+
+def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, run_dir: Path, tokenizer: ChatTokenizer | None) -> Preflight:
+    """Check ``config``, the composed configuration of the script, against the base's ``sizes`` and this machine.
+
+    ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) rows are not counted, and a fact says so.
+    """
+    found = Preflight()
+    found.problems += batches(config, processes, found.facts)
+    found.problems += adapter(config, sizes)
+    found.problems += parallel(config, sizes)
+    counted = _data(config, tokenizer, found)
+    if sizes and counted and not found.problems:
+        _resources(config, sizes, counted, run_dir, found)
+    return found
+
+
+def batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator[str]:
+    """Processes, model-parallel sizes and batch sizes have to divide each other."""
+    model, trainer = config.model, config.trainer
+    if trainer.devices != processes:
+        yield f"trainer.devices is {trainer.devices} but torchrun starts {processes} processes. Give --nproc-per-node={trainer.devices}."
+    names = {"tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "context_parallel_size": "CP"}
+    parts = {short: model.get(name, 1) for name, short in names.items()}
+    numbers = {"model.micro_batch_size": model.micro_batch_size, "model.global_batch_size": model.global_batch_size,
+               "trainer.num_nodes": trainer.num_nodes, **{f"model.{name}": parts[short] for name, short in names.items()}}  # fmt: skip
+    wrong = [f"{key} is {value!r}; it has to be a whole number of at least 1." for key, value in numbers.items()
+             if type(value) is not int or value < 1]  # fmt: skip
+    if wrong:
+        yield from wrong
+        return
+    world, split = processes * trainer.num_nodes, parts["TP"] * parts["PP"] * parts["CP"]
+    product = " x ".join(f"{short} {size}" for short, size in parts.items())
+    if world % split:
+        yield f"{world} processes cannot be shared out: {product} needs a multiple of {split}. Start more, or lower these sizes."
+        return
+    copies = world // split
+    micro, whole = model.micro_batch_size, model.global_batch_size
+    if whole % (micro * copies):
+        nearest = max(1, round(whole / (micro * copies))) * micro * copies
+        yield (f"model.global_batch_size {whole} is no multiple of micro batch {micro} x {copies} data-parallel copies. "
+               f"Set model.global_batch_size={nearest}, or another model.micro_batch_size.")  # fmt: skip
+        return
+    facts.append(f"batch: {whole} rows = {micro} a micro batch x {whole // (micro * copies)} accumulated x {copies} data-parallel ({product})")
+
+
+def parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
+    """Heads and layers have to be divisible by the parallel sizes."""
+    model = config.model
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if model.get("context_parallel_size", 1) > 1 and importlib.util.find_spec("transformer_engine") is None:
+        yield "model.context_parallel_size: Megatron-Core splits the context only through Transformer Engine, which is not installed."
+    if model.get("sequence_parallel") and tensor == 1:
+        yield "model.sequence_parallel needs model.tensor_model_parallel_size above 1."
+    if not sizes:
+        return
+    for what, number in (("attention heads", sizes.heads), ("key/value groups", sizes.groups), ("FFN columns", sizes.ffn)):
+        if type(tensor) is int and tensor > 0 and number % tensor:
+            fits = [size for size in range(1, tensor) if sizes.heads % size == 0 and sizes.groups % size == 0]
+            yield f"model.tensor_model_parallel_size {tensor} does not divide the {number} {what}. Possible below it: {fits}."
+            break
+    if type(pipeline) is int and pipeline > 0 and sizes.layers % pipeline:
+        yield f"model.pipeline_model_parallel_size {pipeline} does not divide the {sizes.layers} layers."
+
+
+def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
+    """The adapter's settings."""
+    peft = config.model.peft
+    if peft.peft_scheme not in SCHEMES:
+        yield f"model.peft.peft_scheme is {peft.peft_scheme!r}; there are {', '.join(SCHEMES)}."
+    if peft.peft_scheme != "lora":
+        return
+    lora = peft.lora_tuning
+    unknown = [target for target in lora.target_modules if target not in MODULES]
+    if unknown or not lora.target_modules:
+        yield (f"model.peft.lora_tuning.target_modules names {', '.join(map(str, unknown)) or 'nothing'}; there are {', '.join(MODULES)}. "
+               "Hugging Face's names (q_proj, ...) are those of the exported adapter.")  # fmt: skip
+    for name in ("adapter_dim", "alpha"):
+        value = lora[name]
+        if type(value) not in (int, float) or value <= 0 or (name == "adapter_dim" and type(value) is not int):
+            yield f"model.peft.lora_tuning.{name} is {value!r}; it has to be a number above 0."
+    if not 0 <= lora.adapter_dropout < 1:
+        yield f"model.peft.lora_tuning.adapter_dropout is {lora.adapter_dropout}; it has to be at least 0 and below 1."
+    chosen = lora.layer_selection
+    if chosen is not None and sizes and (not chosen or not all(type(n) is int and 1 <= n <= sizes.layers for n in chosen)):
+        yield f"model.peft.lora_tuning.layer_selection is {list(chosen)}; layers are numbered from 1 to {sizes.layers}."
+
+
+def template(config: "DictConfig") -> data_check.Template:
+    """How rows become tokens, by ``model.data.train_ds``."""
+    data = config.model.data.train_ds
+    fields = data.truncation_field.split(",") if data.truncation_field else []
+    extra = sum(bool(data[name]) for name in ("add_bos", "add_eos", "add_sep"))
+    if config.model.peft.peft_scheme == "ptuning":
+        extra += config.model.peft.p_tuning.virtual_tokens
+    return data_check.Template(data.prompt_template, data.label_key, tuple(fields), data.max_seq_length, extra, data.truncation_method)
+
+
+def _data(config: "DictConfig", tokenizer: ChatTokenizer | None, found: Preflight) -> list[data_check.Counted]:
+    """Count every data file; what cannot be read becomes a problem."""
+    rule = template(config)
+    if wrong := list(data_check.check_template(rule)):
+        found.problems += wrong
+        return []
+    counted: list[data_check.Counted] = []
+    files: dict[str, list[str]] = {}
+    for part in ("train_ds", "validation_ds", "test_ds"):
+        settings = config.model.data[part]
+        from omegaconf import OmegaConf
+
+        if OmegaConf.is_missing(settings, "file_names") or not settings.file_names:
+            if part != "test_ds":
+                found.problems.append(f"model.data.{part}.file_names is missing: give ['FILE.jsonl'], or use --data.")
+            continue
+        files[part] = list(settings.file_names)
+        if tokenizer is None:
+            found.facts.append(f"model.data.{part}: rows are not counted, the tokenizer is inside the .nemo")
+            continue
+        for file in files[part]:
+            try:
+                counted.append(data_check.count(Path(file), rule, tokenizer))
+                found.facts.append(str(counted[-1]))
+            except DataError as error:
+                found.problems.append(str(error))
+    found.problems += _mixture(config, files)
+    for one in counted:
+        if one.truncated:
+            found.warnings.append(
+                f"{paths.shown(one.path)}: {one.truncated:,} of {one.sampled:,} rows are longer than {rule.max_seq_length} tokens and are "
+                f"cut, {one.answers_cut:,} of them in the answer. model.data.train_ds.max_seq_length={one.longest} would hold all."
+            )
+    if tokenizer and not found.problems:
+        for file in files.get("validation_ds", []):
+            for train in files.get("train_ds", []):
+                shared = data_check.common_rows(Path(train), Path(file), rule) if Path(train) != Path(file) else -1
+                if shared:
+                    of = "is the training file itself" if shared < 0 else f"repeats {shared:,} rows of {paths.shown(train)}"
+                    found.warnings.append(f"{paths.shown(file)} {of}: its loss will look better than the model is.")
+    return counted
+
+
+def _mixture(config: "DictConfig", files: dict[str, list[str]]) -> Iterator[str]:
+    """Sampling probabilities and names have to match the files."""
+    train, checks = files.get("train_ds", []), files.get("validation_ds", [])
+    shares = config.model.data.train_ds.concat_sampling_probabilities
+    if len(train) > 1 or shares is not None:
+        if shares is None or len(shares) != len(train):
+            even = ",".join([f"{1 / len(train):.3g}"] * len(train)) if train else ""
+            yield f"model.data.train_ds.concat_sampling_probabilities needs one share for each of {len(train)} files, for instance [{even}]."
+        elif abs(sum(shares) - 1) > 1e-3 or min(shares) < 0:
+            yield f"model.data.train_ds.concat_sampling_probabilities adds up to {sum(shares):g}; it has to be 1."
+    names = config.model.data.validation_ds.names
+    if names is not None and checks and len(names) != len(checks):
+        yield f"model.data.validation_ds.names has {len(names)} names for {len(checks)} files."
+
+
+def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_check.Counted], run_dir: Path, found: Preflight) -> None:
+    """Memory, disk and time of the run beside what this machine has."""
+    model, trainer = config.model, config.trainer
+    lora = model.peft.lora_tuning
+    if model.peft.peft_scheme == "lora":
+        modules = estimate.lora_modules(list(lora.target_modules))
+        trainable = estimate.lora_parameters(sizes, modules, lora.adapter_dim, len(lora.layer_selection or range(sizes.layers)))
+    elif model.peft.peft_scheme == "none":
+        trainable = estimate.parameters(sizes)
+    else:
+        return
+    length = min(max(one.longest for one in counted), model.data.train_ds.max_seq_length)
+    split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    guess = estimate.estimate(sizes, trainable, str(trainer.precision), length * model.micro_batch_size, length,
+                              counted[0].mean_tokens * model.global_batch_size, split)  # fmt: skip
+    found.facts.append(f"trainable: {guess.trainable:,} of {guess.parameters:,} weights ({guess.trainable / guess.parameters:.2%})")
+    found.facts.append(f"memory: about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
+    free = shutil.disk_usage(_existing(run_dir)).free
+    if free < guess.disk:
+        found.problems.append(f"{paths.shown(run_dir)}: about {guess.disk / 1e9:.1f} GB are needed on disk, {free / 1e9:.1f} GB are free.")
+    if trainer.accelerator == "cpu":
+        _on_cpu(guess, trainer, found)
+
+
+def _on_cpu(guess: estimate.Estimate, trainer: Any, found: Preflight) -> None:
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if guess.memory + 2e9 * trainer.devices > here:
+        found.warnings.append(f"this machine has {here / 1e9:.0f} GB of memory: lower model.micro_batch_size or max_seq_length.")
+    seconds = trainer.max_steps * guess.operations / estimate.operations_per_second()
+    found.facts.append(f"time: at least {seconds / 60:.1f} min for {trainer.max_steps} steps on these processors, after about 40 s of imports")
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
