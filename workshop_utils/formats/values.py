@@ -105,5 +105,6 @@ def _elements(content: bytes, needed: int, tensor: Tensor, where: str) -> bytes:
             if len(stored) != 1 or stored[0].compress_type != zipfile.ZIP_STORED or stored[0].file_size != needed:
                 raise DamagedCheckpoint(f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index says.", tensor.name)
             return archive.read(stored[0])
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    # ValueError: a place before the start of the bytes.
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{where}: the bytes of {tensor.name} are damaged: {error}", tensor.name) from error
