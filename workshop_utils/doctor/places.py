@@ -8,8 +8,11 @@ from workshop_utils.doctor import layers, tiling
 from workshop_utils.doctor.report import Report
 from workshop_utils.formats.tensor import DTYPE_BYTES, Tensor
 
-PACKED_SLACK = 8192
+PACKED_SLACK = 4096
 """Most bytes that ``torch.save`` adds to the elements of one chunk; torch 2.13 adds 1.6 kB, and aligns to 64 bytes."""
+
+SHARING = (".ckpt", ".bin", ".pt", ".pth")
+"""Ends of the names of files that ``torch.save`` wrote."""
 
 
 class Range(NamedTuple):
@@ -33,12 +36,12 @@ def ranges(tensors: Iterable[Tensor]) -> list[Range]:
 
 
 def check_files(
-    report: Report, where: str, sizes: Mapping[str, int], found: Iterable[Range], *, shared: bool, full: bool
+    report: Report, where: str, sizes: Mapping[str, int], found: Iterable[Range], data_starts: Mapping[str, int] | None = None
 ) -> None:
     """Every range lies in a file that is there, and no two overlap. ``where`` is the directory or archive of the files ``sizes``.
 
-    ``shared``: tensors may share their bytes, as tied weights do in what ``torch.save`` wrote. ``full``: the format wants every byte
-    of the data in exactly one tensor (safetensors); ``sizes`` are then the bytes of the data, and ranges count from their start.
+    ``data_starts`` are the files whose bytes from there on have to belong to exactly one tensor each, as safetensors demands.
+    Tensors in what ``torch.save`` wrote may share their bytes, as tied weights do.
     """
     by_file: dict[str, list[Range]] = {}
     for one in found:
@@ -47,40 +50,49 @@ def check_files(
         held.sort(key=lambda one: (one.start, one.length))
         if file not in sizes:
             names = list(dict.fromkeys(one.name for one in held))
-            report.damaged(
-                f"{where}/{file} is missing; it holds {some(names)}. Copy the checkpoint again, all of it.", _only(names)
-            )
+            only = names[0] if len(names) == 1 else None
+            report.damaged(f"{where}/{file} is missing; it holds {some(names)}. Copy the checkpoint again, all of it.", only)
             continue
-        _check_file(report, f"{where}/{file}", sizes[file], held, shared, full)
-    report.checked.append("every file that is named exists and is as long as its byte ranges need")
-    report.checked.append("tensors that share bytes share all of them" if shared else "no two byte ranges of a file overlap")
+        _check_ends(report, f"{where}/{file}", sizes[file], held)
+        _check_neighbours(report, f"{where}/{file}", held, (data_starts or {}).get(file), file.endswith(SHARING))
+    for file, start in (data_starts or {}).items():
+        end = max((one.start + one.length for one in by_file.get(file, ())), default=start)
+        if end < sizes.get(file, 0):
+            report.damaged(f"{where}/{file}: the last {sizes[file] - end:,} bytes belong to no tensor.")
+    report.checked.append("every file that is named exists, is as long as its byte ranges need, and no two of them overlap")
 
 
-def _check_file(report: Report, file: str, size: int, held: list[Range], shared: bool, full: bool) -> None:
-    """``held`` are the ranges of one file, in the order of their first bytes."""
-    last, end = None, 0
+def _check_ends(report: Report, file: str, size: int, held: list[Range]) -> None:
     for one in held:
-        stop = one.start + one.length
-        if stop > size:
+        if one.start + one.length > size:
+            end = one.start + one.length
             report.damaged(
-                f"{file} is cut off: {one.holds} ends at byte {stop:,} of {size:,}. Copy the checkpoint again.", one.name
-            )
-        if one.start < end and one.length and not (shared and (one.start, one.length) == (last.start, last.length)):
-            report.damaged(
-                f"{file}: the bytes of {one.holds} [{one.start:,}, {stop:,}) overlap those of {last.holds} "
-                f"[{last.start:,}, {last.start + last.length:,}).",
+                f"{file} has {size:,} bytes but {one.holds} ends at byte {end:,}: the file is cut off. Copy the checkpoint again.",
                 one.name,
             )
-        if full and one.start > end:
-            report.damaged(
-                f"{file}: bytes [{end:,}, {one.start:,}) of the data, before {one.holds}, belong to no tensor.", one.name
+    end = max(one.start + one.length for one in held)
+    if end < size and file.endswith(".distcp"):
+        report.note(f"{file} is {size - end:,} bytes longer than what the index names.")
+
+
+def _check_neighbours(report: Report, file: str, held: list[Range], data_start: int | None, sharing: bool) -> None:
+    """``held`` are the ranges of one file, sorted; with ``data_start`` no byte between them may be left over."""
+    last, end = None, data_start or 0
+    for one in held:
+        stop = one.start + one.length
+        if last and one.start < end and one.length:
+            text = (
+                f"{file}: the bytes of {one.holds} [{one.start:,}, {stop:,}) overlap those of {last.holds} "
+                f"[{last.start:,}, {last.start + last.length:,})."
             )
+            if not sharing:
+                report.damaged(text, one.name)
+            elif (one.start, one.length) != (last.start, last.length):
+                report.note(text)
+        if data_start is not None and one.start > end:
+            report.damaged(f"{file}: bytes [{end:,}, {one.start:,}), before {one.holds}, belong to no tensor.", one.name)
         if stop > end:
             last, end = one, stop
-    if end < size and full:
-        report.damaged(f"{file}: the last {size - end:,} bytes belong to no tensor.")
-    elif end < size and not shared:
-        report.note(f"{file} is {size - end:,} bytes longer than what the index names.")
 
 
 def check_chunks(report: Report, where: str, tensors: Iterable[Tensor]) -> None:
@@ -116,7 +128,3 @@ def _check_lengths(report: Report, where: str, tensor: Tensor) -> None:
 def some(names: list[str], most: int = 4) -> str:
     """A list of names in words, cut when it is long."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _only(names: list[str]) -> str | None:
-    return names[0] if len(names) == 1 else None

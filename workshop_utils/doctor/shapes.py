@@ -72,7 +72,9 @@ def _compare(report: Report, where: str, tensor: Tensor, shape: tuple[int, ...],
 
 def _complete(report: Report, where: str, kind: str, every: set[int], seen: set[int], stacked: bool, config: str) -> None:
     if not seen:
-        report.damaged(f"{where}: {kind} is missing; {config} asks for it.", kind)
+        # A tensor that its reader reported is left out of what it returns.
+        if not any(finding.tensor and _PREFIX.sub("", finding.tensor) == kind for finding in report.findings):
+            report.damaged(f"{where}: {kind} is missing; {config} asks for it.", kind)
     elif stacked and seen != every:
         for wrong, text in ((every - seen, "is missing in"), (seen - every, "is there for")):
             if wrong:
@@ -124,13 +126,48 @@ def check_hugging_face(report: Report, where: str, tensors: Iterable[Tensor], si
     report.checked.append(f"every tensor and every layer that {config} asks for is there, in its shape")
 
 
-def check_uniform(report: Report, where: str, tensors: Iterable[Tensor], count: int | None) -> None:
-    """For a family that is not known here: layers are numbered 0 to ``count`` - 1 without a gap."""
-    seen = {layer for tensor in tensors if (layer := layers.number(tensor.name)) is not None}
-    if seen and sane_layers(report, "the configuration", count or 0):
-        every = set(range(count or max(seen) + 1))
-        _complete(report, where, "a tensor of every layer", every, seen, True, "the configuration")
-        report.checked.append("no layer is missing altogether")
+def check_uniform(report: Report, where: str, tensors: Iterable[Tensor], sizes: Architecture | None) -> None:
+    """For a family that is not known here: no layer is missing altogether, by the numbers in the names or the stacked first axis."""
+    config, numbered, count = "the configuration", set(), sizes.layers if sizes else None
+    if count and not sane_layers(report, config, count):
+        return
+    for tensor in tensors:
+        layer = layers.number(tensor.name)
+        if layer is not None:
+            numbered.add(layer)
+        elif count and layers.is_stacked(tensor.name) and tensor.shape and tensor.shape[0] != count:
+            report.damaged(f"{where}: {tensor.name} is {list(tensor.shape)}, but {config} states {count} layers.", tensor.name)
+    if numbered:
+        every = set(range(count or max(numbered) + 1))
+        _complete(report, where, "every tensor", every, numbered, True, config)
+    report.checked.append("no layer is missing altogether")
+
+
+def check_ranks(report: Report, where: str, tensors: Iterable[Tensor], parallel: tuple[int, int]) -> None:
+    """Parts of tensor-parallel ranks that were not merged: in each pipeline stage all ranks hold the same tensors."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for tensor in tensors:
+        for file in tensor.files:
+            parts.setdefault(file, {})[tensor.name] = tensor
+    stages: dict[str, list[str]] = {}
+    for file in sorted(parts):
+        found = re.search(r"pp_rank_(\d+)", file)
+        stages.setdefault(found[1] if found else "", []).append(file)
+    for first, *others in stages.values():
+        for other in others:
+            for name in sorted(parts[first].keys() ^ parts[other].keys()):
+                lacking = other if name in parts[first] else first
+                report.damaged(f"{where}: {lacking} has no {name}, which another rank of the same stage has.", name)
+            for name in sorted(parts[first].keys() & parts[other].keys()):
+                shape, dtype = parts[other][name].shape, parts[other][name].dtype
+                if (shape, dtype) != (parts[first][name].shape, parts[first][name].dtype):
+                    report.damaged(
+                        f"{where}: {name} is {list(shape)} of {dtype} in {other}, but {list(parts[first][name].shape)} of "
+                        f"{parts[first][name].dtype} in {first}.",
+                        name,
+                    )
+    report.checked.append(f"the parts of all {parallel[0]} x {parallel[1]} ranks hold the same tensors")
+    report.untold.append("whether the shapes fit the architecture: the parts are not merged")
 
 
 def check_dtypes(report: Report, where: str, tensors: Iterable[Tensor], stated: str | None = None) -> None:

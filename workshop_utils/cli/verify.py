@@ -1,0 +1,113 @@
+"""``workshop verify``: is this checkpoint whole, and safe to load?"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils.paths import shown
+
+if TYPE_CHECKING:
+    from workshop_utils.doctor.report import Report
+
+DESCRIPTION = """\
+Tell whether a checkpoint is whole and safe to load, before a program spends minutes, or runs code, to find out.
+
+Looked at are: every file that an index names is there and long enough; no two tensors share bytes; the pieces of each tensor
+cover it exactly; names, shapes, layers and dtypes fit the configuration; adapters have both halves, one rank and every layer;
+pickles, tars and configurations name nothing that would run. This reads indexes, headers and the sizes of files: no weight, so
+that it takes seconds for any size. torch is not needed, and nothing that a file contains is run.
+
+  --deep              read every value once, too: each piece is what the index says, and every number is finite
+  --write-manifest    write size and sha256 of every file to NAME.manifest.json beside the checkpoint, if it is sound
+  --manifest FILE     compare with such a manifest: the only way to tell that no file comes from another save
+
+What is damaged is named to the tensor and layer. "Not told" lists what nothing in the checkpoint can tell.
+Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
+"""
+
+EXAMPLES = """\
+examples:
+  workshop verify models/nemo2/smollm2-135m-instruct
+  workshop verify runs/exports/NAME/hf-peft --deep
+  workshop verify models/nemo2/smollm2-135m-instruct --write-manifest
+  workshop verify COPY --manifest models/nemo2/smollm2-135m-instruct.manifest.json
+"""
+
+_SHOWN = 200
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``verify`` to the ``workshop`` command."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="is a checkpoint whole, and safe to load?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint of any format: a directory or a file")
+    parser.add_argument("--deep", action="store_true", help="read every value, too")
+    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    manifests = parser.add_mutually_exclusive_group()
+    manifests.add_argument("--manifest", metavar="FILE", type=Path, help="the manifest that the files have to match")
+    manifests.add_argument("--write-manifest", metavar="FILE", type=Path, nargs="?", const=Path(), help="write a manifest")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was found, the verdict last; 0 sound, 1 unsound."""
+    from workshop_utils.doctor import manifest
+    from workshop_utils.doctor.verify import verify
+
+    report = verify(args.path, args.deep, args.manifest, progress=not args.json)
+    written = None
+    if args.write_manifest is not None and report.sound:
+        # Path() stands for the option without a file.
+        chosen = args.write_manifest if args.write_manifest.name else None
+        written = manifest.write(args.path, chosen, progress=not args.json)
+    if args.json:
+        import json
+
+        print(json.dumps(as_dict(report) | {"manifest_written": shown(written) if written else None}, indent=2))
+    else:
+        _print(report)
+        if written:
+            print(f"manifest: {shown(written)}")
+        elif args.write_manifest is not None:
+            print("manifest: not written, since the checkpoint is not sound")
+        print(report.verdict)
+    return 0 if report.sound else 1
+
+
+def as_dict(report: "Report") -> dict[str, Any]:
+    """The report as plain values."""
+    found = report.checkpoint
+    return {
+        "path": shown(report.path),
+        "format": found.format if found else None,
+        "sound": report.sound,
+        "verdict": report.verdict,
+        "findings": [
+            {"kind": type(finding).__name__, "message": str(finding), "tensor": finding.tensor} for finding in report.findings
+        ],
+        "checked": report.checked,
+        "untold": report.untold,
+        "notes": report.notes,
+    }
+
+
+def _print(report: "Report") -> None:
+    from workshop_utils.errors import UnsafeCheckpoint
+
+    if report.checkpoint:
+        print(f"format: {report.checkpoint.format}")
+    for check in report.checked:
+        print(f"looked at: {check}")
+    for note in report.notes:
+        print(f"note: {note}")
+    for gap in report.untold:
+        print(f"not told: {gap}")
+    for finding in report.findings[:_SHOWN]:
+        print(f"{'UNSAFE' if isinstance(finding, UnsafeCheckpoint) else 'FINDING'}: {finding}")
+    if len(report.findings) > _SHOWN:
+        print(f"and {len(report.findings) - _SHOWN:,} more findings; --json lists them all")
