@@ -13,7 +13,9 @@ import yaml
 
 from workshop_utils.bridge import bridge
 from workshop_utils.cli import main
+from workshop_utils.doctor.loads_in import loads_in
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint, WorkshopError
+from workshop_utils.export import record as export_record
 from workshop_utils.formats import huggingface, nemo_archive, torch_archive
 from workshop_utils.formats.identify import identify
 
@@ -192,19 +194,27 @@ def test_the_format_before_zip_and_other_bytes():
             torch_archive.read_tensors(io.BytesIO(content), "x")
 
 
+def answers(found) -> dict:
+    return {reader.name: (reader.answer, reader.how) for reader in loads_in(found)}
+
+
 def test_an_adapter_of_the_script_path(root):
     found = identify(nemo_archive.write(root / "a.nemo", CONFIG, saved(adapter_state())))
     assert found.format == "NeMo 1 archive (.nemo), LoRA adapter"
     assert (found.adapter.rank, found.adapter.alpha, found.adapter.targets) == (4, 8, ("attention_qkv",))
     assert (found.adapter.base, found.adapter.base_is_here) == ("/somewhere/models/bridged/tiny-llama", False)
     assert found.parameters == 4 * 4 * 32
-    assert any("workshop export a.nemo" in line for line in found.loads_in)
+    assert answers(found)["PEFT"] == ("after", "workshop export a.nemo --to hf-peft")
+    assert answers(found)["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
 
 
 def test_an_export_names_its_reader(root):
-    config = CONFIG | {"workshop": {"reader": "TensorRT-LLM", "qkv_order": "qkv", "alpha_baked_in": True}}
+    reader = export_record.READERS["nemo", "trtllm"]
+    config = CONFIG | {"workshop": {"reader": reader, "qkv_order": "qkv", "alpha_baked_in": True}}
     found = identify(nemo_archive.write(root / "a.nemo", config, saved(adapter_state())))
-    assert found.loads_in == ("TensorRT-LLM",)
+    assert found.made_for == reader
+    assert {name for name, (answer, _) in answers(found).items() if answer == "yes"} == {"TensorRT-LLM", "NIM 1.x"}
+    assert "workshop export TRAINED.nemo --to hf-peft" in answers(found)["script path"][1]
     assert found.notes == ("q, k, v rows: qkv; alpha baked in: True",)
 
 
@@ -219,11 +229,6 @@ def test_a_full_model_with_sharded_weights_in_the_archive(root, originals):
         archive.addfile(entry, io.BytesIO(content))
     found = identify(root / "a.nemo")
     assert (found.format, found.adapter, len(found.tensors)) == ("NeMo 1 archive (.nemo)", None, 8)
-
-
-def test_unmerged_parts_are_noted(root):
-    found = identify(tar(root / "a.nemo", GOOD[0], ("mp_rank_00/model_weights.ckpt", b"x"), ("mp_rank_01/model_weights.ckpt", b"x")))
-    assert "2 model-parallel ranks" in found.notes[0]
 
 
 def test_a_bridged_view(root, originals):

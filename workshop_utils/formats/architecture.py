@@ -1,4 +1,4 @@
-"""The shape of a Llama-like decoder, in one vocabulary for every checkpoint format."""
+"""The shape of a decoder-only transformer, in one vocabulary for every checkpoint format."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a decoder-only transformer. ``rope_scaling`` is None or the four numbers of Llama 3.1's rule."""
+    """Sizes of a decoder-only transformer. ``rope_scaling`` is None, the four numbers of Llama 3.1's rule, or another rule as it is.
+
+    ``family`` is a name such as ``Llama``, ``experts`` their number in each layer (None: none), ``qk_norm`` whether queries and keys
+    are normalised.
+    """
 
     layers: int
     hidden: int
@@ -19,6 +23,9 @@ class Architecture:
     tied: bool
     rope_base: float
     rope_scaling: dict[str, Any] | None = None
+    family: str | None = None
+    experts: int | None = None
+    qk_norm: bool = False
 
 
 def size(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:

@@ -4,18 +4,21 @@ A safetensors file begins with the length of its header (8 bytes, little-endian)
 dtype, shape and byte range in the rest of the file. Source: the safetensors format description, and transformers' names of files.
 """
 
+import dataclasses
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
-from workshop_utils.formats import safe_text, torch_archive
+from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.formats import lora_tensors, safe_text, saved_tensors, tokenizer_files
 from workshop_utils.formats.architecture import Architecture, number, size
+from workshop_utils.formats.decoder_config import FAMILIES
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_json
-from workshop_utils.formats.summary import Adapter
+from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import DTYPE_BYTES, Tensor, whole
 from workshop_utils.paths import shown
 
@@ -25,8 +28,73 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def read_safetensors(path: Path) -> list[Tensor]:
-    """The tensors of one safetensors file, from its header. Raises :class:`DamagedCheckpoint` when they do not fit the file."""
+def describe(path: Path, report: Report = stop) -> Checkpoint:
+    """Describe the model directory ``path``; a tensor that does not fit its file, or its index, goes to ``report``."""
+    config = read_json(path / "config.json")
+    files = weight_files(path)
+    tensors = read_tensors(files, report)
+    _check_index(path, tensors, report)
+    version = config.get("transformers_version")
+    return Checkpoint(
+        path=path,
+        kind=Kind.HUGGINGFACE,
+        detail=str(config.get("model_type")),
+        architecture=architecture(config, {tensor.name for tensor in tensors}),
+        nbytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(tensors),
+        tokenizer=tokenizer_files.describe(path),
+        adapter=None,
+        notes=_code(path) + _quantisation(config),
+        version=f"transformers {version}" if isinstance(version, str) else None,
+    )
+
+
+def describe_peft(path: Path, report: Report = stop) -> Checkpoint:
+    """Describe the adapter directory ``path``; faults as :func:`describe`."""
+    config = read_json(path / "adapter_config.json")
+    files = weight_files(path, "adapter_model", "adapter_model")
+    tensors = read_tensors(files, report)
+    version = config.get("peft_version")
+    found, notes = adapter(config), ()
+    if lora := lora_tensors.find(tensors):
+        found = dataclasses.replace(
+            found,
+            rank=found.rank or lora.rank,
+            targets=found.targets or lora.targets,
+            variant="DoRA" if lora.is_dora else found.variant,
+        )
+        if len(lora.ranks) > 1:
+            notes = (f"its modules have different ranks: {', '.join(map(str, lora.ranks))}",)
+    return Checkpoint(
+        path=path,
+        kind=Kind.PEFT,
+        detail=str(config.get("peft_type")),
+        architecture=None,
+        nbytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(tensors),
+        tokenizer=tokenizer_files.describe(path),
+        adapter=found,
+        notes=notes,
+        version=f"PEFT {version}" if isinstance(version, str) else None,
+    )
+
+
+def _code(path: Path) -> tuple[str, ...]:
+    """A note when the model brings Python files along that ``trust_remote_code`` would run."""
+    code = sorted(file.name for file in path.glob("*.py"))
+    return (f"brings code along, which trust_remote_code=True would run: {', '.join(code[:5])}",) if code else ()
+
+
+def _quantisation(config: Mapping[str, Any]) -> tuple[str, ...]:
+    described = config.get("quantization_config")
+    return (f"quantised: {described.get('quant_method')}",) if isinstance(described, Mapping) else ()
+
+
+def read_safetensors(path: Path, report: Report = stop) -> list[Tensor]:
+    """The tensors of one safetensors file, from its header. A tensor that does not fit the file goes to ``report``.
+
+    Raises :class:`DamagedCheckpoint` when the header cannot be read.
+    """
     length = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -35,21 +103,33 @@ def read_safetensors(path: Path) -> list[Tensor]:
             raise DamagedCheckpoint(f"{shown(path)} is no safetensors file, or it is cut off.")
         header = safe_text.parse_json(file.read(header_length), f"{shown(path)} (header)")
     header.pop("__metadata__", None)
-    return [_tensor(path, name, entry, 8 + header_length, length - 8 - header_length) for name, entry in header.items()]
+    found = []
+    for name, entry in header.items():
+        try:
+            found.append(_tensor(path, name, entry, 8 + header_length, length - 8 - header_length))
+        except CheckpointError as fault:
+            report(fault)
+    return found
 
 
 def _tensor(path: Path, name: str, entry: Any, data_start: int, available: int) -> Tensor:
     if not isinstance(entry, dict):
-        raise DamagedCheckpoint(f"{shown(path)}: {name} has no description.")
+        raise DamagedCheckpoint(f"{shown(path)}: {name} has no description.", name)
     shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), _DTYPES.get(str(entry.get("dtype")))
     sound = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not sound or not all(type(item) is int and 0 <= item < 2**63 for item in shape + offsets):
-        raise DamagedCheckpoint(f"{shown(path)}: {name} has no sound shape and byte range.")
-    tensor = whole(name, tuple(shape), dtype or str(entry.get("dtype")), path.name, data_start + offsets[0], offsets[1] - offsets[0])
+        raise DamagedCheckpoint(f"{shown(path)}: {name} has no sound shape and byte range.", name)
+    tensor = whole(
+        name, tuple(shape), dtype or str(entry.get("dtype")), path.name, data_start + offsets[0], offsets[1] - offsets[0]
+    )
     if offsets[1] > available:
-        raise DamagedCheckpoint(f"{shown(path)} is cut off: {name} ends at byte {offsets[1]:,} of {available:,}. Copy it again.")
+        raise DamagedCheckpoint(
+            f"{shown(path)} is cut off: {name} ends at byte {offsets[1]:,} of {available:,}. Copy it again.", name
+        )
     if tensor.dtype in DTYPE_BYTES and tensor.nbytes != offsets[1] - offsets[0]:
-        raise DamagedCheckpoint(f"{shown(path)}: {name} has {offsets[1] - offsets[0]:,} bytes; its shape needs {tensor.nbytes:,}.")
+        raise DamagedCheckpoint(
+            f"{shown(path)}: {name} has {offsets[1] - offsets[0]:,} bytes; its shape needs {tensor.nbytes:,}.", name
+        )
     return tensor
 
 
@@ -66,7 +146,9 @@ def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_mod
         index = path / f"{single}.index.json"
         if index.is_file():
             return _indexed(path, index)
-    raise DamagedCheckpoint(f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an index of parts.")
+    raise DamagedCheckpoint(
+        f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an index of parts."
+    )
 
 
 def _indexed(path: Path, index: Path) -> list[Path]:
@@ -82,27 +164,54 @@ def _indexed(path: Path, index: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def read_tensors(files: list[Path]) -> list[Tensor]:
-    """The tensors of weight files as :func:`weight_files` finds them."""
+def _check_index(path: Path, tensors: list[Tensor], report: Report) -> None:
+    """Every tensor lies in the part that the index names."""
+    index = next(
+        (
+            path / f"{stem}.index.json"
+            for stem in ("model.safetensors", "pytorch_model.bin")
+            if (path / f"{stem}.index.json").is_file()
+        ),
+        None,
+    )
+    if index is None:
+        return
+    there = {(tensor.name, tensor.chunks[0].file) for tensor in tensors}
+    if len({file for _, file in there}) < 2:
+        return
+    for name, part in read_json(index)["weight_map"].items():
+        if (name, part) not in there:
+            report(
+                DamagedCheckpoint(f"{shown(index)} says that {name} is in {part}, and it is not. Fetch the model again.", name)
+            )
+
+
+def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
+    """The tensors of weight files as :func:`weight_files` finds them. A file that cannot be read goes to ``report`` too."""
     found: list[Tensor] = []
     for path in files:
-        if path.suffix == ".safetensors":
-            found += read_safetensors(path)
-            continue
-        with path.open("rb") as file:
-            saved = torch_archive.read_tensors(file, shown(path))
-        found += [whole(name, tensor.shape, tensor.dtype, path.name, 0, 0) for name, tensor in saved.items()]
+        try:
+            if path.suffix == ".safetensors":
+                found += read_safetensors(path, report)
+            else:
+                with path.open("rb") as file:
+                    found += saved_tensors.read(file, shown(path), path.name)
+        except CheckpointError as fault:
+            report(fault)
     return found
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The sizes in a ``config.json``, or None when it is not one of a Llama-like decoder."""
+def architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> Architecture | None:
+    """The sizes in a ``config.json``, or None when it is not one of a Llama-like decoder.
+
+    ``names`` are those of the tensors, which tell what the configuration leaves out: whether the embedding is tied.
+    """
     layers, hidden, heads, ffn = (
         size(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     )
     if not (layers and hidden and heads and ffn):
         return None
-    scaling = config.get("rope_scaling")
+    scaling, tied, kind = config.get("rope_scaling"), config.get("tie_word_embeddings"), str(config.get("model_type"))
     return Architecture(
         layers=layers,
         hidden=hidden,
@@ -111,9 +220,15 @@ def architecture(config: Mapping[str, Any]) -> Architecture | None:
         head_dim=size(config, "head_dim", hidden // heads),
         ffn=ffn,
         vocabulary=size(config, "vocab_size"),
-        tied=config.get("tie_word_embeddings", False) is True,
+        # transformers leaves it out where it is the default of the model's class.
+        tied=tied if isinstance(tied, bool) else bool(names) and not any(name.endswith("lm_head.weight") for name in names),
         rope_base=number(config, "rope_theta", 10000.0),
         rope_scaling=_rope_scaling(scaling) if isinstance(scaling, Mapping) else None,
+        family=FAMILIES.get(kind, kind),
+        experts=next(
+            filter(None, (size(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))), None
+        ),
+        qk_norm=any(name.endswith(".q_norm.weight") for name in names),
     )
 
 
@@ -122,7 +237,10 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
     if scaling.get("rope_type", scaling.get("type")) != "llama3":
         return dict(scaling)
     names = {"scale_factor": "factor", "old_context_len": "original_max_position_embeddings"}
-    return {name: scaling.get(names.get(name, name)) for name in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")}
+    return {
+        name: scaling.get(names.get(name, name))
+        for name in ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
+    }
 
 
 def adapter(config: Mapping[str, Any]) -> Adapter:
@@ -133,7 +251,14 @@ def adapter(config: Mapping[str, Any]) -> Adapter:
     return Adapter(
         rank=size(config, "r"),
         alpha=number(config, "lora_alpha"),
-        targets=tuple(sorted(str(target) for target in targets)) if isinstance(targets, list) else tuple(filter(None, [targets])),
+        targets=tuple(sorted(str(target) for target in targets))
+        if isinstance(targets, list)
+        else tuple(filter(None, [targets])),
         base=base,
         base_is_here=os.path.isdir(base) if looks_local else None,
+        variant="DoRA"
+        if config.get("use_dora") is True
+        else "LoRA"
+        if config.get("peft_type") == "LORA"
+        else str(config.get("peft_type")),
     )

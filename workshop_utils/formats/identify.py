@@ -1,255 +1,168 @@
-"""What is this checkpoint, and what can load it?"""
+"""Which reader is for this path? Decided by the names of the files there, and for a single file by how it begins."""
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedCheckpoint
-from workshop_utils.formats import huggingface, llama_config, nemo1_config, nemo2, nemo_archive, torch_archive, torch_dist
-from workshop_utils.formats.safe_text import read_json, read_yaml
-from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
-from workshop_utils.formats.tensor import Tensor, whole
+from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint
+from workshop_utils.formats import gguf, huggingface, lightning, megatron, mistaken, nemo1, nemo2, tokenizer_files
+from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.paths import shown
 
+Describe = Callable[[Path, Report], Checkpoint]
 
-def identify(path: Path | str) -> Checkpoint:
+_LOOK_BELOW = 2000
+"""Directories that are looked at for checkpoints below a wrong path."""
+
+_HALF_WRITTEN = re.compile(r"\.(partial|tmp|incomplete)$|-unfinished$")
+
+
+def identify(path: Path | str, report: Report = stop) -> Checkpoint:
     """Tell what the checkpoint ``path`` is; reads headers and indexes, no weights, and runs nothing that a file contains.
 
     Raises :class:`NotACheckpoint` for anything else (naming the right path when ``path`` is above or inside a checkpoint), and
-    :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`UnsupportedCheckpoint` for one that cannot be read.
+    :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`UnsupportedCheckpoint` for one that cannot be read. A fault of
+    one tensor goes to ``report``; what is left is described.
     """
     path = Path(path)
-    if not path.exists():
-        raise NotACheckpoint(f"{shown(path)} does not exist.")
-    describe = _reader(path)
-    if describe is None:
-        raise NotACheckpoint(_hint(path))
-    return describe(path)
+    try:
+        _check_there(path)
+        describe = reader_of(path)
+        if describe is None:
+            raise NotACheckpoint(_why_not(path))
+        try:
+            found = describe(path, report)
+        except DamagedCheckpoint as error:
+            # A clone without Git LFS, or a page saved as weights, breaks every format in a way of its own.
+            if mistake := mistaken.find(path):
+                raise DamagedCheckpoint(mistake) from error
+            raise
+    except PermissionError as error:
+        raise NotACheckpoint(
+            f"{shown(error.filename or path)} may not be read by you. Ask its owner for: chmod -R a+rX {shown(path)}"
+        ) from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{shown(error.filename or path)} cannot be read: {error.strerror or error}") from error
+    if path.is_symlink():
+        return replace(found, notes=(f"a link to {shown(path.resolve())}", *found.notes))
+    return found
 
 
-def _reader(path: Path) -> Callable[[Path], Checkpoint] | None:
-    """The function that describes ``path``, chosen by the names of the files there."""
+def reader_of(path: Path) -> Describe | None:
+    """The function that describes ``path``, or None when nothing there is known."""
     if path.is_file():
-        return _archive if path.suffix == ".nemo" else None
-    if (path / "bridge.json").is_file() or ((path / "model_config.yaml").is_file() and (path / "model_weights").is_dir()):
-        return _nemo1_directory
+        return _reader_of_file(path)
+    if not path.is_dir():
+        return None
+    if nemo1.looks_like(path):
+        return nemo1.describe
     if nemo2.looks_like(path):
-        return _nemo2
+        return nemo2.describe
     if (path / "adapter_config.json").is_file():
-        return _peft
+        return huggingface.describe_peft
     if (path / "config.json").is_file():
-        return _huggingface
+        return huggingface.describe
+    if megatron.looks_like(path) and not _is_part_of_nemo(path):
+        return megatron.describe
     return None
 
 
-def _hint(path: Path) -> str:
+def _reader_of_file(path: Path) -> Describe | None:
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start[:4] == gguf.MAGIC:
+        return gguf.describe
+    # A .nemo under another name is one all the same; a tar has its name at byte 257.
+    if (
+        path.suffix == ".nemo"
+        or start[257:262] == b"ustar"
+        or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz")))
+    ):
+        return nemo1.describe if not mistaken.sentence(path) else None
+    if path.suffix == ".ckpt" and start[:4] == b"PK\x03\x04" and not nemo1.looks_like(path.parent):
+        return lightning.describe
+    return None
+
+
+def _is_part_of_nemo(path: Path) -> bool:
+    """Whether ``path`` is the ``weights/`` or ``model_weights/`` of a NeMo checkpoint: they hold the same files as Megatron's."""
+    above = path.resolve().parent
+    return nemo2.looks_like(above) or nemo1.looks_like(above)
+
+
+def _check_there(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise NotACheckpoint(f"{shown(path)} is a link to {os.readlink(path)}, which is gone. Give the checkpoint itself.")
+    if not path.exists():
+        raise NotACheckpoint(f"{shown(path)} does not exist.")
+    marked = path.with_name(path.name.removesuffix("-unfinished"))
+    if _HALF_WRITTEN.search(path.name):
+        rest = f" It marks {shown(marked)} as half-written." if marked != path and marked.exists() else ""
+        raise NotACheckpoint(
+            f"{shown(path)} is what a writer leaves that has not finished.{rest} Use an earlier checkpoint, or make it again."
+        )
+
+
+def _why_not(path: Path) -> str:
     """Why ``path`` is no checkpoint, with the right path where one is near."""
-    for above in path.resolve().parents[:2]:
-        if _reader(above):
+    if path.is_file() and (mistake := mistaken.sentence(path)):
+        return mistake
+    for above in path.resolve().parents[:3]:
+        if reader_of(above):
             return f"{shown(path)} is a part of a checkpoint. Give its top directory: {shown(above)}"
     if path.is_file():
-        return f"{shown(path)} is not a .nemo archive, and no part of a checkpoint that is known here."
-    below = sorted(child for child in path.iterdir() if _reader(child))
+        return _why_not_file(path)
+    if not any(path.iterdir()):
+        return f"{shown(path)} is empty. Copy or make the checkpoint again."
+    if latest := megatron.latest(path):
+        return f"{shown(path)} holds the checkpoints of a run of Megatron. Give one of them; the latest is {shown(latest)}"
+    below = sorted(set(_below(path)))
     if below:
         names = ", ".join(shown(child) for child in below[:5])
         return f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
+    return _why_not_directory(path)
+
+
+def _why_not_file(path: Path) -> str:
+    if path.suffix in (".safetensors", ".bin"):
+        return (
+            f"{shown(path)} is weights alone. A Hugging Face checkpoint is a directory: put config.json and the tokenizer beside them "
+            "(for an adapter: adapter_config.json), and give the directory."
+        )
+    if path.suffix == ".distcp":
+        return f"{shown(path)} is one file of a distributed checkpoint, useless without .metadata beside it. Copy the whole directory."
+    return f"{shown(path)} is not a .nemo archive, a GGUF file or a Lightning .ckpt, and no part of a checkpoint that is known here."
+
+
+def _why_not_directory(path: Path) -> str:
+    names = {child.name for child in path.iterdir()}
+    if names & {"adapter_model.safetensors", "adapter_model.bin"}:
+        return f"{shown(path)} has the weights of a PEFT adapter but no adapter_config.json. Copy that file from where the adapter was made."
+    if any(re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name) for name in names):
+        return f"{shown(path)} has weights of a Hugging Face model but no config.json. Copy that file from where the model came from."
+    if any(name.endswith(".distcp") for name in names):
+        return f"{shown(path)} has .distcp files but no .metadata, without which nobody can tell what they hold. Copy the checkpoint again, all of it."
+    if tokenizer_files.is_one(path):
+        return f"{shown(path)} is a tokenizer, not a model. Give the directory with the weights."
     return (
         f"{shown(path)} is not a checkpoint: it has none of context/model.yaml (NeMo 2.0), model_config.yaml (NeMo 1), "
-        "config.json (Hugging Face) and adapter_config.json (PEFT)."
+        "config.json (Hugging Face), adapter_config.json (PEFT) and .metadata (Megatron)."
     )
 
 
-def _nemo2(path: Path) -> Checkpoint:
-    found = nemo2.read(path)
-    tensors = found.model_tensors()
-    embedding = tensors.get("module.embedding.word_embeddings.weight")
-    notes = []
-    try:
-        fields = llama_config.read_fields(found.model, shown(path / "context" / "model.yaml"))
-        architecture = llama_config.architecture(fields, embedding.shape[0] if embedding and embedding.shape else None)
-    except UnsupportedCheckpoint as error:
-        architecture = None
-        notes.append(str(error))
-    optimizer = len(found.tensors) - len(tensors)
-    if optimizer:
-        notes.append(f"{optimizer} tensors of optimizer state beside the weights")
-    if found.is_adapter:
-        kind, adapter = Kind.NEMO2_ADAPTER, _nemo2_adapter(found)
-        loads_in = (
-            "NeMo 2.0, on top of its base: llm.generate(path=...), peft.merge_lora(lora_checkpoint_path=...)",
-            'PEFT and vLLM, after peft.export_lora or llm.export_ckpt(path=..., target="hf-peft")',
-        )
-    else:
-        kind, adapter = Kind.NEMO2, None
-        loads_in = (
-            "NeMo 2.0: nemo.collections.llm (finetune, generate, export_ckpt)",
-            f"the script path, after: workshop bridge {shown(path)}",
-            f"Hugging Face, after: workshop import --to-huggingface {shown(path)}",
-        )
-    return Checkpoint(
-        path=path,
-        kind=kind,
-        detail=found.backend["sharded_backend"],
-        architecture=architecture,
-        nbytes=found.nbytes,
-        tensors=tuple(tensors.values()),
-        tokenizer=_nemo2_tokenizer(found.model.get("tokenizer")),
-        adapter=adapter,
-        loads_in=loads_in,
-        notes=tuple(notes),
-    )
-
-
-def _nemo2_tokenizer(described: Any) -> str | None:
-    if not isinstance(described, Mapping):
-        return None
-    name = described.get("pretrained_model_name") or described.get("model_path")
-    name = name.get("attr") if isinstance(name, Mapping) else name
-    return f"{str(described.get('_target_')).rpartition('.')[2]}: {name}"
-
-
-def _nemo2_adapter(found: nemo2.Nemo2Checkpoint) -> Adapter:
-    """Rank and targets as the tensors have them: ``...layers.self_attention.linear_qkv.adapter.linear_in.weight`` (layers, r, in)."""
-    ranks, targets = set(), set()
-    for name, tensor in found.model_tensors().items():
-        match = re.search(r"\.(\w+)\.adapter\.linear_in\.weight$", name)
-        if match and len(tensor.shape) >= 2:
-            targets.add(match[1])
-            ranks.add(tensor.shape[-2])
-    transform = found.model.get("model_transform")
-    alpha = transform.get("alpha") if isinstance(transform, Mapping) else None
-    base = found.adapter.get("model_ckpt_path")
-    base = base if isinstance(base, str) else None
-    return Adapter(
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        alpha=alpha if isinstance(alpha, int | float) else None,
-        targets=tuple(sorted(targets)),
-        base=base,
-        base_is_here=Path(base).exists() if base else None,
-    )
-
-
-def _nemo1_directory(path: Path) -> Checkpoint:
-    config = read_yaml(path / "model_config.yaml")
-    weights = path / "model_weights"
-    bridged = (path / "bridge.json").is_file()
-    if not weights.is_dir():
-        raise DamagedCheckpoint(f"{shown(weights)} is missing.")
-    tensors = tuple(torch_dist.read_directory(weights).tensors.values())
-    notes = ()
-    if bridged:
-        notes = (f"a view of the NeMo 2.0 checkpoint {shown(path / str(read_json(path / 'bridge.json').get('view_of')))}",)
-    return Checkpoint(
-        path=path,
-        kind=Kind.BRIDGED_VIEW if bridged else Kind.NEMO1_DIRECTORY,
-        detail=None,
-        architecture=nemo1_config.architecture(config),
-        nbytes=sum(torch_dist.file_sizes(weights).values()),
-        tensors=tensors,
-        tokenizer=nemo1_config.tokenizer(config),
-        adapter=None,
-        loads_in=(f"the script path: workshop finetune model.restore_from_path={shown(path)}",),
-        notes=notes,
-    )
-
-
-def _archive(path: Path) -> Checkpoint:
-    members = nemo_archive.members(path)
-    config = nemo_archive.read_config(path)
-    tensors, notes = _archive_tensors(path, members)
-    adapter = nemo1_config.adapter(config)
-    if tensors and not all(".adapter_layer." in tensor.name for tensor in tensors):
-        adapter = None
-    exported = config.get("workshop")
-    if isinstance(exported, Mapping):
-        notes += (f"q, k, v rows: {exported.get('qkv_order')}; alpha baked in: {exported.get('alpha_baked_in')}",)
-        loads_in = (str(exported.get("reader")),)
-    elif adapter:
-        loads_in = (
-            f"the script path: model.peft.restore_from_path={shown(path)}",
-            "NeMo's converter to Hugging Face PEFT: nemo/export/utils/lora_converter.py",
-            f"PEFT, vLLM and NIM, after: workshop export {shown(path)} --to hf-peft",
-            f"TensorRT-LLM, after: workshop export {shown(path)} --to nemo",
-        )
-    else:
-        loads_in = (f"the script path: workshop finetune model.restore_from_path={shown(path)}",)
-    return Checkpoint(
-        path=path,
-        kind=Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE,
-        detail=None,
-        architecture=nemo1_config.architecture(config),
-        nbytes=sum(member.size for member in members),
-        tensors=tensors,
-        tokenizer=nemo1_config.tokenizer(config),
-        adapter=adapter,
-        loads_in=loads_in,
-        notes=notes,
-    )
-
-
-def _archive_tensors(path: Path, members: list[nemo_archive.Member]) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """The tensors in the archive, with a note where they cannot be listed."""
-    sizes = {member.name: member.size for member in members}
-    if nemo_archive.WEIGHTS in sizes:
-        with nemo_archive.open_member(path, nemo_archive.WEIGHTS) as file:
-            saved = torch_archive.read_tensors(file, f"{shown(path)}:{nemo_archive.WEIGHTS}")
-        return tuple(whole(name, found.shape, found.dtype, nemo_archive.WEIGHTS, 0, 0) for name, found in saved.items()), ()
-    if f"model_weights/{torch_dist.INDEX}" in sizes:
-        files = {name.partition("/")[2]: size for name, size in sizes.items() if name.startswith("model_weights/")}
-        index = nemo_archive.read_member(path, f"model_weights/{torch_dist.INDEX}")
-        return tuple(torch_dist.read_index(index, f"{shown(path)}:model_weights", files).tensors.values()), ()
-    parts = sorted({name.partition("/")[0] for name in sizes if re.match(r"(mp_rank|tp_rank)_\d+", name)})
-    if parts:
-        return (), (f"written by {len(parts)} model-parallel ranks whose parts are not merged; no reader of adapters takes that",)
-    raise DamagedCheckpoint(f"{shown(path)} has no weights: neither {nemo_archive.WEIGHTS} nor model_weights/.")
-
-
-def _huggingface(path: Path) -> Checkpoint:
-    config = read_json(path / "config.json")
-    files = huggingface.weight_files(path)
-    name = path.resolve().name
-    return Checkpoint(
-        path=path,
-        kind=Kind.HUGGINGFACE,
-        detail=str(config.get("model_type")),
-        architecture=huggingface.architecture(config),
-        nbytes=sum(file.stat().st_size for file in files),
-        tensors=tuple(huggingface.read_tensors(files)),
-        tokenizer=_huggingface_tokenizer(path),
-        adapter=None,
-        loads_in=(
-            f'transformers: AutoModelForCausalLM.from_pretrained("{shown(path)}")',
-            f"vLLM: vllm serve {shown(path)}",
-            f"NeMo 2.0, after: workshop import {name if shown(path) == f'models/huggingface/{name}' else shown(path)}",
-        ),
-    )
-
-
-def _huggingface_tokenizer(path: Path) -> str | None:
-    config = path / "tokenizer_config.json"
-    if config.is_file():
-        return str(read_json(config).get("tokenizer_class"))
-    return next((file for file in ("tokenizer.json", "tokenizer.model") if (path / file).is_file()), None)
-
-
-def _peft(path: Path) -> Checkpoint:
-    config = read_json(path / "adapter_config.json")
-    files = huggingface.weight_files(path, "adapter_model", "adapter_model")
-    return Checkpoint(
-        path=path,
-        kind=Kind.PEFT,
-        detail=str(config.get("peft_type")),
-        architecture=None,
-        nbytes=sum(file.stat().st_size for file in files),
-        tensors=tuple(huggingface.read_tensors(files)),
-        tokenizer=None,
-        adapter=huggingface.adapter(config),
-        loads_in=(
-            f'transformers + PEFT: PeftModel.from_pretrained(base, "{shown(path)}")',
-            f"vLLM: --enable-lora --lora-modules NAME={shown(path)}",
-            "NIM: as a directory of its own in $NIM_PEFT_SOURCE (by NVIDIA's pages; not tested here)",
-        ),
-    )
-
-
+def _below(path: Path) -> Iterator[Path]:
+    """Checkpoints below ``path``, down to three levels: run directories put them in checkpoints/ and below dates."""
+    waiting, seen = [(path, 0)], 0
+    while waiting and seen < _LOOK_BELOW:
+        folder, depth = waiting.pop(0)
+        for child in sorted(folder.iterdir()):
+            seen += 1
+            if _HALF_WRITTEN.search(child.name) or not os.access(child, os.R_OK):
+                continue
+            if reader_of(child):
+                yield child
+            elif child.is_dir() and depth < 2:
+                waiting.append((child, depth + 1))

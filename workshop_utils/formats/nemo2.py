@@ -11,13 +11,25 @@ An adapter checkpoint has ``weights/adapter_metadata.json`` beside them, which n
 Layers are stacked: ``module.decoder.layers.mlp.linear_fc1.weight`` has the shape (layers, rows, columns).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedCheckpoint
-from workshop_utils.formats import torch_dist
+from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.formats import (
+    decoder_config,
+    gpt_config,
+    lora_tensors,
+    safe_text,
+    tokenizer_files,
+    torch_dist,
+    zarr_directory,
+)
+from workshop_utils.formats.architecture import Architecture, number
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_json, read_yaml
+from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
@@ -77,11 +89,107 @@ def locate(path: Path) -> Path:
     if below:
         names = ", ".join(shown(child) for child in below[:5])
         raise NotACheckpoint(f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}")
-    raise NotACheckpoint(f"{shown(path)} is not a NeMo 2.0 checkpoint: it has neither context/model.yaml nor weights/.metadata.")
+    raise NotACheckpoint(
+        f"{shown(path)} is not a NeMo 2.0 checkpoint: it has neither context/model.yaml nor weights/.metadata."
+    )
 
 
-def read(path: Path) -> Nemo2Checkpoint:
-    """Read the NeMo 2.0 checkpoint directory ``path``; of the weights only the index is read.
+def describe(path: Path, report: Report = stop) -> Checkpoint:
+    """Describe the NeMo 2.0 directory ``path``, also one of zarr; errors and faults as :func:`read`."""
+    _refuse_half_written(path)
+    is_zarr = read_json(path / "weights" / "metadata.json").get("sharded_backend") == "zarr"
+    found = _read_zarr(path, report) if is_zarr else read(path, report)
+    tensors = found.model_tensors()
+    architecture, notes = _architecture(found, tensors, report)
+    notes += (zarr_directory.WAY_OUT,) if is_zarr else ()
+    if optimizer := len(found.tensors) - len(tensors):
+        notes += (f"{optimizer} tensors of optimizer state beside the weights",)
+    backend = found.backend["sharded_backend"]
+    return Checkpoint(
+        path=path,
+        kind=Kind.NEMO2_ADAPTER if found.is_adapter else Kind.NEMO2,
+        detail=backend,
+        architecture=architecture,
+        nbytes=found.nbytes,
+        tensors=tuple(tensors.values()),
+        tokenizer=_tokenizer(path / "context", found.model.get("tokenizer")),
+        adapter=_adapter(found, tensors) if found.is_adapter else None,
+        notes=notes,
+        version=f"{backend} {found.backend.get('sharded_backend_version')}",
+        folder="weights",
+    )
+
+
+def _architecture(
+    found: Nemo2Checkpoint, tensors: Mapping[str, Tensor], report: Report
+) -> tuple[Architecture | None, tuple[str, ...]]:
+    """The sizes of a family that can be converted, with the defaults of its class; of any other as ``model.yaml`` states them."""
+    embedding = tensors.get("module.embedding.word_embeddings.weight")
+    rows = embedding.shape[0] if embedding and embedding.shape else None
+    config = found.model.get("config")
+    config, notes = config if isinstance(config, Mapping) else {}, ()
+    try:
+        fields = gpt_config.read_fields(found.model, shown(found.path / "context" / "model.yaml"))
+        sizes = gpt_config.architecture(fields, rows)
+    except UnsupportedCheckpoint as error:
+        fields, sizes, notes = config, decoder_config.megatron_core(config, tensors, rows), (str(error),)
+    except (DamagedCheckpoint, UnsafeCheckpoint) as fault:
+        report(fault)
+        return None, ()
+    target = found.model.get("_target_")
+    family = decoder_config.family_of_target(target) or str(target).rpartition(".")[2]
+    return decoder_config.named(sizes, family, fields), notes
+
+
+def _tokenizer(context: Path, described: Any) -> str | None:
+    if not isinstance(described, Mapping):
+        return None
+    name = described.get("pretrained_model_name") or described.get("model_path")
+    name = name.get("attr") if isinstance(name, Mapping) else name
+    kind = f"{str(described.get('_target_')).rpartition('.')[2]}: {name}"
+    folder = context / str(name)
+    # The name may also be one on the Hub, or lead out of the checkpoint.
+    inside = isinstance(name, str) and folder.is_dir() and folder.resolve().is_relative_to(context.resolve())
+    count = tokenizer_files.vocabulary(folder) if inside else None
+    return f"{kind}, {count:,} tokens" if count else kind
+
+
+def _adapter(found: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Rank and targets as the tensors have them; alpha and kind as ``model_transform`` has them."""
+    lora = lora_tensors.find(tensors.values())
+    transform = found.model.get("model_transform")
+    transform = transform if isinstance(transform, Mapping) else {}
+    base = found.adapter.get("model_ckpt_path")
+    base = base if isinstance(base, str) else None
+    variant = str(transform.get("_target_", "LoRA")).rpartition(".")[2] or "LoRA"
+    return Adapter(
+        rank=lora.rank if lora else None,
+        alpha=number(transform, "alpha"),
+        targets=lora.targets if lora else (),
+        base=base,
+        base_is_here=Path(base).exists() if base else None,
+        variant="DoRA" if lora and lora.is_dora else variant,
+    )
+
+
+def _read_zarr(path: Path, report: Report) -> Nemo2Checkpoint:
+    """As :func:`read`, for a directory that Megatron-Core wrote as zarr."""
+    weights = path / "weights"
+    files = {str(file.relative_to(weights)): file.stat().st_size for file in sorted(weights.glob("**/*")) if file.is_file()}
+    adapter_file = weights / "adapter_metadata.json"
+    return Nemo2Checkpoint(
+        path=path,
+        model=read_yaml(path / "context" / "model.yaml"),
+        backend=read_json(weights / "metadata.json"),
+        adapter=read_json(adapter_file) if adapter_file.exists() else None,
+        tensors=zarr_directory.read(files, lambda name: safe_text.read_bytes(weights / name), shown(weights), report),
+        objects={},
+        files=files,
+    )
+
+
+def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
+    """Read the NeMo 2.0 checkpoint directory ``path``; of the weights only the index is read. A fault of one tensor goes to ``report``.
 
     Raises :class:`NotACheckpoint` (something else), :class:`DamagedCheckpoint` (files missing, cut off or contradictory),
     :class:`UnsafeCheckpoint` (the index would run code or leaves the directory) and :class:`UnsupportedCheckpoint` (zarr).
@@ -93,10 +201,10 @@ def read(path: Path) -> Nemo2Checkpoint:
     if backend.get("sharded_backend") != "torch_dist":
         raise UnsupportedCheckpoint(
             f"{shown(weights / 'metadata.json')}: sharded_backend is {backend.get('sharded_backend')!r}; only torch_dist can be "
-            "read. zarr is deprecated: load and save the checkpoint once with NeMo 2.0 to turn it into torch_dist."
+            f"read. {zarr_directory.WAY_OUT}."
         )
     adapter_file = weights / "adapter_metadata.json"
-    index = torch_dist.read_directory(weights)
+    index = torch_dist.read_directory(weights, report)
     return Nemo2Checkpoint(
         path=path,
         model=read_yaml(path / "context" / "model.yaml"),
@@ -109,11 +217,12 @@ def read(path: Path) -> Nemo2Checkpoint:
 
 
 def _refuse_half_written(path: Path) -> None:
-    # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it.
-    marker = path.with_name(f"{path.name}-unfinished")
+    # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it; NAME-last may be a link to that.
+    real = path.resolve()
+    marker = real.with_name(f"{real.name}-unfinished")
     if marker.exists():
         raise DamagedCheckpoint(f"{shown(path)} is half-written: {marker.name} lies beside it. Use an earlier checkpoint.")
-    needed = ("context/model.yaml", "weights/metadata.json", "weights/.metadata")
+    needed = ("context/model.yaml", "weights/metadata.json")
     missing = [name for name in needed if not (path / name).is_file()]
     if missing:
         raise DamagedCheckpoint(f"{shown(path)} lacks {', '.join(missing)}. Copy or make the checkpoint again.")

@@ -27,21 +27,23 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: rank, alpha, adapted modules, and its base model with whether that is here (None: not a path)."""
+    """A LoRA adapter: rank, alpha, adapted modules, its base model with whether that is here (None: not a path), and its kind."""
 
     rank: int | None
     alpha: float | None
     targets: tuple[str, ...]
     base: str | None
     base_is_here: bool | None
+    variant: str = "LoRA"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """The answer of :func:`workshop_utils.formats.identify.identify`. What could not be told is None.
 
-    ``detail`` is the backend, version or family inside the ``kind``. ``nbytes`` are the files of the weights, ``loads_in`` what can
-    load it, with the command or call, ``notes`` what to know.
+    ``detail`` is the backend or family inside the ``kind``, ``version`` that of the format or of its writer. ``nbytes`` are the files
+    of the weights, which lie in ``path / folder``. ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
+    merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names. ``notes`` say what else to know.
     """
 
     path: Path
@@ -52,8 +54,18 @@ class Checkpoint:
     tensors: tuple[Tensor, ...]
     tokenizer: str | None
     adapter: Adapter | None
-    loads_in: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    version: str | None = None
+    folder: str = ""
+    parallel: tuple[int, int] = (1, 1)
+    made_for: str | None = None
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """What can load it, as lines: for callers that have not moved to :func:`workshop_utils.doctor.loads_in.loads_in` yet."""
+        from workshop_utils.doctor.loads_in import loads_in
+
+        return tuple(f"{reader.name}: {reader.how}" for reader in loads_in(self) if reader.answer != "no")
 
     @property
     def format(self) -> str:

@@ -1,0 +1,246 @@
+"""NeMo 1 checkpoints: a ``.nemo`` archive, or the directory that it unpacks to.
+
+    model_config.yaml                            architecture, tokenizer, LoRA settings
+    model_weights.ckpt                           weights of one process (torch.save)
+    mp_rank_XX/model_weights.ckpt                the part of each tensor-parallel rank
+    tp_rank_XX_pp_rank_XXX/model_weights.ckpt    the part of each tensor- and pipeline-parallel rank
+    model_weights/                               sharded weights (torch_dist, or zarr in old files)
+
+Source: ``NLPSaveRestoreConnector`` (``nemo/collections/nlp/parts/nlp_overrides.py``, NeMo 2.4.1).
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from workshop_utils.errors import CheckpointError, DamagedCheckpoint
+from workshop_utils.formats import (
+    decoder_config,
+    lora_tensors,
+    nemo1_config,
+    nemo_archive,
+    restricted_pickle,
+    safe_text,
+    saved_tensors,
+    tokenizer_files,
+    torch_dist,
+    zarr_directory,
+)
+from workshop_utils.formats.architecture import Architecture
+from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.nemo_archive import CONFIG, WEIGHTS
+from workshop_utils.formats.safe_text import read_json
+from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
+from workshop_utils.formats.tensor import Tensor
+from workshop_utils.paths import shown
+
+SHARDED = "model_weights"
+VIEW = "bridge.json"
+"""Lies in a view of a NeMo 2.0 checkpoint and names it (see :mod:`workshop_utils.bridge`)."""
+
+MAX_RANKS = 10_000
+
+_RANK = re.compile(rf"(?:mp_rank_(?P<tensor>\d+)|tp_rank_(?P<both>\d+)_pp_rank_(?P<pipeline>\d+))/{re.escape(WEIGHTS)}")
+_RANK_FOLDER = re.compile(r"mp_rank_\d+|tp_rank_\d+_pp_rank_\d+")
+
+
+def looks_like(path: Path) -> bool:
+    """Whether the directory ``path`` is laid out as an unpacked ``.nemo``, whole or not."""
+    if not (path / CONFIG).is_file() or (path / "context" / "model.yaml").is_file():
+        return False
+    weights = (path / SHARDED).is_dir() or (path / WEIGHTS).is_file() or (path / VIEW).is_file()
+    return weights or any(_RANK_FOLDER.fullmatch(child.name) for child in path.iterdir())
+
+
+def describe(path: Path, report: Report = stop) -> Checkpoint:
+    """Describe the archive or directory ``path``. A fault of one tensor, or of one rank's part, goes to ``report``.
+
+    Raises :class:`NotACheckpoint` (no archive), :class:`UnsafeCheckpoint` and :class:`DamagedCheckpoint`.
+    """
+    parts = _Archive(path) if path.is_file() else _Directory(path)
+    config = parts.config()
+    tensors, parallel, notes = _tensors(parts, config, report)
+    view = _view(path) if path.is_dir() and (path / VIEW).is_file() else None
+    adapter = None if view else _adapter(config, tensors)
+    ours = config.get("workshop")
+    ours = ours if isinstance(ours, Mapping) else {}
+    made_for = ours.get("reader")
+    if made_for:
+        notes += (f"q, k, v rows: {ours.get('qkv_order')}; alpha baked in: {ours.get('alpha_baked_in')}",)
+    version = config.get("nemo_version")
+    return Checkpoint(
+        path=path,
+        kind=Kind.BRIDGED_VIEW if view else parts.kind(adapter),
+        detail=None,
+        architecture=_architecture(config, tensors, ours.get("family")),
+        nbytes=sum(
+            size
+            for name, size in parts.files.items()
+            if name == WEIGHTS or name.startswith(f"{SHARDED}/") or _RANK.fullmatch(name)
+        ),
+        tensors=tensors,
+        tokenizer=_tokenizer(config),
+        adapter=adapter,
+        notes=((view,) if view else ()) + notes,
+        version=f"NeMo {version}" if isinstance(version, str) else None,
+        folder=parts.folder,
+        parallel=parallel,
+        made_for=str(made_for) if made_for else None,
+    )
+
+
+class _Archive:
+    """The members of a ``.nemo``; nothing is unpacked."""
+
+    folder = ""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = {member.name: member.size for member in nemo_archive.members(path)}
+
+    def kind(self, adapter: Adapter | None) -> Kind:
+        return Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
+
+    def config(self) -> dict[str, Any]:
+        return nemo_archive.read_config(self.path)
+
+    def where(self, name: str) -> str:
+        return f"{shown(self.path)}:{name}"
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return nemo_archive.open_member(self.path, name)
+
+    def read(self, name: str) -> bytes:
+        return nemo_archive.read_member(self.path, name, restricted_pickle.MAX_BYTES)
+
+
+class _Directory:
+    """The files of an unpacked ``.nemo``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(_below(path))}
+        self.folder = "" if WEIGHTS in self.files or any(_RANK.fullmatch(name) for name in self.files) else SHARDED
+
+    def kind(self, adapter: Adapter | None) -> Kind:
+        return Kind.NEMO1_DIRECTORY
+
+    def config(self) -> dict[str, Any]:
+        return safe_text.read_yaml(self.path / CONFIG)
+
+    def where(self, name: str) -> str:
+        return shown(self.path / name)
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        return (self.path / name).open("rb")
+
+    def read(self, name: str) -> bytes:
+        return restricted_pickle.read_bytes(self.path / name)
+
+
+def _below(path: Path) -> Iterator[Path]:
+    """The files in ``path`` and in the directories in it, and in those: zarr has one for each tensor."""
+    for pattern in ("*", "*/*", f"{SHARDED}/*/*"):
+        yield from (file for file in path.glob(pattern) if file.is_file())
+
+
+def _tensors(
+    parts: _Archive | _Directory, config: Mapping[str, Any], report: Report
+) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
+    """The tensors, the tensor- and pipeline-parallel sizes of parts that were not merged, and notes."""
+    if WEIGHTS in parts.files:
+        with parts.open(WEIGHTS) as file:
+            return tuple(saved_tensors.read(file, parts.where(WEIGHTS), WEIGHTS)), (1, 1), ()
+    if f"{SHARDED}/{torch_dist.INDEX}" in parts.files:
+        return _sharded(parts, report), (1, 1), ()
+    if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in parts.files):
+        files = {name.partition("/")[2]: size for name, size in parts.files.items() if name.startswith(f"{SHARDED}/")}
+        found = zarr_directory.read(files, lambda name: parts.read(f"{SHARDED}/{name}"), parts.where(SHARDED), report)
+        return tuple(_moved(tensor, parts) for tensor in found.values()), (1, 1), (zarr_directory.WAY_OUT,)
+    ranks = {(int(match["tensor"] or match["both"]), int(match["pipeline"] or 0)): name
+             for name in parts.files if (match := _RANK.fullmatch(name))}  # fmt: skip
+    if not ranks:
+        raise DamagedCheckpoint(f"{shown(parts.path)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor mp_rank_00/.")
+    return _ranks(parts, ranks, config, report)
+
+
+def _sharded(parts: _Archive | _Directory, report: Report) -> tuple[Tensor, ...]:
+    files = {name.partition("/")[2]: size for name, size in parts.files.items() if name.startswith(f"{SHARDED}/")}
+    index = torch_dist.read_index(parts.read(f"{SHARDED}/{torch_dist.INDEX}"), parts.where(SHARDED), files, report)
+    return tuple(_moved(tensor, parts) for tensor in index.tensors.values() if not tensor.name.startswith("optimizer"))
+
+
+def _moved(tensor: Tensor, parts: _Archive | _Directory) -> Tensor:
+    """``tensor`` with the files of its chunks as members of the archive; in a directory they are relative to ``folder``."""
+    if parts.folder:
+        return tensor
+    chunks = tuple(dataclasses.replace(chunk, file=f"{SHARDED}/{chunk.file}") for chunk in tensor.chunks)
+    return dataclasses.replace(tensor, chunks=chunks)
+
+
+def _ranks(
+    parts: _Archive | _Directory, ranks: Mapping[tuple[int, int], str], config: Mapping[str, Any], report: Report
+) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
+    """The pieces that each rank holds; names come once for each rank, and the file tells which."""
+    sizes = tuple(
+        max(1 + max(rank[axis] for rank in ranks), nemo1_config.size(config, f"{name}_model_parallel_size", 1))
+        for axis, name in enumerate(("tensor", "pipeline"))
+    )
+    if sizes[0] * sizes[1] > MAX_RANKS:
+        raise DamagedCheckpoint(
+            f"{shown(parts.path)} claims parallel sizes {sizes[0]:,} and {sizes[1]:,}; no model has so many parts."
+        )
+    for rank in ((tensor, pipeline) for tensor in range(sizes[0]) for pipeline in range(sizes[1])):
+        if rank not in ranks:
+            report(
+                DamagedCheckpoint(
+                    f"{shown(parts.path)} lacks the part of tensor-parallel rank {rank[0]}, pipeline-parallel rank {rank[1]}."
+                )
+            )
+    found: list[Tensor] = []
+    for name in sorted(ranks.values()):
+        try:
+            with parts.open(name) as file:
+                found += saved_tensors.read(file, parts.where(name), name)
+        except CheckpointError as fault:
+            report(fault)
+    note = (
+        f"written by {len(ranks)} model-parallel ranks (tensor-parallel size {sizes[0]}, pipeline-parallel size {sizes[1]}) whose parts "
+        "are not merged: shapes are those of the parts, and what every rank holds is listed and counted for each"
+    )
+    return tuple(found), sizes, (note,)
+
+
+def _architecture(config: Mapping[str, Any], tensors: tuple[Tensor, ...], family: Any) -> Architecture | None:
+    sizes = decoder_config.named(nemo1_config.architecture(config), decoder_config.FAMILIES.get(str(family)), config)
+    if sizes is None or sizes.vocabulary:
+        return sizes
+    embedding = next((tensor for tensor in tensors if tensor.name.endswith("embedding.word_embeddings.weight")), None)
+    return dataclasses.replace(sizes, vocabulary=embedding.shape[0]) if embedding and embedding.shape else sizes
+
+
+def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
+    """The LoRA settings, completed from the tensors; None for a whole model, which may have been trained with the same settings."""
+    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
+        return None
+    lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
+    base = config.get("restore_from_path")
+    found = stated or Adapter(None, None, (), base if isinstance(base, str) else None, None, variant="not LoRA")
+    if lora is None:
+        return found
+    return dataclasses.replace(found, rank=found.rank or lora.rank, targets=found.targets or lora.targets, variant="LoRA")
+
+
+def _view(path: Path) -> str:
+    return f"a view of the NeMo 2.0 checkpoint {shown(path / str(read_json(path / VIEW).get('view_of')))}"
+
+
+def _tokenizer(config: Mapping[str, Any]) -> str | None:
+    described = nemo1_config.tokenizer(config)
+    kind = config.get("tokenizer")
+    folder = Path(str(kind.get("type"))) if isinstance(kind, Mapping) else None
+    count = tokenizer_files.vocabulary(folder) if folder and folder.is_dir() else None
+    return f"{described}, {count:,} tokens" if count else described
