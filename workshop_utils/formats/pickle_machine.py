@@ -65,13 +65,25 @@ class Record(metaclass=Sealed):
         return getattr(self, name, None)
 
 
-class Foreign:
-    """What stands for a name outside the list, or for the result of calling it: only its text, for the report."""
+class Inert:
+    """Stands for something of which only its ``text`` matters; what a file puts into it is dropped."""
 
     __slots__ = ("text",)
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the state."""
+
+
+class Foreign(Inert):
+    """A name outside the list, or the result of calling it."""
+
+    __slots__ = ()
 
 
 @contextlib.contextmanager
@@ -213,6 +225,7 @@ class Machine:
                 state = pop()
                 self._build(stack[-1], state)
             elif op == 0x2E:  # STOP
+                self.at = at
                 return pop()
             else:
                 run = rare.get(op)
@@ -231,7 +244,7 @@ class Machine:
                 raise pickle.UnpicklingError("it calls something that is no name")
             self.called(what.text, arguments)
             return Foreign(f"{what.text}(...)"[:200])
-        # Nothing that a file can make is callable, so that this is one of the given stand-ins.
+        # Nothing that a file can make is callable but stand-ins, so that this is one of those that ``find`` gave.
         if type(arguments) is not tuple or keywords or not callable(what):
             raise pickle.UnpicklingError("it calls something that is no name")
         if self.called is None:
@@ -244,7 +257,7 @@ class Machine:
     def _build(self, what: Any, state: Any) -> None:
         if isinstance(what, Foreign) and self.called is not None:
             self.called(f"{what.text}.__setstate__", (state,))
-        elif callable(what) or not hasattr(what, "__setstate__"):
+        elif not hasattr(type(what), "__setstate__"):
             raise pickle.UnpicklingError(f"it tries to change {type(what).__name__}")
         else:
             what.__setstate__(state)
@@ -253,7 +266,7 @@ class Machine:
         if len(items) % 2:
             raise pickle.UnpicklingError("it has a key without a value")
         if not isinstance(target, dict):
-            if isinstance(target, Foreign):
+            if isinstance(target, Inert):
                 return
             raise pickle.UnpicklingError(f"it puts items into {type(target).__name__}")
         for i in range(0, len(items), 2):
@@ -271,7 +284,7 @@ class Machine:
             self.tuple_keys += 1
             if len(key) > MAX_KEY_PARTS or self.tuple_keys > MAX_TUPLE_KEYS or not all(type(part) in _SCALARS for part in key):
                 raise pickle.UnpicklingError("it has too many tuples as keys, or a nested or long one")
-        elif type(key) not in _SCALARS and not isinstance(key, Record):
+        elif type(key) not in _SCALARS and not isinstance(key, Record | Inert):
             raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key")
 
     def _after_mark(self) -> list[Any]:
@@ -296,11 +309,14 @@ class Machine:
     def _counted(self, width: int) -> bytes:
         return self._bytes(int.from_bytes(self._bytes(width), "little"))
 
-    def _line(self) -> str:
+    def _raw_line(self) -> bytes:
         end = self.data.index(b"\n", self.at)
         found = self.data[self.at : end]
         self.at = end + 1
-        return found.decode()
+        return found
+
+    def _line(self) -> str:
+        return self._raw_line().decode()
 
     def _number(self) -> int:
         content = self._counted(4)
@@ -323,7 +339,7 @@ class Machine:
         return codecs.escape_decode(line[1:-1].encode())[0].decode()
 
     def _escaped(self) -> str:
-        text = self._line().encode("latin-1").decode("raw-unicode-escape")
+        text = self._raw_line().decode("raw-unicode-escape")
         # Half of a surrogate pair cannot be printed later.
         return text.encode().decode()
 
@@ -364,7 +380,7 @@ class Machine:
             for item in items:
                 self._check_key(item)
                 target.add(item)
-        elif not isinstance(target, Foreign):
+        elif not isinstance(target, Inert):
             raise pickle.UnpicklingError(f"it puts items into {type(target).__name__}")
 
     def _append(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
-from workshop_utils.formats.pickle_machine import Foreign, Machine, Record, Sealed  # noqa: F401
+from workshop_utils.formats.pickle_machine import Foreign, Inert, Machine, Record
 from workshop_utils.formats.tensor import DTYPE_BYTES
 from workshop_utils.paths import shown
 
@@ -166,12 +166,36 @@ def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[
     return calls
 
 
+def scan_all(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> list[str]:
+    """As :func:`scan`, for pickles one after the other, as torch wrote them before 1.6; empty where they are harmless or broken."""
+    seen: dict[str, bool] = {}
+    for _ in range(8):
+        machine = _surveyor(data, allowed, storage, seen)
+        try:
+            machine.run()
+        except _BROKEN:
+            break
+        data = data[machine.at :]
+    return list(seen)
+
+
 def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> tuple[list[str], Any]:
     """As :func:`scan`, with what the pickle describes; a :class:`Foreign` stands for each name and result outside ``allowed``.
 
     The second is None for a broken pickle.
     """
     seen: dict[str, bool] = {}
+    value = None
+    try:
+        value = _surveyor(data, allowed, storage, seen).run()
+    except _BROKEN as error:
+        if not seen:
+            raise _broken(where, error) from error
+    return list(seen), value
+
+
+def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | None, seen: dict[str, bool]) -> Machine:
+    """A machine that goes on after a name outside ``allowed`` and puts down in ``seen`` what is called."""
 
     def find(module: str, name: str) -> Any:
         found = allowed.get((module, name))
@@ -188,13 +212,7 @@ def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], A
             seen.pop(what, None)
             seen[text] = True
 
-    value = None
-    try:
-        value = Machine(data, find, storage, called).run()
-    except _BROKEN as error:
-        if not seen:
-            raise _broken(where, error) from error
-    return list(seen), value
+    return Machine(data, find, storage, called)
 
 
 def unsafe(where: str, name: str, calls: list[str]) -> UnsafeCheckpoint:
@@ -220,7 +238,7 @@ def plain(text: str, longest: int) -> str:
 
 def _text(value: Any, depth: int = 0) -> str:
     """An argument of a call, shortened."""
-    if isinstance(value, Foreign):
+    if isinstance(value, Inert):
         return value.text[:80]
     if isinstance(value, str | bytes):
         return ascii(value[:80]) + ("..." if len(value) > 80 else "")

@@ -1,21 +1,31 @@
-"""Files that ``torch.save`` wrote (``model_weights.ckpt``, ``.bin``): names, shapes and dtypes of their tensors, without torch.
+"""Files that ``torch.save`` wrote (``model_weights.ckpt``, ``common.pt``, ``.bin``, ``.ckpt``), read without torch.
 
 Such a file is a zip of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``, ``NAME/data/1``...: the bytes of each storage, which
-the pickle refers to by persistent ids ``("storage", type, key, device, elements)``. Only the pickle is read, and restricted.
+the pickle refers to by persistent ids ``("storage", type, key, device, elements)``. A tensor is an offset, a shape and strides in
+a storage. Only the pickle is read, and restricted; of the storages only their places are told.
 Source of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
 """
 
+import math
 import pickle
+import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
+from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import restricted_pickle
-from workshop_utils.formats.restricted_pickle import Ignored, Sealed
+from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.pickle_machine import Inert, Sealed
+from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, Ignored, layout, plain, size
 from workshop_utils.formats.tensor import DTYPE_BYTES
 
 MAX_PICKLE = 64 * 1024**2
+MAX_ENTRIES = 200_000
+MAX_DEPTH = 100
+MAX_VALUES = 1_000_000
+"""Values of a state dict, those counted twice that it refers to twice: a list of two references to a list of two... grows so."""
 
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
@@ -26,95 +36,372 @@ _STORAGES = {
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in such a file: shape, dtype by name, and the key of its storage (``data/<key>`` in the zip)."""
+    """A tensor in such a file: shape, dtype by name, key of its storage (``data/<key>`` in the zip), and its bytes.
+
+    Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the file, ready for
+    ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share them: tied weights, or views of one another.
+    Both are None for a tensor whose elements do not lie one after the other in that order (strides of a transposed view).
+    """
 
     shape: tuple[int, ...]
     dtype: str
     storage: str
+    start: int | None = None
+    length: int | None = None
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements are one range of bytes."""
+        return self.start is not None
+
+
+@dataclass(frozen=True)
+class LightningCheckpoint:
+    """A Lightning ``.ckpt``: the tensors of its ``state_dict`` by name, its ``version``, and the plain values of every other key."""
+
+    tensors: dict[str, SavedTensor]
+    version: str | None
+    rest: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
+    """A storage: ``start`` is None where the zip lacks it."""
+
     dtype: str
     key: str
+    start: int | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Faulty:
+    """A tensor that contradicts its storage, and how."""
+
+    why: str
 
 
 class _State(dict, metaclass=Sealed):
-    """``collections.OrderedDict``, whose attributes (``_metadata``) are dropped."""
+    """``collections.OrderedDict`` and ``defaultdict``; attributes (``_metadata``) are dropped."""
 
     def __init__(self, *arguments: Any) -> None:
-        if arguments:
-            raise pickle.UnpicklingError("an OrderedDict made from arguments")
+        if any(isinstance(argument, dict | list | tuple) for argument in arguments):
+            raise pickle.UnpicklingError("a mapping made from arguments")
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
         """Drop the state."""
 
 
-class _Tensor(metaclass=Sealed):
-    """``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)``."""
+class _Namespace(dict, metaclass=Sealed):
+    """``argparse.Namespace``: a dictionary of its attributes."""
 
-    def __new__(cls, storage: Any, offset: Any, size: Any, *rest: Any) -> SavedTensor:
-        if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not all(type(part) is int and part >= 0 for part in size):
-            raise pickle.UnpicklingError("a tensor without a storage and a size")
-        return SavedTensor(size, storage.dtype, storage.key)
+    def __setstate__(self, state: Any) -> None:
+        if type(state) is not dict:
+            raise pickle.UnpicklingError("a Namespace without attributes")
+        self.update(state)
+        # Or one long mapping could be copied thousands of times.
+        state.clear()
 
 
-class _Parameter(metaclass=Sealed):
+class Named(Inert):
+    """A value of a known, harmless class, such as an enumeration: its text is ``package.Class(arguments)``."""
+
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any) -> "Named":
+        shown = ", ".join(repr(argument)[:80] for argument in arguments if isinstance(argument, str | int | float))
+        return Named(plain(f"{self.text}({shown})", 200))
+
+
+def _encode(text: Any, encoding: Any = None) -> Any:
+    """``_codecs.encode(text, "latin1")``: bytes, as protocol 2 writes them. Long ones are dropped: one could be made over and over."""
+    if type(text) is str and encoding == "latin1" and len(text) <= 256:
+        return text.encode("latin-1")
+    return Named("bytes")
+
+
+def _items(values: Any = ()) -> Any:
+    """``set(list)``: the list."""
+    return values if isinstance(values, list | tuple) else []
+
+
+def _parameter(data: Any, *rest: Any) -> Any:
     """``torch._utils._rebuild_parameter(data, requires_grad, hooks)``."""
+    return data
 
-    def __new__(cls, data: Any, *rest: Any) -> Any:
-        return data
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> SavedTensor | _Faulty:
+    """``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)``, in elements."""
+    if not isinstance(storage, _Storage) or not _sizes(shape) or not _sizes(stride) or not _sizes((offset,)):
+        raise pickle.UnpicklingError("a tensor without a storage, an offset, a size and strides")
+    item, elements = DTYPE_BYTES[storage.dtype], math.prod(shape)
+    if len(stride) != len(shape) or elements >= 2**60:
+        return _Faulty(f"has the shape {list(shape)} and {len(stride)} strides")
+    last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1 if elements else offset
+    if storage.start is None:
+        return _Faulty(f"lies in data/{plain(storage.key, 40)}, which is missing")
+    if last * item > storage.length:
+        return _Faulty(f"ends at byte {last * item:,} of data/{plain(storage.key, 40)}, which has {storage.length:,}")
+    expected = 1
+    for count, step in zip(reversed(shape), reversed(stride), strict=True):
+        if count > 1 and step != expected and elements:
+            return SavedTensor(shape, storage.dtype, storage.key)
+        expected *= count
+    return SavedTensor(shape, storage.dtype, storage.key, storage.start + offset * item, elements * item)
+
+
+def _sizes(values: Any) -> bool:
+    return (
+        type(values) is tuple
+        and len(values) <= MAX_DIMENSIONS
+        and all(type(part) is int and 0 <= part < 2**60 for part in values)
+    )
 
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _State,
-    ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
-    ("torch._utils", "_rebuild_parameter"): _Parameter,
-    ("torch.serialization", "_get_layout"): Ignored,
+    ("collections", "defaultdict"): _State,
+    ("argparse", "Namespace"): _Namespace,
+    ("_codecs", "encode"): _encode,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch.serialization", "_get_layout"): layout,
+    ("torch", "Size"): size,
     # Transformer Engine's _extra_state.
     ("_io", "BytesIO"): Ignored,
     **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
+    **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
+}
+# Classes of values without a function behind them, that NeMo, Megatron-Core and Lightning leave in their states.
+_ALLOWED |= {
+    (module, name): Named(f"{module}.{name}")
+    for module, names in {
+        "builtins": "bool bytearray complex dict float int list object slice str tuple type",
+        "__builtin__": "bool bytearray complex dict float int list long object slice str tuple type unicode",
+        "typing": "Any Dict List Optional Union",
+        "datetime": "date datetime time timedelta timezone",
+        "pathlib": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
+        "signal": "Signals",
+        "torch": "device Generator",
+        "torch.torch_version": "TorchVersion",
+        "numpy": "dtype ndarray float32 float64 int32 int64",
+        "numpy.core.multiarray": "_reconstruct scalar",
+        "numpy._core.multiarray": "_reconstruct scalar",
+        "omegaconf.base": "ContainerMetadata Metadata",
+        "omegaconf.dictconfig": "DictConfig",
+        "omegaconf.listconfig": "ListConfig",
+        "omegaconf.nodes": "AnyNode BooleanNode FloatNode IntegerNode StringNode",
+        "megatron.core.enums": "Fp4Recipe Fp8Recipe ModelType",
+        "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
+        "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
+        "megatron.core.transformer.enums": "AttnBackend AttnMaskType AttnType LayerType ModelType",
+    }.items()
+    for name in names.split()
 }
 
 
-def read_tensors(file: IO[bytes], where: str) -> dict[str, SavedTensor]:
+def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:
     """Name -> tensor of the flat state dict in ``file``; ``where`` names it in errors. Entries that are no tensors are left out.
 
-    Raises :class:`UnsafeCheckpoint` (the pickle would run code), :class:`DamagedCheckpoint` and :class:`UnsupportedCheckpoint`
-    (the format of torch before 1.6, which is no zip).
+    Raises :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` (two readers would see two files, or a program of TorchScript) and
+    :class:`UnsupportedCheckpoint` (the format of torch before 1.6, which is no zip). To ``report`` go: each name that the pickle
+    would call (UnsafeCheckpoint), and each tensor that does not fit its storage (DamagedCheckpoint), which is left out.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            pickles = [entry for entry in archive.infolist() if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise DamagedCheckpoint(f"{where} has {len(pickles)} files data.pkl; torch.save writes one.")
-            if pickles[0].file_size > MAX_PICKLE:
-                raise DamagedCheckpoint(f"{where}: data.pkl has {pickles[0].file_size:,} bytes; at most {MAX_PICKLE:,} are read.")
-            if pickles[0].compress_type != zipfile.ZIP_STORED:
-                raise DamagedCheckpoint(f"{where}: data.pkl is compressed, which torch.save never does.")
-            data = archive.read(pickles[0])
-    except zipfile.BadZipFile as error:
-        file.seek(0)
-        if file.read(2) == b"\x80\x02":
-            raise UnsupportedCheckpoint(
-                f"{where} is in the format of torch before 1.6. Load and save it once: torch.save(torch.load(file, weights_only=True), new)"
-            ) from error
-        raise DamagedCheckpoint(f"{where} is no file that torch.save wrote, or it is cut off: {error}") from error
-    except (NotImplementedError, RuntimeError, EOFError, OSError) as error:
-        raise DamagedCheckpoint(f"{where} cannot be read: {error}") from error
-    state = restricted_pickle.load(data, where, _ALLOWED, _storage)
+    state = read_state(file, where, report)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not tensors by name.")
     return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, SavedTensor)}
 
 
-def _storage(reference: Any) -> _Storage:
-    """The storage that a persistent id names."""
-    kind, storage_type, key = reference[:3] if isinstance(reference, tuple) and len(reference) >= 3 else (None, None, None)
-    dtype = str(storage_type).removeprefix("torch.")
-    if kind != "storage" or dtype not in DTYPE_BYTES or not isinstance(key, str):
-        raise pickle.UnpicklingError("a reference to something that is no storage")
-    return _Storage(dtype, key)
+def read_lightning(file: IO[bytes], where: str, report: Report = stop) -> LightningCheckpoint:
+    """The Lightning ``.ckpt`` in ``file``; errors as :func:`read_tensors`. Names of nested state dicts are joined with dots."""
+    state = read_state(file, where, report)
+    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+        raise DamagedCheckpoint(f"{where} has no state_dict: it is no checkpoint of Lightning.")
+    version = state.get("pytorch-lightning_version")
+    rest = {key: value for key, value in state.items() if key != "state_dict" and isinstance(key, str)}
+    return LightningCheckpoint(dict(_named(state["state_dict"], "")), version if isinstance(version, str) else None, rest)
+
+
+def _named(state: dict, prefix: str) -> list[tuple[str, SavedTensor]]:
+    found = []
+    for name, value in state.items():
+        if isinstance(value, dict):
+            found += _named(value, f"{prefix}{name}.")
+        elif isinstance(value, SavedTensor):
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
+    """What ``torch.save`` was given, such as Megatron-Core's ``common.pt``: plain values, with :class:`SavedTensor` for tensors.
+
+    An ``argparse.Namespace`` is a dictionary, other known classes (enumerations, OmegaConf) are :class:`Named`, names outside the
+    list are :class:`.pickle_machine.Foreign`; both print as their text. Never deeper than MAX_DEPTH, never endless. Errors as
+    :func:`read_tensors`.
+    """
+    data, storages = _open(file, where)
+    calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages))
+    for call in calls:
+        report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
+    if state is None:
+        raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
+    _check_extent(state, where)
+    return _without_faulty(state, where, "", report)
+
+
+def scan(file: IO[bytes], where: str) -> list[str]:
+    """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as :func:`read_tensors`."""
+    data, storages = _open(file, where)
+    return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages))
+
+
+def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
+    """``value``, once the tensors in it that do not fit their storages are reported and taken out."""
+    if isinstance(value, _Faulty):
+        report(DamagedCheckpoint(f"{where}: {plain(path, 200)} {value.why}. Copy the file again.", path))
+        return None
+    if isinstance(value, dict):
+        for name in [name for name, item in value.items() if isinstance(item, _Faulty | dict | list | tuple)]:
+            item = value[name]
+            clean = _without_faulty(item, where, f"{path}.{name}" if path else str(name), report)
+            if isinstance(item, _Faulty):
+                del value[name]
+            else:
+                value[name] = clean
+    elif isinstance(value, list):
+        value[:] = [_without_faulty(item, where, f"{path}.{i}" if path else str(i), report) for i, item in enumerate(value)]
+    elif isinstance(value, tuple) and any(isinstance(item, _Faulty | dict | list | tuple) for item in value):
+        return tuple(_without_faulty(item, where, f"{path}.{i}" if path else str(i), report) for i, item in enumerate(value))
+    return value
+
+
+def _check_extent(state: Any, where: str) -> None:
+    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, and references to references."""
+    # id -> (values in it, levels of it)
+    seen: dict[int, tuple[int, int]] = {}
+
+    def extent(value: Any, depth: int) -> tuple[int, int]:
+        if id(value) not in seen:
+            count, levels = 1, 1
+            for child in _children(value):
+                if isinstance(child, dict | list | tuple):
+                    more, below = extent(child, depth + 1) if depth < MAX_DEPTH else (0, MAX_DEPTH)
+                    count, levels = count + more, max(levels, below + 1)
+                else:
+                    count += 1
+            if count > MAX_VALUES or levels > MAX_DEPTH:
+                raise DamagedCheckpoint(
+                    f"{where} is nested more than {MAX_DEPTH} deep, contains itself, or holds more than {MAX_VALUES:,} values."
+                )
+            seen[id(value)] = count, levels
+        return seen[id(value)]
+
+    extent(state, 1)
+
+
+def _children(value: Any) -> Any:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list | tuple) else ()
+
+
+# The zip.
+
+
+def _open(file: IO[bytes], where: str) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The pickle of the archive, and key -> (start, length) of its storages in ``file``."""
+    file.seek(0)
+    start = file.read(4)
+    if start != b"PK\x03\x04":
+        raise _no_zip(file, where, start)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if len(entries) > MAX_ENTRIES:
+                raise DamagedCheckpoint(f"{where} has {len(entries):,} parts; at most {MAX_ENTRIES:,} are read.")
+            places = _places(file, where, entries)
+            top = entries[0].filename.partition("/")[0] if entries else ""
+            if f"{top}/data.pkl" not in places or not all(name.startswith(f"{top}/") for name in places):
+                raise DamagedCheckpoint(f"{where} is a zip but none that torch.save wrote: it has no data.pkl, or several.")
+            if f"{top}/constants.pkl" in places or any(name.startswith(f"{top}/code/") for name in places):
+                raise UnsafeCheckpoint(
+                    f"{where} holds a program (TorchScript), which torch.load would compile. Nothing was executed."
+                )
+            if (length := places[f"{top}/data.pkl"][1]) > MAX_PICKLE:
+                raise DamagedCheckpoint(f"{where}: data.pkl has {length:,} bytes; at most {MAX_PICKLE:,} are read.")
+            data = archive.read(f"{top}/data.pkl")
+            order = archive.read(f"{top}/byteorder") if places.get(f"{top}/byteorder", (0, 99))[1] < 10 else b"little"
+    except zipfile.BadZipFile as error:
+        raise DamagedCheckpoint(
+            f"{where} is no file that torch.save wrote, or it is cut off: {plain(str(error), 200)}"
+        ) from error
+    except (NotImplementedError, RuntimeError, EOFError, OSError, ValueError, OverflowError, struct.error) as error:
+        raise DamagedCheckpoint(f"{where} cannot be read: {plain(str(error), 200)}") from error
+    if order != b"little":
+        raise UnsupportedCheckpoint(
+            f"{where} was written on a big-endian machine. Load and save it once on this one with torch."
+        )
+    prefix = f"{top}/data/"
+    return data, {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
+
+
+def _places(file: IO[bytes], where: str, entries: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int]]:
+    """Name -> (start, length) of each part. Raises UnsafeCheckpoint where two readers could see two things, or parts overlap."""
+    places: dict[str, tuple[int, int]] = {}
+    seen: set[str] = set()
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        name = plain(entry.filename, 100)
+        file.seek(entry.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04" or entry.header_offset < end:
+            raise UnsafeCheckpoint(f"{where}: {name} overlaps another part or lies elsewhere: two readers may see two files.")
+        name_length, extra_length = struct.unpack_from("<HH", header, 26)
+        stored_name = file.read(name_length)
+        if (
+            stored_name != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437")
+            or entry.filename.lower() in seen
+        ):
+            raise UnsafeCheckpoint(f"{where}: {name} is there twice or under two names: two readers may see two files.")
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
+            raise DamagedCheckpoint(f"{where}: {name} is compressed or encrypted, which torch.save never does.")
+        start = entry.header_offset + 30 + name_length + extra_length
+        end = start + entry.file_size
+        seen.add(entry.filename.lower())
+        places[entry.filename] = start, entry.file_size
+    return places
+
+
+def _no_zip(file: IO[bytes], where: str, start: bytes) -> Exception:
+    """What is wrong with a file that is no zip: pickles of the time before, harmless or not, or something else."""
+    if start[:1] == b"\x80":
+        file.seek(0)
+        data = file.read(MAX_PICKLE)
+        calls = restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Named("storage"))
+        if calls:
+            return restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls)
+    if start[:2] == b"\x80\x02":
+        return UnsupportedCheckpoint(
+            f"{where} is in the format of torch before 1.6. Load and save it once: torch.save(torch.load(file, weights_only=True), new)"
+        )
+    return DamagedCheckpoint(f"{where} is no file that torch.save wrote, or it is cut off.")
+
+
+def _finder(storages: dict[str, tuple[int, int]]) -> Callable[[Any], _Storage]:
+    def find(reference: Any) -> _Storage:
+        """The storage that a persistent id names; ``elements`` are bytes for an untyped one."""
+        if not isinstance(reference, tuple) or len(reference) < 5:
+            raise pickle.UnpicklingError("a reference to something that is no storage")
+        kind, storage_type, key, _, elements = reference[:5]
+        dtype = storage_type.removeprefix("torch.") if isinstance(storage_type, str) else ""
+        if kind != "storage" or dtype not in DTYPE_BYTES or not isinstance(key, str) or not _sizes((elements,)):
+            raise pickle.UnpicklingError("a reference to something that is no storage")
+        start, length = storages.get(key, (None, 0))
+        return _Storage(dtype, key, start, min(length, elements * DTYPE_BYTES[dtype]))
+
+    return find

@@ -11,9 +11,9 @@ from typing import Any
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import restricted_pickle
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.pickle_machine import without_collector
 from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS
-from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.paths import shown
 
@@ -164,7 +164,7 @@ def _is_shape(value: Any) -> bool:
     """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         return False
-    for item in value:  # noqa: SIM110 (half the time of all())
+    for item in value:
         if type(item) is not int or not 0 <= item < 2**63:
             return False
     return True
