@@ -253,7 +253,7 @@ def test_nothing_else_is_overwritten(originals, root):
 
 def test_an_interrupted_build_leaves_nothing(originals, root, monkeypatch):
     checkpoint = copy(originals, "plain")
-    monkeypatch.setattr("workshop_utils.bridge.view._write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr("workshop_utils.formats.torch_dist_writer.write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         bridge(checkpoint)
     assert list(paths.bridged_checkpoint("plain").parent.iterdir()) == []

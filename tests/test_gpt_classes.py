@@ -44,6 +44,13 @@ def test_the_defaults_are_those_of_the_installed_nemo():
         assert {name: installed[kind].get(name) for name in defaults} == defaults, kind
         assert ("scale_factor" in installed[kind]) == ("scale_factor" in defaults), kind
     others = {kind.rpartition(".")[2] for kind in set(installed) - set(gpt_classes.DEFAULTS)}
-    unlike = ("Llama4", "Llama33NemotronSuper", "Llama31NemotronUltra", "Qwen3MoE", "Qwen3Config30B_A3B", "Qwen3Config235B_A22B")
+    unlike = (
+        "Llama4",
+        "Llama33NemotronSuper",
+        "Llama31NemotronUltra",
+        "Qwen3MoE",
+        "Qwen3Config30B_A3B",
+        "Qwen3Config235B_A22B",
+    )
     assert all(name.startswith(unlike) for name in others), others
     assert {model for family in gpt_classes.FAMILIES.values() for model in family.models} <= set(models)

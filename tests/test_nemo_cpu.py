@@ -27,6 +27,7 @@ FAULTS = {
     "fusions_off": r"is not available\. Please install TE >= 1\.4 or Apex",
     "norm_before_the_experts": r"\"pre_mlp_layernorm\.\": \"mlp\.linear_fc1\.layer_norm_\"",
     "zero_centred_layer_norm": r"zero_centered_gamma not supported by torch LayerNorm",
+    "router_without_transformer_engine": r"if te_general_gemm is not None",
     "loaded_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "resumed_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "layer_norm_names_of_connectors": r"def apply_transforms\(",

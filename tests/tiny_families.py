@@ -11,13 +11,16 @@ _COMMON = {
     "pad_token_id": 0, "initializer_range": 0.1,
 }  # fmt: skip
 _LLAMA3_ROPE = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192}  # fmt: skip
+                "original_max_position_embeddings": 32}  # fmt: skip
 
 #: name -> (class of the configuration and of the model in transformers, fields)
 FAMILIES = {
     "llama2": ("Llama", {"rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 24}),
-    "llama31": ("Llama", {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": _LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama31": (
+        "Llama",
+        {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": _LLAMA3_ROPE, "tie_word_embeddings": True},
+    ),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}),
     "mixtral": ("Mixtral", {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen25": ("Qwen2", {"tie_word_embeddings": True}),

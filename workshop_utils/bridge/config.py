@@ -31,7 +31,9 @@ def translate(checkpoint: Nemo2Checkpoint) -> dict[str, Any]:
     return nemo1_config.from_fields(fields, family, rows, dtype, tokenizer(checkpoint, where), where)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], prefix: str, fields: dict[str, Any], where: str, config: str) -> tuple[int, str]:
+def check_tensors(
+    tensors: Mapping[str, Tensor], prefix: str, fields: dict[str, Any], where: str, config: str
+) -> tuple[int, str]:
     """Rows and dtype of the embedding, once ``tensors`` are exactly those of the model with ``fields``, under names with ``prefix``.
 
     The rows are those that are stored, whatever the configuration says: it may be padded. ``where`` and ``config`` name the checkpoint
@@ -96,4 +98,6 @@ def _file_field(checkpoint: Nemo2Checkpoint, where: str, field: str, hub_name_al
             return value
     elif os.path.exists(value):
         return value
-    raise DamagedCheckpoint(f"{where}: tokenizer.{field} is {value!r}, and there is no such file. Copy the whole context/ directory.")
+    raise DamagedCheckpoint(
+        f"{where}: tokenizer.{field} is {value!r}, and there is no such file. Copy the whole context/ directory."
+    )

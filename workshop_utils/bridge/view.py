@@ -1,18 +1,17 @@
 """The directory that the script path loads: links to the weights, and an index with the names it asks for.
 
-NeMo 1 reads it with ``megatron.core.dist_checkpointing.load``, which wants ``.metadata`` (a pickle of
-``torch.distributed.checkpoint.metadata.Metadata``), ``metadata.json`` (the backend) and ``common.pt`` (state that is not sharded).
+NeMo 1 reads it with ``megatron.core.dist_checkpointing.load``; :mod:`workshop_utils.formats.torch_dist_writer` says what that wants.
+Optimizer state is left out.
 """
 
 import hashlib
 import json
-import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from workshop_utils.formats import torch_dist_writer
 from workshop_utils.formats.nemo2 import Nemo2Checkpoint
 from workshop_utils.paths import shown
 
@@ -50,49 +49,17 @@ def write(checkpoint: Nemo2Checkpoint, config: dict[str, Any], made: Path, targe
     (made / "model_config.yaml").write_text(text + yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     weights = made / WEIGHTS
     weights.mkdir()
-    to_source = os.path.relpath(checkpoint.path / "weights", target / WEIGHTS)
-    for file in sorted({chunk.file for tensor in checkpoint.model_tensors().values() for chunk in tensor.chunks}
-                       | {entry.file for entry in _model_objects(checkpoint)}):  # fmt: skip
-        (weights / file).symlink_to(os.path.join(to_source, file))
-    (weights / "metadata.json").write_text(json.dumps(checkpoint.backend) + "\n", encoding="utf-8")
-    _write_index(checkpoint, weights)
+    tensors, objects = checkpoint.model_tensors().values(), _model_objects(checkpoint)
+    files = {file for tensor in tensors for file in tensor.files} | {entry.file for entry in objects}
+    torch_dist_writer.link(files, checkpoint.path / "weights", weights, target / WEIGHTS)
+    torch_dist_writer.write_index(
+        weights,
+        torch_dist_writer.renamed(tensors, NAME_NEMO2, NAME_SCRIPT_PATH),
+        torch_dist_writer.renamed(objects, NAME_NEMO2, NAME_SCRIPT_PATH),
+        checkpoint.backend,
+    )
 
 
 def _model_objects(checkpoint: Nemo2Checkpoint) -> list:
     # Entries such as _extra_state are kept: with Transformer Engine the script path asks for them under the same names.
     return [entry for entry in checkpoint.objects.values() if entry.name.startswith(NAME_NEMO2)]
-
-
-def _write_index(checkpoint: Nemo2Checkpoint, weights: Path) -> None:
-    """Write ``.metadata`` and an empty ``common.pt``, from what was read and checked; nothing is copied from the source's pickles.
-
-    torch's own classes write them, so that whatever torch reads the view finds what it expects. Optimizer state is left out.
-    """
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for tensor in checkpoint.model_tensors().values():
-        name = NAME_SCRIPT_PATH + tensor.name.removeprefix(NAME_NEMO2)
-        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)) for chunk in tensor.chunks]
-        entries[name] = TensorStorageMetadata(TensorProperties(getattr(torch, tensor.dtype)), torch.Size(tensor.shape), chunks)
-        for index, chunk in enumerate(tensor.chunks):
-            places[MetadataIndex(name, chunk.offsets, index)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
-    for entry in _model_objects(checkpoint):
-        name = NAME_SCRIPT_PATH + entry.name.removeprefix(NAME_NEMO2)
-        entries[name] = BytesStorageMetadata()
-        places[MetadataIndex(name)] = _StorageInfo(entry.file, entry.start, entry.length)
-    index = Metadata(state_dict_metadata=entries, planner_data={name: (name,) for name in entries}, storage_data=places)
-    index.mcore_data = {}  # Megatron-Core's own field; it describes flattened optimizer state only
-    with (weights / ".metadata").open("wb") as file:
-        pickle.dump(index, file)
-    torch.save({}, weights / "common.pt")

@@ -194,7 +194,9 @@ _LLAMA_MODELS = ("llama.LlamaModel", "llama.MLPerfLoRALlamaModel", "llama_nemotr
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", tuple(f"{_PACKAGE}.{model}" for model in _LLAMA_MODELS), _LLAMA, scaled=f"{_PACKAGE}.llama.Llama31Config"),
+        Family(
+            "llama", tuple(f"{_PACKAGE}.{model}" for model in _LLAMA_MODELS), _LLAMA, scaled=f"{_PACKAGE}.llama.Llama31Config"
+        ),
         Family("mistral", (f"{_PACKAGE}.mistral.MistralModel",), _MISTRAL, frozenset({"window_size"})),
         Family("mixtral", (f"{_PACKAGE}.mixtral.MixtralModel",), _MIXTRAL, frozenset({"num_moe_experts"})),
         Family("qwen2", (f"{_PACKAGE}.qwen2.Qwen2Model",), _QWEN, frozenset({"add_qkv_bias"})),

@@ -31,7 +31,9 @@ def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = config.get("_target_")
     if kind not in family.configs:
         if any(kind in other.configs for other in FAMILIES.values()):
-            raise UnsupportedCheckpoint(f"{where}: config._target_ is {kind!r}, which is no configuration of {model['_target_']!r}.")
+            raise UnsupportedCheckpoint(
+                f"{where}: config._target_ is {kind!r}, which is no configuration of {model['_target_']!r}."
+            )
         raise _unknown_class(kind, "config._target_", where)
     fields = typed(config, family.configs[kind], f"{where}: config.")
     check(fields, family, f"{where}: config.", kind.rpartition(".")[2])
@@ -50,7 +52,9 @@ def check(fields: dict[str, Any], family: Family, prefix: str, kind: str) -> Non
             raise DamagedCheckpoint(f"{prefix}{name} is missing, and {kind} has no default for it.")
     for name in MUST_BE_DEFAULT:
         # The experts' own FFN size may be said twice.
-        if fields[name] not in (None, BASE[name]) and not (name == "moe_ffn_hidden_size" and fields[name] == fields["ffn_hidden_size"]):
+        if fields[name] not in (None, BASE[name]) and not (
+            name == "moe_ffn_hidden_size" and fields[name] == fields["ffn_hidden_size"]
+        ):
             raise UnsupportedCheckpoint(f"{prefix}{name} is {fields[name]!r}; no family that is supported here has that.")
     for name in FEATURES:
         if fields[name] and name not in family.features:
@@ -93,7 +97,9 @@ def _fill_in(fields: dict[str, Any], prefix: str) -> None:
             raise DamagedCheckpoint(f"{prefix}hidden_size {hidden} is no multiple of num_attention_heads {heads}.")
         fields["kv_channels"] = hidden // heads
     if heads % fields["num_query_groups"]:
-        raise DamagedCheckpoint(f"{prefix}num_attention_heads {heads} is no multiple of num_query_groups {fields['num_query_groups']}.")
+        raise DamagedCheckpoint(
+            f"{prefix}num_attention_heads {heads} is no multiple of num_query_groups {fields['num_query_groups']}."
+        )
 
 
 _MAY_BE_ABSENT = {

@@ -91,7 +91,14 @@ ACTIVATIONS = {
 _NORMS = {"rmsnorm": ("RMSNorm", False), "layernorm": ("LayerNorm", False), "layernorm1p": ("LayerNorm", True)}
 """``normalization`` -> (class, the weight is stored minus one)."""
 
-_MUST_BE_OFF = ("apply_embedding_scaling", "openai_gelu", "mcore_customization_config", "drop_layers", "hyena", "multi_latent_attention")
+_MUST_BE_OFF = (
+    "apply_embedding_scaling",
+    "openai_gelu",
+    "mcore_customization_config",
+    "drop_layers",
+    "hyena",
+    "multi_latent_attention",
+)
 _SPECS = ("", "te_gpt", "decoder_block_gpt")
 """Values of ``name``, which chooses the layers, that are a plain GPT. Only the last builds the norms of q and k."""
 
@@ -129,26 +136,35 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
     """Refuse what is no plain GPT of Megatron-Core."""
     target = str(config.get("target", ""))
     if target and not target.startswith("nemo.collections.nlp.models.language_modeling.megatron_gpt_"):
-        raise UnsupportedCheckpoint(f"{where}: target is {target!r}; only GPT models (MegatronGPTModel and its kin) can be converted.")
+        raise UnsupportedCheckpoint(
+            f"{where}: target is {target!r}; only GPT models (MegatronGPTModel and its kin) can be converted."
+        )
     if not config.get("mcore_gpt", False):
         raise UnsupportedCheckpoint(
             f"{where}: mcore_gpt is {config.get('mcore_gpt')!r}: a model of the transformer that NeMo had before Megatron-Core. Convert "
             "it first with NeMo's scripts/nlp_language_modeling/convert_nemo_gpt_to_mcore.py."
         )
     if config.get("name", "") not in _SPECS:
-        raise UnsupportedCheckpoint(f"{where}: name is {config.get('name')!r}, which are no layers of a plain GPT ({', '.join(_SPECS[1:])}).")
+        raise UnsupportedCheckpoint(
+            f"{where}: name is {config.get('name')!r}, which are no layers of a plain GPT ({', '.join(_SPECS[1:])})."
+        )
     for name in _MUST_BE_OFF:
         if config.get(name):
             raise UnsupportedCheckpoint(f"{where}: {name} is {config[name]!r}; no family that is supported here has that.")
     if config.get("position_embedding_type", _ABSENT["position_embedding_type"]) != "rope":
-        raise UnsupportedCheckpoint(f"{where}: position_embedding_type is {config.get('position_embedding_type')!r}; only rope is supported.")
+        raise UnsupportedCheckpoint(
+            f"{where}: position_embedding_type is {config.get('position_embedding_type')!r}; only rope is supported."
+        )
 
 
 def _family(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Family:
     ours = config.get("workshop")
     named = ours.get("family") if isinstance(ours, Mapping) else None
-    if named in FAMILIES:
-        return FAMILIES[named]
+    return FAMILIES[named] if named in FAMILIES else family_of_features(fields)
+
+
+def family_of_features(fields: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint that does not name it: a Llama, unless ``fields`` has what only another family has."""
     signs = {
         "mixtral": fields["num_moe_experts"], "qwen3": fields["qk_layernorm"], "qwen2": fields["add_qkv_bias"],
         "mistral": fields["window_size"], "nemotron": fields["activation_func"] == "squared_relu",
@@ -206,7 +222,9 @@ _CONSTANT = {
 }
 
 
-def from_fields(fields: Mapping[str, Any], family: Family, rows: int, dtype: str, tokenizer: dict[str, Any], where: str) -> dict[str, Any]:
+def from_fields(
+    fields: Mapping[str, Any], family: Family, rows: int, dtype: str, tokenizer: dict[str, Any], where: str
+) -> dict[str, Any]:
     """The ``model_config.yaml`` of a model with ``fields``, ``rows`` of the embedding and weights of ``dtype``; the way back of
     :func:`read_fields`. ``where`` names the source in errors.
 
@@ -215,7 +233,9 @@ def from_fields(fields: Mapping[str, Any], family: Family, rows: int, dtype: str
     if dtype not in _PRECISION:
         raise UnsupportedCheckpoint(f"{where}: the weights are {dtype}; the script path takes {', '.join(_PRECISION)}.")
     activation = _key_of(ACTIVATIONS, (fields["activation_func"], fields["gated_linear_unit"]))
-    normalization = _key_of(_NORMS, (fields["normalization"], fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"]))
+    normalization = _key_of(
+        _NORMS, (fields["normalization"], fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"])
+    )
     for name, value in (("activation_func", activation), ("normalization", normalization)):
         if value is None:
             raise UnsupportedCheckpoint(f"{where}: config.{name} is {fields[name]!r}, which the script path does not know.")

@@ -95,3 +95,12 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
         return original(cls, config, hidden_size, eps, *args, **kwargs)
 
     module.WrappedTorchNorm.__new__ = new
+
+
+@patch("megatron-core", "megatron.core.transformer.moe.moe_utils", when=no_transformer_engine,
+       reason="the router of a mixture of experts asks whether te_general_gemm is there, a name that is only set with Transformer Engine: "
+       "NameError")  # fmt: skip
+def router_without_transformer_engine(module: ModuleType) -> None:
+    """It is not: the router multiplies with torch then."""
+    if not hasattr(module, "te_general_gemm"):
+        module.te_general_gemm = None
