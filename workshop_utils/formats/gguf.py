@@ -55,7 +55,6 @@ class Header:
     """``fields`` are the key/value pairs; long arrays, such as the vocabulary, are :class:`Array`."""
 
     version: int
-    big_endian: bool
     fields: dict[str, Any]
     tensors: tuple[Tensor, ...]
 
@@ -73,8 +72,6 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         notes.append(f"one of {parts} files; the tensors of the others are not listed")
     if "rope_freqs.weight" in names:
         notes.append("the scaling of the rope is in the tensor rope_freqs.weight")
-    if header.big_endian:
-        notes.append("big-endian")
     return Checkpoint(
         path=path,
         kind=Kind.GGUF,
@@ -100,10 +97,8 @@ def read_header(path: Path, report: Report = stop) -> Header:
             raise NotACheckpoint(f"{shown(path)} is no GGUF file: it does not begin with the letters GGUF.")
         reader = _Reader(file, shown(path), path.stat().st_size)
         version = reader.number("I")
-        big_endian = version & 0xFFFF == 0
-        if big_endian:
-            reader.order = ">"
-            version = int.from_bytes(version.to_bytes(4, "little"), "big")
+        if version & 0xFFFF == 0:
+            raise UnsupportedCheckpoint(f"{shown(path)} is big-endian. Turn it round: gguf-convert-endian {path.name} little")
         if version not in (2, 3):
             raise UnsupportedCheckpoint(
                 f"{shown(path)} is GGUF version {version}; 2 and 3 are read. Convert the model again with llama.cpp."
@@ -124,14 +119,14 @@ def read_header(path: Path, report: Report = stop) -> Header:
         if type(alignment) is not int or not 0 < alignment <= 65536 or alignment & (alignment - 1):
             raise DamagedCheckpoint(f"{shown(path)}: general.alignment is {alignment!r}, which is no power of two.")
         start = -(-reader.position // alignment) * alignment
-    return Header(version, big_endian, fields, tuple(_placed(path, entries, start, report)))
+    return Header(version, fields, tuple(_placed(path, entries, start, report)))
 
 
 class _Reader:
     """Reads the header block by block, as far as it goes, and never past MAX_HEADER."""
 
     def __init__(self, file: IO[bytes], where: str, length: int) -> None:
-        self.file, self.where, self.length, self.order = file, where, length, "<"
+        self.file, self.where, self.length = file, where, length
         self.data, self.at, self.base = b"", 0, file.tell()
 
     @property
@@ -155,7 +150,7 @@ class _Reader:
         """The next number, ``kind`` as the struct module names it."""
         length = struct.calcsize("=" + kind)
         self.need(length)
-        (found,) = struct.unpack_from(self.order + kind, self.data, self.at)
+        (found,) = struct.unpack_from("<" + kind, self.data, self.at)
         self.at += length
         return found
 
@@ -189,7 +184,7 @@ class _Reader:
 
     def pass_over_texts(self, count: int) -> None:
         """Skip ``count`` strings: the vocabulary and the merges, some hundred thousand."""
-        unpack = struct.Struct(self.order + "Q").unpack_from
+        unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if len(self.data) - self.at < 8:
                 self.need(8)

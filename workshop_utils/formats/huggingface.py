@@ -195,7 +195,7 @@ def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
                 found += read_safetensors(path, report)
             else:
                 with path.open("rb") as file:
-                    found += saved_tensors.read(file, shown(path), path.name)
+                    found += saved_tensors.read(file, shown(path), path.name, report)
         except CheckpointError as fault:
             report(fault)
     return found

@@ -5,14 +5,16 @@ Keys: ``state_dict``, ``epoch``, ``global_step``, ``pytorch-lightning_version``,
 its configuration as ``hyper_parameters["cfg"]``.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.errors import NotACheckpoint
+from workshop_utils.errors import CheckpointError, NotACheckpoint
 from workshop_utils.formats import decoder_config, lora_tensors, nemo1_config, saved_tensors
 from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.safe_text import read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
@@ -33,28 +35,39 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
             "beside them: give their directory."
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
-    hyper = state.get("hyper_parameters")
-    config = hyper.get("cfg") if isinstance(hyper, Mapping) else None
-    config = config if isinstance(config, Mapping) else {}
     version = state.get(VERSION)
-    sizes = nemo1_config.architecture(config)
+    by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in _mapping(state.get("callbacks")))
+    config, from_beside = _mapping(_mapping(state.get("hyper_parameters")).get("cfg")), ()
+    if not config and by_nemo:
+        config, from_beside = _configuration_beside(path)
     return Checkpoint(
         path=path,
         kind=Kind.LIGHTNING,
-        detail="of NeMo 1" if "nemo_version" in config else None,
-        architecture=decoder_config.named(sizes, None, config),
+        detail="of NeMo 1" if by_nemo else None,
+        architecture=decoder_config.named(nemo1_config.architecture(config), None, config),
         nbytes=path.stat().st_size,
         tensors=tensors,
         tokenizer=nemo1_config.tokenizer(config),
         adapter=_adapter(config, tensors),
-        notes=tuple(notes(state)),
-        version=", ".join(
-            f"{name} {value}"
-            for name, value in (("Lightning", version), ("NeMo", config.get("nemo_version")))
-            if isinstance(value, str)
-        )
-        or None,
+        notes=(*notes(state), *from_beside),
+        version=f"Lightning {version}" if isinstance(version, str) else None,
     )
+
+
+def _configuration_beside(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """NeMo 1's configuration, and a note where it is from: in the file it is an object of OmegaConf, which is not read.
+
+    ``exp_manager`` puts ``version_N/hparams.yaml`` beside ``checkpoints/``.
+    """
+    for file in sorted(path.resolve().parent.parent.glob("version_*/hparams.yaml"), reverse=True):
+        with contextlib.suppress(CheckpointError):
+            if config := _mapping(read_yaml(file).get("cfg")):
+                return config, (f"architecture and LoRA settings from {shown(file)}",)
+    return {}, ()
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def notes(state: Mapping[str, Any]) -> list[str]:
@@ -66,10 +79,11 @@ def notes(state: Mapping[str, Any]) -> list[str]:
     if optimizer:
         found.append(f"{len(optimizer)} tensors of optimizer state beside the weights")
     hyper = state.get("hyper_parameters")
-    if isinstance(hyper, Mapping) and hyper:
-        found.append(f"hyper-parameters (named here, never instantiated): {', '.join(str(name) for name in list(hyper)[:20])}")
-    callbacks = state.get("callbacks")
-    if isinstance(callbacks, Mapping) and callbacks:
+    if hyper:
+        # OmegaConf's come as their class alone.
+        names = ", ".join(str(name) for name in list(hyper)[:20]) if isinstance(hyper, Mapping) else str(hyper)
+        found.append(f"hyper-parameters, never instantiated here: {names}")
+    if callbacks := _mapping(state.get("callbacks")):
         names = sorted({str(name).partition("{")[0] for name in callbacks})
         found.append(f"state of callbacks: {', '.join(names[:10])}")
     return found
@@ -78,8 +92,8 @@ def notes(state: Mapping[str, Any]) -> list[str]:
 def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
     if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
         return None
-    lora = lora_tensors.find(tensors)
-    stated = nemo1_config.adapter(config)
-    if stated is None or lora is None:
+    lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
+    if lora is None:
         return stated
-    return dataclasses.replace(stated, rank=stated.rank or lora.rank, targets=stated.targets or lora.targets)
+    found = stated or Adapter(None, None, (), None, None)
+    return dataclasses.replace(found, rank=found.rank or lora.rank, targets=found.targets or lora.targets)

@@ -153,7 +153,7 @@ def _tensors(
     """The tensors, the tensor- and pipeline-parallel sizes of parts that were not merged, and notes."""
     if WEIGHTS in parts.files:
         with parts.open(WEIGHTS) as file:
-            return tuple(saved_tensors.read(file, parts.where(WEIGHTS), WEIGHTS)), (1, 1), ()
+            return tuple(saved_tensors.read(file, parts.where(WEIGHTS), WEIGHTS, report)), (1, 1), ()
     if f"{SHARDED}/{torch_dist.INDEX}" in parts.files:
         return _sharded(parts, report), (1, 1), ()
     if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in parts.files):
@@ -204,7 +204,7 @@ def _ranks(
     for name in sorted(ranks.values()):
         try:
             with parts.open(name) as file:
-                found += saved_tensors.read(file, parts.where(name), name)
+                found += saved_tensors.read(file, parts.where(name), name, report)
         except CheckpointError as fault:
             report(fault)
     note = (

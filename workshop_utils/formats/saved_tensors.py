@@ -12,18 +12,15 @@ from workshop_utils.formats.torch_archive import SavedTensor
 MAX_DEPTH = 50
 
 
-def read(file: IO[bytes], where: str, part: str) -> list[Tensor]:
-    """The tensors of the flat state dict in ``file``; ``part`` is the name that their chunks get. Errors as torch_archive's."""
-    return [tensor(name, found, part) for name, found in torch_archive.read_tensors(file, where).items()]
+def read(file: IO[bytes], where: str, part: str, report: Report = stop) -> list[Tensor]:
+    """The tensors of the flat state dict in ``file``; ``part`` is the name that their chunks get. Errors and faults as torch_archive's."""
+    return [tensor(name, found, part) for name, found in torch_archive.read_tensors(file, where, report).items()]
 
 
-def read_state(file: IO[bytes], where: str, report: Report = stop) -> Mapping[str, Any]:
-    """The state in ``file`` as plain values, with :class:`SavedTensor` for tensors. Errors as torch_archive's."""
-    if hasattr(torch_archive, "read_state"):
-        state = torch_archive.read_state(file, where, report)
-    else:
-        state = torch_archive.read_tensors(file, where)
-    if not isinstance(state, Mapping):
+def read_state(file: IO[bytes], where: str, report: Report = stop) -> dict[str, Any]:
+    """The state in ``file`` as plain values, with :class:`SavedTensor` for tensors. Errors and faults as torch_archive's."""
+    state = torch_archive.read_state(file, where, report)
+    if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not values by name.")
     return state
 
@@ -47,4 +44,5 @@ def tensors(state: Any, part: str, prefix: str = "", depth: int = 0) -> list[Ten
 
 def tensor(name: str, found: SavedTensor, part: str) -> Tensor:
     """``found`` as a tensor of the file ``part``."""
-    return whole(name, found.shape, found.dtype, part, 0, 0)
+    # One that is not contiguous lies in that file, but not in one range.
+    return whole(name, found.shape, found.dtype, part, found.start or 0, found.length or 0)
