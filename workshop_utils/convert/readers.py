@@ -1,0 +1,117 @@
+"""One reader for each format that can be converted: what lies at a path, as a :class:`.source.Source`."""
+
+from pathlib import Path
+from typing import Any
+
+from workshop_utils.bridge import config as bridge_config
+from workshop_utils.convert import layered, megatron, tokenizers
+from workshop_utils.convert.source import Files, Source
+from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
+from workshop_utils.formats import (
+    gpt_config,
+    nemo1_config,
+    nemo2,
+    nemo_archive,
+    restricted_pickle,
+    saved_tensors,
+    torch_dist,
+    zarr_directory,
+)
+from workshop_utils.formats.identify import identify
+from workshop_utils.formats.safe_text import read_json, read_yaml
+from workshop_utils.formats.summary import Kind
+from workshop_utils.paths import shown
+
+ZARR = "zarr weights cannot be read here, and NeMo has dropped them: load and save the checkpoint once with the NeMo that wrote it."
+_WAYS_OUT = {
+    Kind.LIGHTNING: "weights and optimizer state as NeMo 1 saves them in training. Let NeMo 1 write a .nemo of it "
+    "(nemo/collections/nlp: examples/nlp/language_modeling/megatron_ckpt_to_nemo.py), and convert that.",
+    Kind.GGUF: "quantised for llama.cpp. Turn it into a Hugging Face model directory first (transformers: "
+    "from_pretrained(..., gguf_file=...)), and convert that.",
+    Kind.NEMO2_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",
+    Kind.NEMO1_ARCHIVE_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",
+    Kind.PEFT: "not a model. Merge it into its base with PEFT (merge_and_unload) and convert that.",
+}
+
+
+def read(path: Path) -> Source:
+    """What the checkpoint ``path`` holds. Of the weights only the indexes are read.
+
+    Raises :class:`NotACheckpoint`, :class:`UnsupportedCheckpoint` (a kind or a feature that cannot be converted),
+    :class:`DamagedCheckpoint` and :class:`UnsafeCheckpoint`.
+    """
+    path = Path(path)
+    found = identify(path)
+    if found.kind in _WAYS_OUT:
+        raise UnsupportedCheckpoint(f"{shown(path)} is a {found.kind}, {_WAYS_OUT[found.kind]}")
+    if found.detail and "zarr" in found.detail or any(name.endswith(zarr_directory.WAY_OUT) for name in found.notes):
+        raise UnsupportedCheckpoint(f"{shown(path)}: {ZARR}")
+    readers = {Kind.NEMO2: _nemo2, Kind.MEGATRON: megatron.read}
+    return readers.get(found.kind, _nemo1)(path)
+
+
+def _nemo2(path: Path) -> Source:
+    found = nemo2.read(path)
+    where = shown(path / "context" / "model.yaml")
+    fields = gpt_config.read_fields(found.model, where)
+    tensors = found.model_tensors()
+    rows, dtype = bridge_config.check_tensors(tensors, "module.", fields, shown(path), "context/model.yaml")
+    return Source(
+        path=path,
+        format="NeMo 2.0",
+        fields=fields,
+        family=gpt_config.family_of(found.model, where),
+        rows=rows,
+        dtype=dtype,
+        tensors=tensors,
+        objects={name: entry for name, entry in found.objects.items() if name.startswith("module.")},
+        prefix="module.",
+        files=Files(path.resolve() / "weights"),
+        tokenizer=tokenizers.of_nemo2(bridge_config.tokenizer(found, where)),
+    )
+
+
+def _nemo1(path: Path) -> Source:
+    """A ``.nemo`` archive, or a directory with the same files."""
+    if path.is_file():
+        names = [member.name for member in nemo_archive.members(path)]
+        config, where = nemo_archive.read_config(path), f"{shown(path)}:model_config.yaml"
+    else:
+        names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        config, where = read_yaml(path / "model_config.yaml"), shown(path / "model_config.yaml")
+    fields, family = nemo1_config.read_fields(config, where)
+    ranks = layered.rank_files(names)
+    if f"model_weights/{torch_dist.INDEX}" in names:
+        files = Files(path, "model_weights/") if path.is_file() else Files(path.resolve() / "model_weights")
+        index = _sharded(path, files)
+        tensors = {name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")}
+        objects = {name: entry for name, entry in index.objects.items() if name.startswith("model.")}
+    elif ranks:
+        files, objects = Files(path.resolve()), {}
+        tensors = layered.read(files, fields, ranks, "model.", saved_tensors.read)
+    else:
+        raise DamagedCheckpoint(f"{shown(path)} has no weights: neither model_weights.ckpt nor model_weights/.metadata.")
+    rows, dtype = bridge_config.check_tensors(tensors, "model.", fields, shown(path), "model_config.yaml")
+    return Source(
+        path=path,
+        format="NeMo 1",
+        fields=fields,
+        family=family,
+        rows=rows,
+        dtype=dtype,
+        tensors=tensors,
+        objects=objects,
+        prefix="model.",
+        files=files,
+        tokenizer=tokenizers.of_nemo1(config, path, where),
+    )
+
+
+def _sharded(path: Path, files: Files) -> torch_dist.Index:
+    if not files.are_members:
+        backend: dict[str, Any] = read_json(files.place / "metadata.json")
+        if backend.get("sharded_backend") != "torch_dist":
+            raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend.get('sharded_backend')!r}; {ZARR}")
+        return torch_dist.read_directory(files.place)
+    data = nemo_archive.read_member(path, files.inside + torch_dist.INDEX, restricted_pickle.MAX_BYTES)
+    return torch_dist.read_index(data, f"{shown(path)}:model_weights", files.sizes())

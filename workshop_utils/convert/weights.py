@@ -1,0 +1,143 @@
+"""The weights of a converted checkpoint: links to the files that hold them, copies of those, or new files written tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from workshop_utils.convert.source import Source
+from workshop_utils.formats import torch_dist_writer, values
+from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
+from workshop_utils.formats.torch_dist import StoredObject
+
+if TYPE_CHECKING:
+    import torch
+
+FLOATS = ("float32", "bfloat16", "float16")
+"""The dtypes that weights can be converted to."""
+
+FILE = "__0_0.distcp"
+"""Name of the one file that is written, as the first process of a save would call it."""
+
+
+class How(StrEnum):
+    """What becomes of the bytes of the weights."""
+
+    LINK = "linked"
+    MOVE = "moved"
+    COPY = "copied"
+    WRITE = "written again"
+
+
+def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = False) -> How:
+    """Link where nothing changes and the files are files; copy out of (or into) an archive; write where the bytes change."""
+    changes = dtype is not None and any(tensor.dtype in FLOATS and tensor.dtype != dtype for tensor in source.tensors.values())
+    if changes or not source.sharded:
+        return How.WRITE
+    if source.files.are_members or to_archive:
+        return How.COPY
+    return How.MOVE if temporary else How.LINK
+
+
+def origin(source: Source) -> Path:
+    """The directory that holds the files of the weights themselves, where those of ``source`` may be links."""
+    first = next(iter(source.tensors.values())).files[0]
+    return Path(os.path.realpath(source.files.place / first)).parent
+
+
+def place(source: Source, what: How, directory: Path, target: Path, prefix: str, dtype: str | None) -> None:
+    """Fill the new ``directory`` (which will be ``target``) with a torch_dist checkpoint of ``source``.
+
+    The names begin with ``prefix``. Raises :class:`DamagedCheckpoint` when a file turns out to be cut off.
+    """
+    directory.mkdir(parents=True)
+    tensors, objects = list(source.tensors.values()), list(source.objects.values())
+    if what is How.WRITE:
+        tensors, objects = _write(source, directory, dtype)
+    else:
+        files = sorted({file for tensor in tensors for file in tensor.files} | {entry.file for entry in objects})
+        if what is How.LINK:
+            torch_dist_writer.link(files, source.files.place, directory, target)
+        for name in files if what is How.MOVE else ():
+            os.replace(source.files.place / name, directory / name)
+        if what is How.COPY:
+            _copy(source, files, directory)
+    torch_dist_writer.write_index(
+        directory,
+        torch_dist_writer.renamed(tensors, source.prefix, prefix),
+        torch_dist_writer.renamed(objects, source.prefix, prefix),
+    )
+
+
+def _copy(source: Source, files: list[str], directory: Path) -> None:
+    sizes = source.files.sizes()
+    with progress(sum(sizes[name] for name in files), "copying") as bar:
+        for name in files:
+            with source.files.open(name) as opened, (directory / name).open("wb") as written:
+                while block := opened.read(16 * 1024**2):
+                    written.write(block)
+                    bar.update(len(block))
+
+
+def _write(source: Source, directory: Path, dtype: str | None) -> tuple[list[Tensor], list[StoredObject]]:
+    """Write every chunk to one new file; never more than one of them is in memory. Returns the entries of the index."""
+    import torch
+
+    where = str(source.path)
+    found: dict[str, Tensor] = {}
+    with (directory / FILE).open("wb") as written, progress(source.nbytes, "writing") as bar:
+        # File by file, because looking a member up in an archive reads its list each time.
+        pieces: dict[str, list] = {}
+        for tensor in source.tensors.values():
+            for chunk in tensor.chunks:
+                pieces.setdefault(chunk.file, []).append((chunk.start, tensor, chunk))
+        for file, here in sorted(pieces.items()):
+            with source.files.open(file) as opened:
+                for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
+                    held = _elements(opened, tensor, chunk, f"{where}: {file}")
+                    wanted = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
+                    held = held.to(getattr(torch, wanted))
+                    made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
+                    before = found.get(tensor.name) or Tensor(tensor.name, tensor.shape, wanted, (), packed=True)
+                    found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))
+                    bar.update(held.numel() * DTYPE_BYTES[tensor.dtype])
+        objects = []
+        for entry in source.objects.values():
+            with source.files.open(entry.file) as opened:
+                opened.seek(entry.start)
+                objects.append(dataclasses.replace(entry, file=FILE, start=written.tell()))
+                shutil.copyfileobj(_Limited(opened, entry.length), written)
+    return [found[name] for name in source.tensors], objects
+
+
+def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torch.Tensor:
+    """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in errors: :class:`DamagedCheckpoint`."""
+    import torch
+
+    file.seek(chunk.start)
+    found = values.parse_chunk(file.read(chunk.length), tensor, chunk, where)
+    # numpy has no bfloat16 of its own that torch would take.
+    return torch.frombuffer(bytearray(found.tobytes()), dtype=getattr(torch, tensor.dtype)).reshape(chunk.shape)
+
+
+class _Limited:
+    """The next ``length`` bytes of a file."""
+
+    def __init__(self, file, length: int) -> None:
+        self._file, self._left = file, length
+
+    def read(self, size: int) -> bytes:
+        block = self._file.read(min(size, self._left))
+        self._left -= len(block)
+        return block
+
+
+def progress(total: int, what: str):
+    """A progress bar over ``total`` bytes; only for what takes a while."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2)
