@@ -118,6 +118,7 @@ class Machine:
         self.memo: list[Any] = []
         self.at = 0
         self.sets = self.tuple_keys = 0
+        self.failure: Exception | None = None
 
     def run(self) -> Any:
         """What the pickle describes. Raises ``pickle.UnpicklingError``, or ValueError, TypeError, IndexError... if it is broken."""
@@ -169,13 +170,7 @@ class Machine:
             elif op == 0x75:  # SETITEMS
                 items = self._after_mark()
                 state = stack[-1]
-                if (
-                    follows(b"b", at)
-                    and len(stack) > 1
-                    and type(type(stack[-2])) is Sealed
-                    and type(state) is dict
-                    and not state
-                ):
+                if follows(b"b", at) and len(stack) > 1 and isinstance(stack[-2], Record) and type(state) is dict and not state:
                     pop()
                     stack[-1].fill(items)
                     at += 1
@@ -251,8 +246,10 @@ class Machine:
             return what(*arguments)
         try:
             return what(*arguments)
-        except (pickle.UnpicklingError, TypeError, ValueError):
-            return Foreign(f"{getattr(what, '__name__', 'a stand-in')}(...)")
+        except (pickle.UnpicklingError, TypeError, ValueError) as error:
+            # What comes after it would be called all the same.
+            self.failure = self.failure or error
+            return Inert("...")
 
     def _build(self, what: Any, state: Any) -> None:
         if isinstance(what, Foreign) and self.called is not None:

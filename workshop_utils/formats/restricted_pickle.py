@@ -148,11 +148,10 @@ def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any
 
     try:
         return Machine(data, find, storage).run()
-    except _Refused as refused:
-        calls = scan(data, where, allowed, storage)
-        raise unsafe(where, str(refused), calls) from None
     except _BROKEN as error:
-        raise _broken(where, error) from error
+        # Raises DamagedCheckpoint unless there is something to call.
+        calls = scan(data, where, allowed, storage)
+        raise unsafe(where, str(error) if isinstance(error, _Refused) else calls[0].partition("(")[0], calls) from None
 
 
 def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[Any], Any] | None = None) -> list[str]:
@@ -185,13 +184,16 @@ def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], A
     The second is None for a broken pickle.
     """
     seen: dict[str, bool] = {}
-    value = None
+    machine = _surveyor(data, allowed, storage, seen)
+    value, broken = None, None
     try:
-        value = _surveyor(data, allowed, storage, seen).run()
+        value = machine.run()
     except _BROKEN as error:
-        if not seen:
-            raise _broken(where, error) from error
-    return list(seen), value
+        broken = error
+    broken = machine.failure or broken
+    if broken and not seen:
+        raise _broken(where, broken) from broken
+    return list(seen), None if broken else value
 
 
 def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | None, seen: dict[str, bool]) -> Machine:

@@ -18,7 +18,7 @@ from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, Unsupport
 from workshop_utils.formats import restricted_pickle
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.pickle_machine import Inert, Sealed
-from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, Ignored, layout, plain, size
+from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, layout, plain, size
 from workshop_utils.formats.tensor import DTYPE_BYTES
 
 MAX_PICKLE = 64 * 1024**2
@@ -170,7 +170,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
     # Transformer Engine's _extra_state.
-    ("_io", "BytesIO"): Ignored,
+    ("_io", "BytesIO"): Named("io.BytesIO"),
     **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
