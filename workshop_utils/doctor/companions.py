@@ -39,7 +39,7 @@ def check_common(report: Report, weights: Path) -> None:
         return
     try:
         with path.open("rb") as file:
-            getattr(torch_archive, "read_state", torch_archive.read_tensors)(file, shown(path))
+            torch_archive.read_state(file, shown(path), report.add)
     except CheckpointError as error:
         report.add(error)
     report.checked.append("common.pt is there and holds only plain values")

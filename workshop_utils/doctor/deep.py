@@ -56,13 +56,14 @@ def _check_chunk(
     part.seek(chunk.start)
     content = part.read(chunk.length)
     try:
-        if tensor.packed and hasattr(torch_archive, "read_state"):
+        if tensor.packed:
             _check_archive(report, where, content, tensor, chunk)
         numbers = values.parse_chunk(content, tensor, chunk, where)
     except UnsupportedCheckpoint:
         unread.add(tensor.dtype)
     except CheckpointError as error:
-        report.add(error)
+        # Readers of archives do not know which tensor theirs is.
+        report.add(type(error)(str(error), error.tensor or tensor.name))
     else:
         _check_finite(report, where, numbers, tensor, chunk)
 
