@@ -1,12 +1,14 @@
 """YAML and JSON files of a checkpoint as plain dictionaries, bounded in size; nothing in them is ever instantiated."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.formats.restricted_pickle import plain
 from workshop_utils.paths import shown
 
 MAX_BYTES = 32 * 1024**2
@@ -14,6 +16,9 @@ MAX_BYTES = 32 * 1024**2
 
 MAX_DEPTH = 100
 """Deeper nesting is refused: libyaml's loader overflows the stack on it and takes Python with it."""
+
+MAX_VALUES = 100_000
+"""Values of a YAML file, those counted twice that it refers to twice. A ``model.yaml`` has some 300."""
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -23,7 +28,9 @@ def read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
     if path.stat().st_size > MAX_BYTES:
-        raise DamagedCheckpoint(f"{shown(path)} has {path.stat().st_size:,} bytes; a text of a checkpoint has at most {MAX_BYTES:,}.")
+        raise DamagedCheckpoint(
+            f"{shown(path)} has {path.stat().st_size:,} bytes; a text of a checkpoint has at most {MAX_BYTES:,}."
+        )
     return path.read_bytes()
 
 
@@ -35,44 +42,201 @@ def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
     try:
         _check_events(text)
         value = yaml.load(text, Loader=_SafeLoader)
-    except yaml.constructor.ConstructorError as error:
-        if "python/" in str(error.problem):
-            raise UnsafeCheckpoint(
-                f"{where}: {error.problem} (line {error.problem_mark.line + 1}). Such a tag makes a careless reader run code. "
-                "Nothing was executed. Get the checkpoint again from a source you trust."
-            ) from None
-        raise DamagedCheckpoint(f"{where} cannot be read as YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise DamagedCheckpoint(f"{where} cannot be read as YAML: {str(error) or type(error).__name__}") from error
+    except _UnsafeTag as error:
+        raise UnsafeCheckpoint(
+            f"{where}: {error}. Such a tag makes a careless reader run code. Nothing was executed. Get the checkpoint again from a "
+            "source you trust."
+        ) from None
+    # The constructors of numbers and dates fail in their own ways, and str() of an error may, too.
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        OverflowError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise DamagedCheckpoint(f"{where} cannot be read as YAML: {plain(str(error), 300) or type(error).__name__}") from error
     return _mapping(value, where)
+
+
+class _UnsafeTag(ValueError):
+    """A tag that names a Python object."""
 
 
 def _check_events(text: bytes) -> None:
     """Refuse, before anything is built, what makes a safe loader crash or run for hours on a small file."""
-    depth = 0
+    # For each open collection: its anchor, the values before it, and for a mapping its keys and whether a key comes next.
+    opened: list[tuple[str | None, int, set | None]] = []
+    key_next: list[bool] = []
+    sizes: dict[str, int] = {}
+    count = events = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
+        events += 1
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before, _ = opened.pop()
+            key_next.pop()
+            if anchor:
+                sizes[anchor] = count - before
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        anchor = event.anchor
+        # An alias stands for all that its anchor holds: ten lines of ten aliases each are ten billion values.
+        count += sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+        if count > MAX_VALUES or events > 2 * MAX_VALUES:
+            raise ValueError(f"it has more than {MAX_VALUES:,} values")
+        if isinstance(event, yaml.AliasEvent) and any(anchor == name for name, _, _ in opened):
+            raise ValueError(f"{anchor!r} contains itself")
+        tag = getattr(event, "tag", None)
+        if tag and "python/" in tag:
+            raise _UnsafeTag(f"it has the tag {plain(tag, 200)} (line {event.start_mark.line + 1})")
+        keys = opened[-1][2] if opened else None
+        if keys is not None:
+            if key_next[-1]:
+                _check_key(event, keys)
+            key_next[-1] = not key_next[-1]
         if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_DEPTH:
+            opened.append((anchor, count - 1, set() if isinstance(event, yaml.MappingStartEvent) else None))
+            key_next.append(True)
+            if len(opened) > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.ScalarEvent) and event.implicit[0]:
-            # Merge keys copy mappings, so that a few lines can double a mapping over and over.
-            if event.value == "<<":
-                raise ValueError("it has a merge key (<<), which no checkpoint needs")
+        elif isinstance(event, yaml.ScalarEvent):
+            if anchor:
+                sizes[anchor] = 1
             # Base-60 numbers (1:2:3) take time that grows with the square of their length.
-            if len(event.value) > 1000 and event.value[0] in "+-.0123456789":
+            if (event.implicit[0] or tag) and len(event.value) > 1000 and event.value[0] in "+-.0123456789":
                 raise ValueError("it has a number of more than 1,000 digits")
+
+
+def _check_key(event: yaml.NodeEvent, keys: set) -> None:
+    if not isinstance(event, yaml.ScalarEvent):
+        raise yaml.YAMLError(f"a key is not a plain value (line {event.start_mark.line + 1})")
+    # Merge keys copy mappings, so that a few lines can double a mapping over and over.
+    if event.value == "<<" and event.implicit[0]:
+        raise ValueError("it has a merge key (<<), which no checkpoint needs")
+    if event.value in keys:
+        raise ValueError(f"it has the key {plain(event.value, 100)!r} twice (line {event.start_mark.line + 1})")
+    keys.add(event.value)
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """A JSON object. ``where`` names it in errors. Raises :class:`DamagedCheckpoint` for anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        _check_depth(value)
+        if b"\\u" in text:
+            # Half of a surrogate pair cannot be printed later.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{where} cannot be read as JSON: {str(error) or type(error).__name__}") from error
+        raise DamagedCheckpoint(f"{where} cannot be read as JSON: {plain(str(error), 300) or type(error).__name__}") from error
     return _mapping(value, where)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        # Two readers may take two different ones.
+        keys = [key for key, _ in pairs]
+        raise ValueError(
+            f"it has the key {plain(max(keys, key=keys.count) if len(keys) < 1000 else 'of some object', 100)!r} twice"
+        )
+    return found
+
+
+def _constant(name: str) -> float:
+    # transformers writes Infinity for a limit that is none.
+    if name == "NaN":
+        raise ValueError("it has NaN, which is no JSON and equal to nothing")
+    return float(name)
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what a recursive reader would not get to the end of."""
+    level = [value] if type(value) in (dict, list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for holder in level
+            for item in (holder.values() if type(holder) is dict else holder)
+            if type(item) is dict or type(item) is list
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+_CLASS = r"(?:\w+\.)*[A-Z]\w*"
+_FOUND_IN_CHECKPOINTS = re.compile(
+    "|".join(
+        [
+            # Configurations, models, tokenizers, adapters, optimizers: classes that only hold and compute.
+            rf"nemo\.collections\.llm\.(?:bert|gpt|t5)\.model\.{_CLASS}",
+            rf"nemo\.collections\.llm\.(?:fn|peft)\.{_CLASS}",
+            rf"nemo\.collections\.common\.tokenizers\.{_CLASS}",
+            rf"nemo\.collections\.nlp\.models\.language_modeling\.{_CLASS}",
+            rf"nemo\.lightning\.pytorch\.(?:optim|strategies|plugins|trainer)\.{_CLASS}",
+            r"nemo\.lightning\.io\.artifact\.file\.[A-Z]\w*",
+            r"nemo\.lightning\.io\.pl\.TrainerContext",
+            r"megatron\.core\.(?:distributed|model_parallel_config|optimizer|transformer)\.(?:\w+\.)*[A-Z]\w*Config",
+            r"megatron\.core\.(?:\w+\.)*enums\.[A-Z]\w*",
+            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.)*[A-Z]\w*(?:Config|Container|Provider\w*|LoRA|DoRA)",
+            # Functions of the model.
+            r"nemo\.collections\.llm\.(?:bert|gpt|t5)\.model\.\w+\.\w*_(?:data_step|forward_step|layer_spec|full_layer_spec|block_spec)",
+            r"nemo\.collections\.llm\.fn\.activation\.\w+",
+            r"nemo\.lightning\.io\.artifact\.hf_auto\.from_pretrained",
+            r"megatron\.bridge\.models\.\w+\.\w*_layer_spec",
+            r"torch\.nn\.functional\.(?:elu|gelu|leaky_relu|relu|relu6|sigmoid|silu|softplus|tanh)",
+            r"torch\.nn\.init\.(?:constant|kaiming_normal|kaiming_uniform|normal|ones|trunc_normal|uniform|xavier_normal|xavier_uniform|zeros)_",
+            # Calls nothing by itself; its argument is a _target_, too.
+            r"functools\.partial",
+            r"torch\.(?:bfloat16|float16|float32|float64|float|half|double|float8_e4m3fn|float8_e5m2|int8|int32|int64|uint8|long)",
+            r"transformers\.generation\.configuration_utils\.GenerationConfig(?:\.from_dict)?",
+            r"transformers\.models\.(?:\w+\.)*\w+(?:Config|Tokenizer|TokenizerFast)",
+            # What io.json is made of.
+            r"builtins\.(?:bool|dict|float|int|list|set|str|tuple)",
+            r"fiddle\._src\.config\.(?:BuildableTraverserMetadata|Config)",
+            r"fiddle\._src\.partial\.Partial",
+        ]
+    )
+)
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
+
+
+def foreign_targets(tree: Any) -> list[tuple[str, str]]:
+    """What a configuration names to be imported or called that genuine NeMo checkpoints do not: (path in the tree, value).
+
+    ``model.yaml`` and ``model_config.yaml`` are made into objects by their loaders: whatever ``_target_`` (Hydra, NeMo 2.0),
+    ``target`` (NeMo 1) or a ``pyref`` of ``io.json`` names is imported, and mostly called with the values beside it
+    (CVE-2025-23304). NeMo checks only the first part of the name, so that ``torch.hub.load`` or its own functions that read pickles
+    pass. The list here is of what NeMo and Megatron-Bridge write. ``trust_remote_code: true`` is foreign, too: it runs code of the
+    tokenizer's repository.
+    """
+    found: list[tuple[str, str]] = []
+
+    def visit(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
+                if key == "_target_" or (key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)):
+                    if not isinstance(value, str) or not _FOUND_IN_CHECKPOINTS.fullmatch(value):
+                        found.append((here, plain(str(value), 200)))
+                elif key == "trust_remote_code" and value not in (False, None):
+                    found.append((here, plain(str(value), 200)))
+                else:
+                    visit(value, here)
+            if node.get("type") == "pyref":
+                name = f"{node.get('module')}.{node.get('name')}"
+                if not _FOUND_IN_CHECKPOINTS.fullmatch(name):
+                    found.append((path, plain(name, 200)))
+        elif isinstance(node, list):
+            for i, value in enumerate(node):
+                visit(value, f"{path}[{i}]")
+
+    visit(tree, "")
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
