@@ -96,7 +96,7 @@ def test_a_missing_shard(checkpoint, name):
     assert held
     for tensor, layer in held:
         assert found(report, tensor, name, "is missing")
-        assert layer is None or found(report, tensor, "layer", str(layer), "not whole")
+        assert layer is None or found(report, tensor, "layer", str(layer), "not whole is")
 
 
 @pytest.mark.parametrize("fraction", [0.999, 0.7, 0.3, 0.0])
@@ -161,9 +161,9 @@ def grow_chunk(index):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop_chunk, ("layer 1 is not whole", "no chunk covers [1, ")),
+        (drop_chunk, ("not whole is", "layer 1: no chunk covers [1, ")),
         (double_chunk, ("(1, 0, 0) has no place", "of its own")),
-        (shrink_chunk, ("layer 1 is not whole", "no chunk covers [1, ")),
+        (shrink_chunk, ("not whole is", "layer 1: no chunk covers [1, ")),
         (grow_chunk, ("outside the shape",)),
     ],
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from workshop_utils.doctor import layers, tiling
 from workshop_utils.doctor.report import Report
-from workshop_utils.formats.tensor import DTYPE_BYTES, Tensor
+from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 
 PACKED_SLACK = 4096
 """Most bytes that ``torch.save`` adds to the elements of one chunk; torch 2.13 adds 1.6 kB, and aligns to 64 bytes."""
@@ -16,19 +16,25 @@ SHARING = (".ckpt", ".bin", ".pt", ".pth")
 
 
 class Range(NamedTuple):
-    """Bytes ``[start, start + length)`` of a file, and what they hold, in words and as the name of a tensor."""
+    """Bytes ``[start, start + length)`` of a file and what they hold: a chunk of a tensor, or an object that is none."""
 
     file: str
     start: int
     length: int
-    holds: str
     name: str
+    tensor: Tensor | None = None
+    chunk: Chunk | None = None
+
+    @property
+    def holds(self) -> str:
+        """What they hold, with the layer."""
+        return layers.place(self.tensor, self.chunk) if self.tensor and self.chunk else self.name
 
 
 def ranges(tensors: Iterable[Tensor]) -> list[Range]:
     """The ranges of all chunks whose place is known."""
     return [
-        Range(chunk.file, chunk.start, chunk.length, layers.place(tensor, chunk), tensor.name)
+        Range(chunk.file, chunk.start, chunk.length, tensor.name, tensor, chunk)
         for tensor in tensors
         for chunk in tensor.chunks
         if chunk.length or not tensor.nbytes
@@ -100,11 +106,11 @@ def check_chunks(report: Report, where: str, tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         bad = tiling.faults(tensor)
         if bad:
-            at = ""
+            at = f": {bad[0]}"
             if layers.is_stacked(tensor.name) and tensor.shape:
-                at = f", {layers.spans(range(*fault.part[0]) for fault in bad)}"
-            more = f", and {len(bad) - 1} more such places" if len(bad) > 1 else ""
-            report.damaged(f"{where}: {tensor.name}{at} is not whole: {bad[0]} of {list(tensor.shape)}{more}.", tensor.name)
+                at = f", {layers.spans(range(*fault.part[0]) for fault in bad)}: {bad[0]}"
+            more = f" (and so on in {len(bad)} places)" if len(bad) > 1 else ""
+            report.damaged(f"{where}: not whole is {tensor.name}{at} of {list(tensor.shape)}{more}.", tensor.name)
         _check_lengths(report, where, tensor)
     report.checked.append("the chunks of every tensor cover its shape exactly once")
     report.checked.append("every chunk has as many bytes as its elements need")

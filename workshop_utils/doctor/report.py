@@ -41,7 +41,7 @@ class Report:
     def verdict(self) -> str:
         """All of it in one line."""
         if not self.findings:
-            told = f"; {len(self.untold)} things cannot be told" if self.untold else ""
+            told = f"; {len(self.untold)} thing{'s' if len(self.untold) > 1 else ''} cannot be told" if self.untold else ""
             return f"sound: {shown(self.path)}, {len(self.checked)} checks passed{told}"
         unsafe = "UNSAFE" if isinstance(self.worst, UnsafeCheckpoint) else "unsound"
         return f"{unsafe}: {shown(self.path)}, {len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"

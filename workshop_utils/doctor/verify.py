@@ -78,7 +78,7 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         # With the optimizer's tensors and the objects that are no tensors, which the description leaves out.
         index = torch_dist.read_directory(base, report.add)
         tensors = list(index.tensors.values())
-        ranges = [places.Range(item.file, item.start, item.length, item.name, item.name) for item in index.objects.values()]
+        ranges = [places.Range(item.file, item.start, item.length, item.name) for item in index.objects.values()]
     ranges += places.ranges(tensors)
     if checkpoint.detail == "zarr":
         report.untold.append("whether the chunks of zarr are whole: they are listed, and not read, here")
