@@ -1,6 +1,7 @@
 """Adapters that cannot be exported, places that are taken, and exports that would be wrong."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -64,8 +65,8 @@ CONFIG_FAULTS = {
         "unknown target 'lm_head'",
     ),
     "other targets": (lambda c: c["peft"]["lora_tuning"].update(target_modules=["all"]), DamagedCheckpoint, "target_modules"),
-    "two ranks": (lambda c: c.update(tensor_model_parallel_size=2), UnsupportedAdapter, "not merged"),
-    "two stages": (lambda c: c.update(pipeline_model_parallel_size=2), UnsupportedAdapter, "not merged"),
+    "two ranks": (lambda c: c.update(tensor_model_parallel_size=2), DamagedCheckpoint, "2 tensor-parallel ranks x 1 pipeline stages, the archive holds model_weights.ckpt"),
+    "two stages": (lambda c: c.update(pipeline_model_parallel_size=2), DamagedCheckpoint, "1 tensor-parallel ranks x 2"),
     "strange order": (lambda c: c.update(workshop={"qkv_order": "kvq"}), DamagedCheckpoint, "kvq"),
 }
 
@@ -135,12 +136,55 @@ def test_truncated_weights(root):
         read_adapter(write_tar(root / "a.nemo", members))
 
 
-@pytest.mark.parametrize("folder", ["mp_rank_00", "tp_rank_00_pp_rank_000"])
-def test_parts_of_several_ranks_are_refused(root, folder):
-    weights = saved(tensors_of(GQA))
-    members = {"model_config.yaml": yaml.safe_dump(config_of(GQA)).encode(), f"{folder}/model_weights.ckpt": weights}
-    with pytest.raises(UnsupportedAdapter, match=f"{folder}.*not merged"):
-        read_adapter(write_tar(root / "a.nemo", members))
+def parts_of(state: dict, tensor: int, pipeline: int) -> dict[str, bytes]:
+    """``state`` of a gated model as ``tensor`` x ``pipeline`` ranks would hold and save it, written from NeMo's layers, not from ours."""
+
+    layers = 1 + max(int(re.search(r"layers\.(\d+)", name)[1]) for name in state)
+    members = {}
+    for rank in range(tensor):
+        for stage in range(pipeline):
+            part = {}
+            for name, whole in state.items():
+                layer = int(re.search(r"layers\.(\d+)", name)[1])
+                if layer * pipeline // layers != stage:
+                    continue
+                if "hto4h_adapter.linear_out" in name:  # the gate's rows, then those of the up projection, of this rank
+                    mine = torch.cat([half.chunk(tensor)[rank] for half in whole.chunk(2)])
+                elif ("dense" in name or "4htoh" in name) and "linear_in" in name:
+                    mine = whole.chunk(tensor, dim=1)[rank]
+                else:
+                    mine = whole.chunk(tensor)[rank]
+                part[name.replace(f"layers.{layer}.", f"layers.{layer - stage * layers // pipeline}.")] = mine.clone()
+            folder = f"tp_rank_{rank:02}_pp_rank_{stage:03}" if pipeline > 1 else f"mp_rank_{rank:02}"
+            members[f"{folder}/model_weights.ckpt"] = saved(part)
+    return members
+
+
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2), (2, 2)])
+def test_parts_of_several_ranks_are_put_together(root, tensor, pipeline):
+
+    state = tensors_of(GQA, ALL)
+    config = config_of(GQA, ALL) | {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    members = {"model_config.yaml": yaml.safe_dump(config).encode(), **parts_of(state, tensor, pipeline)}
+    merged = read_adapter(write_tar(root / "a.nemo", members)).weights
+    whole = read_adapter(write_adapter(root / "b.nemo", config_of(GQA, ALL), state)).weights
+    assert merged.keys() == whole.keys()
+    assert all(torch.equal(merged[place][half], whole[place][half]) for place in whole for half in (0, 1))
+
+
+def test_parts_that_do_not_belong_together(root):
+    config = config_of(GQA) | {"tensor_model_parallel_size": 2}
+    text = yaml.safe_dump(config).encode()
+    members = {"model_config.yaml": text, **parts_of(tensors_of(GQA), 2, 1)}
+    lacking = {name: content for name, content in members.items() if "01" not in name}
+    with pytest.raises(DamagedCheckpoint, match="2 tensor-parallel ranks x 1 pipeline stages, the archive holds mp_rank_00"):
+        read_adapter(write_tar(root / "a.nemo", lacking))
+    other = parts_of(tensors_of(GQA, rank=8), 2, 1)
+    with pytest.raises(DamagedCheckpoint, match="do not have one shape"):
+        read_adapter(write_tar(root / "b.nemo", members | {name: content for name, content in other.items() if "01" in name}))
+    fewer = {name: value for name, value in tensors_of(GQA).items() if "layers.0." in name}
+    with pytest.raises(DamagedCheckpoint, match="hold different tensors"):
+        read_adapter(write_tar(root / "c.nemo", members | {"mp_rank_01/model_weights.ckpt": parts_of(fewer, 2, 1)["mp_rank_01/model_weights.ckpt"]}))
 
 
 def test_no_weights_or_no_tar(root):

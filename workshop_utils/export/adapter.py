@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedAdapter
 from workshop_utils.export.qkv import ORDERS, Heads, Order
+from workshop_utils.export.rank_parts import merge
 from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.rank_files import WEIGHTS, rank_files, sizes
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHTS = "model_weights.ckpt"
 #: The adapter's name in a key, and the target module it belongs to, in the order of a forward pass.
 TARGETS = {
     "lora_kqv_adapter": "attention_qkv",
@@ -134,13 +135,12 @@ def read_adapter(path: Path | str) -> LoraAdapter:
         NotACheckpoint: not a LoRA adapter, or not one adapter.
         UnsafeCheckpoint: the weights hold something else than tensors.
         DamagedCheckpoint: a field or a tensor is missing, contradicts the others, or is not finite.
-        UnsupportedAdapter: tensor-parallel parts, another variant of LoRA, or a target this workshop does not know.
+        UnsupportedAdapter: another variant of LoRA, or a target this workshop does not know.
     """
     source = find_adapter(path)
     config = nemo_archive.read_config(source)
     _lora_section(source, config)
-    _refuse_parallel(source, config)
-    layout = read_layout(source, config, _load_tensors(source))
+    layout = read_layout(source, config, read_state(source, config))
     _check_numbers(source, layout.weights)
     with source.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -200,18 +200,6 @@ def _lora_section(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     return lora
 
 
-def _refuse_parallel(source: Path, config: dict[str, Any]) -> None:
-    """NeMo keeps each rank's slice in a folder of its own and never merges them; no reader accepts that."""
-    parts = [name for name in nemo_archive.member_names(source) if re.match(r"(\./)?(mp_rank_|tp_rank_)\d+", name)]
-    sizes = [config.get(f"{kind}_model_parallel_size") or 1 for kind in ("tensor", "pipeline")]
-    if parts or sizes != [1, 1]:
-        seen = parts[0] if parts else f"tensor/pipeline parallel sizes {sizes[0]}/{sizes[1]}"
-        raise UnsupportedAdapter(
-            f"{shown(source)} was written by several model-parallel ranks ({seen}) and its parts are not merged. No reader "
-            "accepts that. Train with model.tensor_model_parallel_size=1 and model.pipeline_model_parallel_size=1."
-        )
-
-
 def _number(source: Path, config: dict[str, Any], field: str, default: int | None = None) -> int:
     value = config.get(field)
     if value is None:
@@ -253,22 +241,40 @@ def _rank_and_alpha(source: Path, lora: dict[str, Any]) -> tuple[int, float]:
     return rank, alpha
 
 
-def _load_tensors(source: Path) -> dict[str, Tensor]:
+def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the archive by name; the parts of several model-parallel ranks are put together. Errors as :func:`read_adapter`."""
+    files = rank_files(member.name for member in nemo_archive.members(source))
+    if not files:
+        raise DamagedCheckpoint(f"{shown(source)} has no {WEIGHTS}.")
+    stated = tuple(_number(source, config, f"{kind}_model_parallel_size", default=1) for kind in ("tensor", "pipeline"))
+    if stated != sizes(files) or len(files) != stated[0] * stated[1]:
+        raise DamagedCheckpoint(
+            f"{shown(source)}: model_config.yaml names {stated[0]} tensor-parallel ranks x {stated[1]} pipeline stages, the archive holds "
+            f"{', '.join(files.values())}."
+        )
+    parts = {rank: _load_tensors(source, file) for rank, file in files.items()}
+    if len(parts) == 1:
+        return parts[0, 0]
+    architecture = _architecture(source, config)
+    return merge(source, parts, architecture.num_layers, architecture.gated)
+
+
+def _load_tensors(source: Path, member: str) -> dict[str, Tensor]:
     import torch
 
-    content = nemo_archive.read_member(source, WEIGHTS)
+    content = nemo_archive.read_member(source, member)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "it is not a tensor file"
-        raise UnsafeCheckpoint(f"{shown(source)}: {WEIGHTS} holds something else than tensors: {reason}") from error
+        raise UnsafeCheckpoint(f"{shown(source)}: {member} holds something else than tensors: {reason}") from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{shown(source)}: {WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedCheckpoint(f"{shown(source)}: {member} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict) or not state:
-        raise NotACheckpoint(f"{shown(source)}: {WEIGHTS} holds no tensors by name.")
+        raise NotACheckpoint(f"{shown(source)}: {member} holds no tensors by name.")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise NotACheckpoint(f"{shown(source)}: {key!r} in {WEIGHTS} is a {type(value).__name__}, not a tensor.")
+            raise NotACheckpoint(f"{shown(source)}: {key!r} in {member} is a {type(value).__name__}, not a tensor.")
     return state
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.errors import UnsupportedAdapter
-from workshop_utils.export.adapter import TARGETS, LoraAdapter
+from workshop_utils.export.adapter import TARGETS, LoraAdapter, read_state
 from workshop_utils.export.qkv import reorder
 from workshop_utils.export.record import Record
 from workshop_utils.formats import nemo_archive
@@ -87,3 +87,20 @@ def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
     content = io.BytesIO()
     torch.save(tensors_for(adapter, record), content)
     nemo_archive.write(target, config_for(adapter, record), content.getvalue())
+
+
+def merge_parts(source: Path) -> bool:
+    """Replace the ``.nemo`` that several model-parallel ranks wrote by one that holds everything in one part, all or nothing.
+
+    Returns whether there was anything to merge. Errors as :func:`.adapter.read_adapter`.
+    """
+    import torch
+
+    config = nemo_archive.read_config(source)
+    sizes = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+    if all((config.get(size) or 1) == 1 for size in sizes):
+        return False
+    content = io.BytesIO()
+    torch.save({name: tensor.contiguous() for name, tensor in read_state(source, config).items()}, content)
+    nemo_archive.write(source, config | dict.fromkeys(sizes, 1) | {"sequence_parallel": False}, content.getvalue())
+    return True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import TrainingFailed
+from workshop_utils.export.nemo import merge_parts
 
 from .events import read_events
 from .plan import Plan
@@ -48,6 +49,8 @@ def finetune(plan: Plan, progress: bool = True, reuse: bool = False) -> Path:
         raise TrainingFailed(f"{failure_cause(plan.log)}\nThe whole log: {paths.shown(plan.log)}")
     if not plan.adapter.exists():
         raise TrainingFailed(f"torchrun ended well, but {paths.shown(plan.adapter)} is missing. The log: {paths.shown(plan.log)}")
+    if plan.config.model.peft.peft_scheme == "lora" and merge_parts(plan.adapter):
+        print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
     paths.write_text(plan.record, json.dumps(record | {"seconds": time.monotonic() - began}, indent=2))
     return plan.adapter
 

@@ -8,6 +8,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
@@ -18,6 +19,9 @@ from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
 from workshop_utils.formats.safe_text import read_yaml
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 RECIPE = {
     "trainer.max_steps": 51,
@@ -48,6 +52,7 @@ class Plan:
     overrides: dict[str, str]
     run_dir: Path
     device: Device
+    config: "DictConfig"
     preflight: Preflight
     data: list[chat_data.Rendered] = field(default_factory=list)
 
@@ -132,10 +137,12 @@ def make_plan(
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
     words = [f"{marks[key]}{key}={value}" for key, value in settings.items()]
-    checked = preflight(compose(script, words), architecture(described), nproc_per_node, run_dir, tokenizer)
+    config = compose(script, words)
+    checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer)
     return Plan(
-        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device, checked, rendered
-    )
+        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device,
+        config, checked, rendered,
+    )  # fmt: skip
 
 
 def notes(run_dir: Path) -> Path:
@@ -184,6 +191,9 @@ def check_loadable(base: Path) -> None:
 def machine_settings(device: Device, nproc_per_node: int) -> dict[str, str]:
     """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW does the same sums."""
     settings = {"trainer.devices": str(nproc_per_node), "trainer.accelerator": device.kind, "trainer.precision": device.precision}
+    if device.kind == "cpu" and nproc_per_node > 1:
+        # Every rank then draws the whole matrix and takes its slice: the run equals that of one process.
+        settings["model.use_cpu_initialization"] = "true"
     if device.kind == "cpu" or importlib.util.find_spec("apex") is None:
         settings["model.optim.name"] = "adamw"
     return settings
