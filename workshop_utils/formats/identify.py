@@ -76,15 +76,11 @@ def _reader_of_file(path: Path) -> Describe | None:
     if start[:4] == gguf.MAGIC:
         return gguf.describe
     # A .nemo under another name is one all the same; a tar has its name at byte 257.
-    if (
-        path.suffix == ".nemo"
-        or start[257:262] == b"ustar"
-        or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz")))
-    ):
-        return nemo1.describe if not mistaken.sentence(path) else None
-    if path.suffix == ".ckpt" and start[:4] == b"PK\x03\x04" and not nemo1.looks_like(path.parent):
-        return lightning.describe
-    return None
+    is_tar = start[257:262] == b"ustar" or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz")))
+    is_weights = path.name == nemo1.WEIGHTS and any(nemo1.looks_like(above) for above in path.resolve().parents[:2])
+    if not (is_tar or path.suffix in (".nemo", ".ckpt")) or is_weights or mistaken.sentence(path):
+        return None
+    return lightning.describe if path.suffix == ".ckpt" and not is_tar else nemo1.describe
 
 
 def _is_part_of_nemo(path: Path) -> bool:

@@ -228,7 +228,8 @@ def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter 
         return None
     lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
     base = config.get("restore_from_path")
-    found = stated or Adapter(None, None, (), base if isinstance(base, str) else None, None, variant="not LoRA")
+    base = base if isinstance(base, str) else None
+    found = stated or Adapter(None, None, (), base, Path(base).exists() if base else None, variant="not LoRA")
     if lora is None:
         return found
     return dataclasses.replace(found, rank=found.rank or lora.rank, targets=found.targets or lora.targets, variant="LoRA")
