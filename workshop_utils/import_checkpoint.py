@@ -102,6 +102,13 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
                 AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
                 return folder
 
+            @property
+            def tokenizer(self):
+                # Some importers write trust_remote_code=True into the checkpoint, for whoever loads it.
+                from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+                return AutoTokenizer(self.save_hf_tokenizer_assets(str(self)))
+
         Importer(str(hf_model)).apply(part)
     return target
 

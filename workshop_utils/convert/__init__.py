@@ -82,7 +82,7 @@ def _convert(
     if tokenizer is not None:
         found = dataclasses.replace(found, tokenizer=tokenizers.given(Path(tokenizer)))
     archive = target.suffix == ".nemo"
-    if found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to] and dtype is None and archive == path.is_file():
+    if found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to] and found.sharded and dtype is None and archive == path.is_file():
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.format} checkpoint already. Nothing was converted.")
     what = weights.how(found, dtype, archive, temporary)
     write: Callable = targets.write_nemo2 if to == "nemo2" else targets.write_archive if archive else targets.write_nemo1
