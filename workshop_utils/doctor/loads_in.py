@@ -222,7 +222,7 @@ def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
 
 
 def _view(checkpoint: Checkpoint) -> Answers:
-    shows = checkpoint.notes[0].rpartition(" ")[2]
+    shows = next(note for note in checkpoint.notes if note.startswith("a view of ")).rpartition(" ")[2]
     return _all("after", f"inspect {shows}, which it is a view of") | {SCRIPT: ("yes", _finetune(_quoted(checkpoint.path)))}
 
 
