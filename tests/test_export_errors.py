@@ -91,7 +91,8 @@ TENSOR_FAULTS = {
     "infinity": (lambda s: s[OUT][0].fill_(float("inf")), DamagedCheckpoint, "NaN or infinity"),
     "one-dimensional": (lambda s: s.update({IN: torch.ones(4)}), DamagedCheckpoint, r"linear_in.weight is \[4\]"),
     "transposed": (lambda s: s.update({OUT: s[OUT].T}), DamagedCheckpoint, r"linear_out.weight is \[4, 64\]"),
-    "integers": (lambda s: s.update({IN: s[IN].to(torch.int8)}), UnsupportedAdapter, "int8"),
+    "integers": (lambda s: s.update({key: value.to(torch.int8) for key, value in s.items()}), UnsupportedAdapter, "int8"),
+    "one of integers": (lambda s: s.update({IN: s[IN].to(torch.int8)}), DamagedCheckpoint, "is int8; in the other layers"),
     "base weight": (lambda s: s.update({"model.embedding.weight": torch.ones(2, 2)}), NotACheckpoint, "embedding"),
     "unknown adapter": (
         lambda s: s.update(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from tiny_model import make_tiny_model, write_rows
+from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune import failure_cause, make_plan, run_logged
@@ -18,7 +18,7 @@ def base(tmp_path_factory):
     """What `workshop bridge` leaves, as far as planning looks at it."""
     directory = tmp_path_factory.mktemp("bridged") / "tiny"
     tokenizer = make_tiny_model(directory.parent / "hf")
-    (directory / "model_weights").mkdir(parents=True)
+    write_sharded(directory / "model_weights")
     (directory / "model_config.yaml").write_text(yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}}))
     return directory
 

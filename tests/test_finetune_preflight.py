@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from tiny_model import make_tiny_model, write_rows
+from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError, WorkshopError
@@ -22,7 +22,7 @@ SIZES = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_quer
 def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("bridged") / "tiny"
     tokenizer = make_tiny_model(directory.parent / "hf")
-    (directory / "model_weights").mkdir(parents=True)
+    write_sharded(directory / "model_weights")
     (directory / "model_config.yaml").write_text(yaml.safe_dump(SIZES | {"tokenizer": {"type": str(tokenizer)}}))
     return directory
 

@@ -328,6 +328,19 @@ def test_a_pickle_that_would_run_code(gpu):
     assert report.verdict.startswith("UNSAFE: gpu, ")
 
 
+@pytest.mark.parametrize("name", ["model.yaml", "io.json"])
+def test_a_configuration_that_names_something_foreign(gpu, name):
+    path = gpu / "context" / name
+    tree = yaml.safe_load(path.read_text())
+    tree["extra"] = {"_target_": "torch.hub.load", "repo_or_dir": "somebody/else"}
+    path.write_text(json.dumps(tree))
+    report = verify(gpu)
+    assert isinstance(report.worst, UnsafeCheckpoint)
+    assert [str(finding).partition(", which")[0] for finding in report.findings] == [
+        f"gpu/context/{name}: extra._target_ names 'torch.hub.load'"
+    ]
+
+
 def test_require_sound(gpu, capsys):
     require_sound(gpu)
     (gpu / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')

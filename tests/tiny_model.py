@@ -37,6 +37,18 @@ def make_tiny_model(directory: Path, vocab_size: int = 384, **changes) -> Path:
     return Path(directory)
 
 
+def write_sharded(directory: Path) -> Path:
+    """Write a sound torch_dist directory with one number in it, for what looks at weights but never loads them."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model.number": torch.zeros(1)}, checkpoint_id=directory, no_dist=True)
+    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(backend))
+    torch.save({}, directory / "common.pt")
+    return directory
+
+
 def write_rows(path: Path, count: int = 16) -> Path:
     """Rows of a task that two layers can begin to learn."""
     rows = [

@@ -19,6 +19,7 @@ from typing import Any
 
 from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns, read_rows
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.settings import SEED
 
@@ -149,6 +150,7 @@ def evaluate(
     max_new_tokens: int = 48,
     batch_size: int = 32,
     progress: bool = True,
+    trust: bool = False,
 ) -> Evaluation:
     """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in ``out_dir``.
 
@@ -161,8 +163,10 @@ def evaluate(
         test_file, train_file: rows as :func:`workshop_utils.chat_data.read_rows` takes them.
         variants: some of :data:`VARIANTS`; all by default.
         limit: only so many rows, from the start of the file.
+        trust: what is found wrong with model or adapter is printed and not raised.
 
     Raises:
+        CheckpointError: model or adapter is unsafe or damaged.
         DataError: a file is missing, or a row is not what it should be.
         NotACheckpoint: ``hf_model`` is no model directory.
         WorkshopError: the adapter cannot be read (see :func:`workshop_utils.export.export`).
@@ -173,8 +177,9 @@ def evaluate(
     hf_model, out_dir = Path(hf_model), Path(out_dir)
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+    require_sound(hf_model, trust)
     test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
-    peft = as_peft(adapter) if adapter is not None else None
+    peft = as_peft(adapter, trust) if adapter is not None else None
     answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": choose_device().dtype}
     data = {"test": _digest(Path(test_file)), "rows": len(test)}
     learnt = {"train": _digest(Path(train_file))}
@@ -187,7 +192,7 @@ def evaluate(
         inputs[ADAPTER] = answering | data | {"adapter": _digest(peft)}
     wanted = [variant for variant in variants or VARIANTS if variant in inputs]
     entries = {name: entry for name, entry in _read_entries(out_dir).items() if name in inputs}
-    answer = _Answers(hf_model, max_new_tokens, batch_size, progress)
+    answer = _Answers(hf_model, max_new_tokens, batch_size, progress, trust)
     for variant in wanted:
         if _is_current(entries.get(variant), inputs[variant], out_dir, variant):
             continue
@@ -222,8 +227,8 @@ def table(scores: Mapping[str, Scores]) -> str:
 class _Answers:
     """Generates answers; keeps the model in memory while the adapter stays the same."""
 
-    def __init__(self, hf_model: Path, max_new_tokens: int, batch_size: int, progress: bool):
-        self.hf_model = hf_model
+    def __init__(self, hf_model: Path, max_new_tokens: int, batch_size: int, progress: bool, trust: bool):
+        self.hf_model, self.trust = hf_model, trust
         self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
         self.loaded: tuple | None = None
 
@@ -232,7 +237,7 @@ class _Answers:
 
         if self.loaded is None or self.loaded[0] != adapter:
             self.loaded = None  # frees the model before the next one is read
-            self.loaded = (adapter, *generate.load(self.hf_model, adapter))
+            self.loaded = (adapter, *generate.load(self.hf_model, adapter, self.trust))
         return generate.generate(*self.loaded[1:], [row["messages"] for row in rows], prefix=prefix, **self.options)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns
 from workshop_utils.device import choose_device
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.settings import load_settings
 
@@ -38,33 +39,40 @@ def model_directory(model: Path | str | None = None) -> Path:
     raise NotACheckpoint(f"{name} is no Hugging Face model directory, nor a model that is here: `workshop models fetch {name}`.")
 
 
-def as_peft(adapter: Path | str) -> Path:
-    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use, then reused).
+def as_peft(adapter: Path | str, trust: bool = False) -> Path:
+    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use, then reused); verified first.
 
     Raises:
+        CheckpointError: it is unsafe or damaged; with ``trust`` that is only printed.
         WorkshopError: see :func:`workshop_utils.export.export`.
     """
     adapter = Path(adapter)
     if (adapter / "adapter_config.json").is_file():
+        require_sound(adapter, trust)
         return adapter
     from workshop_utils.export import export
 
-    return export(adapter, "hf-peft")
+    return export(adapter, "hf-peft", trust=trust)
 
 
-def load(hf_model: Path | str, adapter: Path | str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    hf_model: Path | str, adapter: Path | str | None = None, trust: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready to generate, and its tokenizer, which pads on the left. fp32 on the CPU, bf16 on a GPU.
 
     Args:
         hf_model: directory of a Hugging Face model with a chat template.
         adapter: a PEFT directory, or a ``.nemo`` that is exported first.
+        trust: what is found wrong with either is printed and not raised.
 
     Raises:
+        CheckpointError: one of the two is unsafe or damaged.
         NotACheckpoint: ``hf_model`` is no Hugging Face model directory, or has no chat template.
     """
     hf_model = Path(hf_model)
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+    require_sound(hf_model, trust)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +86,7 @@ def load(hf_model: Path | str, adapter: Path | str | None = None) -> tuple[PreTr
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, as_peft(adapter))
+        model = PeftModel.from_pretrained(model, as_peft(adapter, trust))
     return model.to("cuda" if gpu else "cpu").eval(), tokenizer
 
 

@@ -23,6 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--train", type=Path, help="training rows, for the two baselines (default: train.jsonl beside --data)")
     parser.add_argument("--out", type=Path, help="directory of answers, scores and plot (default: runs/evaluation/ADAPTER)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    parser.add_argument("--trust", action="store_true", help="do not verify model and adapter first: what is wrong is only printed")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
     parser.set_defaults(run=run)
 
@@ -45,7 +46,7 @@ def run(args) -> int:
     out = args.out or paths.runs_dir() / "evaluation" / _name(args.adapter, args.limit)
     # With --json standard output holds one JSON document; everything else goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        result = evaluate(model_directory(args.model), args.adapter, test, train, out, limit=args.limit)
+        result = evaluate(model_directory(args.model), args.adapter, test, train, out, limit=args.limit, trust=args.trust)
         print(result)
 
         from workshop_utils.plots import plot_scores, save

@@ -37,6 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--base", metavar="ID", help="id of the base model to record (default: the one in the adapter)")
     parser.add_argument("--name", help="name of the adapter; a server shows it as the model's id (default: the file's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an export of another adapter that is already there")
+    parser.add_argument("--trust", action="store_true", help="do not verify the adapter first: what is wrong is only printed")
     parser.set_defaults(run=run)
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Export and print what was made: files and sizes, row order, reader."""
     from workshop_utils.export.job import export_adapter
 
-    made = export_adapter(args.adapter, args.to, args.out, args.reader, args.base, args.name, args.overwrite)
+    made = export_adapter(args.adapter, args.to, args.out, args.reader, args.base, args.name, args.overwrite, trust=args.trust)
     record = made.record
     if made.reused:
         print("This adapter was already exported here; the export is sound and was reused.")

@@ -24,6 +24,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
+    parser.add_argument("--trust", action="store_true", help="do not verify the checkpoint first: what is wrong with it is only printed")
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -36,7 +37,7 @@ def run(args) -> int:
     if unknown:
         raise WorkshopError(f"unknown option {unknown[0]}; see `workshop finetune --help`. Overrides are written key=value.")
     plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
-                              nproc_per_node=args.nproc_per_node)  # fmt: skip
+                              nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
     print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")
     print(plan, flush=True)

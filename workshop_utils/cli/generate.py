@@ -23,6 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")
     parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--trust", action="store_true", help="do not verify model and adapter first: what is wrong is only printed")
     parser.set_defaults(run=run)
 
 
@@ -49,9 +50,9 @@ def run(args) -> int:
 
     from workshop_utils.generate import generate, load
 
-    answers = {"base": generate(*load(directory), conversations, args.max_new_tokens)}
+    answers = {"base": generate(*load(directory, trust=args.trust), conversations, args.max_new_tokens)}
     if args.adapter:
-        answers["adapter"] = generate(*load(directory, args.adapter), conversations, args.max_new_tokens)
+        answers["adapter"] = generate(*load(directory, args.adapter, args.trust), conversations, args.max_new_tokens)
     for number, turns in enumerate(conversations):
         print(f"\nprompt:  {turns[-1]['content']}")
         for name, texts in answers.items():

@@ -47,14 +47,14 @@ def check_common(report: Report, weights: Path) -> None:
 
 def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> None:
     """Nothing that ``tree``, the content of ``file``, names for import is outside what a genuine checkpoint of NeMo names."""
-    for place, value in getattr(safe_text, "foreign_targets", lambda tree: [])(tree):
+    for place, value in safe_text.foreign_targets(tree):
         report.add(
             UnsafeCheckpoint(
-                f"{shown(file)}: {place} names {value!r}, which NeMo would import and call. No checkpoint needs that. Nothing was "
-                "executed. Do not load this checkpoint; get it again from a source you trust."
+                f"{shown(file)}: {place} names {value!r}, which is none of the names that NeMo writes into a checkpoint; loading it "
+                "would import and call that. Nothing was executed. Load it only if you know why it is there."
             )
         )
-    report.checked.append(f"{Path(file).name} names only classes and functions that a checkpoint of NeMo needs")
+    report.checked.append(f"{Path(file).name} names only classes and functions that NeMo writes into a checkpoint")
 
 
 def check_tokenizer(report: Report, context: Path, model: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ def export(
     name: str | None = None,
     overwrite: bool = False,
     results: Mapping[str, float | str] | None = None,
+    trust: bool = False,
 ) -> Path:
     """Export ``adapter`` and return the path of the new ``.nemo`` (``to="nemo"``) or PEFT directory (``to="hf-peft"``).
 
@@ -31,6 +32,7 @@ def export(
         name: the adapter's name; by default the file's.
         overwrite: replace an export of another adapter, or a spoilt one. A directory with other files is never replaced.
         results: measured figures by name, for the model card.
+        trust: what :func:`workshop_utils.doctor.verify.require_sound` finds wrong with ``adapter`` is printed and not raised.
 
     Raises:
         NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: see :func:`workshop_utils.export.adapter.read_adapter`.
@@ -40,4 +42,4 @@ def export(
     """
     from workshop_utils.export.job import export_adapter
 
-    return export_adapter(adapter, to, out, reader, base_model, name, overwrite, results).path
+    return export_adapter(adapter, to, out, reader, base_model, name, overwrite, results, trust).path

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils import paths
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft
-from workshop_utils.export.adapter import LoraAdapter, read_adapter
+from workshop_utils.export.adapter import LoraAdapter, find_adapter, read_adapter
 from workshop_utils.export.check import check_hf_peft, check_nemo
 from workshop_utils.export.model_card import model_card
 from workshop_utils.export.nemo import refuse_for_trtllm, write_nemo
@@ -44,11 +45,14 @@ def export_adapter(
     name: str | None = None,
     overwrite: bool = False,
     results: Mapping[str, float | str] | None = None,
+    trust: bool = False,
 ) -> Export:
     """The same as :func:`workshop_utils.export.export`, with everything there is to say about what was made."""
     if to not in ("nemo", "hf-peft") or reader not in ("trtllm", "nemo"):
         raise WorkshopError(f"Cannot export to {to!r} for reader {reader!r}: to is nemo or hf-peft, reader is trtllm or nemo.")
-    lora = read_adapter(adapter)
+    source = find_adapter(adapter)
+    require_sound(source, trust)
+    lora = read_adapter(source)
     name = name or lora.source.stem
     if not _NAME.fullmatch(name):
         raise WorkshopError(

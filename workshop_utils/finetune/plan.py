@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune.configuration import compose
 from workshop_utils.finetune.preflight import Preflight, preflight
@@ -107,13 +108,18 @@ def make_plan(
     validation: Path | None = None,
     name: str | None = None,
     nproc_per_node: int = 1,
+    trust: bool = False,
 ) -> Plan:
     """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and this machine's settings.
+
+    The base, and the adapter that ``model.peft.restore_from_path`` names, are verified first (:mod:`workshop_utils.doctor.verify`);
+    with ``trust`` what is found wrong is only printed.
 
     Raises:
         WorkshopError: an override is no ``key=value``, or ``model.restore_from_path`` is missing.
         WorkshopError: an override names a key that the script does not have; the nearest one is offered.
         NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the message says what to do.
+        CheckpointError: the base or the adapter is unsafe or damaged; the message lists what is wrong.
         DataError: a data file or a row given as ``data`` or ``validation`` is not usable.
 
     What else would go wrong stands in the plan's ``preflight``; :func:`.launch.finetune` refuses to start then.
@@ -124,6 +130,10 @@ def make_plan(
         raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
     base = Path(base).resolve()
     check_loadable(base)
+    require_sound(base, trust)
+    for key, value in given.items():
+        if key.lstrip("+") == "model.peft.restore_from_path" and value not in ("", "null"):
+            require_sound(value, trust)
     device = choose_device()
     run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
