@@ -99,8 +99,9 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
             def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
                 from transformers import AutoTokenizer
 
-                AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
-                return folder
+                # NeMo takes this folder's name over into the checkpoint; its own default is /tmp/nemo_tokenizer, shared by every run.
+                AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(f"{folder}/nemo_tokenizer")
+                return f"{folder}/nemo_tokenizer"
 
             @property
             def tokenizer(self):
