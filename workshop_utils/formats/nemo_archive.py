@@ -14,7 +14,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import yaml
@@ -27,8 +27,11 @@ from workshop_utils.paths import shown
 CONFIG = "model_config.yaml"
 WEIGHTS = "model_weights.ckpt"
 
-MAX_MEMBERS = 200_000
+MAX_MEMBERS = 40_000
 """More are refused. A model sharded file by file has some ten thousand."""
+
+MAX_NAME = 1000
+"""Characters of a name with its directories."""
 
 MAX_HEADER = 64 * 1024
 """Bytes of an extended header: names and times of one entry."""
@@ -280,8 +283,10 @@ def _pax_fields(path: Path, content: bytes) -> dict[str, str]:
 
 def _checked(path: Path, entry: tarfile.TarInfo) -> Member:
     name = entry.name
-    parts = PurePosixPath(name).parts
-    if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or not name.isprintable():
+    if len(name) > MAX_NAME:
+        raise DamagedCheckpoint(f"{shown(path)} has an entry whose name has {len(name):,} characters.")
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
         raise UnsafeCheckpoint(
             f"{shown(path)} holds {name!r}, which leads out of the directory it is unpacked in. Nothing was read."
         )

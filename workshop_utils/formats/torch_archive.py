@@ -66,12 +66,17 @@ class LightningCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage: ``start`` is None where the zip lacks it."""
+    """A storage: ``start`` is None where the zip lacks it. ``faults`` collects those of its tensors."""
 
     dtype: str
     key: str
     start: int | None
     length: int
+    faults: list["_Faulty"]
+
+    def fault(self, why: str) -> "_Faulty":
+        self.faults.append(_Faulty(why))
+        return self.faults[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +142,12 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
         raise pickle.UnpicklingError("a tensor without a storage, an offset, a size and strides")
     item, elements = DTYPE_BYTES[storage.dtype], math.prod(shape)
     if len(stride) != len(shape) or elements >= 2**60:
-        return _Faulty(f"has the shape {list(shape)} and {len(stride)} strides")
+        return storage.fault(f"has the shape {list(shape)} and {len(stride)} strides")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1 if elements else offset
     if storage.start is None:
-        return _Faulty(f"lies in data/{plain(storage.key, 40)}, which is missing")
+        return storage.fault(f"lies in data/{plain(storage.key, 40)}, which is missing")
     if last * item > storage.length:
-        return _Faulty(f"ends at byte {last * item:,} of data/{plain(storage.key, 40)}, which has {storage.length:,}")
+        return storage.fault(f"ends at byte {last * item:,} of data/{plain(storage.key, 40)}, which has {storage.length:,}")
     expected = 1
     for count, step in zip(reversed(shape), reversed(stride), strict=True):
         if count > 1 and step != expected and elements:
@@ -245,19 +250,20 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
     :func:`read_tensors`.
     """
     data, storages = _open(file, where)
-    calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages))
+    faults: list[_Faulty] = []
+    calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages, faults))
     for call in calls:
         report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
     if state is None:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     _check_extent(state, where)
-    return _without_faulty(state, where, "", report)
+    return _without_faulty({"": state}, where, "", report)[""] if faults else state
 
 
 def scan(file: IO[bytes], where: str) -> list[str]:
     """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as :func:`read_tensors`."""
     data, storages = _open(file, where)
-    return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages))
+    return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
 
 
 def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
@@ -265,18 +271,19 @@ def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
     if isinstance(value, _Faulty):
         report(DamagedCheckpoint(f"{where}: {plain(path, 200)} {value.why}. Copy the file again.", path))
         return None
-    if isinstance(value, dict):
-        for name in [name for name, item in value.items() if isinstance(item, _Faulty | dict | list | tuple)]:
-            item = value[name]
-            clean = _without_faulty(item, where, f"{path}.{name}" if path else str(name), report)
-            if isinstance(item, _Faulty):
-                del value[name]
-            else:
-                value[name] = clean
-    elif isinstance(value, list):
-        value[:] = [_without_faulty(item, where, f"{path}.{i}" if path else str(i), report) for i, item in enumerate(value)]
-    elif isinstance(value, tuple) and any(isinstance(item, _Faulty | dict | list | tuple) for item in value):
-        return tuple(_without_faulty(item, where, f"{path}.{i}" if path else str(i), report) for i, item in enumerate(value))
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    clean = {
+        key: _without_faulty(item, where, f"{path}.{key}" if path else str(key), report)
+        for key, item in items
+        if item and isinstance(item, _Faulty | dict | list | tuple)
+    }
+    if isinstance(value, tuple):
+        return tuple(clean.get(key, item) for key, item in enumerate(value)) if clean else value
+    for key, item in clean.items():
+        if isinstance(value, dict) and isinstance(value[key], _Faulty):
+            del value[key]
+        else:
+            value[key] = item
     return value
 
 
@@ -289,7 +296,7 @@ def _check_extent(state: Any, where: str) -> None:
         if id(value) not in seen:
             count, levels = 1, 1
             for child in _children(value):
-                if isinstance(child, dict | list | tuple):
+                if child and isinstance(child, dict | list | tuple):
                     more, below = extent(child, depth + 1) if depth < MAX_DEPTH else (0, MAX_DEPTH)
                     count, levels = count + more, max(levels, below + 1)
                 else:
@@ -392,7 +399,7 @@ def _no_zip(file: IO[bytes], where: str, start: bytes) -> Exception:
     return DamagedCheckpoint(f"{where} is no file that torch.save wrote, or it is cut off.")
 
 
-def _finder(storages: dict[str, tuple[int, int]]) -> Callable[[Any], _Storage]:
+def _finder(storages: dict[str, tuple[int, int]], faults: list[_Faulty]) -> Callable[[Any], _Storage]:
     def find(reference: Any) -> _Storage:
         """The storage that a persistent id names; ``elements`` are bytes for an untyped one."""
         if not isinstance(reference, tuple) or len(reference) < 5:
@@ -402,6 +409,6 @@ def _finder(storages: dict[str, tuple[int, int]]) -> Callable[[Any], _Storage]:
         if kind != "storage" or dtype not in DTYPE_BYTES or not isinstance(key, str) or not _sizes((elements,)):
             raise pickle.UnpicklingError("a reference to something that is no storage")
         start, length = storages.get(key, (None, 0))
-        return _Storage(dtype, key, start, min(length, elements * DTYPE_BYTES[dtype]))
+        return _Storage(dtype, key, start, min(length, elements * DTYPE_BYTES[dtype]), faults)
 
     return find
