@@ -2,7 +2,7 @@
 
 Run as a script, because Megatron-Core needs a process group: ``megatron_samples.py DIRECTORY`` writes ``lm/iter_0000010`` and
 ``lm/iter_0000020`` (Megatron-LM, with arguments and optimizer state), ``bridge/iter_0000005`` (Megatron-Bridge), ``adapter/iter_0000007``
-(only a LoRA, as Megatron-Bridge saves it), ``zarr`` (a NeMo 2.0 directory in zarr), ``nemo1`` (a training of NeMo 1 with sharded
+(only a LoRA, as Megatron-Bridge saves it), ``nemo2/LoRA`` and ``nemo2/DoRA`` (adapters of NeMo 2.0), ``zarr`` (a NeMo 2.0 directory in zarr), ``nemo1`` (a training of NeMo 1 with sharded
 weights) and ``old/iter_0000003`` (the old form of two ranks).
 """
 
@@ -89,19 +89,40 @@ def _megatron_bridge(directory: Path) -> None:
     (path / "tokenizer").mkdir()
 
 
-def _adapter(directory: Path) -> None:
+def _lora(prefix: str, dora: bool = False) -> dict:
+    """The sharded state of a LoRA on linear_qkv, of rank 4, or of a DoRA."""
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    state = {}
+    state, rows = {}, (HEADS + 2 * GROUPS) * HEAD_DIM
+    shapes = {"linear_in.weight": (4, HIDDEN), "linear_out.weight": (rows, 4)} | ({"weight_magnitude": (rows,)} if dora else {})
     for layer in range(LAYERS):
-        for half, shape in (("linear_in", (4, HIDDEN)), ("linear_out", ((HEADS + 2 * GROUPS) * HEAD_DIM, 4))):
-            name = f"decoder.layers.self_attention.linear_qkv.adapter.{half}.weight"
+        for part, shape in shapes.items():
+            name = f"{prefix}decoder.layers.self_attention.linear_qkv.adapter.{part}"
             tensor = torch.ones(shape, dtype=torch.bfloat16)
-            state[f"{layer}.{half}"] = ShardedTensor.from_rank_offsets(name, tensor, (0, layer, LAYERS), prepend_axis_num=1)
-    path = _iteration(directory / "iter_0000007", {"checkpoint_version": 3.0, "iteration": 7, "model": state})
+            state[f"{layer}.{part}"] = ShardedTensor.from_rank_offsets(name, tensor, (0, layer, LAYERS), prepend_axis_num=1)
+    return state
+
+
+def _adapter(directory: Path) -> None:
+    path = _iteration(directory / "iter_0000007", {"checkpoint_version": 3.0, "iteration": 7, "model": _lora("")})
     peft = {"_target_": "megatron.bridge.peft.lora.LoRA", "dim": 4, "alpha": 8, "target_modules": ["linear_qkv"]}
     (path / "run_config.yaml").write_text(yaml.safe_dump(run_config(peft)))
+
+
+def _nemo2_adapters(directory: Path) -> None:
+    for kind in ("LoRA", "DoRA"):
+        (directory / kind / "context").mkdir(parents=True)
+        transform = {
+            "_target_": f"nemo.collections.llm.peft.{kind.lower()}.{kind}",
+            "dim": 4,
+            "alpha": 8,
+            "target_modules": ["linear_qkv"],
+        }
+        model = model_yaml("gpu") | {"model_transform": transform}
+        (directory / kind / "context" / "model.yaml").write_text(yaml.safe_dump(model))
+        weights = _iteration(directory / kind / "weights", _lora("module.", kind == "DoRA"))
+        (weights / "adapter_metadata.json").write_text('{"model_ckpt_path": "/gone/base"}')
 
 
 def _zarr(directory: Path) -> None:
@@ -149,6 +170,7 @@ if __name__ == "__main__":
             ("lm", _megatron_lm),
             ("bridge", _megatron_bridge),
             ("adapter", _adapter),
+            ("nemo2", _nemo2_adapters),
             ("zarr", _zarr),
             ("nemo1", _nemo1),
             ("old", _old),

@@ -7,6 +7,7 @@ import checkpoint_samples
 import megatron_samples
 import pytest
 import torch
+import yaml
 
 from workshop_utils.doctor.loads_in import loads_in
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
@@ -78,6 +79,28 @@ def test_an_adapter_of_megatron_bridge(root):
         False,
     )
     assert "export_adapter_ckpt" in answers(found)["PEFT"][1]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_adapters_of_nemo2(root, kind):
+    found = identify(root / "nemo2" / kind)
+    assert found.format == "NeMo 2.0 adapter directory (torch_dist)"
+    adapter = found.adapter
+    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.variant) == (4, 8, ("linear_qkv",), kind)
+    assert (adapter.base, adapter.base_is_here) == ("/gone/base", False)
+    assert answers(found)["PEFT"][0] == ("after" if kind == "LoRA" else "no")
+    base = root / "base"
+    base.mkdir()
+    (root / "nemo2" / kind / "weights" / "adapter_metadata.json").write_text(f'{{"model_ckpt_path": "{base}"}}')
+    assert answers(identify(root / "nemo2" / kind))["NeMo 2.0 API"][0] == "yes"
+
+
+def test_names_that_a_configuration_would_import_are_noted(root):
+    path = root / "bridge" / "iter_0000005"
+    config = megatron_samples.run_config()
+    config["model"]["init_method"] = {"_target_": "os.system", "_call_": True}
+    (path / "run_config.yaml").write_text(yaml.safe_dump(config))
+    assert any("model.init_method._target_: os.system" in note for note in identify(path).notes)
 
 
 def test_zarr(root):

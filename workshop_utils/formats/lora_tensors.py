@@ -45,7 +45,8 @@ def find(tensors: Iterable[Tensor]) -> LoraTensors | None:
         match = next((match for pattern in _FIRST_HALF if (match := pattern.search(tensor.name))), None)
         if match and len(tensor.shape) >= 2:
             part = match.groupdict().get("part")
-            # CanonicalLoRA has one adapter for each of q, k and v.
-            targets.add(f"linear_{part}" if part else _NEMO1_TARGETS.get(match["target"], match["target"]))
+            # CanonicalLoRA has one adapter for each of q, k and v, and for up and gate.
+            own = f"linear_fc1_{part}" if part in ("up", "gate") else f"linear_{part}"
+            targets.add(own if part else _NEMO1_TARGETS.get(match["target"], match["target"]))
             ranks.add(tensor.shape[-2])
     return LoraTensors(tuple(sorted(ranks)), tuple(sorted(targets)), dora) if targets else None

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint
-from workshop_utils.formats import decoder_config, lightning, lora_tensors, safe_text, saved_tensors, torch_dist, zarr_directory
+from workshop_utils.formats import (
+    decoder_config,
+    foreign_names,
+    lightning,
+    lora_tensors,
+    safe_text,
+    saved_tensors,
+    torch_dist,
+    zarr_directory,
+)
 from workshop_utils.formats.architecture import Architecture, number, size
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_json, read_yaml
@@ -77,6 +86,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     if len(stored) > len(tensors):
         notes += (f"{len(stored) - len(tensors)} tensors of optimizer state beside the weights",)
     run, args = _run_config(path), _plain(state.get("args"))
+    notes += foreign_names.note(run, path / RUN_CONFIG)
     return Checkpoint(
         path=path,
         kind=Kind.MEGATRON,

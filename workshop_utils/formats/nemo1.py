@@ -19,6 +19,7 @@ from typing import IO, Any
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint
 from workshop_utils.formats import (
     decoder_config,
+    foreign_names,
     lora_tensors,
     nemo1_config,
     nemo_archive,
@@ -70,6 +71,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     made_for = ours.get("reader")
     if made_for:
         notes += (f"q, k, v rows: {ours.get('qkv_order')}; alpha baked in: {ours.get('alpha_baked_in')}",)
+    notes += foreign_names.note(config, parts.where(CONFIG))
     version = config.get("nemo_version")
     return Checkpoint(
         path=path,

@@ -19,6 +19,7 @@ from typing import Any
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import (
     decoder_config,
+    foreign_names,
     gpt_config,
     lora_tensors,
     safe_text,
@@ -104,6 +105,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     notes += (zarr_directory.WAY_OUT,) if is_zarr else ()
     if optimizer := len(found.tensors) - len(tensors):
         notes += (f"{optimizer} tensors of optimizer state beside the weights",)
+    notes += foreign_names.note(found.model, path / "context" / "model.yaml")
     backend = found.backend["sharded_backend"]
     return Checkpoint(
         path=path,
