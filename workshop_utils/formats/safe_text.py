@@ -182,7 +182,7 @@ _FOUND_IN_CHECKPOINTS = re.compile(
             r"nemo\.lightning\.io\.pl\.TrainerContext",
             r"megatron\.core\.(?:distributed|model_parallel_config|optimizer|transformer)\.(?:\w+\.)*[A-Z]\w*Config",
             r"megatron\.core\.(?:\w+\.)*enums\.[A-Z]\w*(?:\.\w+)?",
-            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.)*[A-Z]\w*(?:Config|Container|Provider\w*|LoRA|DoRA)",
+            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.)*(?:[A-Z]\w*(?:Config|Container|Provider\w*)|\w*[LD]oRA)",
             # Functions of the model.
             r"nemo\.collections\.llm\.(?:bert|gpt|t5)\.model\.\w+\.\w*_(?:data_step|forward_step|layer_spec|full_layer_spec|block_spec)",
             r"nemo\.collections\.llm\.fn\.activation\.\w+",
