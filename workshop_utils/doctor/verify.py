@@ -232,7 +232,11 @@ def _check_peft(report: Report, checkpoint: Checkpoint, base: Path) -> None:
 
 
 def _check_others(report: Report, checkpoint: Checkpoint, base: Path) -> None:
-    shapes.check_uniform(report, shown(base), checkpoint.tensors, checkpoint.architecture)
+    if checkpoint.parallel == (1, 1):
+        shapes.check_uniform(report, shown(base), checkpoint.tensors, checkpoint.architecture)
+    else:
+        # The parts of pipeline stages number their layers from 0, each.
+        shapes.check_ranks(report, shown(base), checkpoint.tensors, checkpoint.parallel)
     # A GGUF file mixes quantised types on purpose.
     if checkpoint.kind is not Kind.GGUF:
         shapes.check_dtypes(report, shown(base), checkpoint.tensors)
