@@ -151,7 +151,7 @@ def check_ranks(report: Report, where: str, tensors: Iterable[Tensor], parallel:
             parts.setdefault(file, {})[tensor.name] = tensor
     stages: dict[str, list[str]] = {}
     for file in sorted(parts):
-        found = re.search(r"pp_rank_(\d+)", file)
+        found = re.search(r"(?:pp_rank|mp_rank_\d+)_(\d+)", file)
         stages.setdefault(found[1] if found else "", []).append(file)
     for first, *others in stages.values():
         for other in others:
