@@ -1,6 +1,7 @@
 """Directories of Megatron-LM, Megatron-Bridge, zarr and NeMo 1's sharded trainings, all written by Megatron-Core."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import checkpoint_samples
@@ -115,6 +116,22 @@ def test_zarr(root):
     (root / "zarr" / "weights" / "module.decoder.layers.mlp.linear_fc1.weight" / "1.0.0").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"mlp\.linear_fc1\.weight has 1 chunks of 2"):
         identify(root / "zarr")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_zarr_of_nemo1(root, packed):
+    directory = root / "nemo1-zarr"
+    shutil.copytree(root / "zarr" / "weights", directory / "model_weights")
+    (directory / "model_config.yaml").write_text(yaml.safe_dump({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}))
+    if packed:
+        with tarfile.open(root / "a.nemo", "w") as archive:
+            archive.add(directory, "./")
+    found = identify(root / "a.nemo" if packed else directory)
+    assert any("zarr is deprecated" in note for note in found.notes)
+    name = "mlp.linear_fc1.weight"
+    tensor = next(tensor for tensor in found.tensors if tensor.name == f"module.decoder.layers.{name}")
+    values = read_tensor(found, tensor, layer=1)
+    assert torch.equal(torch.from_numpy(values.astype("float32")), checkpoint_samples.weight(name, 1, "gpu").float())
 
 
 def test_a_training_of_nemo1_with_sharded_weights(root):

@@ -76,7 +76,7 @@ def _reader_of_file(path: Path) -> Describe | None:
     if start[:4] == gguf.MAGIC:
         return gguf.describe
     # A .nemo under another name is one all the same; a tar has its name at byte 257.
-    is_tar = start[257:262] == b"ustar" or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz")))
+    is_tar = start[257:262] == b"ustar" or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz", ".nemo.gz")))
     is_weights = path.name == nemo1.WEIGHTS and any(nemo1.looks_like(above) for above in path.resolve().parents[:2])
     if not (is_tar or path.suffix in (".nemo", ".ckpt")) or is_weights or mistaken.sentence(path):
         return None
