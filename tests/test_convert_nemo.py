@@ -148,6 +148,27 @@ def test_nemo_exports_what_was_converted(models, tmp_path):
         assert state.keys() == after.state_dict().keys()
 
 
+def test_nemo_generates_and_trains(models, tmp_path):
+    """``llm.generate`` gives the tokens of transformers, and ``llm.finetune`` starts from the checkpoint and saves."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [{"input": f"number {i}?", "output": f"it is {i}"} for i in range(16)]
+    for name in ("training", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, Path(nemo_loads.__file__).with_name("nemo_trains.py"), models / "from_archive" / "llama2", tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(models / "hf" / "llama2").eval()
+    tokenizer = AutoTokenizer.from_pretrained(models / "hf" / "llama2")
+    ids = tokenizer("number 1?", return_tensors="pt")
+    tokens = model.generate(ids["input_ids"], max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert result["texts"] == [tokenizer.decode(tokens)]
+    assert result["step"] == 3
+    assert 0 < result["metrics"]["reduced_train_loss"] < 20
+    assert list((tmp_path / "log").rglob("*.distcp")), "the trained model was saved"
+
+
 @pytest.mark.parametrize("made_by_us", [False, True])
 def test_fiddle_reads_our_graph_as_it_reads_nemos(models, made_by_us, tmp_path):
     """``io.json`` has what fiddle's own reader wants, so that a later NeMo reads it, too."""
