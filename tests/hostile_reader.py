@@ -4,12 +4,14 @@ A file is ``NUMBER.READER``. Its address space may grow by 200 MB and the file's
 the process, even inside C.
 """
 
+import contextlib
 import faulthandler
 import io
 import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 SECONDS, MEMORY = 5, 200 * 1024**2
@@ -42,25 +44,34 @@ def _address_space() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+@contextlib.contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """Inside, the address space may grow by MEMORY and ``size`` bytes, and the process ends after SECONDS."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY + size, hard))
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+
+
 def main(directory: Path) -> None:
     from workshop_utils.errors import WorkshopError
 
     readers = _readers()
     for path in sorted(directory.iterdir()):
         print(json.dumps({"begun": path.name}), flush=True)
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY + path.stat().st_size, hard))
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
         begin = time.monotonic()
         try:
-            readers[path.suffix[1:]](path)
+            with bounded(path.stat().st_size):
+                readers[path.suffix[1:]](path)
             kind, message = "nothing", ""
         except WorkshopError as error:
             kind, message = type(error).__name__, str(error)
         except BaseException as error:  # noqa: BLE001 (that is what the test is about)
             kind, message = f"escaped: {type(error).__name__}", str(error)
-        faulthandler.cancel_dump_traceback_later()
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         seconds = time.monotonic() - begin
         print(json.dumps({"name": path.name, "kind": kind, "message": message[:2000], "seconds": seconds}), flush=True)
 

@@ -123,6 +123,7 @@ def run(target: str, data: bytes) -> bool:
     try:
         TARGETS[target](data)
     except WorkshopError as error:
-        str(error).encode()
+        message = str(error)
+        assert len(message) < 5000 and message.encode() and "MemoryError" not in message, message[:500]
         return False
     return True

@@ -126,6 +126,11 @@ def _encode(text: Any, encoding: Any = None) -> Any:
     return Named("bytes")
 
 
+def _no_bytes() -> bytes:
+    """``bytes()``, as protocol 2 writes an empty one."""
+    return b""
+
+
 def _items(values: Any = ()) -> Any:
     """``set(list)``: the list."""
     return values if isinstance(values, list | tuple) else []
@@ -179,6 +184,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
+    ("builtins", "bytes"): _no_bytes,
+    ("__builtin__", "bytes"): _no_bytes,
     **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
 # Classes of values without a function behind them, that NeMo, Megatron-Core and Lightning leave in their states.

@@ -1,0 +1,82 @@
+"""What a configuration may name, and what NeMo itself names."""
+
+import pytest
+
+from workshop_utils import paths
+from workshop_utils.formats import safe_text
+
+GENUINE = [
+    "nemo.collections.llm.gpt.model.llama.LlamaModel", "nemo.collections.llm.gpt.model.llama.Llama31Config8B",
+    "nemo.collections.llm.gpt.model.base.default_layer_spec", "nemo.collections.llm.gpt.model.base.gpt_forward_step",
+    "nemo.collections.llm.gpt.model.gemma2.gemma2_layer_spec", "nemo.collections.llm.fn.activation.openai_gelu",
+    "nemo.collections.llm.peft.lora.LoRA", "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+    "nemo.lightning.pytorch.optim.megatron.MegatronOptimizerModule", "nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler",
+    "nemo.lightning.io.artifact.hf_auto.from_pretrained", "nemo.lightning.io.artifact.file.DirOrStringArtifact",
+    "megatron.core.transformer.enums.AttnBackend", "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.optimizer.OptimizerConfig", "megatron.core.distributed.distributed_data_parallel_config.DistributedDataParallelConfig",
+    "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider", "megatron.bridge.training.config.ConfigContainer",
+    "torch.nn.functional.silu", "torch.bfloat16", "torch.nn.init.normal_", "functools.partial",
+    "transformers.generation.configuration_utils.GenerationConfig",
+]  # fmt: skip
+
+FOREIGN = [
+    "torch.load", "torch.hub.load", "torch.jit.load", "torch.nn.functional.silu.__globals__", "torch.utils.data.DataLoader",
+    "torch.utils.cpp_extension.load", "torch.utils.collect_env.run", "subprocess.run", "subprocess.Popen", "builtins.eval", "builtins.exec",
+    "os.system", "nemo.collections.llm.api.import_ckpt", "nemo.collections.llm.api.finetune", "nemo.collections.llm.utils.factory",
+    "nemo.lightning.io.mixin.load", "nemo.lightning.io.mixin.pickle_load", "nemo.lightning.io.artifact.pickle.PickleArtifact",
+    "nemo.utils.app_state.AppState", "nemo.core.connectors.save_restore_connector.SaveRestoreConnector",
+    "nemo.collections.asr.parts.utils.os.system", "nemo.collections.llm.gpt.model.base.os.system", "megatron.core.utils.os.system",
+    "nemo.collections.llm.gpt.model.base.GPTModel.load_from_checkpoint", "nemo.collections.llm.gpt.model.base.torch.load",
+    "megatron.core.dist_checkpointing.serialization.load", "transformers.AutoModel.from_pretrained", "transformers.pipeline",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module", "numpy.load", "pickle.loads", "nemo", "", "torch.bfloat16\nos.system",
+    "Torch.load", "nemo.collections.llm.gpt.model..Config", "functools.partial.__call__",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GENUINE)
+def test_what_nemo_names_is_known(name):
+    assert safe_text.foreign_targets({"a": [{"_target_": name, "_call_": False}]}) == []
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_runs_things_is_foreign(name):
+    found = safe_text.foreign_targets({"a": [{"x": {"_target_": name}}]})
+    assert [place for place, _ in found] == ["a[0].x._target_"]
+    assert found[0][1].isprintable()
+
+
+def test_other_ways_to_name_something():
+    tree = {
+        "target": "os.system",
+        "tokenizer": {"_target_": GENUINE[7], "trust_remote_code": True},
+        "partial": {"_target_": "functools.partial", "_args_": [{"_target_": "os.system"}]},
+        "list": {"_target_": ["os.system"]},
+        "object": {"type": "pyref", "module": "os", "name": "system"},
+    }
+    assert safe_text.foreign_targets(tree) == [
+        ("target", "os.system"),
+        ("tokenizer.trust_remote_code", "True"),
+        ("partial._args_[0]._target_", "os.system"),
+        ("list._target_", "['os.system']"),
+        ("object", "os.system"),
+    ]
+
+
+def test_other_meanings_of_the_words():
+    tree = {"target": "attention_qkv", "dataset": {"target": 3}, "tokenizer": {"trust_remote_code": False}, "type": "pyramid"}
+    assert safe_text.foreign_targets(tree) == []
+
+
+def test_the_checkpoint_of_the_workshop():
+    context = paths.nemo2_checkpoint("smollm2-135m-instruct") / "context"
+    if not context.is_dir():
+        pytest.skip("the model is not imported here")
+    assert safe_text.foreign_targets(safe_text.read_yaml(context / "model.yaml")) == []
+    assert safe_text.foreign_targets(safe_text.read_json(context / "io.json")) == []
+
+
+def test_sound_texts_are_read():
+    assert safe_text.parse_yaml(b"a: &x [1, 2.5e-05]\nb: *x\nc: {d: null, 'e': \"f\", 1: yes}\n", "x") == {
+        "a": [1, 2.5e-05], "b": [1, 2.5e-05], "c": {"d": None, "e": "f", 1: True},
+    }  # fmt: skip
+    assert safe_text.parse_json(b'{"a": [Infinity, "\\ud83d\\ude00"]}', "x") == {"a": [float("inf"), "\U0001f600"]}
