@@ -15,6 +15,8 @@ from workshop_utils.import_checkpoint import import_checkpoint
     ({"model_type": "llama", "attention_bias": True}, UnsupportedCheckpoint, "attention_bias is true"),
     ({"model_type": "qwen2", "hidden_act": "gelu"}, UnsupportedCheckpoint, "hidden_act is \"gelu\""),
     ({"model_type": "qwen3", "rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, UnsupportedCheckpoint, "rope_scaling"),
+    ({"model_type": "mistral", "sliding_window": 4096}, UnsupportedCheckpoint, "sliding_window is 4096.*Transformer Engine"),
+    ({"model_type": "mixtral", "sliding_window": 4096}, UnsupportedCheckpoint, "sliding_window is 4096"),
     ({"model_type": "qwen2", "auto_map": {"AutoConfig": "evil.Config"}}, UnsafeCheckpoint, "auto_map names Python code"),
 ])  # fmt: skip
 def test_refused_at_once(tmp_path, config, error, said):

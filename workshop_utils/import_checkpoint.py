@@ -15,6 +15,7 @@ from typing import Any
 from workshop_utils import nemo_cpu, paths
 from workshop_utils.errors import NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats.safe_text import read_json
+from workshop_utils.nemo_cpu.registry import no_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,11 @@ def check(hf_model: Path) -> HuggingFaceFamily:
                 f"{paths.shown(file)}: {name} is {json.dumps(config[name])}. NeMo's {family.importer} takes {json.dumps(value)} for "
                 "granted: the converted model would compute something else."
             )
+    if family.module == "mistral" and config.get("sliding_window") and no_transformer_engine():
+        raise UnsupportedCheckpoint(
+            f"{paths.shown(file)}: sliding_window is {config['sliding_window']}. NeMo builds attention with a window only with Transformer "
+            "Engine, on a GPU: convert this model there. Later versions of Mistral have no window (null)."
+        )
     _check_rope(file, config)
     return family
 

@@ -118,10 +118,14 @@ def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torc
     """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in errors: :class:`DamagedCheckpoint`."""
     import torch
 
+    content = bytearray(chunk.length)
     file.seek(chunk.start)
-    found = values.parse_chunk(file.read(chunk.length), tensor, chunk, where)
-    # numpy has no bfloat16 of its own that torch would take.
-    return torch.frombuffer(bytearray(found.tobytes()), dtype=getattr(torch, tensor.dtype)).reshape(chunk.shape)
+    length = file.readinto(content)
+    found = values.parse_chunk(content[:length] if length < chunk.length else content, tensor, chunk, where)
+    # By its bytes, because torch does not take numpy's bfloat16; writable, because torch warns otherwise.
+    plain = found.reshape(-1).view("uint8")
+    plain = plain if plain.flags.writeable else plain.copy()
+    return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)
 
 
 class _Limited:

@@ -83,6 +83,8 @@ def append(file: IO[bytes], name: str, offsets: tuple[int, ...], elements: torch
     import torch
 
     start = file.tell()
-    # A copy of its own: torch.save writes the whole storage of what it is given.
-    torch.save(elements.clone(memory_format=torch.contiguous_format), file)
+    if elements.untyped_storage().nbytes() != elements.nbytes or not elements.is_contiguous():
+        # torch.save writes the whole storage of what it is given.
+        elements = elements.clone(memory_format=torch.contiguous_format)
+    torch.save(elements, file)
     return Chunk(offsets, tuple(elements.shape), name, start, file.tell() - start)
