@@ -29,6 +29,8 @@ def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(config, Mapping):
         raise DamagedCheckpoint(f"{where}: the field config is missing.")
     kind = config.get("_target_")
+    if not isinstance(kind, str | None):
+        raise DamagedCheckpoint(f"{where}: config._target_ is {kind!r}, which is no name.")
     if kind not in family.configs:
         if any(kind in other.configs for other in FAMILIES.values()):
             raise UnsupportedCheckpoint(
