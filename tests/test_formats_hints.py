@@ -62,6 +62,18 @@ def test_above_and_inside(root, given, wanted):
     assert wanted in says(root / given)
 
 
+@pytest.mark.parametrize("odd", ["/", "..", ".", "/dev/null", "/dev", "/proc/self"])
+def test_odd_paths(root, odd, monkeypatch):
+    monkeypatch.chdir(root / "models" / "hf" if odd == ".." else root)
+    assert says(Path(odd))
+
+
+def test_a_pipe_is_not_opened(root):
+    os.mkfifo(root / "models" / "pipe.nemo")
+    assert "is not a .nemo archive" in says(root / "models" / "pipe.nemo")
+    assert "holds 2." in says(root / "models")
+
+
 def test_a_tokenizer_alone(root):
     (root / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

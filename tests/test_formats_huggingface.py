@@ -70,6 +70,15 @@ def test_parts_with_an_index(root, safe):
     assert identify(root / "parts", faults.append).tensors
     assert [fault.tensor for fault in faults] == [name]
 
+    described["weight_map"][name] = str(next(part for part in described["weight_map"].values() if part != other))
+    (root / "parts" / other).unlink()
+    faults = []
+    found = identify(root / "parts", faults.append)
+    assert f"{other} is missing" in str(faults[0])
+    lost = {tensor for tensor, part in described["weight_map"].items() if part == other}
+    assert lost <= {fault.tensor for fault in faults}
+    assert found.tensors
+
 
 class Evil:
     def __reduce__(self):
@@ -137,6 +146,12 @@ def test_what_the_configuration_of_an_adapter_lacks_is_in_its_tensors(root):
     found = identify(path).adapter
     assert (found.rank, found.variant) == (4, "LoRA")
     assert found.targets == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {"a": []}}', '{"weight_map": {"a": "b"}}', "["])
+def test_an_index_beside_one_file_is_not_looked_at(root, index):
+    (root / "hf" / "model.safetensors.index.json").write_text(index)
+    assert identify(root / "hf").tensors
 
 
 def test_code_beside_the_weights_is_named(root):

@@ -31,9 +31,9 @@ _DTYPES = {
 def describe(path: Path, report: Report = stop) -> Checkpoint:
     """Describe the model directory ``path``; a tensor that does not fit its file, or its index, goes to ``report``."""
     config = read_json(path / "config.json")
-    files = weight_files(path)
+    files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
-    _check_index(path, tensors, report)
+    _check_index(path, files, tensors, report)
     version = config.get("transformers_version")
     return Checkpoint(
         path=path,
@@ -52,7 +52,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 def describe_peft(path: Path, report: Report = stop) -> Checkpoint:
     """Describe the adapter directory ``path``; faults as :func:`describe`."""
     config = read_json(path / "adapter_config.json")
-    files = weight_files(path, "adapter_model", "adapter_model")
+    files = weight_files(path, "adapter_model", "adapter_model", report)
     tensors = read_tensors(files, report)
     version = config.get("peft_version")
     found, notes = adapter(config), ()
@@ -133,52 +133,46 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int, available: int) 
     return tensor
 
 
-def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_model") -> list[Path]:
+def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_model", report: Report = stop) -> list[Path]:
     """The files with the weights in the directory ``path``, in the order in which transformers looks for them.
 
     That is ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin`` and its index. Raises
-    :class:`DamagedCheckpoint` when there is none or an indexed one is missing, :class:`UnsafeCheckpoint` for an indexed name that
-    leaves the directory.
+    :class:`DamagedCheckpoint` when there is none. An indexed one that is missing, or whose name leaves the directory, goes to ``report``.
     """
     for single in (f"{stem}.safetensors", f"{torch_stem}.bin"):
         if (path / single).is_file():
             return [path / single]
         index = path / f"{single}.index.json"
         if index.is_file():
-            return _indexed(path, index)
+            return _indexed(path, index, report)
     raise DamagedCheckpoint(
         f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an index of parts."
     )
 
 
-def _indexed(path: Path, index: Path) -> list[Path]:
+def _indexed(path: Path, index: Path, report: Report) -> list[Path]:
     parts = read_json(index).get("weight_map")
     if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
         raise DamagedCheckpoint(f"{shown(index)} has no weight_map.")
-    names = sorted(set(parts.values()))
-    for name in names:
+    there = []
+    for name in sorted(set(parts.values())):
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
-            raise UnsafeCheckpoint(f"{shown(index)} names {name!r}, which is no file beside it.")
-        if not (path / name).is_file():
-            raise DamagedCheckpoint(f"{shown(path / name)} is missing; {index.name} lists it. Fetch the model again.")
-    return [path / name for name in names]
+            report(UnsafeCheckpoint(f"{shown(index)} names {name!r}, which is no file beside it."))
+        elif not (path / name).is_file():
+            report(DamagedCheckpoint(f"{shown(path / name)} is missing; {index.name} lists it. Fetch the model again."))
+        else:
+            there.append(path / name)
+    return there
 
 
-def _check_index(path: Path, tensors: list[Tensor], report: Report) -> None:
+def _check_index(path: Path, files: list[Path], tensors: list[Tensor], report: Report) -> None:
     """Every tensor lies in the part that the index names."""
-    index = next(
-        (
-            path / f"{stem}.index.json"
-            for stem in ("model.safetensors", "pytorch_model.bin")
-            if (path / f"{stem}.index.json").is_file()
-        ),
-        None,
-    )
-    if index is None:
+    single = ("model.safetensors", "pytorch_model.bin")
+    index = next((path / f"{name}.index.json" for name in single if (path / f"{name}.index.json").is_file()), None)
+    # transformers looks for the one file first, and then not at the index.
+    if index is None or (files and files[0].name in single):
         return
     there = {(tensor.name, tensor.chunks[0].file) for tensor in tensors}
-    if len({file for _, file in there}) < 2:
-        return
     for name, part in read_json(index)["weight_map"].items():
         if (name, part) not in there:
             report(

@@ -1,5 +1,6 @@
 """Which reader is for this path? Decided by the names of the files there, and for a single file by how it begins."""
 
+import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ Describe = Callable[[Path, Report], Checkpoint]
 
 _LOOK_BELOW = 2000
 """Directories that are looked at for checkpoints below a wrong path."""
+
+_FILES = (".nemo", ".ckpt", ".gguf")
 
 _HALF_WRITTEN = re.compile(r"\.(partial|tmp|incomplete)$|-unfinished$")
 
@@ -94,8 +97,8 @@ def _check_there(path: Path) -> None:
         raise NotACheckpoint(f"{shown(path)} is a link to {os.readlink(path)}, which is gone. Give the checkpoint itself.")
     if not path.exists():
         raise NotACheckpoint(f"{shown(path)} does not exist.")
-    marked = path.with_name(path.name.removesuffix("-unfinished"))
     if _HALF_WRITTEN.search(path.name):
+        marked = path.parent / path.name.removesuffix("-unfinished")
         rest = f" It marks {shown(marked)} as half-written." if marked != path and marked.exists() else ""
         raise NotACheckpoint(
             f"{shown(path)} is what a writer leaves that has not finished.{rest} Use an earlier checkpoint, or make it again."
@@ -109,7 +112,7 @@ def _why_not(path: Path) -> str:
     for above in path.resolve().parents[:3]:
         if reader_of(above):
             return f"{shown(path)} is a part of a checkpoint. Give its top directory: {shown(above)}"
-    if path.is_file():
+    if not path.is_dir():
         return _why_not_file(path)
     if not any(path.iterdir()):
         return f"{shown(path)} is empty. Copy or make the checkpoint again."
@@ -154,11 +157,20 @@ def _below(path: Path) -> Iterator[Path]:
     waiting, seen = [(path, 0)], 0
     while waiting and seen < _LOOK_BELOW:
         folder, depth = waiting.pop(0)
-        for child in sorted(folder.iterdir()):
-            seen += 1
-            if _HALF_WRITTEN.search(child.name) or not os.access(child, os.R_OK):
-                continue
-            if reader_of(child):
-                yield child
-            elif child.is_dir() and depth < 2:
-                waiting.append((child, depth + 1))
+        # What may not be looked at is passed over.
+        with contextlib.suppress(OSError):
+            for child in sorted(folder.iterdir()):
+                seen += 1
+                if _HALF_WRITTEN.search(child.name):
+                    continue
+                if _is_one(child):
+                    yield child
+                elif child.is_dir() and depth < 2:
+                    waiting.append((child, depth + 1))
+
+
+def _is_one(child: Path) -> bool:
+    """Whether ``child`` is a checkpoint. Files of other names are not opened: below / are some that never end."""
+    with contextlib.suppress(OSError):
+        return (child.is_dir() or child.suffix in _FILES) and reader_of(child) is not None
+    return False

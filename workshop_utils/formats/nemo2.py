@@ -221,7 +221,7 @@ def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
 def _refuse_half_written(path: Path) -> None:
     # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it; NAME-last may be a link to that.
     real = path.resolve()
-    marker = real.with_name(f"{real.name}-unfinished")
+    marker = real.parent / f"{real.name}-unfinished"
     if marker.exists():
         raise DamagedCheckpoint(f"{shown(path)} is half-written: {marker.name} lies beside it. Use an earlier checkpoint.")
     needed = ("context/model.yaml", "weights/metadata.json")
