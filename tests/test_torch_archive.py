@@ -70,6 +70,13 @@ def test_a_faulty_tensor_is_reported_and_the_others_are_read():
         torch_archive.read_tensors(io.BytesIO(short), "x")
 
 
+def test_a_faulty_tensor_that_is_the_whole_file():
+    content = saved(torch.ones(4)).getvalue().replace(b"archive/data/0", b"archive/data/9")
+    faults = []
+    assert torch_archive.read_state(io.BytesIO(content), "x", faults.append) is None
+    assert len(faults) == 1
+
+
 def test_a_lightning_checkpoint():
     state = {"layer": torch.ones(2, 2), "nested": {"deeper": torch.zeros(3)}}
     checkpoint = {

@@ -264,7 +264,7 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
     if state is None:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     _check_extent(state, where)
-    return _without_faulty({"": state}, where, "", report)[""] if faults else state
+    return _without_faulty({"": state}, where, "", report).get("") if faults else state
 
 
 def scan(file: IO[bytes], where: str) -> list[str]:
