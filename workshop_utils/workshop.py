@@ -86,7 +86,7 @@ class Workshop:
         from workshop_utils import finetune
 
         plan = self.plan(*overrides)
-        adapter = finetune.finetune(plan, reuse=True)
+        adapter = finetune.finetune(plan)
         record_metric("train_seconds", finetune.train_seconds(plan))
         return adapter
 

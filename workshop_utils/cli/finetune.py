@@ -24,6 +24,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
     parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
+    parser.add_argument("--fresh", action="store_true", help="train anew although an identical run has finished or can be continued")
     parser.add_argument("--trust", action="store_true", help="do not verify the checkpoint first: what is wrong with it is only printed")
     parser.set_defaults(run=run, takes_overrides=True)
 
@@ -44,6 +45,6 @@ def run(args) -> int:
     plan.preflight.require()
     if args.dry_run:
         return 0
-    adapter = finetune.finetune(plan)
+    adapter = finetune.finetune(plan, fresh=args.fresh)
     print(f"adapter: {paths.shown(adapter)} ({adapter.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -1,67 +1,111 @@
 """Run a plan: torchrun in a process group of its own, progress from its events, the real cause when it fails."""
 
+import contextlib
 import itertools
-import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from workshop_utils import paths
-from workshop_utils.errors import TrainingFailed
+from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.export.nemo import merge_parts
 
+from . import run_record
 from .events import read_events
 from .plan import Plan
 
-GRACE = 10.0
-"""Seconds that the workers get to end after a signal before they are killed."""
+GRACE = 4.0
+"""Seconds that the workers get to end after a signal before they are killed. A checkpoint is whole at any moment or not there."""
+
+LINGER = 2.0
+"""Seconds for the other workers to say their last words when one has failed."""
+
+_CLOSING = b"closing signal SIGTERM"
 
 
-def finetune(plan: Plan, progress: bool = True, reuse: bool = False) -> Path:
-    """Train and return the path of the ``.nemo`` adapter that NeMo wrote.
+def finetune(plan: Plan, progress: bool = True, fresh: bool = False) -> Path:
+    """Train and return the path of the ``.nemo`` adapter that NeMo wrote, merged if several model-parallel ranks wrote it.
 
-    A finished earlier run of the same name is kept under a numbered name; with ``reuse`` it is used instead when it was made
-    from the same overrides, data and base. An unfinished one of the same kind is continued from its last checkpoint, and a
-    line says so.
+    A finished run of the same overrides, script, data and base is used as it is; an unfinished one is continued from its last
+    checkpoint. A line says which. Any other earlier run of the same name is kept under a numbered name, as is the same one with
+    ``fresh``.
 
     Raises:
-        WorkshopError: the plan's preflight found something that would make the run fail.
+        WorkshopError: the plan's preflight found something that would make the run fail, or another process trains there.
         TrainingFailed: with the cause from the worker's log. The log stays beside the run.
     """
     plan.preflight.require()
-    same = _read(plan.record).get("fingerprint") == plan.fingerprint()
-    if plan.adapter.exists() and reuse and same:
-        print(f"{paths.shown(plan.run_dir)}: the adapter of an earlier, identical run is used.")
-        return plan.adapter
-    if plan.run_dir.exists() and not (same and not plan.adapter.exists()):
-        print(f"The earlier run is kept as {paths.shown(_keep(plan.run_dir))}.")
-    elif any(plan.run_dir.glob("checkpoints/*.ckpt")):
-        print(f"Continuing the interrupted run in {paths.shown(plan.run_dir)} from its last checkpoint.")
-    record = {"fingerprint": plan.fingerprint(), "device": str(plan.device)}
-    paths.write_text(plan.record, json.dumps(record, indent=2))
-    began = time.monotonic()
-    status = run_logged(plan.command, plan.environment, plan.log, plan.events if progress else None, plan.tokens_per_step)
-    if status != 0:
-        raise TrainingFailed(f"{failure_cause(plan.log)}\nThe whole log: {paths.shown(plan.log)}")
-    if not plan.adapter.exists():
-        raise TrainingFailed(f"torchrun ended well, but {paths.shown(plan.adapter)} is missing. The log: {paths.shown(plan.log)}")
-    if plan.config.model.peft.peft_scheme == "lora" and merge_parts(plan.adapter):
-        print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
-    paths.write_text(plan.record, json.dumps(record | {"seconds": time.monotonic() - began}, indent=2))
+    plan.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(plan.run_dir.with_name(f".{plan.run_dir.name}.lock"))
+    try:
+        with lock.acquire(blocking=False):
+            if not fresh and (done := _identical(plan)):
+                return done
+            _prepare(plan, fresh)
+            return _train(plan, progress)
+    except Timeout:
+        raise WorkshopError(f"Another process is training in {paths.shown(plan.run_dir)}. Wait, or give the run another --name.") from None
+
+
+def _identical(plan: Plan) -> Path | None:
+    """The adapter of a finished run that was asked for in the same words."""
+    record = run_record.read(plan)
+    if record.get("fingerprint") != plan.fingerprint() or record.get("status") != run_record.FINISHED or not plan.adapter.exists():
+        return None
+    print(f"{paths.shown(plan.run_dir)}: an identical run has finished; its adapter is used. (--fresh, or fresh=True, trains again.)")
     return plan.adapter
 
 
-def _read(record: Path) -> dict:
-    return json.loads(record.read_text()) if record.exists() else {}
+def _prepare(plan: Plan, fresh: bool) -> None:
+    """Leave the run directory as the run is to find it: empty, or as an interrupted start left it."""
+    if not plan.run_dir.exists():
+        return
+    record = run_record.read(plan)
+    continues = not fresh and record.get("fingerprint") == plan.fingerprint() and record.get("status") != run_record.FINISHED
+    if not continues:
+        print(f"The earlier run is kept as {paths.shown(_keep(plan.run_dir))}.")
+        return
+    print(run_record.how_it_ended(plan, record))
+    checkpoints = sorted(plan.run_dir.glob("checkpoints/*last.ckpt"))
+    if checkpoints:
+        print(f"Continuing from {paths.shown(checkpoints[-1])}. (--fresh, or fresh=True, starts over.)")
+    else:
+        print("It left no checkpoint: starting from the first step.")
+        plan.events.unlink(missing_ok=True)
+
+
+def _train(plan: Plan, progress: bool) -> Path:
+    """Run the plan's command, and write down how it ended."""
+    began = time.monotonic()
+    record = run_record.begin(plan)
+    status, cause = None, None
+    try:
+        status = run_logged(plan.command, plan.environment, plan.log, plan.events if progress else None, plan.tokens_per_step)
+        if status != 0:
+            cause = failure_cause(plan.log)
+        elif not plan.adapter.exists():
+            cause = f"torchrun ended well, but {paths.shown(plan.adapter)} is missing."
+        elif plan.config.model.peft.peft_scheme == "lora" and merge_parts(plan.adapter):
+            print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
+    except KeyboardInterrupt:
+        run_record.end(plan, record, run_record.INTERRUPTED, time.monotonic() - began, None)
+        print(f"Stopped. The same command continues from the last checkpoint in {paths.shown(plan.run_dir)}.")
+        raise
+    run_record.end(plan, record, run_record.FAILED if cause else run_record.FINISHED, time.monotonic() - began, status, cause)
+    if cause:
+        raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(plan.log)}")
+    return plan.adapter
 
 
 def train_seconds(plan: Plan) -> float:
-    """Seconds from the start of torchrun to its end, imports and model loading included, of the finished run of ``plan``."""
-    return _read(plan.record)["seconds"]
+    """Seconds from the start of torchrun to its end, imports and model loading included, of the last start of the finished ``plan``."""
+    return run_record.read(plan)["seconds"]
 
 
 def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None,
@@ -71,56 +115,68 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, e
     Ctrl-C (and a notebook's interrupt) ends the whole process group before it goes on.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    if events is not None:
-        events.unlink(missing_ok=True)
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            return process.wait() if events is None else _follow(process, events, tokens_per_step)
+            with _bar(events, tokens_per_step) as show:
+                while (status := process.poll()) is None:
+                    show()
+                    if _has_lost_a_worker(log):
+                        time.sleep(LINGER)
+                        break
+                    time.sleep(0.5)
+                show()
+                return status if status is not None else _end(process)
         finally:
             _end(process)
 
 
-def _follow(process: subprocess.Popen, events: Path, tokens_per_step: float | None) -> int:
-    """Move a tqdm bar along with the steps until the process ends."""
+def _has_lost_a_worker(log: Path) -> bool:
+    """Whether torchrun has begun to stop the other workers because one failed. It then waits 30 s for those that do not listen, as
+    Lightning does not in the middle of a collective operation (``torch/distributed/elastic/multiprocessing/api.py``, torch 2.13).
+    """
+    return _CLOSING in log.read_bytes()
+
+
+@contextlib.contextmanager
+def _bar(events: Path | None, tokens_per_step: float | None) -> Iterator[Callable[[], None]]:
+    """Yield a function that moves a tqdm bar along with the steps in ``events``; without ``events`` it does nothing."""
+    if events is None:
+        yield lambda: None
+        return
     from tqdm.auto import tqdm
 
+    def show() -> None:
+        seen = read_events(events)
+        steps = [event for event in seen if event["event"] == "step"]
+        starts = [event for event in seen if event["event"] == "start"]
+        if starts and bar.total is None:
+            bar.reset(total=starts[-1]["max_steps"])
+            bar.set_description("training")
+        if steps:
+            bar.n = steps[-1]["step"]
+            speed = f"{tokens_per_step / steps[-1]['seconds']:.0f} tokens/s, " if tokens_per_step else ""
+            bar.set_postfix_str(f"{speed}loss {steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else speed)
+
     with tqdm(desc="loading NeMo and the model", unit="step", dynamic_ncols=True) as bar:
-        while True:
-            status = process.poll()
-            seen = read_events(events)
-            steps = [event for event in seen if event["event"] == "step"]
-            starts = [event for event in seen if event["event"] == "start"]
-            if starts and bar.total is None:
-                bar.reset(total=starts[-1]["max_steps"])
-                bar.set_description("training")
-            if steps:
-                bar.n = steps[-1]["step"]
-                speed = f"{tokens_per_step / steps[-1]['seconds']:.0f} tokens/s, " if tokens_per_step else ""
-                bar.set_postfix_str(f"{speed}loss {steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else speed)
-            if status is not None:
-                return status
-            time.sleep(0.5)
+        yield show
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End the process group: politely, then not. torchrun hands SIGTERM on; Lightning may swallow it, hence SIGKILL."""
-    if process.poll() is not None:
-        return
+def _end(process: subprocess.Popen) -> int:
+    """End the process group: politely, then not; returns its exit status. torchrun hands SIGTERM on; Lightning may swallow it."""
     for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        try:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
+    return process.wait()
 
 
 def failure_cause(log: Path) -> str:
     """The exception that ended the worker: the last traceback's message that is not torchrun's own summary."""
-    lines = Path(log).read_text(errors="replace").replace(f"{paths.root()}/", "").splitlines()
+    text = Path(log).read_text(errors="replace").replace(f"{paths.root()}/", "")
+    lines = text.splitlines()
     cut = next((i for i, line in enumerate(lines) if "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in line), len(lines))
     lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in lines[:cut]]
     for index in range(len(lines) - 1, -1, -1):
@@ -128,6 +184,9 @@ def failure_cause(log: Path) -> str:
             # A message may go on for some lines; NeMo's log and the next traceback do not belong to it.
             rest = itertools.takewhile(lambda line: line.strip() and not re.match(r"Traceback|\[|[EWI]\d{4} |\w+: +\d+%", line), lines[index + 1 :])
             return "\n".join([lines[index], *itertools.islice(rest, 5)])
+    killed = re.search(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode: -(\d+) ", text)
+    if killed and (killed[1] or killed[3]) == str(int(signal.SIGKILL)):
+        return "A training process was killed (SIGKILL). Usually the system does that when memory runs out: lower model.micro_batch_size."
     tail = [line for line in lines if line.strip()][-5:]
     return "The training process ended without a Python error. Its last words:\n" + "\n".join(tail)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils import chat_data, paths
+from workshop_utils import chat_data, orphans, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.doctor.verify import require_sound
@@ -238,7 +238,8 @@ def training_environment(run_dir: Path, nproc_per_node: int = 1) -> dict[str, st
     quiet_environment(environment)
     nemo_cpu.inherit(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node)))
-    return environment | {"WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+    return environment | {"WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1",
+                          orphans.VARIABLE: str(os.getpid())}  # fmt: skip
 
 
 def _run_dir(given: dict[str, str], name: str) -> Path:

@@ -17,5 +17,7 @@ if _next is not None and _next.loader is not None:
 # Tools that only borrow this environment (pip, for one) may run in a Python without the package: leave them alone.
 if importlib.util.find_spec("workshop_utils") is not None and importlib.util.find_spec("wrapt") is not None:
     from workshop_utils.nemo_cpu import apply
+    from workshop_utils.orphans import die_with_parent
 
+    die_with_parent()
     apply()

@@ -1,0 +1,172 @@
+"""How a run starts and ends: records, resuming, locks, and no process left behind. The training is a stand-in of some lines."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from filelock import FileLock
+from tiny_model import make_tiny_model, write_rows
+
+from workshop_utils import finetune
+from workshop_utils.errors import TrainingFailed, WorkshopError
+from workshop_utils.finetune import launch, run_record
+
+TRAINER = """
+import json, os, sys, time
+from pathlib import Path
+checkpoints = Path({checkpoints!r}); checkpoints.mkdir(parents=True, exist_ok=True)
+with open(os.environ["WORKSHOP_EVENTS"], "a") as events:
+    for step in (1, 2, 3):
+        print(json.dumps({{"event": "step", "step": step, "loss": 1.0, "seconds": 0.1}}), file=events, flush=True)
+{body}
+"""
+FINISH = "(checkpoints / {name!r}).write_bytes(b'adapter')"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("bridged") / "tiny"
+    tokenizer = make_tiny_model(directory.parent / "hf")
+    (directory / "model_weights").mkdir(parents=True)
+    (directory / "model_config.yaml").write_text(yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}}))
+    return directory
+
+
+@pytest.fixture
+def planned(base, tmp_path, monkeypatch):
+    """A function from the body of the stand-in for training to a plan that runs it."""
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
+    monkeypatch.delenv("NEMO_PATH", raising=False)
+    monkeypatch.setattr(launch, "merge_parts", lambda adapter: False)
+    write_rows(tmp_path / "rows.jsonl")
+
+    def make(body: str = "", *overrides: str, finish: bool = True, torchrun: bool = False) -> finetune.Plan:
+        plan = finetune.make_plan([f"model.restore_from_path={base}", *overrides], data=tmp_path / "rows.jsonl", name="run", trust=True)
+        script = tmp_path / "train.py"
+        text = body + ("\n" + FINISH.format(name=plan.adapter.name) if finish else "")
+        script.write_text(TRAINER.format(checkpoints=str(plan.adapter.parent), body=text))
+        plan.command = finetune.torchrun(script, []) if torchrun else [sys.executable, str(script)]
+        return plan
+
+    return make
+
+
+def test_a_finished_run_has_a_record_and_is_used_again(planned, capsys):
+    plan = planned()
+    assert finetune.finetune(plan, progress=False) == plan.adapter
+    record = run_record.read(plan)
+    assert (record["status"], record["exit_status"], record["steps"], record["seed"]) == ("finished", 0, 3, 1234)
+    assert record["seconds"] > 0 and record["machine"]["cores"] >= 1 and record["started"].endswith("+00:00")
+    assert record["fingerprint"]["data"] and record["command"].startswith("torchrun")
+    made = plan.adapter.stat().st_mtime_ns
+    finetune.finetune(planned(), progress=False)
+    assert plan.adapter.stat().st_mtime_ns == made
+    assert "an identical run has finished; its adapter is used" in capsys.readouterr().out
+
+
+def test_fresh_and_another_run_keep_the_earlier_one(planned, capsys):
+    plan = planned()
+    finetune.finetune(plan, progress=False)
+    finetune.finetune(planned(), progress=False, fresh=True)
+    assert (plan.run_dir.with_name("run.1") / "checkpoints" / plan.adapter.name).exists()
+    finetune.finetune(planned("", "trainer.max_steps=4"), progress=False)
+    assert (plan.run_dir.with_name("run.2") / "checkpoints" / plan.adapter.name).exists()
+    assert capsys.readouterr().out.count("The earlier run is kept as") == 2
+
+
+def test_a_failure_is_recorded_and_the_next_start_says_so(planned, capsys):
+    with pytest.raises(TrainingFailed, match="ValueError: the loss is a fish"):
+        finetune.finetune(planned("raise ValueError('the loss is a fish')"), progress=False)
+    plan = planned("(checkpoints / 'x-last.ckpt').touch()")
+    record = run_record.read(plan)
+    assert (record["status"], record["steps"], record["exit_status"]) == ("failed", 3, 1)
+    finetune.finetune(plan, progress=False)
+    printed = capsys.readouterr().out
+    assert "The last start failed after step 3: ValueError: the loss is a fish" in printed
+    assert "It left no checkpoint: starting from the first step." in printed
+    assert [event["step"] for event in finetune.read_events(plan.events)] == [1, 2, 3]
+
+
+def test_an_interrupted_run_is_continued_and_keeps_its_events(planned, capsys):
+    plan = planned("(checkpoints / 'x-last.ckpt').touch(); raise SystemExit(3)", finish=False)
+    with pytest.raises(TrainingFailed):
+        finetune.finetune(plan, progress=False)
+    record = json.loads(plan.record.read_text()) | {"status": "running"}
+    plan.record.write_text(json.dumps(record))
+    finetune.finetune(planned(), progress=False)
+    printed = capsys.readouterr().out
+    assert "ended without a word after step 3: it was killed" in printed
+    assert "Continuing from runs/finetune/run/checkpoints/x-last.ckpt." in printed
+    assert len(finetune.read_events(plan.events)) == 6
+
+
+def test_a_run_that_leaves_no_adapter_has_not_finished(planned):
+    with pytest.raises(TrainingFailed, match="ended well, but .* is missing"):
+        finetune.finetune(planned(finish=False), progress=False)
+
+
+def test_two_at_once_are_refused(planned):
+    plan = planned()
+    plan.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(plan.run_dir.with_name(".run.lock")), pytest.raises(WorkshopError, match="Another process is training in"):
+        finetune.finetune(plan, progress=False)
+
+
+def test_a_killed_worker_is_told_from_an_error(planned):
+    with pytest.raises(TrainingFailed, match=r"was killed \(SIGKILL\)\. Usually the system does that when memory runs out"):
+        finetune.finetune(planned("os.kill(os.getpid(), 9)", torchrun=True), progress=False)
+
+
+LAUNCHER = """
+import sys
+from workshop_utils import finetune
+from workshop_utils.finetune import run_logged
+from pathlib import Path
+folder = Path(sys.argv[1])
+run_logged(finetune.torchrun(folder / "sleep.py", [], nproc_per_node=2), finetune.training_environment(folder, 2), folder / "log")
+"""
+SLEEPER = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Lightning does
+mark = os.path.join(os.path.dirname(__file__), f"up.{os.environ['RANK']}")
+child = subprocess.Popen([sys.executable, "-c", f"import time; open({mark!r}, 'w').close(); time.sleep(600)"])
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("victim, number", [
+    ("launcher", signal.SIGKILL),
+    ("worker", signal.SIGKILL),
+    pytest.param("torchrun", signal.SIGKILL, marks=pytest.mark.slow),
+    pytest.param("launcher", signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param("launcher", signal.SIGINT, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_nothing_is_left_behind(tmp_path, victim, number):
+    """Whoever is killed, in whatever way, ten seconds later nothing of the run is alive (grandchildren included)."""
+    (tmp_path / "sleep.py").write_text(SLEEPER)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path)], env=os.environ | {"WORKSHOP_ROOT": str(tmp_path)})
+    wait_for(lambda: all((tmp_path / f"up.{rank}").exists() for rank in (0, 1)), 60)
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    torchrun = psutil.Process(launcher.pid).children()[0]
+    assert len(family) >= 5, "torchrun, two workers, a child of each"
+    {"launcher": psutil.Process(launcher.pid), "torchrun": torchrun, "worker": torchrun.children()[0]}[victim].send_signal(number)
+    wait_for(lambda: not any(alive(process) for process in family), 10)
+    launcher.wait(20)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_for(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)

@@ -1,0 +1,73 @@
+"""``workshop/run.json`` in a run's directory: what was asked for, where it ran, and how it ended."""
+
+import datetime
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from workshop_utils import paths
+from workshop_utils.report import describe_machine
+
+from .events import read_events
+from .plan import Plan
+
+RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "interrupted"
+
+
+def read(plan: Plan) -> dict[str, Any]:
+    """The record of the run directory of ``plan``; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(plan.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def begin(plan: Plan) -> dict[str, Any]:
+    """Write the record of a run that starts now, and return it."""
+    record = {
+        "status": RUNNING,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "fingerprint": plan.fingerprint(),
+        "command": str(plan),
+        "seed": plan.config.model.seed,
+        "commit": _commit(),
+        "device": str(plan.device),
+        "machine": describe_machine(),
+    }
+    _write(plan, record)
+    return record
+
+
+def end(plan: Plan, record: dict[str, Any], status: str, seconds: float, exit_status: int | None, cause: str | None = None) -> None:
+    """Write how the run of ``record`` ended; ``seconds`` is its wall time, this start alone."""
+    steps = [event["step"] for event in read_events(plan.events) if event["event"] == "step"]
+    _write(plan, record | {"status": status, "seconds": seconds, "exit_status": exit_status, "steps": max(steps, default=0)}
+           | ({"cause": cause} if cause else {}))  # fmt: skip
+
+
+def how_it_ended(plan: Plan, record: dict[str, Any]) -> str:
+    """A sentence about the last start in this directory, for the next one."""
+    steps = max((event["step"] for event in read_events(plan.events) if event["event"] == "step"), default=0)
+    after = f"after step {steps}" if steps else "before its first step"
+    if record.get("status") == RUNNING:
+        return f"The last start ended without a word {after}: it was killed, or the machine went down."
+    if record.get("status") == FAILED:
+        return f"The last start failed {after}: {str(record.get('cause')).splitlines()[0]}"
+    return f"The last start was interrupted {after}."
+
+
+def _write(plan: Plan, record: dict[str, Any]) -> None:
+    paths.write_text(plan.record, json.dumps(record, indent=2))
+
+
+def _commit() -> str | None:
+    """Commit of the workshop's repository, with "+" when files differ from it; None where there is no git."""
+    try:
+        def git(*arguments: str) -> str:
+            return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
