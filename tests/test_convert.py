@@ -1,7 +1,6 @@
 """Conversion between the formats of NeMo, on checkpoints that Megatron-Core wrote; NeMo itself reads the results in test_convert_nemo."""
 
 import io
-import json
 import os
 import shutil
 import tarfile
@@ -14,7 +13,7 @@ import yaml
 from tiny_model import make_tiny_model
 
 from workshop_utils.cli import main
-from workshop_utils.convert import convert
+from workshop_utils.convert import convert, readers
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, nemo2, nemo_archive, torch_dist, values
 from workshop_utils.formats.gpt_classes import FAMILIES
@@ -162,9 +161,12 @@ def test_a_run_config_of_megatron_bridge(megatron, root, tokenizer):
 def test_ranks_that_do_not_fit_are_damaged(megatron, root, tokenizer, change, words):
     source = Path(shutil.copytree(megatron / "ranks", root / "ranks"))
     change(source)
-    with pytest.raises(DamagedCheckpoint, match=words):
+    with pytest.raises(DamagedCheckpoint):
         convert(source, root / "made", "nemo2", tokenizer=tokenizer)
     assert not (root / "made").exists()
+    # The reader itself, for --trust.
+    with pytest.raises(DamagedCheckpoint, match=words):
+        readers.read(source)
 
 
 def _change(directory: Path, **changes) -> None:
@@ -222,6 +224,17 @@ def test_only_the_tokenizer_comes_along(megatron, root, tokenizer):
     assert {file.name for file in (root / "made" / "context" / "nemo_tokenizer").iterdir()} == {
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     }  # fmt: skip
+
+
+def test_a_given_tokenizer_replaces_a_missing_one(checkpoint, root, tokenizer):
+    shutil.rmtree(checkpoint / "context" / "nemo_tokenizer")
+    with pytest.raises(DamagedCheckpoint, match="tokenizer"):
+        convert(checkpoint, root / "made", "nemo1", trust=True)
+    convert(checkpoint, root / "made", "nemo2", tokenizer=tokenizer, trust=True)
+    assert (root / "made" / "context" / "nemo_tokenizer" / "tokenizer.json").read_bytes() == (
+        tokenizer / "tokenizer.json"
+    ).read_bytes()
+    assert weights(root / "made") == weights(checkpoint)
 
 
 @pytest.mark.parametrize("described, words", [
@@ -306,10 +319,13 @@ def test_other_formats_get_a_sentence(checkpoint, root, tokenizer):
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.4.0"}, root / "last.ckpt")
     with pytest.raises(UnsupportedCheckpoint, match="Lightning.*megatron_ckpt_to_nemo"):
         convert(root / "last.ckpt", root / "made", "nemo2")
-    backend = checkpoint / "weights" / "metadata.json"
-    backend.write_text(json.dumps({"sharded_backend": "zarr", "sharded_backend_version": 1}))
-    with pytest.raises((UnsupportedCheckpoint, DamagedCheckpoint), match="zarr"):
-        convert(checkpoint, root / "made", "nemo1")
+    shutil.copytree(checkpoint, root / "old")
+    (root / "old" / "weights" / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(UnsupportedCheckpoint, match="zarr weights cannot be read here.*load and save"):
+        readers.read(root / "old")
+    (root / "gguf.gguf").write_bytes(b"GGUF")
+    with pytest.raises((DamagedCheckpoint, UnsupportedCheckpoint)):
+        convert(root / "gguf.gguf", root / "made", "nemo2")
     with pytest.raises(NotACheckpoint, match="does not exist"):
         convert(root / "nothing", root / "made", "nemo1")
     with pytest.raises(NotACheckpoint):

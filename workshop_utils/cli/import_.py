@@ -7,7 +7,8 @@ def add_parser(subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "import", help="Hugging Face model -> NeMo 2.0 checkpoint",
-        description="Convert a Hugging Face model of the Llama family to a NeMo 2.0 distributed checkpoint with llm.import_ckpt. "
+        description="Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0 distributed checkpoint "
+        "with NeMo's importer. "
         "Example: workshop import smollm2-135m-instruct",
     )  # fmt: skip
     parser.add_argument("model", help="a model that `workshop models fetch` got, or a Hugging Face model directory")

@@ -5,6 +5,7 @@ copied but linked, with an index of their own; weights in one file for each rank
 tensor (:mod:`.weights`). Only Hugging Face models need NeMo itself, in a process of its own.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def convert(
         raise ValueError(f"to is one of {FORMATS} and dtype one of {DTYPES} or None")
     if source.exists() and targets.inside(source, target):
         raise OutputExists(f"{shown(target)}: the target cannot lie inside the source or contain it. Choose another place.")
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
     if target.suffix == ".nemo" and to == "nemo2":
         raise UnsupportedCheckpoint(f"{shown(target)}: a .nemo archive is NeMo 1. For NeMo 2.0 name a directory.")
@@ -74,15 +75,12 @@ def _convert(
     path: Path, target: Path, to: str, tokenizer: Path | str | None, dtype: str | None, dry_run: bool, temporary: bool = False
 ) -> Conversion:
     """``temporary``: the files of ``path`` may be moved to ``target``."""
-    import dataclasses
-
     from workshop_utils.convert import readers, targets, tokenizers, weights
 
-    found = readers.read(path)
-    if tokenizer is not None:
-        found = dataclasses.replace(found, tokenizer=tokenizers.given(Path(tokenizer)))
+    found = readers.read(path, None if tokenizer is None else tokenizers.given(Path(tokenizer)))
     archive = target.suffix == ".nemo"
-    if found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to] and found.sharded and dtype is None and archive == path.is_file():
+    same = found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to] and found.sharded and archive == path.is_file()
+    if same and dtype is None and tokenizer is None:
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.format} checkpoint already. Nothing was converted.")
     what = weights.how(found, dtype, archive, temporary)
     write: Callable = targets.write_nemo2 if to == "nemo2" else targets.write_archive if archive else targets.write_nemo1

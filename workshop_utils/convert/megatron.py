@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from workshop_utils.bridge import config as bridge_config
 from workshop_utils.convert import layered
-from workshop_utils.convert.source import Files, Source
+from workshop_utils.convert.source import Files, Source, Tokenizer
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, saved_tensors, torch_dist
 from workshop_utils.formats.gpt_classes import BASE, ROPE_SCALING
@@ -33,8 +33,8 @@ _ARGUMENTS = {
 """Names of Megatron-LM's arguments that differ from the fields of its TransformerConfig."""
 
 
-def read(path: Path) -> Source:
-    """What the directory ``path`` holds; errors as :func:`workshop_utils.convert.readers.read`."""
+def read(path: Path, tokenizer: Tokenizer | None) -> Source:
+    """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors as :func:`workshop_utils.convert.readers.read`."""
     ranks = layered.rank_files([str(file.relative_to(path)) for file in path.glob("mp_rank_*/*")])
     files = Files(path.resolve())
     if ranks:
@@ -63,7 +63,7 @@ def read(path: Path) -> Source:
         objects=objects,
         prefix=prefix,
         files=files,
-        tokenizer=None,
+        tokenizer=tokenizer,
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from workshop_utils.bridge import config as bridge_config
 from workshop_utils.convert import layered, megatron, tokenizers
-from workshop_utils.convert.source import Files, Source
+from workshop_utils.convert.source import Files, Source, Tokenizer
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import (
     gpt_config,
@@ -34,8 +34,8 @@ _WAYS_OUT = {
 }
 
 
-def read(path: Path) -> Source:
-    """What the checkpoint ``path`` holds. Of the weights only the indexes are read.
+def read(path: Path, tokenizer: Tokenizer | None = None) -> Source:
+    """What the checkpoint ``path`` holds, with ``tokenizer`` in place of its own. Of the weights only the indexes are read.
 
     Raises :class:`NotACheckpoint`, :class:`UnsupportedCheckpoint` (a kind or a feature that cannot be converted),
     :class:`DamagedCheckpoint` and :class:`UnsafeCheckpoint`.
@@ -47,10 +47,10 @@ def read(path: Path) -> Source:
     if found.detail and "zarr" in found.detail or any(name.endswith(zarr_directory.WAY_OUT) for name in found.notes):
         raise UnsupportedCheckpoint(f"{shown(path)}: {ZARR}")
     readers = {Kind.NEMO2: _nemo2, Kind.MEGATRON: megatron.read}
-    return readers.get(found.kind, _nemo1)(path)
+    return readers.get(found.kind, _nemo1)(path, tokenizer)
 
 
-def _nemo2(path: Path) -> Source:
+def _nemo2(path: Path, tokenizer: Tokenizer | None) -> Source:
     found = nemo2.read(path)
     where = shown(path / "context" / "model.yaml")
     fields = gpt_config.read_fields(found.model, where)
@@ -67,11 +67,11 @@ def _nemo2(path: Path) -> Source:
         objects={name: entry for name, entry in found.objects.items() if name.startswith("module.")},
         prefix="module.",
         files=Files(path.resolve() / "weights"),
-        tokenizer=tokenizers.of_nemo2(bridge_config.tokenizer(found, where)),
+        tokenizer=tokenizer or tokenizers.of_nemo2(bridge_config.tokenizer(found, where)),
     )
 
 
-def _nemo1(path: Path) -> Source:
+def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
     """A ``.nemo`` archive, or a directory with the same files."""
     if path.is_file():
         names = [member.name for member in nemo_archive.members(path)]
@@ -103,7 +103,7 @@ def _nemo1(path: Path) -> Source:
         objects=objects,
         prefix="model.",
         files=files,
-        tokenizer=tokenizers.of_nemo1(config, path, where),
+        tokenizer=tokenizer or tokenizers.of_nemo1(config, path, where),
     )
 
 
