@@ -168,7 +168,11 @@ class Machine:
                 else:
                     push(())
             elif op == 0x75:  # SETITEMS
-                items = self._after_mark()
+                mark = marks.pop()
+                if mark > len(stack):
+                    raise IndexError("a mark is missing")
+                items = stack[mark:]
+                del stack[mark:]
                 state = stack[-1]
                 if follows(b"b", at) and len(stack) > 1 and isinstance(stack[-2], Record) and type(state) is dict and not state:
                     pop()

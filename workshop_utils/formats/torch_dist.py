@@ -95,10 +95,7 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
     while stored:
         # Taken out one by one, so that there are never two full lists of 100,000 places.
         key, place = stored.popitem()
-        if not isinstance(key, restricted_pickle.MetadataIndex) or not isinstance(place, restricted_pickle.StorageInfo):
-            report(DamagedCheckpoint(f"{where}/{INDEX} lists a place of an unknown kind."))
-            continue
-        name, offset = key.get("fqn"), key.get("offset")
+        name, offset = getattr(key, "fqn", None), getattr(key, "offset", None)
         if not isinstance(name, str) or len(name) > MAX_NAME or not (offset is None or _is_shape(offset)):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
             continue
@@ -113,12 +110,12 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
     return places
 
 
-def _place(where: str, name: str, place: restricted_pickle.StorageInfo, files: Mapping[str, int]) -> tuple[str, int, int]:
+def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
     """(file, start, length) of one stored item, once the file is known to hold that range."""
-    file, start, length = place.get("relative_path"), place.get("offset"), place.get("length")
+    file, start, length = getattr(place, "relative_path", None), getattr(place, "offset", None), getattr(place, "length", None)
     if not isinstance(file, str) or len(file) > MAX_NAME or not _is_shape((start, length)):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
-    if place.get("transform_descriptors"):
+    if getattr(place, "transform_descriptors", None):
         raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name)
     if file not in files:
         parts = PurePosixPath(file)
