@@ -20,10 +20,6 @@ from workshop_utils.paths import shown
 if TYPE_CHECKING:
     import numpy
 
-_WEIGHTS = {
-    Kind.NEMO2: "weights", Kind.NEMO2_ADAPTER: "weights", Kind.NEMO1_DIRECTORY: "model_weights", Kind.BRIDGED_VIEW: "model_weights",
-}  # fmt: skip
-
 
 @contextlib.contextmanager
 def open_part(checkpoint: Checkpoint, file: str) -> Iterator[IO[bytes]]:
@@ -32,7 +28,7 @@ def open_part(checkpoint: Checkpoint, file: str) -> Iterator[IO[bytes]]:
         with nemo_archive.open_member(checkpoint.path, file) as member:
             yield member
         return
-    path = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / _WEIGHTS.get(checkpoint.kind, "") / file
+    path = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / checkpoint.folder / file
     with path.open("rb") as opened:
         yield opened
 
