@@ -278,6 +278,7 @@ def test_a_model_that_is_not_tied_needs_its_output_layer(gpu):
             '{"sharded_backend": "torch_dist", "sharded_backend_version": 7}',
             ("torch_dist' 7", "known are torch_dist 1"),
         ),
+        ("weights/metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": [1]}', ("torch_dist' [1]",)),
         ("weights/common.pt", None, ("common.pt is missing",)),
         ("weights/common.pt", "junk", ("common.pt",)),
         ("weights/.metadata", None, (".metadata is missing",)),

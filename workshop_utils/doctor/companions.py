@@ -9,7 +9,7 @@ from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
 from workshop_utils.formats import safe_text, tokenizer_files, torch_archive
 from workshop_utils.paths import shown
 
-_BACKENDS = {"sharded": {("torch_dist", 1), ("zarr", 1)}, "common": {("torch", 1)}}
+_BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
 _LEFTOVERS = ("*-unfinished", "*.partial", "*.incomplete", "*.tmp")
 _MOST_FILES = 10_000
 
@@ -24,7 +24,7 @@ def check_backend(report: Report, weights: Path) -> None:
     for half, known in _BACKENDS.items():
         found = stated.get(f"{half}_backend"), stated.get(f"{half}_backend_version")
         if found not in known:
-            wanted = " or ".join(f"{name} {version}" for name, version in sorted(known))
+            wanted = " or ".join(f"{name} {version}" for name, version in known)
             report.damaged(
                 f"{shown(weights / 'metadata.json')}: the {half} backend is {found[0]!r} {found[1]!r}; known are {wanted}."
             )

@@ -27,17 +27,22 @@ def sane_layers(report: Report, config: str, count: int) -> bool:
     return count <= _MOST_LAYERS
 
 
+def without_prefix(name: str) -> str:
+    """The name as :func:`~workshop_utils.formats.megatron_layout.layout` has it: without ``module.`` or ``model.``."""
+    return _PREFIX.sub("", name)
+
+
 def check_megatron(report: Report, where: str, tensors: Iterable[Tensor], fields: Mapping[str, Any], config: str) -> None:
     """Names and shapes of a whole model against ``fields``, which the file ``config`` states (of ``read_fields``)."""
     if not sane_layers(report, config, fields["num_layers"]):
         return
-    found = {_PREFIX.sub("", tensor.name): tensor for tensor in tensors}
+    found = {without_prefix(tensor.name): tensor for tensor in tensors}
     rows = found[EMBEDDING].shape[0] if EMBEDDING in found and found[EMBEDDING].shape else fields["vocab_size"] or 0
     expected = layout(dict(fields), rows)
     seen: dict[str, set[int]] = {}
     for name, tensor in found.items():
         kind, place = stacked_name(name)
-        kind = _without_local_norms(kind, expected)
+        kind = without_local_norms(kind, expected)
         weight = expected.get(kind)
         if weight is None:
             if not (kind == OUTPUT and fields["share_embeddings_and_output_weights"]) and "rotary" not in kind:
@@ -56,7 +61,8 @@ def check_megatron(report: Report, where: str, tensors: Iterable[Tensor], fields
     report.checked.append(f"every tensor and every layer that {config} asks for is there, in its shape")
 
 
-def _without_local_norms(kind: str, expected: Mapping[str, Any]) -> str:
+def without_local_norms(kind: str, expected: Mapping[str, Any]) -> str:
+    """The name that ``expected`` has for ``kind``, which may come from a model without Transformer Engine."""
     for local, fused in _LOCAL_NORMS.items():
         if kind.startswith(local) and kind not in expected:
             return kind.replace(local, fused)
@@ -73,7 +79,7 @@ def _compare(report: Report, where: str, tensor: Tensor, shape: tuple[int, ...],
 def _complete(report: Report, where: str, kind: str, every: set[int], seen: set[int], stacked: bool, config: str) -> None:
     if not seen:
         # A tensor that its reader reported is left out of what it returns.
-        if not any(finding.tensor and _PREFIX.sub("", finding.tensor) == kind for finding in report.findings):
+        if not any(finding.tensor and without_prefix(finding.tensor) == kind for finding in report.findings):
             report.damaged(f"{where}: {kind} is missing; {config} asks for it.", kind)
     elif stacked and seen != every:
         for wrong, text in ((every - seen, "is missing in"), (seen - every, "is there for")):
@@ -141,33 +147,6 @@ def check_uniform(report: Report, where: str, tensors: Iterable[Tensor], sizes: 
         every = set(range(count or max(numbered) + 1))
         _complete(report, where, "every tensor", every, numbered, True, config)
     report.checked.append("no layer is missing altogether")
-
-
-def check_ranks(report: Report, where: str, tensors: Iterable[Tensor], parallel: tuple[int, int]) -> None:
-    """Parts of tensor-parallel ranks that were not merged: in each pipeline stage all ranks hold the same tensors."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for tensor in tensors:
-        for file in tensor.files:
-            parts.setdefault(file, {})[tensor.name] = tensor
-    stages: dict[str, list[str]] = {}
-    for file in sorted(parts):
-        found = re.search(r"(?:pp_rank|mp_rank_\d+)_(\d+)", file)
-        stages.setdefault(found[1] if found else "", []).append(file)
-    for first, *others in stages.values():
-        for other in others:
-            for name in sorted(parts[first].keys() ^ parts[other].keys()):
-                lacking = other if name in parts[first] else first
-                report.damaged(f"{where}: {lacking} has no {name}, which another rank of the same stage has.", name)
-            for name in sorted(parts[first].keys() & parts[other].keys()):
-                shape, dtype = parts[other][name].shape, parts[other][name].dtype
-                if (shape, dtype) != (parts[first][name].shape, parts[first][name].dtype):
-                    report.damaged(
-                        f"{where}: {name} is {list(shape)} of {dtype} in {other}, but {list(parts[first][name].shape)} of "
-                        f"{parts[first][name].dtype} in {first}.",
-                        name,
-                    )
-    report.checked.append(f"the parts of all {parallel[0]} x {parallel[1]} ranks hold the same tensors")
-    report.untold.append("whether the shapes fit the architecture: the parts are not merged")
 
 
 def check_dtypes(report: Report, where: str, tensors: Iterable[Tensor], stated: str | None = None) -> None:

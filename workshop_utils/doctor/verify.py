@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.doctor import adapters, companions, places, shapes
+from workshop_utils.doctor import adapters, companions, places, ranks, shapes
 from workshop_utils.doctor import manifest as manifests
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsupportedCheckpoint
@@ -159,10 +159,10 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
         if checkpoint.parallel == (1, 1):
             adapters.check_nemo1(report, path, config, checkpoint.tensors)
         adapters.base_note(report, checkpoint.adapter.base)
+    fields = None if checkpoint.adapter else _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
     if checkpoint.parallel != (1, 1):
-        shapes.check_ranks(report, where, checkpoint.tensors, checkpoint.parallel)
+        ranks.check(report, where, checkpoint.tensors, checkpoint.parallel, fields)
     elif not checkpoint.adapter:
-        fields = _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
         if fields:
             shapes.check_megatron(report, where, checkpoint.tensors, fields, nemo_archive.CONFIG)
         else:
@@ -234,13 +234,13 @@ def _check_peft(report: Report, checkpoint: Checkpoint, base: Path) -> None:
 def _check_others(report: Report, checkpoint: Checkpoint, base: Path) -> None:
     if checkpoint.parallel == (1, 1):
         shapes.check_uniform(report, shown(base), checkpoint.tensors, checkpoint.architecture)
+        report.untold.append("whether the shapes fit the architecture: that is not looked at in this format")
     else:
         # The parts of pipeline stages number their layers from 0, each.
-        shapes.check_ranks(report, shown(base), checkpoint.tensors, checkpoint.parallel)
+        ranks.check(report, shown(base), checkpoint.tensors, checkpoint.parallel)
     # A GGUF file mixes quantised types on purpose.
     if checkpoint.kind is not Kind.GGUF:
         shapes.check_dtypes(report, shown(base), checkpoint.tensors)
-    report.untold.append("whether the shapes fit the architecture: that is not looked at in this format")
 
 
 _BY_KIND: dict[Kind, Callable[[Report, Checkpoint, Path], None]] = {
