@@ -139,8 +139,16 @@ def test_parts_of_ranks(root, folders, sizes, packed):
     answer, how = answers(found)["script path"]
     assert answer == "yes"
     assert f"model.tensor_model_parallel_size={sizes[0]} model.pipeline_model_parallel_size={sizes[1]}" in how
-    assert answers(found)["vLLM"][0] == "no"
-    assert "are not merged" in answers(found)["vLLM"][1]
+    # workshop export puts the parts together.
+    assert answers(found)["vLLM"][0] == "after"
+    assert "--to hf-peft" in answers(found)["vLLM"][1]
+
+
+def test_the_vocabulary_is_split_over_the_ranks(root):
+    members = {"model_config.yaml": yaml.safe_dump(MODEL).encode()}
+    members |= {f"mp_rank_{rank:02d}/model_weights.ckpt": saved(model_state(rows=32)) for rank in range(2)}
+    found = identify(write_tar(root / "a.nemo", members))
+    assert (found.adapter, found.architecture.vocabulary, found.parallel) == (None, 64, (2, 1))
 
 
 def test_a_missing_part_is_named(root):

@@ -205,10 +205,6 @@ def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
         NEMO2: ("no", "NeMo 2.0 has no importer of NeMo 1 adapters; use the script path, or train with the NeMo 2.0 API"),
         BRIDGE: ("no", f"{_OWN_ADAPTERS}; serve it as PEFT with another reader"),
     }
-    if checkpoint.parallel != (1, 1):
-        ranks = checkpoint.parallel[0] * checkpoint.parallel[1]
-        merge = "merge them with NeMo's examples/nlp/language_modeling/megatron_change_num_partitions.py, or train with both sizes at 1"
-        return _all("no", f"the parts of its {ranks} ranks are not merged: {merge}") | nemo
     if adapter.variant != "LoRA":
         return _all("no", "workshop export takes LoRA; merge it with NeMo's own script of that kind of adapter") | nemo
     export = f"workshop export {path}"

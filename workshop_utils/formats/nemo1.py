@@ -33,6 +33,8 @@ from workshop_utils.formats import (
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.nemo_archive import CONFIG, WEIGHTS
+from workshop_utils.formats.rank_files import rank_files
+from workshop_utils.formats.rank_files import sizes as rank_sizes
 from workshop_utils.formats.safe_text import read_json
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
@@ -44,7 +46,6 @@ VIEW = "bridge.json"
 
 MAX_RANKS = 10_000
 
-_RANK = re.compile(rf"(?:mp_rank_(?P<tensor>\d+)|tp_rank_(?P<both>\d+)_pp_rank_(?P<pipeline>\d+))/{re.escape(WEIGHTS)}")
 _RANK_FOLDER = re.compile(r"mp_rank_\d+|tp_rank_\d+_pp_rank_\d+")
 
 
@@ -65,7 +66,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     config = parts.config()
     tensors, parallel, notes = _tensors(parts, config, report)
     view = _view(path) if path.is_dir() and (path / VIEW).is_file() else None
-    adapter = None if view else _adapter(config, tensors)
+    adapter = None if view else _adapter(config, tensors, parallel)
     ours = config.get("workshop")
     ours = ours if isinstance(ours, Mapping) else {}
     made_for = ours.get("reader")
@@ -77,12 +78,8 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         path=path,
         kind=Kind.BRIDGED_VIEW if view else parts.kind(adapter),
         detail=None,
-        architecture=_architecture(config, tensors, ours.get("family")),
-        nbytes=sum(
-            size
-            for name, size in parts.files.items()
-            if name == WEIGHTS or name.startswith(f"{SHARDED}/") or _RANK.fullmatch(name)
-        ),
+        architecture=_architecture(config, tensors, parallel[0], ours.get("family")),
+        nbytes=parts.weights_bytes(),
         tensors=tensors,
         tokenizer=_tokenizer(config),
         adapter=adapter,
@@ -94,7 +91,18 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     )
 
 
-class _Archive:
+class _Parts:
+    """The files of a checkpoint, ``files``: name -> bytes."""
+
+    files: dict[str, int]
+
+    def weights_bytes(self) -> int:
+        """Bytes of the files of the weights."""
+        weights = set(rank_files(self.files).values())
+        return sum(size for name, size in self.files.items() if name.startswith(f"{SHARDED}/") or name in weights)
+
+
+class _Archive(_Parts):
     """The members of a ``.nemo``; nothing is unpacked."""
 
     folder = ""
@@ -119,13 +127,13 @@ class _Archive:
         return nemo_archive.read_member(self.path, name, restricted_pickle.MAX_BYTES)
 
 
-class _Directory:
+class _Directory(_Parts):
     """The files of an unpacked ``.nemo``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(_below(path))}
-        self.folder = "" if WEIGHTS in self.files or any(_RANK.fullmatch(name) for name in self.files) else SHARDED
+        self.folder = "" if rank_files(self.files) else SHARDED
 
     def kind(self, adapter: Adapter | None) -> Kind:
         return Kind.NEMO1_DIRECTORY
@@ -162,8 +170,7 @@ def _tensors(
         files = {name.partition("/")[2]: size for name, size in parts.files.items() if name.startswith(f"{SHARDED}/")}
         found = zarr_directory.read(files, lambda name: parts.read(f"{SHARDED}/{name}"), parts.where(SHARDED), report)
         return tuple(_moved(tensor, parts) for tensor in found.values()), (1, 1), (zarr_directory.WAY_OUT,)
-    ranks = {(int(match["tensor"] or match["both"]), int(match["pipeline"] or 0)): name
-             for name in parts.files if (match := _RANK.fullmatch(name))}  # fmt: skip
+    ranks = rank_files(parts.files)
     if not ranks:
         raise DamagedCheckpoint(f"{shown(parts.path)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor mp_rank_00/.")
     return _ranks(parts, ranks, config, report)
@@ -188,8 +195,8 @@ def _ranks(
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The pieces that each rank holds; names come once for each rank, and the file tells which."""
     sizes = tuple(
-        max(1 + max(rank[axis] for rank in ranks), nemo1_config.size(config, f"{name}_model_parallel_size", 1))
-        for axis, name in enumerate(("tensor", "pipeline"))
+        max(found, nemo1_config.size(config, f"{name}_model_parallel_size", 1))
+        for found, name in zip(rank_sizes(ranks), ("tensor", "pipeline"), strict=True)
     )
     if sizes[0] * sizes[1] > MAX_RANKS:
         raise DamagedCheckpoint(
@@ -216,15 +223,16 @@ def _ranks(
     return tuple(found), sizes, (note,)
 
 
-def _architecture(config: Mapping[str, Any], tensors: tuple[Tensor, ...], family: Any) -> Architecture | None:
+def _architecture(config: Mapping[str, Any], tensors: tuple[Tensor, ...], ranks: int, family: Any) -> Architecture | None:
+    """``ranks`` is the tensor-parallel size of parts: each has its share of the vocabulary."""
     sizes = decoder_config.named(nemo1_config.architecture(config), decoder_config.FAMILIES.get(str(family)), config)
     if sizes is None or sizes.vocabulary:
         return sizes
     embedding = next((tensor for tensor in tensors if tensor.name.endswith("embedding.word_embeddings.weight")), None)
-    return dataclasses.replace(sizes, vocabulary=embedding.shape[0]) if embedding and embedding.shape else sizes
+    return dataclasses.replace(sizes, vocabulary=ranks * embedding.shape[0]) if embedding and embedding.shape else sizes
 
 
-def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
+def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...], parallel: tuple[int, int]) -> Adapter | None:
     """The LoRA settings, completed from the tensors; None for a whole model, which may have been trained with the same settings."""
     if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
         return None
@@ -234,7 +242,9 @@ def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter 
     found = stated or Adapter(None, None, (), base, Path(base).exists() if base else None, variant="not LoRA")
     if lora is None:
         return found
-    return dataclasses.replace(found, rank=found.rank or lora.rank, targets=found.targets or lora.targets, variant="LoRA")
+    # Tensor parallelism may split the rank of the adapter, too.
+    rank = found.rank or (lora.rank if parallel[0] == 1 else None)
+    return dataclasses.replace(found, rank=rank, targets=found.targets or lora.targets, variant="LoRA")
 
 
 def _view(path: Path) -> str:
