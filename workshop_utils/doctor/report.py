@@ -14,7 +14,7 @@ _BY_WEIGHT = (UnsafeCheckpoint, DamagedCheckpoint)
 class Report:
     """The answer of :func:`workshop_utils.doctor.verify.verify`.
 
-    ``checked`` are the statements that were looked at, ``findings`` what contradicts them, ``untold`` what cannot be told from
+    ``checked`` are the statements that were looked at: they hold but for the ``findings``. ``untold`` is what cannot be told from
     what is there, ``notes`` what is odd but harms nothing. ``checkpoint`` is None when it could not be read at all.
     """
 

@@ -274,7 +274,10 @@ def _check_manifest(report: Report, file: Path | None, progress: bool) -> None:
         report.damaged(f"{shown(report.path)}: {name} is missing; {shown(file)} lists it.")
     for name in found.new:
         report.damaged(f"{shown(report.path)}: {name} is not in {shown(file)}; it was added since.")
-    report.checked.append(f"every file is the one of {shown(file)}, so that all shards come from the save it was written after")
+    if not found:
+        report.checked.append(
+            f"every file is the one of {shown(file)}, so that all shards come from the save it was written after"
+        )
 
 
 def _what(report: Report, name: str) -> str:
