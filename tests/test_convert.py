@@ -14,6 +14,7 @@ from tiny_model import make_tiny_model
 
 from workshop_utils.cli import main
 from workshop_utils.convert import convert, readers
+from workshop_utils.convert import weights as weights_module
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, nemo2, nemo_archive, torch_dist, values
 from workshop_utils.formats.gpt_classes import FAMILIES
@@ -392,3 +393,23 @@ def test_the_command(checkpoint, root, capsys):
     assert "written: made" in capsys.readouterr().out
     assert main(["convert", str(checkpoint), str(root / "made"), "--to", "nemo1"]) == 1
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_nothing_is_put_together_on_disk_before_an_archive(megatron, root, tokenizer, monkeypatch):
+    """Layers of four ranks go into the tar one by one; other readers of tars agree with what was written."""
+    seen = []
+    original = weights_module.write
+
+    def write(source, written, dtype):
+        found = original(source, written, dtype)
+        seen.append(sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and file.suffix != ".partial"))
+        return found
+
+    monkeypatch.setattr(weights_module, "write", write)
+    convert(megatron / "lm", root / "made.nemo", "nemo1", tokenizer=tokenizer, dtype="bfloat16", trust=True)
+    assert seen == [0]
+    with tarfile.open(root / "made.nemo") as archive:
+        names = archive.getnames()
+        archive.extractall(root / "out", filter="data")
+    assert sorted(names) == sorted(f"./{member.name}" for member in nemo_archive.members(root / "made.nemo"))
+    assert weights(root / "out") == weights(root / "made.nemo")

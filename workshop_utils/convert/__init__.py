@@ -119,6 +119,8 @@ def _from_huggingface(
                 for child in made.iterdir():
                     shutil.move(child, part / child.name)
             return Conversion(target, tuple(steps))
+        # An archive names the directory of its tokenizer, and the one between will be gone.
+        tokenizer = source if tokenizer is None and target.suffix == ".nemo" else tokenizer
         done = _convert(made, target, to, tokenizer, dtype, dry_run=False, temporary=True)
     return Conversion(target, (*steps, *done.notes))
 

@@ -1,9 +1,8 @@
 """Writing a :class:`.source.Source` as a NeMo 2.0 directory, a NeMo 1 directory, or a ``.nemo`` archive."""
 
-import contextlib
-import io
 import os
-import tarfile
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ import yaml
 
 from workshop_utils import paths
 from workshop_utils.convert import nemo2_context, tokenizers, weights
+from workshop_utils.convert.archive_writer import ArchiveWriter
 from workshop_utils.convert.source import Source
 from workshop_utils.convert.weights import How
 from workshop_utils.formats import nemo1_config
+from workshop_utils.formats.tensor import Tensor
+from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
 NEMO2_WEIGHTS, NEMO1_WEIGHTS = "weights", "model_weights"
@@ -57,26 +59,33 @@ def write_archive(source: Source, target: Path, what: How, dtype: str | None) ->
         else tokenizer.hub or str(tokenizer.path or tokenizers.FOLDER)
     )
     config = _config(source, dtype, tokenizers.nemo1_section(tokenizer, place))
-    with contextlib.ExitStack() as stack:
-        # The weights are put together beside the archive, unless they can be read from where they are.
-        part = stack.enter_context(paths.new_file(target))
-        folder = stack.enter_context(_scratch(target))
-        _write_config(folder / "model_config.yaml", source, config)
+    with paths.new_file(target) as part, tempfile.TemporaryDirectory() as name, ArchiveWriter(part) as archive:
+        scratch = Path(name)
+        _write_config(scratch / "model_config.yaml", source, config)
+        archive.add("model_config.yaml", scratch / "model_config.yaml")
         if not tokenizer.hub:
-            tokenizers.copy(tokenizer, folder / tokenizers.FOLDER)
-        if what is How.COPY and not source.files.are_members:
-            # The tar takes the bytes from the files themselves.
-            what = How.LINK
-        weights.place(source, what, folder / NEMO1_WEIGHTS, folder / NEMO1_WEIGHTS, "model.", dtype)
-        _pack(folder, part, sentencepiece=tokenizer.kind == "sentencepiece")
+            tokenizers.copy(tokenizer, scratch / tokenizers.FOLDER)
+            folder = "" if tokenizer.kind == "sentencepiece" else f"{tokenizers.FOLDER}/"
+            for file in sorted((scratch / tokenizers.FOLDER).iterdir()):
+                archive.add(folder + file.name, file)
+        index = scratch / NEMO1_WEIGHTS
+        index.mkdir()
+        weights.write_index(source, *_pack(source, archive, what, dtype), index, "model.")
+        for file in sorted(index.iterdir()):
+            archive.add(f"{NEMO1_WEIGHTS}/{file.name}", file)
 
 
-@contextlib.contextmanager
-def _scratch(target: Path):
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
-        yield Path(name)
+def _pack(source: Source, archive: ArchiveWriter, what: How, dtype: str | None) -> tuple[list[Tensor], list[StoredObject]]:
+    """Put the weights into the archive from where they are, and return the entries of their index."""
+    if what is How.WRITE:
+        with archive.member(f"{NEMO1_WEIGHTS}/{weights.FILE}") as written:
+            return weights.write(source, written, dtype)
+    sizes = weights.file_sizes(source)
+    with weights.progress(sum(sizes.values()), "packing") as bar:
+        for name in sizes:
+            with source.files.open(name) as opened, archive.member(f"{NEMO1_WEIGHTS}/{name}") as written:
+                shutil.copyfileobj(weights.Counted(opened, bar), written)
+    return list(source.tensors.values()), list(source.objects.values())
 
 
 def _config(source: Source, dtype: str | None, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -88,36 +97,6 @@ def _config(source: Source, dtype: str | None, tokenizer: dict[str, Any]) -> dic
 def _write_config(file: Path, source: Source, config: dict[str, Any]) -> None:
     text = f"# Translated from {shown(source.path)} by `workshop convert`.\n" + yaml.safe_dump(config, sort_keys=False)
     file.write_text(text, encoding="utf-8")
-
-
-def _pack(folder: Path, part: Path, sentencepiece: bool) -> None:
-    """Write the files below ``folder`` to the tar ``part``: contents of links, no times, no user names."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    total = sum(file.stat().st_size for file in files)
-    with tarfile.open(part, "w:", format=tarfile.GNU_FORMAT) as archive, weights.progress(total, "packing") as bar:
-        for file in files:
-            name = str(file.relative_to(folder))
-            if sentencepiece:
-                name = name.removeprefix(f"{tokenizers.FOLDER}/")
-            entry = tarfile.TarInfo(f"./{name}")
-            entry.size, entry.mode = file.stat().st_size, 0o644
-            with file.open("rb") as opened:
-                archive.addfile(entry, io.BufferedReader(_Counted(opened, bar)))
-
-
-class _Counted(io.RawIOBase):
-    """A file that tells a progress bar what is read of it."""
-
-    def __init__(self, file, bar) -> None:
-        self._file, self._bar = file, bar
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer)
-        self._bar.update(count)
-        return count
 
 
 def inside(one: Path, other: Path) -> bool:

@@ -7,12 +7,13 @@ import os
 import shutil
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from workshop_utils.convert.source import Source
 from workshop_utils.formats import torch_dist_writer, values
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.formats.torch_dist import StoredObject
+from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
     import torch
@@ -57,15 +58,31 @@ def place(source: Source, what: How, directory: Path, target: Path, prefix: str,
     directory.mkdir(parents=True)
     tensors, objects = list(source.tensors.values()), list(source.objects.values())
     if what is How.WRITE:
-        tensors, objects = _write(source, directory, dtype)
-    else:
-        files = sorted({file for tensor in tensors for file in tensor.files} | {entry.file for entry in objects})
-        if what is How.LINK:
-            torch_dist_writer.link(files, source.files.place, directory, target)
-        for name in files if what is How.MOVE else ():
+        with (directory / FILE).open("wb") as written:
+            tensors, objects = write(source, written, dtype)
+    elif what is How.LINK:
+        torch_dist_writer.link(file_sizes(source), source.files.place, directory, target)
+    elif what is How.MOVE:
+        for name in file_sizes(source):
             os.replace(source.files.place / name, directory / name)
-        if what is How.COPY:
-            _copy(source, files, directory)
+    else:
+        sizes = file_sizes(source)
+        with progress(sum(sizes.values()), "copying") as bar:
+            for name in sizes:
+                with source.files.open(name) as opened, (directory / name).open("wb") as written:
+                    shutil.copyfileobj(Counted(opened, bar), written)
+    write_index(source, tensors, objects, directory, prefix)
+
+
+def file_sizes(source: Source) -> dict[str, int]:
+    """Name -> bytes of the files that hold the weights of ``source``."""
+    entries = [*source.objects.values()]
+    names = {file for tensor in source.tensors.values() for file in tensor.files} | {entry.file for entry in entries}
+    return {name: size for name, size in sorted(source.files.sizes().items()) if name in names}
+
+
+def write_index(source: Source, tensors: list[Tensor], objects: list[StoredObject], directory: Path, prefix: str) -> None:
+    """Write the index of ``tensors`` and ``objects``, which have the names of ``source``, with names that begin with ``prefix``."""
     torch_dist_writer.write_index(
         directory,
         torch_dist_writer.renamed(tensors, source.prefix, prefix),
@@ -73,44 +90,35 @@ def place(source: Source, what: How, directory: Path, target: Path, prefix: str,
     )
 
 
-def _copy(source: Source, files: list[str], directory: Path) -> None:
-    sizes = source.files.sizes()
-    with progress(sum(sizes[name] for name in files), "copying") as bar:
-        for name in files:
-            with source.files.open(name) as opened, (directory / name).open("wb") as written:
-                while block := opened.read(16 * 1024**2):
-                    written.write(block)
-                    bar.update(len(block))
+def write(source: Source, written: IO[bytes], dtype: str | None) -> tuple[list[Tensor], list[StoredObject]]:
+    """Write every chunk to the new file ``written``, called :data:`FILE`, and return the entries of the index.
 
-
-def _write(source: Source, directory: Path, dtype: str | None) -> tuple[list[Tensor], list[StoredObject]]:
-    """Write every chunk to one new file; never more than one of them is in memory. Returns the entries of the index."""
+    Never more than one chunk is in memory, twice.
+    """
     import torch
 
-    where = str(source.path)
     found: dict[str, Tensor] = {}
-    with (directory / FILE).open("wb") as written, progress(source.nbytes, "writing") as bar:
+    pieces: dict[str, list[tuple[int, Tensor, Chunk]]] = {}
+    for tensor in source.tensors.values():
+        for chunk in tensor.chunks:
+            pieces.setdefault(chunk.file, []).append((chunk.start, tensor, chunk))
+    with progress(source.nbytes, "writing") as bar:
         # File by file, because looking a member up in an archive reads its list each time.
-        pieces: dict[str, list] = {}
-        for tensor in source.tensors.values():
-            for chunk in tensor.chunks:
-                pieces.setdefault(chunk.file, []).append((chunk.start, tensor, chunk))
         for file, here in sorted(pieces.items()):
             with source.files.open(file) as opened:
                 for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
-                    held = _elements(opened, tensor, chunk, f"{where}: {file}")
                     wanted = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
-                    held = held.to(getattr(torch, wanted))
+                    held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}").to(getattr(torch, wanted))
                     made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
                     before = found.get(tensor.name) or Tensor(tensor.name, tensor.shape, wanted, (), packed=True)
                     found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))
                     bar.update(held.numel() * DTYPE_BYTES[tensor.dtype])
-        objects = []
-        for entry in source.objects.values():
-            with source.files.open(entry.file) as opened:
-                opened.seek(entry.start)
-                objects.append(dataclasses.replace(entry, file=FILE, start=written.tell()))
-                shutil.copyfileobj(_Limited(opened, entry.length), written)
+    objects = []
+    for entry in source.objects.values():
+        with source.files.open(entry.file) as opened:
+            opened.seek(entry.start)
+            objects.append(dataclasses.replace(entry, file=FILE, start=written.tell()))
+            written.write(opened.read(entry.length))
     return [found[name] for name in source.tensors], objects
 
 
@@ -128,15 +136,16 @@ def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torc
     return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)
 
 
-class _Limited:
-    """The next ``length`` bytes of a file."""
+class Counted:
+    """A file that tells a progress bar what is read of it."""
 
-    def __init__(self, file, length: int) -> None:
-        self._file, self._left = file, length
+    def __init__(self, file: IO[bytes], bar: Any) -> None:
+        self._file, self._bar = file, bar
 
     def read(self, size: int) -> bytes:
-        block = self._file.read(min(size, self._left))
-        self._left -= len(block)
+        """As of any file."""
+        block = self._file.read(size)
+        self._bar.update(len(block))
         return block
 
 
