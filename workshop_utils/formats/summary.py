@@ -61,13 +61,6 @@ class Checkpoint:
     made_for: str | None = None
 
     @property
-    def loads_in(self) -> tuple[str, ...]:
-        """What can load it, as lines: for callers that have not moved to :func:`workshop_utils.doctor.loads_in.loads_in` yet."""
-        from workshop_utils.doctor.loads_in import loads_in
-
-        return tuple(f"{reader.name}: {reader.how}" for reader in loads_in(self) if reader.answer != "no")
-
-    @property
     def format(self) -> str:
         """Kind and detail, for people."""
         return f"{self.kind.value} ({self.detail})" if self.detail else self.kind.value
