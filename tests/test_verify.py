@@ -342,6 +342,23 @@ def test_a_configuration_that_names_something_foreign(gpu, name):
     ]
 
 
+def test_what_a_fine_tuning_run_names_is_not_foreign(gpu):
+    """The names in io.json and model.yaml of a run of llm.finetune with LoRA on SQuAD, beside those of the samples (NeMo 2.4.1)."""
+    path = gpu / "context" / "io.json"
+    names = [
+        "nemo.lightning.pytorch.callbacks.preemption.PreemptionCallback",
+        "nemo.lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+        "nemo.collections.llm.gpt.data.squad.SquadDataModule",
+        "nemo.collections.llm.peft.lora.LoRA",
+    ]
+    entries = [{"type": "pyref", "module": name.rpartition(".")[0], "name": name.rpartition(".")[2]} for name in names]
+    path.write_text(json.dumps({"objects": entries, "canonical_mapping": {"_target_": "collections.defaultdict"}}))
+    assert verify(gpu).findings == []
+    entries.append({"type": "pyref", "module": "nemo.collections.llm.gpt.data.hf_dataset", "name": "HFDatasetDataModule"})
+    path.write_text(json.dumps({"objects": entries}))
+    assert isinstance(verify(gpu).worst, UnsafeCheckpoint)
+
+
 def test_require_sound(gpu, capsys):
     require_sound(gpu)
     (gpu / "weights" / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')

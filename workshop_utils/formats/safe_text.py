@@ -177,7 +177,9 @@ _FOUND_IN_CHECKPOINTS = re.compile(
             rf"nemo\.collections\.llm\.(?:fn|peft)\.{_CLASS}",
             rf"nemo\.collections\.common\.tokenizers\.{_CLASS}",
             rf"nemo\.collections\.nlp\.models\.language_modeling\.{_CLASS}",
-            rf"nemo\.lightning\.pytorch\.(?:optim|strategies|plugins|trainer)\.{_CLASS}",
+            # Data of a fine-tuning run. Not hf_dataset: its constructor already loads, and may run, what its argument names.
+            r"nemo\.collections\.llm\.gpt\.data\.(?:alpaca|chat|dolly|fine_tuning|mock|pre_training|squad)\.[A-Z]\w*",
+            rf"nemo\.lightning\.pytorch\.(?:callbacks|optim|strategies|plugins|trainer)\.{_CLASS}",
             r"nemo\.lightning\.io\.artifact\.file\.[A-Z]\w*",
             r"nemo\.lightning\.io\.pl\.TrainerContext",
             r"megatron\.core\.(?:distributed|model_parallel_config|optimizer|transformer)\.(?:\w+\.)*[A-Z]\w*Config",
@@ -192,6 +194,7 @@ _FOUND_IN_CHECKPOINTS = re.compile(
             r"torch\.nn\.init\.(?:constant|kaiming_normal|kaiming_uniform|normal|ones|trunc_normal|uniform|xavier_normal|xavier_uniform|zeros)_",
             # Calls nothing by itself; its argument is a _target_, too.
             r"functools\.partial",
+            r"collections\.defaultdict",
             r"torch\.(?:bfloat16|float16|float32|float64|float|half|double|float8_e4m3fn|float8_e5m2|int8|int32|int64|uint8|long)",
             r"transformers\.generation\.configuration_utils\.GenerationConfig(?:\.from_dict)?",
             r"transformers\.models\.(?:\w+\.)*\w+(?:Config|Tokenizer|TokenizerFast)",
