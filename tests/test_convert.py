@@ -121,8 +121,7 @@ def test_ranks_are_put_together(megatron, root, tokenizer, form):
     if form == "archive":
         with tarfile.open(source, "w") as archive:
             archive.add(megatron / "ranks", ".")
-    # The verification takes the layers of a second stage, which count from 0 again, for missing ones in this form.
-    convert(source, root / "made", "nemo2", tokenizer=tokenizer, trust=form == "old Megatron-LM")
+    convert(source, root / "made", "nemo2", tokenizer=tokenizer)
     made, reference = nemo2.read(root / "made"), torch_dist.read_directory(megatron / "reference")
     assert weights(root / "made") == weights(megatron / "iter")
     assert {name: tensor.shape for name, tensor in made.tensors.items()} == {
@@ -356,6 +355,14 @@ def test_nothing_is_overwritten_unless_asked(checkpoint, root):
         convert(mine, root / "x.nemo", "nemo2")
     with pytest.raises(UnsupportedCheckpoint, match="is a NeMo 1 checkpoint already"):
         convert(mine, root / "again", "nemo1")
+
+
+def test_weights_that_are_only_linked_to_are_not_replaced(checkpoint, root):
+    convert(checkpoint, root / "linked", "nemo1")
+    before = weights(checkpoint)
+    with pytest.raises(OutputExists, match="holds the weights that linked only links to"):
+        convert(root / "linked", checkpoint, "nemo2", overwrite=True)
+    assert weights(checkpoint) == before
 
 
 @pytest.mark.parametrize("target", ["made", "made.nemo"])

@@ -12,7 +12,7 @@ import pytest
 from tiny_families import FAMILIES, make_tiny_family
 
 from workshop_utils.convert import convert
-from workshop_utils.formats import values
+from workshop_utils.formats import nemo_archive, values
 from workshop_utils.formats.identify import identify
 
 pytestmark = pytest.mark.slow
@@ -114,6 +114,10 @@ def test_hugging_face_to_nemo_1_in_one_step(models, tmp_path):
     assert shards
     assert not any(shard.is_symlink() for shard in shards), "the checkpoint between is gone"
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    convert(models / "hf" / "qwen3", tmp_path / "made.nemo", "nemo1")
+    assert weights(tmp_path / "made.nemo") == weights(models / "nemo2" / "qwen3")
+    named = nemo_archive.read_config(tmp_path / "made.nemo")["tokenizer"]["type"]
+    assert Path(named) == models / "hf" / "qwen3", "not the checkpoint between, which is gone"
 
 
 EXPORT_ALL = """

@@ -83,6 +83,9 @@ def _convert(
     if same and dtype is None and tokenizer is None:
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.format} checkpoint already. Nothing was converted.")
     what = weights.how(found, dtype, archive, temporary)
+    if what is weights.How.LINK and targets.inside(weights.origin(found), target):
+        raise OutputExists(f"{shown(target)} holds the weights that {shown(path)} only links to. Choose another place.")
+    targets.check(found, to, dtype)
     write: Callable = targets.write_nemo2 if to == "nemo2" else targets.write_archive if archive else targets.write_nemo1
     notes = [
         f"{found.format}, family {found.family.name}: {found.fields['num_layers']} layers, {len(found.tensors)} tensors, "
@@ -95,8 +98,6 @@ def _convert(
         )
     if not dry_run:
         write(found, target, what, dtype)
-    elif to == "nemo2":
-        tokenizers.required(found.tokenizer, shown(path))
     return Conversion(target, tuple(notes))
 
 

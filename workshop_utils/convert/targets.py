@@ -21,6 +21,13 @@ from workshop_utils.paths import shown
 NEMO2_WEIGHTS, NEMO1_WEIGHTS = "weights", "model_weights"
 
 
+def check(source: Source, to: str, dtype: str | None) -> None:
+    """Raise :class:`UnsupportedCheckpoint` for what the format ``to`` cannot hold, before anything is written."""
+    tokenizers.required(source.tokenizer, shown(source.path), hub_allowed=to == "nemo1")
+    if to == "nemo1":
+        _config(source, dtype, {})
+
+
 def write_nemo2(source: Source, target: Path, what: How, dtype: str | None) -> None:
     """The directory ``target``: ``context/`` and ``weights/``. ``dtype`` None keeps that of every tensor."""
     tokenizer = tokenizers.required(source.tokenizer, shown(source.path))
@@ -34,8 +41,7 @@ def write_nemo2(source: Source, target: Path, what: How, dtype: str | None) -> N
 
 def write_nemo1(source: Source, target: Path, what: How, dtype: str | None) -> None:
     """The directory ``target``: ``model_config.yaml``, ``model_weights/`` and the tokenizer."""
-    tokenizer = source.tokenizer if source.tokenizer and source.tokenizer.hub else None
-    tokenizer = tokenizer or tokenizers.required(source.tokenizer, shown(source.path))
+    tokenizer = tokenizers.required(source.tokenizer, shown(source.path), hub_allowed=True)
     with paths.new_directory(target) as made:
         if not tokenizer.hub:
             tokenizers.copy(tokenizer, made / tokenizers.FOLDER)
@@ -51,8 +57,7 @@ def write_archive(source: Source, target: Path, what: How, dtype: str | None) ->
     A SentencePiece tokenizer is packed as NeMo packs it. NeMo 1 cannot find a Hugging Face tokenizer in an archive: its files are
     packed for the way back, and ``tokenizer.type`` is the directory where they lie now.
     """
-    tokenizer = source.tokenizer if source.tokenizer and source.tokenizer.hub else None
-    tokenizer = tokenizer or tokenizers.required(source.tokenizer, shown(source.path))
+    tokenizer = tokenizers.required(source.tokenizer, shown(source.path), hub_allowed=True)
     place = (
         "nemo:tokenizer.model"
         if tokenizer.kind == "sentencepiece"

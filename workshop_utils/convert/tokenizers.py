@@ -134,13 +134,16 @@ def nemo1_section(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
             "merge_file": None}  # fmt: skip
 
 
-def required(tokenizer: Tokenizer | None, where: str) -> Tokenizer:
-    """``tokenizer`` if its files are here. Raises :class:`UnsupportedCheckpoint` otherwise, saying what to do."""
+def required(tokenizer: Tokenizer | None, where: str, hub_allowed: bool = False) -> Tokenizer:
+    """``tokenizer`` if its files are here, or on the Hub where that is ``hub_allowed``.
+
+    Raises :class:`UnsupportedCheckpoint` otherwise, saying what to do.
+    """
     if tokenizer is None:
         raise UnsupportedCheckpoint(
             f"{where} has no tokenizer that can be taken along (Hugging Face or SentencePiece). Name it with --tokenizer DIR or FILE.model."
         )
-    if tokenizer.hub:
+    if tokenizer.hub and not hub_allowed:
         raise UnsupportedCheckpoint(
             f"{where} names its tokenizer {tokenizer.hub!r}, which is not here: a repository on the Hub, or a directory of another "
             "machine. Fetch it and name it with --tokenizer DIR."

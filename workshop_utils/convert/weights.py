@@ -76,8 +76,8 @@ def place(source: Source, what: How, directory: Path, target: Path, prefix: str,
 
 def file_sizes(source: Source) -> dict[str, int]:
     """Name -> bytes of the files that hold the weights of ``source``."""
-    entries = [*source.objects.values()]
-    names = {file for tensor in source.tensors.values() for file in tensor.files} | {entry.file for entry in entries}
+    names = {file for tensor in source.tensors.values() for file in tensor.files}
+    names |= {entry.file for entry in source.objects.values()}
     return {name: size for name, size in sorted(source.files.sizes().items()) if name in names}
 
 
