@@ -24,9 +24,12 @@ def load(directory: str, seed: int) -> str:
         loaded = dist_checkpointing.load(empty, directory)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
-        return f"{type(cause).__name__}: {' '.join(str(cause).split())[:90]}"
     except Exception as error:  # noqa: BLE001 - whatever Megatron-Core raises is what this script is for
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+        cause = error
+    else:
+        cause = None
+    if cause is not None:
+        return f"{type(cause).__name__}: {' '.join(str(cause).split()).replace(f'{directory}/', '')[:90]}"
     wrong = [name for name, part in right.items() if not torch.equal(part.data, loaded[name])]
     return f"loaded without an error, but {len(wrong)} of {len(right)} parts have wrong values" if wrong else "loaded, every value right"
 

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
@@ -38,7 +39,7 @@ def peak() -> float:
 if __name__ == "__main__":
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    before, began = peak(), time.perf_counter()
+    before, began = psutil.Process().memory_info().rss / 1e6, time.perf_counter()
     tensors = {name: value for name, value in load(Path(sys.argv[1])).items() if isinstance(value, torch.Tensor)}
     # safetensors maps the file into memory: only adding up brings every value in.
     total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors.values())

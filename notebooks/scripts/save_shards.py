@@ -23,13 +23,13 @@ def model(layers: int, seed: int) -> dict:
     whole = {f"layer {n}": torch.randn(ROWS, HIDDEN, generator=generator) for n in range(layers)}
     whole["embedding"] = torch.randn(4 * ROWS, HIDDEN, generator=generator)
     mine = {name: tensor.chunk(world)[rank].clone() for name, tensor in whole.items()}
-    name = "module.embedding.word_embeddings.weight"
+    name = "embedding.word_embeddings.weight"
     state = {name: ShardedTensor.from_rank_offsets(name, mine["embedding"], (0, rank, world))}
     for layer in range(layers):
         state[f"layer {layer}"] = ShardedTensor.from_rank_offsets(
-            "module.decoder.layers.mlp.linear_fc1.weight", mine[f"layer {layer}"], (0, layer, layers), (1, rank, world), prepend_axis_num=1
+            "decoder.layers.mlp.linear_fc1.weight", mine[f"layer {layer}"], (0, layer, layers), (1, rank, world), prepend_axis_num=1
         )
-    name = "module.decoder.final_layernorm.weight"
+    name = "decoder.final_layernorm.weight"
     state[name] = ShardedTensor.from_rank_offsets(name, torch.ones(HIDDEN), replica_id=rank)
     return state
 
