@@ -56,9 +56,11 @@ class Record(metaclass=Sealed):
     def fill(self, items: list[Any]) -> None:
         """Set the state from its keys and values by turns, as :meth:`__setstate__` does."""
         names = self.__slots__
-        for i in range(0, len(items), 2):
-            if items[i] in names:
-                setattr(self, items[i], items[i + 1])
+        values = iter(items)
+        for name in values:
+            value = next(values, None)
+            if name in names:
+                setattr(self, name, value)
 
     def get(self, name: str) -> Any:
         """The attribute ``name``, or None where the file did not set it."""
@@ -141,32 +143,30 @@ class Machine:
         at = 0
         while True:
             op = data[at]
-            at += 1
             if op == 0x6A:  # LONG_BINGET
-                push(memo[uint32(data, at)[0]])
-                at += 4
+                push(memo[uint32(data, at + 1)[0]])
+                at += 5
             elif op == 0x68:  # BINGET
-                push(memo[data[at]])
-                at += 1
-            elif op == 0x4B:  # BININT1
-                push(data[at])
-                at += 1
-            elif op == 0x94:  # MEMOIZE
-                remember(stack[-1])
-            elif op == 0x4D:  # BININT2
-                push(int16(data, at)[0])
+                push(memo[data[at + 1]])
                 at += 2
+            elif op == 0x4B:  # BININT1
+                push(data[at + 1])
+                at += 2
+            elif op == 0x4D:  # BININT2
+                push(int16(data, at + 1)[0])
+                at += 3
             elif op == 0x29:  # EMPTY_TUPLE
-                if follows(b"\x81\x94}\x94(", at) and type(stack[-1]) is Sealed:
+                if follows(b"\x81\x94}\x94(", at + 1) and type(stack[-1]) is Sealed:
                     made = stack[-1] = stack[-1]()
                     state = {}
                     remember(made)
                     remember(state)
                     push(state)
                     marks.append(len(stack))
-                    at += 5
+                    at += 6
                 else:
                     push(())
+                    at += 1
             elif op == 0x75:  # SETITEMS
                 mark = marks.pop()
                 if mark > len(stack):
@@ -174,63 +174,83 @@ class Machine:
                 items = stack[mark:]
                 del stack[mark:]
                 state = stack[-1]
-                if follows(b"b", at) and len(stack) > 1 and isinstance(stack[-2], Record) and type(state) is dict and not state:
+                at += 1
+                if (
+                    follows(b"b", at)
+                    and len(stack) > 1
+                    and isinstance(stack[-2], Record)
+                    and type(state) is dict
+                    and not state
+                    and len(items) % 2 == 0
+                ):
                     pop()
                     stack[-1].fill(items)
                     at += 1
                 else:
                     self._set(state, items)
             elif op == 0x87 or op == 0x86 or op == 0x85:  # TUPLE3, TUPLE2, TUPLE1
-                if op == 0x85:
-                    made = (pop(),)
+                if op == 0x87:
+                    third, second = pop(), pop()
+                    made = (pop(), second, third)
                 elif op == 0x86:
                     second = pop()
                     made = (pop(), second)
                 else:
-                    third, second = pop(), pop()
-                    made = (pop(), second, third)
-                if strict and follows(b"\x94\x85\x94R\x94", at) and type(stack[-1]) is FunctionType:
+                    made = (pop(),)
+                if strict and follows(b"\x94\x85\x94R\x94", at + 1) and type(stack[-1]) is FunctionType:
+                    arguments = (made,)
+                    result = stack[-1] = stack[-1](made)
                     remember(made)
-                    made = (made,)
-                    remember(made)
-                    made = stack[-1] = stack[-1](*made)
-                    remember(made)
-                    at += 5
+                    remember(arguments)
+                    remember(result)
+                    at += 6
                 else:
                     push(made)
+                    at += 1
+            elif op == 0x94:  # MEMOIZE
+                remember(stack[-1])
+                at += 1
             elif op == 0x8C:  # SHORT_BINUNICODE
-                end = at + 1 + data[at]
-                push(str(data[at + 1 : end], "utf-8"))
+                end = at + 2 + data[at + 1]
+                made = str(data[at + 2 : end], "utf-8")
+                push(made)
+                # Also the end of the data: they cannot end with a string.
+                if data[end] == 0x94:
+                    remember(made)
+                    end += 1
                 at = end
-                if end > len(data):
-                    raise EOFError("it is cut off")
             elif op == 0x4A:  # BININT
-                push(int32(data, at)[0])
-                at += 4
+                push(int32(data, at + 1)[0])
+                at += 5
             elif op == 0x8A:  # LONG1
-                end = at + 1 + data[at]
-                push(int.from_bytes(data[at + 1 : end], "little", signed=True))
+                end = at + 2 + data[at + 1]
+                push(int.from_bytes(data[at + 2 : end], "little", signed=True))
                 at = end
             elif op == 0x4E:  # NONE
                 push(None)
+                at += 1
             elif op == 0x28:  # MARK
                 marks.append(len(stack))
+                at += 1
             elif op == 0x7D:  # EMPTY_DICT
                 push({})
+                at += 1
             elif op == 0x81 or op == 0x52:  # NEWOBJ, REDUCE
                 arguments = pop()
                 stack[-1] = self._call(stack[-1], arguments)
+                at += 1
             elif op == 0x62:  # BUILD
                 state = pop()
                 self._build(stack[-1], state)
+                at += 1
             elif op == 0x2E:  # STOP
-                self.at = at
+                self.at = at + 1
                 return pop()
             else:
                 run = rare.get(op)
                 if run is None:
                     raise pickle.UnpicklingError(f"it has the unknown opcode {op:#04x}")
-                self.at = at
+                self.at = at + 1
                 run(self)
                 at = self.at
 

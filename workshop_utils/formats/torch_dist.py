@@ -99,13 +99,14 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
         if not isinstance(name, str) or len(name) > MAX_NAME or not (offset is None or _is_shape(offset)):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
             continue
-        if (name, offset) in places:
+        item = name, offset
+        if item in places:
             report(DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name))
             continue
         try:
-            places[name, offset] = _place(where, name, place, files)
+            places[item] = _place(where, name, place, files)
         except CheckpointError as fault:
-            places[name, offset] = None
+            places[item] = None
             report(fault)
     return places
 
@@ -113,7 +114,7 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
 def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
     """(file, start, length) of one stored item, once the file is known to hold that range."""
     file, start, length = getattr(place, "relative_path", None), getattr(place, "offset", None), getattr(place, "length", None)
-    if not isinstance(file, str) or len(file) > MAX_NAME or not _is_shape((start, length)):
+    if not isinstance(file, str) or len(file) > MAX_NAME or not (_is_size(start) and _is_size(length)):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
     if getattr(place, "transform_descriptors", None):
         raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name)
@@ -165,3 +166,7 @@ def _is_shape(value: Any) -> bool:
         if type(item) is not int or not 0 <= item < 2**63:
             return False
     return True
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
