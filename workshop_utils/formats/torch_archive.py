@@ -210,7 +210,7 @@ _ALLOWED |= {
         "megatron.core.enums": "Fp4Recipe Fp8Recipe ModelType",
         "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
         "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
-        "megatron.core.transformer.enums": "AttnBackend AttnMaskType AttnType LayerType ModelType",
+        "megatron.core.transformer.enums": "AttnBackend AttnMaskType AttnType CudaGraphScope LayerType ModelType",
     }.items()
     for name in names.split()
 }
