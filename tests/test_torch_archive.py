@@ -42,6 +42,18 @@ def test_the_bytes_are_those_of_the_elements():
     assert found["tied"] == found["whole"]
 
 
+@pytest.mark.parametrize(
+    "name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "uint16", "uint32", "complex64", "complex128"]
+)
+def test_dtypes_that_are_stored_in_another_way(name):
+    dtype = getattr(torch, name)
+    tensor = torch.arange(12).reshape(3, 4).to(dtype)
+    file = saved({"a": tensor, "row": tensor[1]})
+    found = torch_archive.read_tensors(file, "x")
+    assert [(part.shape, part.dtype) for part in found.values()] == [((3, 4), name), ((4,), name)]
+    assert torch.equal(elements(file.getvalue(), found["row"]).view(torch.uint8), tensor[1].view(torch.uint8))
+
+
 def test_views_without_one_range_of_bytes():
     base = torch.randn(6, 4)
     state = {"turned": base.T, "columns": base[:, 1:3], "expanded": base[0].expand(3, 4), "every other": base[::2]}

@@ -24,6 +24,12 @@ MAX_BYTES = 256 * 1024**2
 
 MAX_DIMENSIONS = 64
 
+OTHER_DTYPE_BYTES = {
+    "complex32": 4, "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+}  # fmt: skip
+"""Bytes of one element of the dtypes that are harmless but that no checkpoint of this workshop's formats holds."""
+
 MAX_CALLS = 100
 """So many calls of one pickle are reported."""
 
@@ -115,7 +121,7 @@ _INDEX: Allowed = {
     (f"{_DCP}.metadata", "TensorProperties"): TensorProperties,
     (f"{_DCP}.filesystem", "_StorageInfo"): StorageInfo,
     (_MCORE, "MCoreMetadata"): Metadata,
-    **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
+    **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES | OTHER_DTYPE_BYTES},
     **{("pathlib", name): Ignored for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")},
     **{(f"{_DCP}.metadata", name): Ignored for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")},
     **{(f"{_DCP}.planner", name): Ignored for name in ("TensorWriteData", "WriteItem", "WriteItemType")},

@@ -6,6 +6,7 @@ a storage. Only the pickle is read, and restricted; of the storages only their p
 Source of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
 """
 
+import dataclasses
 import math
 import pickle
 import struct
@@ -18,7 +19,7 @@ from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, Unsupport
 from workshop_utils.formats import restricted_pickle
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.pickle_machine import Inert, Sealed
-from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, layout, plain, size
+from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, OTHER_DTYPE_BYTES, layout, plain, size
 from workshop_utils.formats.tensor import DTYPE_BYTES
 
 MAX_PICKLE = 64 * 1024**2
@@ -30,8 +31,10 @@ MAX_VALUES = 1_000_000
 _STORAGES = {
     "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
     "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
-    "BoolStorage": "bool", "UntypedStorage": "uint8",
+    "BoolStorage": "bool", "UntypedStorage": "uint8", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
+
+_BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
     """``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)``, in elements."""
     if not isinstance(storage, _Storage) or not _sizes(shape) or not _sizes(stride) or not _sizes((offset,)):
         raise pickle.UnpicklingError("a tensor without a storage, an offset, a size and strides")
-    item, elements = DTYPE_BYTES[storage.dtype], math.prod(shape)
+    item, elements = _BYTES[storage.dtype], math.prod(shape)
     if len(stride) != len(shape) or elements >= 2**60:
         return storage.fault(f"has the shape {list(shape)} and {len(stride)} strides")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1 if elements else offset
@@ -159,6 +162,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
             return SavedTensor(shape, storage.dtype, storage.key)
         expected *= count
     return SavedTensor(shape, storage.dtype, storage.key, storage.start + offset * item, elements * item)
+
+
+def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Any:
+    """``_rebuild_tensor_v3``: the storage is of bytes and ``dtype`` an argument, as for float8 and uint16."""
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    if not isinstance(storage, _Storage) or name not in _BYTES:
+        raise pickle.UnpicklingError("a tensor without a storage or a dtype")
+    return _tensor(dataclasses.replace(storage, dtype=name), offset, shape, stride)
 
 
 def _sizes(values: Any) -> bool:
@@ -176,6 +187,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
@@ -183,7 +195,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("_io", "BytesIO"): Named("io.BytesIO"),
     **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
-    **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES},
+    **{("torch", name): f"torch.{name}" for name in _BYTES},
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
     **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
@@ -413,9 +425,9 @@ def _finder(storages: dict[str, tuple[int, int]], faults: list[_Faulty]) -> Call
             raise pickle.UnpicklingError("a reference to something that is no storage")
         kind, storage_type, key, _, elements = reference[:5]
         dtype = storage_type.removeprefix("torch.") if isinstance(storage_type, str) else ""
-        if kind != "storage" or dtype not in DTYPE_BYTES or not isinstance(key, str) or not _sizes((elements,)):
+        if kind != "storage" or dtype not in _BYTES or not isinstance(key, str) or not _sizes((elements,)):
             raise pickle.UnpicklingError("a reference to something that is no storage")
         start, length = storages.get(key, (None, 0))
-        return _Storage(dtype, key, start, min(length, elements * DTYPE_BYTES[dtype]), faults)
+        return _Storage(dtype, key, start, min(length, elements * _BYTES[dtype]), faults)
 
     return find

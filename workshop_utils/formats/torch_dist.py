@@ -137,6 +137,8 @@ def _tensor(where: str, name: str, entry: restricted_pickle.TensorStorageMetadat
     shape, properties, chunks = entry.get("size"), entry.get("properties"), entry.get("chunks")
     dtype = properties.get("dtype") if isinstance(properties, restricted_pickle.TensorProperties) else None
     dtype = str(dtype).removeprefix("torch.")
+    if dtype in restricted_pickle.OTHER_DTYPE_BYTES:
+        raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is of {dtype}, which NeMo never writes.", name)
     if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name)
     found, shapes = [], {}
