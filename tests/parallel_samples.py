@@ -6,6 +6,8 @@ and write
     DIRECTORY/ranks/tp_rank_0T_pp_rank_00P/model_weights.ckpt   the state dict of each rank as NeMo 1 names it
     DIRECTORY/lm/mp_rank_0T_00P/model_optim_rng.pt              the same as Megatron-LM's old form names it
     DIRECTORY/iter/                            ``reference`` with the arguments of Megatron-LM in common.pt
+    DIRECTORY/experts/model_weights.ckpt       the state dict of a mixture of experts, one rank
+    DIRECTORY/experts_reference/               the same as torch_dist
 """
 
 import argparse
@@ -53,7 +55,7 @@ def make(directory: Path) -> None:
                 assert rank.returncode == 0, output[-4000:]
 
 
-def _model():
+def _model(**changes):
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -63,12 +65,12 @@ def _model():
     config = TransformerConfig(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=HEAD_DIM,
         ffn_hidden_size=FFN, gated_linear_unit=True, activation_func=torch.nn.functional.silu, normalization="RMSNorm",
-        add_bias_linear=False, add_qkv_bias=True, use_cpu_initialization=True, init_method_std=0.2, pipeline_dtype=torch.float32,
+        add_bias_linear=False, use_cpu_initialization=True, init_method_std=0.2, pipeline_dtype=torch.float32,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(), **({"add_qkv_bias": True} | changes),
     )  # fmt: skip
     return GPTModel(
-        config, get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=ROWS, max_sequence_length=512,
+        config, get_gpt_layer_local_spec(changes.get("num_moe_experts"), normalization="RMSNorm"), vocab_size=ROWS, max_sequence_length=512,
         position_embedding_type="rope", share_embeddings_and_output_weights=True,
         pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
@@ -87,6 +89,17 @@ def _write_reference(directory: Path) -> None:
     for name, more in (("reference", {}), ("iter", {"args": ARGUMENTS, "iteration": 10, "checkpoint_version": 3.0})):
         (directory / name).mkdir(parents=True)
         dist_checkpointing.save({"model": model.sharded_state_dict(), **more}, str(directory / name))
+
+
+def _write_experts(directory: Path) -> None:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    model = _model(num_moe_experts=3, moe_router_topk=2, add_qkv_bias=False)
+    for name in ("experts", "experts_reference"):
+        (directory / name).mkdir()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory / "experts_reference"))
+    torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, directory / "experts" / "model_weights.ckpt")
 
 
 def _write_rank(directory: Path) -> None:
@@ -118,6 +131,7 @@ def _run(directory: Path, scratch: Path, world: int, rank: int) -> None:
     model_parallel_cuda_manual_seed(1)
     if world == 1:
         _write_reference(directory)
+        _write_experts(directory)
     else:
         _write_rank(directory)
     torch.distributed.destroy_process_group()

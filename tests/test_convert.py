@@ -139,6 +139,24 @@ def test_ranks_are_put_together(megatron, root, tokenizer, form):
     )
 
 
+def test_experts_are_put_together(megatron, root, tokenizer):
+    source = Path(shutil.copytree(megatron / "experts", root / "experts"))
+    config = parallel_samples.CONFIG | {
+        "num_moe_experts": 3,
+        "qkv_bias": False,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+    }
+    (source / "model_config.yaml").write_text(yaml.safe_dump(config))
+    convert(source, root / "made", "nemo2", tokenizer=tokenizer)
+    made, reference = nemo2.read(root / "made"), torch_dist.read_directory(megatron / "experts_reference")
+    assert {name: tensor.shape for name, tensor in made.tensors.items()} == {
+        f"module.{name}": tensor.shape for name, tensor in reference.tensors.items()
+    }
+    assert weights(root / "made") == weights(megatron / "experts_reference")
+    assert read_yaml(root / "made" / "context" / "model.yaml")["_target_"].endswith("MixtralModel")
+
+
 def test_a_run_config_of_megatron_bridge(megatron, root, tokenizer):
     source = Path(shutil.copytree(megatron / "reference", root / "iter_0000010"))
     model = {name: getattr(parallel_samples.ARGUMENTS, name) for name in

@@ -70,8 +70,9 @@ def read(files: Files, fields: dict, ranks: dict[str, tuple[int, int]], prefix: 
                 chunks[place[0]] += _chunks(tensor, file, expected[place[0]], place, rank, width, f"{where}:{file}: {name}")
     for name, weight in expected.items():
         held = {chunk.offsets: math.prod(chunk.shape) for chunk in chunks[name]}
-        if len(held) != len(chunks[name]) or sum(held.values()) != math.prod(weight.shape) or len(dtypes[name]) != 1:
-            raise DamagedCheckpoint(f"{where}: the tensor {prefix + name} is missing, or a layer of it, or it is there twice.")
+        beyond = any(at >= size for offsets in held for at, size in zip(offsets, weight.shape, strict=True))
+        if beyond or len(held) != len(chunks[name]) or sum(held.values()) != math.prod(weight.shape) or len(dtypes[name]) != 1:
+            raise DamagedCheckpoint(f"{where}: the tensor {prefix + name} is missing, or a layer of it, or one is too many.")
     return {
         prefix + name: Tensor(
             prefix + name, weight.shape, dtypes[name].pop(), tuple(sorted(chunks[name], key=lambda chunk: chunk.offsets))
