@@ -139,7 +139,7 @@ def make_plan(
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
     tokenizer = _tokenizer(base, described)
     rendered = [] if "model.data.train_ds.file_names" in given else _render(tokenizer, run_dir, data, validation)
-    settings = {**RECIPE, **machine_settings(device, nproc_per_node), **_files(rendered)}
+    settings = {**RECIPE, **machine_settings(device, nproc_per_node, given.get("model.peft.peft_scheme", "")), **_files(rendered)}
     settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     settings |= given | {"model.restore_from_path": str(base)}
     settings = {key: str(value) for key, value in settings.items()}
@@ -198,7 +198,7 @@ def check_loadable(base: Path) -> None:
         raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} has no model_config.yaml and model_weights/.")
 
 
-def machine_settings(device: Device, nproc_per_node: int) -> dict[str, str]:
+def machine_settings(device: Device, nproc_per_node: int, scheme: str = "") -> dict[str, str]:
     """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW does the same sums."""
     settings = {"trainer.devices": str(nproc_per_node), "trainer.accelerator": device.kind, "trainer.precision": device.precision}
     if device.kind == "cpu" and nproc_per_node > 1:
@@ -206,6 +206,8 @@ def machine_settings(device: Device, nproc_per_node: int) -> dict[str, str]:
         settings["model.use_cpu_initialization"] = "true"
     if device.kind == "cpu" or importlib.util.find_spec("apex") is None:
         settings["model.optim.name"] = "adamw"
+    if "adapter" in scheme and importlib.util.find_spec("apex") is None:
+        settings["model.peft.adapter_tuning.norm_type"] = "layernorm"  # the default, mixedfusedlayernorm, is Apex's
     return settings
 
 

@@ -41,6 +41,48 @@ def lora_mixin_forward(module: ModuleType) -> None:
     mixin.forward = forward
 
 
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins", when=always,
+       reason="MCoreTransformerLayerMixin.forward() predates Megatron-Core 0.13: \"unexpected keyword argument 'rotary_pos_cos'\" on "
+       "every run with peft_scheme=adapter, on GPUs too")  # fmt: skip
+def adapter_mixin_forward(module: ModuleType) -> None:
+    """Use Megatron-Core's own ``forward``; the two adapters of the layer become hooks on its attention and its feed-forward."""
+    layer, mixin = module.TransformerLayer, module.MCoreTransformerLayerMixin
+    if "rotary_pos_cos" in inspect.signature(mixin.forward).parameters:
+        return  # a NeMo in which this is repaired
+    names = {"self_attention": module.AdapterName.PRE_ATTN_ADAPTER, "mlp": module.AdapterName.POST_ATTN_ADAPTER}
+
+    def add(adapter):
+        return lambda block, inputs, output: (output[0] + adapter(output[0]), *output[1:])
+
+    def forward(self, *args, **kwargs):
+        found = {part: self.get_adapter_module(name) for part, name in names.items()} if self.is_adapter_available() else {}
+        hooks = [getattr(self, part).register_forward_hook(add(adapter)) for part, adapter in found.items()
+                 if adapter is not None and self.adapter_cfg[names[part]]["enabled"]]  # fmt: skip
+        try:
+            return layer.forward(self, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    mixin.forward = forward
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.text_generation_strategy", when=always,
+       reason="choosing the way to generate imports every model family, the multimodal ones too: torchvision is needed for text")  # fmt: skip
+def strategy_of_gpt_models(module: ModuleType) -> None:
+    """A GPT model gets its strategy without the imports; any other model takes the old way."""
+    original = module.model_inference_strategy_dispatcher
+
+    def dispatch(model, **arguments):
+        from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+
+        if isinstance(model, MegatronGPTSFTModel):
+            return module.GPTModelTextGenerationStrategy(model)
+        return original(model, **arguments)
+
+    module.model_inference_strategy_dispatcher = dispatch
+
+
 @patch("nemo-toolkit", "nemo.collections.nlp.parts.nlp_overrides", when=no_apex,
        reason="ImportError 'Apex was not found', although its names are only used in isinstance()")  # fmt: skip
 def strategy_without_apex(module: ModuleType) -> None:
@@ -114,6 +156,31 @@ def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
         return original(self, kept, *args, **kwargs)
 
     module.MegatronGPTModel.load_state_dict = load_state_dict
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.utils", when=no_apex,
+       reason="takes listify_model from Apex only: NameError when the whole model is fine-tuned")  # fmt: skip
+def list_of_models(module: ModuleType) -> None:
+    """A model, or a list of them, as a list."""
+    module.listify_model = lambda model: model if isinstance(model, list) else [model]
+
+
+@patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.fused_bias_gelu",
+       "nemo.collections.nlp.modules.common.megatron.fused_bias_geglu",
+       "nemo.collections.nlp.modules.common.megatron.fused_bias_dropout_add", when=no_apex,
+       reason="_cast_if_autocast_enabled comes with Apex only: NameError in the encoder of p-tuning")  # fmt: skip
+def cast_under_autocast(module: ModuleType) -> None:
+    """Cast to the dtype of autocast where it is on, as Apex's function does for GPUs."""
+    import torch
+
+    def cast(*tensors):
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.is_autocast_enabled(kind):
+            return tensors
+        dtype = torch.get_autocast_dtype(kind)
+        return tuple(tensor.to(dtype) if torch.is_tensor(tensor) and tensor.is_floating_point() else tensor for tensor in tensors)
+
+    module._cast_if_autocast_enabled = cast
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.build_model", when=no_apex,

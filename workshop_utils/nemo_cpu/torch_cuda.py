@@ -96,6 +96,10 @@ class CpuTorch:
     def __getattr__(self, name: str):
         return getattr(self._torch, name)
 
+    def autocast(self, device_type: str, *args, **kwargs):
+        """Mixed precision of the processor where that of a GPU is written."""
+        return self._torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
     @staticmethod
     def _on_cpu(factory):
         def make(*args, **kwargs):
