@@ -42,7 +42,7 @@ FAULTS = {
     "local_layer_spec": r"\"te_gpt\": get_gpt_layer_with_transformer_engine_spec\(",
     "process_groups_before_the_model": r"def model_provider_func\(",
     "layer_norm_names_of_state_dicts": r"class MegatronGPTModel",
-    "list_of_models": r"from apex\.transformer\.pipeline_parallel\.schedules\.common import listify_model",
+    "parameter_groups": r"from apex\.transformer\.pipeline_parallel\.schedules\.common import listify_model",
     "cast_under_autocast": r"from apex\._autocast_utils import _cast_if_autocast_enabled",
     "parallel_attributes": r"from apex\.transformer\.tensor_parallel\.layers import set_defaults",
     "gradient_norm": r"from apex\.multi_tensor_apply import multi_tensor_applier|import amp_C",

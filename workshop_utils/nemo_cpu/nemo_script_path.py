@@ -159,10 +159,12 @@ def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.utils", when=no_apex,
-       reason="takes listify_model from Apex only: NameError when the whole model is fine-tuned")  # fmt: skip
-def list_of_models(module: ModuleType) -> None:
-    """A model, or a list of them, as a list."""
+       reason="takes listify_model and the classes of Apex's norms from Apex only: NameError when the whole model is fine-tuned")  # fmt: skip
+def parameter_groups(module: ModuleType) -> None:
+    """A model, or a list of them, as a list; and norms of which nothing is an instance."""
     module.listify_model = lambda model: model if isinstance(model, list) else [model]
+    for name in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm"):
+        setattr(module, name, type(name, (), {}))
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.fused_bias_gelu",
