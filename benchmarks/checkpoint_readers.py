@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/checkpoint_readers.py [--repeats 5] [--output benchmarks/checkpoint_readers.json]
 
 Each measurement is a process of its own, the two readers by turns; medians are reported, and their ratios (Megatron-Core's divided
-by ours). ``seconds_reading`` is the call alone, ``seconds_process`` with the start of Python and all imports, ``peak_mib`` the
-process's largest resident memory. Megatron-Core's reader is ``load_tensors_metadata``: it loads the pickle with no restriction and
+by ours). ``seconds_reading`` is the call alone, ``seconds_process`` with the start of Python and all imports,
+``seconds_processor`` the same without the time that others had the processor, ``peak_mib`` the process's largest resident memory. Megatron-Core's reader is ``load_tensors_metadata``: it loads the pickle with no restriction and
 returns names, shapes and dtypes; ours also checks the place of each chunk against the files, and returns those.
 """
 
@@ -43,8 +43,8 @@ print(time.perf_counter() - begin, len(found), 0)
 """
 
 
-def measured(command: list[str]) -> tuple[float, float, list[str]]:
-    """Seconds, peak MiB and the words of the last line of ``command``'s output."""
+def measured(command: list[str]) -> tuple[dict[str, float], list[str]]:
+    """Seconds, processor seconds and peak MiB of ``command``, and the words of the last line of its output."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
     output = process.stdout.read()
@@ -52,7 +52,12 @@ def measured(command: list[str]) -> tuple[float, float, list[str]]:
     seconds = time.perf_counter() - begin
     if status:
         raise SystemExit(f"{command[:3]} failed with {status}")
-    return seconds, usage.ru_maxrss / 1024, output.splitlines()[-1].split()
+    found = {
+        "seconds_process": round(seconds, 3),
+        "seconds_processor": round(usage.ru_utime + usage.ru_stime, 3),
+        "peak_mib": round(usage.ru_maxrss / 1024, 1),
+    }
+    return found, output.splitlines()[-1].split()
 
 
 def compare(weights: Path, repeats: int) -> dict:
@@ -61,10 +66,8 @@ def compare(weights: Path, repeats: int) -> dict:
     counts: dict[str, list[str]] = {}
     for _ in range(repeats):
         for name, code in (("workshop", OURS), ("megatron_core", MEGATRON)):
-            seconds, peak, (reading, *counts[name]) = measured([sys.executable, "-c", code, str(weights)])
-            runs[name].append(
-                {"seconds_reading": round(float(reading), 4), "seconds_process": round(seconds, 3), "peak_mib": round(peak, 1)}
-            )
+            found, (reading, *counts[name]) = measured([sys.executable, "-c", code, str(weights)])
+            runs[name].append({"seconds_reading": round(float(reading), 4), **found})
     tensors, chunks = map(int, counts["workshop"])
     if tensors != int(counts["megatron_core"][0]):
         raise SystemExit(f"{tensors} tensors here, {counts['megatron_core'][0]} in Megatron-Core")
@@ -78,8 +81,8 @@ def inspect(checkpoint: Path, repeats: int) -> dict:
     """``workshop inspect`` on ``checkpoint``, the whole process."""
     runs = []
     for _ in range(repeats):
-        seconds, peak, _ = measured([str(Path(sys.executable).with_name("workshop")), "inspect", str(checkpoint)])
-        runs.append({"seconds_process": round(seconds, 3), "peak_mib": round(peak, 1)})
+        found, _ = measured([str(Path(sys.executable).with_name("workshop")), "inspect", str(checkpoint)])
+        runs.append(found)
     return {"medians": {key: statistics.median(run[key] for run in runs) for key in runs[0]}, "runs": runs}
 
 
