@@ -375,6 +375,17 @@ def test_nothing_is_overwritten_unless_asked(checkpoint, root):
         convert(mine, root / "again", "nemo1")
 
 
+def test_relative_paths(checkpoint, root, monkeypatch):
+    monkeypatch.chdir(root)
+    for target in ("made", "made.nemo"):
+        convert(checkpoint.name, target, "nemo1")
+        config = read_yaml(root / "made" / "model_config.yaml") if target == "made" else nemo_archive.read_config(root / target)
+        assert (Path(config["tokenizer"]["type"]).is_absolute(), Path(config["tokenizer"]["type"]).is_dir()) == (True, True)
+    shutil.rmtree(checkpoint.name)
+    convert("made.nemo", "back", "nemo2")
+    assert (root / "back" / "context" / "nemo_tokenizer" / "tokenizer.json").is_file()
+
+
 def test_weights_that_are_only_linked_to_are_not_replaced(checkpoint, root):
     convert(checkpoint, root / "linked", "nemo1")
     before = weights(checkpoint)

@@ -46,6 +46,8 @@ def read(path: Path, tokenizer: Tokenizer | None = None) -> Source:
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.kind}, {_WAYS_OUT[found.kind]}")
     if found.detail and "zarr" in found.detail or any(name.endswith(zarr_directory.WAY_OUT) for name in found.notes):
         raise UnsupportedCheckpoint(f"{shown(path)}: {ZARR}")
+    # NeMo 1 looks tokenizers up in the current directory: every path that is written has to be absolute.
+    path = path.resolve()
     readers = {Kind.NEMO2: _nemo2, Kind.MEGATRON: megatron.read}
     return readers.get(found.kind, _nemo1)(path, tokenizer)
 
@@ -66,7 +68,7 @@ def _nemo2(path: Path, tokenizer: Tokenizer | None) -> Source:
         tensors=tensors,
         objects={name: entry for name, entry in found.objects.items() if name.startswith("module.")},
         prefix="module.",
-        files=Files(path.resolve() / "weights"),
+        files=Files(path / "weights"),
         tokenizer=tokenizer or tokenizers.of_nemo2(bridge_config.tokenizer(found, where)),
     )
 
@@ -82,12 +84,12 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
     fields, family = nemo1_config.read_fields(config, where)
     ranks = layered.rank_files(names)
     if f"model_weights/{torch_dist.INDEX}" in names:
-        files = Files(path, "model_weights/") if path.is_file() else Files(path.resolve() / "model_weights")
+        files = Files(path, "model_weights/") if path.is_file() else Files(path / "model_weights")
         index = _sharded(path, files)
         tensors = {name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")}
         objects = {name: entry for name, entry in index.objects.items() if name.startswith("model.")}
     elif ranks:
-        files, objects = Files(path.resolve()), {}
+        files, objects = Files(path), {}
         tensors = layered.read(files, fields, ranks, "model.", saved_tensors.read)
     else:
         raise DamagedCheckpoint(f"{shown(path)} has no weights: neither model_weights.ckpt nor model_weights/.metadata.")
