@@ -95,7 +95,7 @@ def test_what_would_fail_is_said_before(plan, overrides, processes, said):
     ("model.restore_path=x", "model.restore_from_path"),
 ])  # fmt: skip
 def test_the_nearest_key_is_offered(plan, override, meant):
-    with pytest.raises(WorkshopError, match=rf"is no key of the fine-tuning script\. Did you mean {meant}\?"):
+    with pytest.raises(WorkshopError, match=rf"is no key of megatron_gpt_finetuning\. Did you mean {meant}\?"):
         plan(override)
 
 

@@ -21,6 +21,7 @@ FAULTS = {
     "cuda_calls_do_nothing": None,  # see test_torch_without_cuda_refuses
     "cuda_method_keeps_the_cpu": None,
     "cuda_method_of_lightning_modules": r"def cuda\(self, device",
+    "autocast_of_autograd_functions": None,  # see test_the_linear_layers_keep_the_autocast_of_a_gpu
     "no_compilation": None,  # see test_fusers_compile
     "cuda_literals_in_megatron": r"device=(device|torch\.cuda\.current_device\(\)|self\.\w+|[\"']cuda[\"'])|pin_memory",
     "random_states_of_the_gpu": r"cuda rng state \{\} is not added",
@@ -38,6 +39,7 @@ FAULTS = {
     "adapter_mixin_forward": r"class MCoreTransformerLayerMixin[\s\S]*?inference_params=None,\n\s+packed_seq_params=None,\n    \):",
     "strategy_of_gpt_models": r"def model_inference_strategy_dispatcher\(.*\n\s+from nemo\.collections\.multimodal",
     "strategy_without_apex": r"if not HAVE_APEX:\n\s+raise ImportError",
+    "steps_of_the_optimizer": r"optim_state_to_sharding_state\(optimizer_state_dict, id_to_sharded_param_map\)",
     "container_version": r"re\.fullmatch\(r\"[^\"]+\", nvidia_torch_version\)",
     "local_layer_spec": r"\"te_gpt\": get_gpt_layer_with_transformer_engine_spec\(",
     "process_groups_before_the_model": r"def model_provider_func\(",
@@ -122,6 +124,10 @@ def test_a_cuda_literal_makes_a_cpu_tensor_and_the_rest_is_torch():
 
 def test_fusers_compile():
     assert "torch.compile" in source("megatron.core.jit"), "delete no_compilation"
+
+
+def test_the_linear_layers_keep_the_autocast_of_a_gpu():
+    assert 'torch.amp.custom_bwd, device_type="cuda"' in source("megatron.core.tensor_parallel.layers"), "delete autocast_of_autograd_functions"
 
 
 def test_modelopt_is_read_at_import():

@@ -12,11 +12,8 @@ from workshop_utils.errors import WorkshopError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-CONFIG = "megatron_gpt_finetuning_config"
-
-
 def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
-    """The configuration of ``script`` (``conf/megatron_gpt_finetuning_config.yaml`` beside it) with ``overrides``.
+    """The configuration of ``script`` (``conf/NAME_config.yaml`` beside it) with ``overrides``.
 
     Raises:
         WorkshopError: an override cannot be parsed, or names a key that the script does not have; the nearest one is offered.
@@ -25,14 +22,14 @@ def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
 
-    folder = Path(script).resolve().parent / "conf"
-    if not (folder / f"{CONFIG}.yaml").is_file():
-        raise WorkshopError(f"{paths.shown(folder / CONFIG)}.yaml is missing: the script has no defaults.")
-    with initialize_config_dir(str(folder), version_base=None):
+    defaults = Path(script).resolve().parent / "conf" / f"{Path(script).stem}_config.yaml"
+    if not defaults.is_file():
+        raise WorkshopError(f"{paths.shown(defaults)} is missing: the script has no defaults.")
+    with initialize_config_dir(str(defaults.parent), version_base=None):
         try:
-            return hydra_compose(CONFIG, overrides=list(overrides))
+            return hydra_compose(defaults.stem, overrides=list(overrides))
         except HydraException as error:
-            raise WorkshopError(_explained(error, folder)) from None
+            raise WorkshopError(_explained(error, defaults)) from None
 
 
 def keys(config: "DictConfig") -> list[str]:
@@ -62,16 +59,16 @@ def _keys(node: Any, prefix: str) -> Iterator[str]:
             yield from _keys(child, f"{prefix}{name}.")
 
 
-def _explained(error: Exception, folder: Path) -> str:
+def _explained(error: Exception, defaults: Path) -> str:
     """What Hydra says, in a sentence that names the override and the key that was probably meant."""
     text = str(error)
     if unknown := re.match(r"Could not override '([^']+)'\.", text):
         from omegaconf import OmegaConf
 
         key = unknown[1]
-        meant = nearest(key, keys(OmegaConf.load(folder / f"{CONFIG}.yaml")))
+        meant = nearest(key, keys(OmegaConf.load(defaults)))
         offer = f" Did you mean {meant}?" if meant else ""
-        return f"{key} is no key of the fine-tuning script.{offer} To add a key that its defaults lack, write +{key}=..."
+        return f"{key} is no key of {defaults.stem.removesuffix('_config')}.{offer} To add a key that its defaults lack, write +{key}=..."
     if override := getattr(error, "override", None):
         return f"{override!r} cannot be read as an override ({text.splitlines()[0]}). Quote it for the shell: 'key=[value]'."
     return text.splitlines()[0]

@@ -72,7 +72,7 @@ def _prepare(plan: Plan, fresh: bool) -> None:
         print(f"The earlier run is kept as {paths.shown(_keep(plan.run_dir))}.")
         return
     print(run_record.how_it_ended(plan, record))
-    checkpoints = sorted(plan.run_dir.glob("checkpoints/*last.ckpt"))
+    checkpoints = sorted(plan.run_dir.glob("checkpoints/*last*"))
     if checkpoints:
         print(f"Continuing from {paths.shown(checkpoints[-1])}. (--fresh, or fresh=True, starts over.)")
     else:

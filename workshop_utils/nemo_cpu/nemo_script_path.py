@@ -95,6 +95,24 @@ def strategy_without_apex(module: ModuleType) -> None:
         module.McoreDistributedOptimizer = McoreDistributedOptimizer
 
 
+@patch("nemo-toolkit", "nemo.collections.nlp.parts.nlp_overrides", when=no_apex,
+       reason="torch's AdamW keeps its step as a tensor without axes, fused Adam does not: 'Optimizer shape (() does not match model "
+       "shape' at the first checkpoint of a full fine-tuning")  # fmt: skip
+def steps_of_the_optimizer(module: ModuleType) -> None:
+    """Steps are saved, and loaded, with the state that is not sharded."""
+    original = module.optim_state_to_sharding_state
+
+    def optim_state_to_sharding_state(state, *args, **kwargs):
+        steps = {number: entry["step"] for number, entry in state["state"].items() if "step" in entry}
+        # The entries are the optimizer's own: it goes on with them.
+        state["state"] = {number: {key: value for key, value in entry.items() if key != "step"} for number, entry in state["state"].items()}
+        original(state, *args, **kwargs)
+        for number, step in steps.items():
+            state["state"][number]["step"] = step
+
+    module.optim_state_to_sharding_state = optim_state_to_sharding_state
+
+
 @patch("nemo-toolkit", "nemo.collections.nlp.parts.nlp_overrides", when=no_cuda,
        reason="asserts torch.cuda.is_initialized() when a run resumes from a distributed checkpoint")  # fmt: skip
 def resumed_tensors_stay_on_cpu(module: ModuleType) -> None:
@@ -161,10 +179,12 @@ def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.utils", when=no_apex,
        reason="takes listify_model and the classes of Apex's norms from Apex only: NameError when the whole model is fine-tuned")  # fmt: skip
 def parameter_groups(module: ModuleType) -> None:
-    """A model, or a list of them, as a list; and norms of which nothing is an instance."""
+    """A model, or a list of them, as a list; and torch's norms, which Megatron-Core uses then, among those without weight decay."""
+    import torch
+
     module.listify_model = lambda model: model if isinstance(model, list) else [model]
-    for name in ("FusedLayerNorm", "FastLayerNorm", "MixedFusedRMSNorm"):
-        setattr(module, name, type(name, (), {}))
+    module.FusedLayerNorm = module.FastLayerNorm = torch.nn.LayerNorm
+    module.MixedFusedRMSNorm = torch.nn.RMSNorm
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.fused_bias_gelu",

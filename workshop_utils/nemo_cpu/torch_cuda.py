@@ -83,6 +83,15 @@ def no_compilation(torch: ModuleType) -> None:
     torch._dynamo.config.disable = True
 
 
+@patch("torch", "torch", when=no_cuda, reason="Megatron-Core's linear layers keep the state of the GPU's autocast for their backward "
+       "pass: 'expected m1 and m2 to have the same dtype' in mixed precision on a CPU")  # fmt: skip
+def autocast_of_autograd_functions(torch: ModuleType) -> None:
+    """Keep the state of the CPU's autocast where that of a GPU is asked for."""
+    for name in ("custom_fwd", "custom_bwd"):
+        original = getattr(torch.amp, name)
+        setattr(torch.amp, name, lambda *args, device_type="cpu", original=original, **kwargs: original(*args, device_type="cpu", **kwargs))
+
+
 class CpuTorch:
     """``torch`` as a module sees it that writes ``device="cuda"`` in so many words: the same, but tensors are made on the CPU."""
 

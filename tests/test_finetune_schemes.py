@@ -1,0 +1,142 @@
+"""Everything that the script can be asked for, each tried on a two-layer model with NeMo doing the work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_model import make_tiny_model, write_rows
+
+from workshop_utils import finetune
+from workshop_utils.bridge import bridge
+from workshop_utils.errors import UnsupportedAdapter
+from workshop_utils.export import export
+from workshop_utils.finetune.predict import predict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("schemes")
+    make_tiny_model(folder / "hf" / "tiny")
+    command = [sys.executable, "-m", "workshop_utils", "import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny")]
+    subprocess.run(command, check=True, capture_output=True)
+    bridge(folder / "nemo2" / "tiny", folder / "bridged" / "tiny")
+    write_rows(folder / "rows.jsonl", 32)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(tiny, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tiny))
+    monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def overrides(tiny, name: str, *more: str) -> list[str]:
+    return [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", f"exp_manager.exp_dir={tiny / 'runs'}", f"exp_manager.name={name}",
+            "trainer.max_steps=12", "trainer.val_check_interval=6", "model.peft.lora_tuning.adapter_dim=8", "model.optim.lr=2e-2",
+            "model.peft.lora_tuning.alpha=16", *more]  # fmt: skip
+
+
+def train(tiny, name: str, *more: str) -> tuple[finetune.Plan, list[float]]:
+    plan = finetune.make_plan(overrides(tiny, name, *more), data=tiny / "rows.jsonl")
+    finetune.finetune(plan, progress=False)
+    return plan, [event["loss"] for event in finetune.read_events(plan.events) if event["event"] == "step"]
+
+
+SETTINGS = {
+    "lora": [],
+    "canonical-lora": ["model.peft.lora_tuning.variant=canonical"],
+    "attention": ["model.peft.lora_tuning.target_modules=[attention]"],
+    "mlp": ["model.peft.lora_tuning.target_modules=[mlp]"],
+    "dropout": ["model.peft.lora_tuning.adapter_dropout=0.1"],
+    "adapter": ["model.peft.peft_scheme=adapter"],
+    "ia3": ["model.peft.peft_scheme=ia3"],
+    "ptuning": ["model.peft.peft_scheme=ptuning"],
+    "full": ["model.peft.peft_scheme=none", "model.optim.lr=1e-3"],
+    "whole-row-loss": ["model.answer_only_loss=false"],
+    "early-stop": ["exp_manager.early_stopping_callback_params.min_delta=100", "exp_manager.early_stopping_callback_params.patience=1",
+                   "trainer.val_check_interval=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_trains(tiny, name):
+    plan, losses = train(tiny, name, *SETTINGS[name])
+    assert plan.adapter.exists()
+    assert len(losses) == (4 if name == "early-stop" else 12)
+    assert losses[-1] < losses[0]
+
+
+def test_one_layer_alone_is_trained_and_cannot_be_exported(tiny):
+    plan, losses = train(tiny, "layer", "model.peft.lora_tuning.layer_selection=[2]")
+    assert losses[-1] < losses[0]
+    with pytest.raises(UnsupportedAdapter, match="layer_selection is set"):
+        export(plan.adapter, "hf-peft")
+
+
+def test_mixed_precision_rounds_and_learns_alike(tiny):
+    _, whole = train(tiny, "lora")
+    _, mixed = train(tiny, "bf16", "trainer.precision=bf16-mixed")
+    differences = [abs(one - other) for one, other in zip(whole, mixed, strict=True)]
+    assert 0 < max(differences) < 0.02
+
+
+def test_training_goes_on_from_an_adapter(tiny):
+    plan, losses = train(tiny, "lora")
+    _, more = train(tiny, "more", f"model.peft.restore_from_path={plan.adapter}")
+    assert abs(more[0] - losses[-1]) < 0.1 < losses[0] - more[0]
+
+
+def test_two_files_in_proportion(tiny):
+    files = [write_rows(tiny / "one.jsonl", 20), write_rows(tiny / "two.jsonl", 20)]
+    for file in files:  # as NeMo reads them
+        rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n" for row in rows))
+    names = json.dumps([str(file) for file in files])
+    _, losses = train(
+        tiny, "two", f"model.data.train_ds.file_names={names}", f"model.data.validation_ds.file_names={names}",
+        "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]", "model.data.validation_ds.names=[one,two]",
+        "model.data.train_ds.label_key=reply", "model.data.train_ds.truncation_field=question",
+        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'",
+    )  # fmt: skip
+    assert losses[-1] < losses[0]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, capsys):
+    """Killed in the middle with SIGKILL, continued by the same command: the same losses from there on, bit for bit."""
+    more = ("trainer.max_steps=60", "trainer.val_check_interval=10", "model.optim.lr=2e-3")
+    _, right = train(tiny, "whole-run", *more)
+    words = overrides(tiny, "killed", *more)
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    plan = finetune.make_plan(words, data=tiny / "rows.jsonl")
+    deadline = time.monotonic() + 200
+    while not any(event["step"] > 25 for event in finetune.read_events(plan.events)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    finetune.finetune(plan, progress=False)
+    printed = capsys.readouterr().out
+    assert "ended without a word after step" in printed and "Continuing from" in printed
+    found = {event["step"]: event["loss"] for event in finetune.read_events(plan.events) if event["event"] == "step"}
+    assert [found[step] for step in range(1, 61)] == right
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_predictions(tiny, adapted):
+    plan, _ = train(tiny, "lora")
+    more = [f"model.peft.restore_from_path={plan.adapter}"] if adapted else []
+    file = predict([f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8", *more],
+                   data=write_rows(tiny / "test.jsonl", 5))  # fmt: skip
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["label"] for row in rows] == [f"it is {n}" for n in range(5)]
+    assert all({"input", "pred", "label"} <= row.keys() for row in rows)
+    assert file.name == ("lora-test.jsonl" if adapted else "base-test.jsonl")

@@ -1,0 +1,37 @@
+"""The entry script for predictions by the script path: the rows of the test set, answered by NeMo's model with or without an adapter.
+
+It takes the same Hydra overrides as ``examples/nlp/language_modeling/tuning/megatron_gpt_generate.py`` of a NeMo clone, the web
+server aside, and writes the same file: ``PREFIX_test_NAME_inputs_preds_labels.jsonl``, one ``{"input", "pred", "label"}`` a line.
+"""
+
+import torch.multiprocessing
+
+from workshop_utils import nemo_cpu
+
+nemo_cpu.apply()
+
+from nemo.core.config import hydra_runner
+
+
+@hydra_runner(config_path="conf", config_name="megatron_gpt_generate_config")
+def main(cfg) -> None:
+    """Build trainer and model from ``cfg``, load the adapter if there is one, and answer the test set."""
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+    from omegaconf import OmegaConf
+
+    OmegaConf.resolve(cfg)  # NeMo takes parts of it out of their place
+    trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
+    adapter = cfg.model.peft.restore_from_path
+    model_cfg = MegatronGPTSFTModel.merge_inference_cfg(adapter or cfg.model.restore_from_path, cfg)
+    model = MegatronGPTSFTModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
+    if adapter:
+        model.load_adapters(adapter)
+    model.freeze()
+    model.set_inference_config(OmegaConf.to_container(cfg.inference, resolve=True))
+    trainer.test(model)
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    main()

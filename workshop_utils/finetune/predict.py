@@ -1,0 +1,70 @@
+"""Predictions by the script path: NeMo's ``megatron_gpt_generate`` on the rows of a file, with an adapter or without."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from workshop_utils import chat_data, paths
+from workshop_utils.chat_template import ChatTokenizer
+from workshop_utils.device import choose_device
+from workshop_utils.doctor.verify import require_sound
+from workshop_utils.errors import TrainingFailed, WorkshopError
+
+from .configuration import compose
+from .launch import failure_cause, run_logged
+from .plan import check_loadable, machine_settings, parse_overrides, torchrun, training_environment
+
+SCRIPT = Path(__file__).with_name("megatron_gpt_generate.py")
+
+
+def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None = None, trust: bool = False) -> Path:
+    """Answer the rows of ``data`` and return the file of predictions: one ``{"input", "pred", "label"}`` a line, as NeMo writes it.
+
+    ``overrides`` are those of ``megatron_gpt_generate``: ``model.restore_from_path`` is the base, ``model.peft.restore_from_path`` the
+    adapter. Without ``data`` they name the files (``model.data.test_ds.file_names``) and the prompt template, too. ``out`` is where the
+    predictions of ``data`` go (default: ``runs/predictions/ADAPTER-DATA.jsonl``).
+
+    Raises:
+        WorkshopError: an override is not known, the base cannot be loaded, or ``data`` is missing.
+        DataError: a row is not usable.
+        TrainingFailed: NeMo failed; with the cause from its log.
+    """
+    given = parse_overrides(list(overrides))
+    base = given.get("model.restore_from_path")
+    if not base:
+        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
+    base = Path(base).resolve()
+    check_loadable(base)
+    adapter = given.get("model.peft.restore_from_path", "null")
+    for path in (base, *([Path(adapter)] if adapter != "null" else [])):
+        require_sound(path, trust=trust)
+    if data is None and "model.data.test_ds.file_names" not in given:
+        raise WorkshopError("Nothing to answer: give --data FILE.jsonl, or model.data.test_ds.file_names=[FILE.jsonl].")
+    with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
+        folder = Path(name)
+        settings = machine_settings(choose_device(), 1) | {"model.data.test_ds.names": "[test]"}
+        settings.pop("model.optim.name", None)
+        if data is not None:
+            rendered = chat_data.render_file(data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl")
+            settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)])}
+        settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers")}
+        words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": str(base)}).items()]
+        compose(SCRIPT, words)
+        log = paths.runs_dir() / "predictions" / "torchrun.log"
+        if run_logged(torchrun(SCRIPT, words), training_environment(folder), log):
+            raise TrainingFailed(f"{failure_cause(log)}\nThe whole log: {paths.shown(log)}")
+        if "model.data.test_ds.output_file_path_prefix" in given:
+            return Path(given["model.data.test_ds.output_file_path_prefix"]).parent
+        source = "base" if adapter == "null" else Path(adapter).stem
+        target = out or paths.runs_dir() / "predictions" / f"{source}-{Path(data).stem if data else 'test'}.jsonl"
+        made = "".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl")))
+        return paths.write_text(Path(target), made)
+
+
+def _tokenizer(base: Path) -> Path:
+    from workshop_utils.formats.safe_text import read_yaml
+
+    if base.is_file():
+        raise WorkshopError("Rows cannot be rendered for a .nemo base: give model.data.test_ds.file_names and prompt_template.")
+    return Path(read_yaml(base / "model_config.yaml")["tokenizer"]["type"])
