@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what can load it.
 
-Known are NeMo 2.0 directories (models and adapters), bridged views, NeMo 1 .nemo archives, Hugging Face model directories and
-PEFT adapter directories. Only headers and indexes are read, without torch, and nothing that a file contains is run.
+Known are NeMo 2.0 directories (models and adapters), NeMo 1 .nemo archives and directories, bridged views, Lightning .ckpt files,
+Megatron iter_* directories, Hugging Face models and PEFT adapters, and GGUF. Only headers and indexes are read, without torch, and nothing that a file contains is run.
 Exit status: 0 for a checkpoint, 2 for anything else, also when it is damaged or unsafe to load.
+`workshop verify` tells what is wrong with it, and `workshop convert` changes between NeMo's formats.
 """
 
 EXAMPLES = """\
@@ -111,14 +112,29 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
     for number, note in enumerate(found.notes):
         yield "" if number else "note", note
-    for number, reader in enumerate(found.loads_in):
-        yield "" if number else "loads in", reader
+    yield from reader_lines(found)
+
+
+def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
+    """What can load it, as it is and after a command, and what cannot; readers with the same answer share a line."""
+    from workshop_utils.doctor.loads_in import loads_in
+
+    titles = {"yes": "loads in", "after": "loads after", "no": "not in"}
+    shared: dict[tuple[str, str], list[str]] = {}
+    for reader in loads_in(found):
+        shared.setdefault((reader.answer, reader.how), []).append(reader.name)
+    for answer, title in titles.items():
+        entries = [(names, how) for (its_answer, how), names in shared.items() if its_answer == answer]
+        for number, (names, how) in enumerate(entries):
+            who = ", ".join(names)
+            yield "" if number else title, f"{how}  [{who}]" if answer == "after" else f"{who}: {how}"
 
 
 def as_dict(found: "Checkpoint") -> dict[str, Any]:
     """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
+    from workshop_utils.doctor.loads_in import loads_in
     from workshop_utils.doctor.shard_map import shard_map
 
     shards = shard_map(found)
@@ -128,6 +144,7 @@ def as_dict(found: "Checkpoint") -> dict[str, Any]:
         "kind": found.kind.name.lower(),
         "format": found.format,
         "parameters": found.parameters,
+        "loads_in": [dataclasses.asdict(reader) for reader in loads_in(found)],
         "dtype": found.dtype,
         "tensors": [entry | {"bytes": tensor.nbytes} for entry, tensor in zip(plain["tensors"], found.tensors, strict=True)],
         "shards": {
