@@ -94,8 +94,10 @@ def test_a_missing_shard(checkpoint, name):
     (checkpoint / "weights" / name).unlink()
     report = verify(checkpoint)
     assert held
+    assert sum("is missing" in str(finding) for finding in report.findings) == 1, "a file is named once"
+    assert found(report, None, name, "is missing")
     for tensor, layer in held:
-        assert found(report, tensor, name, "is missing")
+        assert found(report, tensor, "not whole is")
         assert layer is None or found(report, tensor, "layer", str(layer), "not whole is")
 
 
@@ -108,7 +110,10 @@ def test_a_truncated_shard(checkpoint, fraction):
     os.truncate(shard, end)
     report = verify(checkpoint)
     assert {finding.tensor for finding in report.findings} >= cut
-    assert all(found(report, tensor, "__0_0.distcp", "cut off") for tensor in cut)
+    assert all(found(report, tensor, "not whole is") for tensor in cut)
+    assert sum("cut off" in str(finding) for finding in report.findings) == 1, "a file is named once"
+    assert found(report, None, "__0_0.distcp", "cut off")
+    assert not any("longer than" in note for note in report.notes)
 
 
 def test_swapped_shards(checkpoint):

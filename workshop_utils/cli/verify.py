@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Tell whether a checkpoint is whole and safe to load, before a program spends minutes, or runs code, to find out.
 
-Looked at are: every file that an index names is there and long enough; no two tensors share bytes; the pieces of each tensor
+Checked is that every file that an index names is there and long enough; no two tensors share bytes; the pieces of each tensor
 cover it exactly; names, shapes, layers and dtypes fit the configuration; adapters have both halves, one rank and every layer;
 pickles, tars and configurations name nothing that would run. This reads indexes, headers and the sizes of files: no weight, so
 that it takes seconds for any size. torch is not needed, and nothing that a file contains is run.
@@ -21,7 +21,7 @@ that it takes seconds for any size. torch is not needed, and nothing that a file
   --write-manifest    write size and sha256 of every file to NAME.manifest.json beside the checkpoint, if it is sound
   --manifest FILE     compare with such a manifest: the only way to tell that no file comes from another save
 
-What is damaged is named to the tensor and layer. "Not told" lists what nothing in the checkpoint can tell.
+What is damaged is named to the tensor and layer. "Cannot be told" is what nothing in the checkpoint could prove.
 Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
 """
 
@@ -101,12 +101,12 @@ def _print(report: "Report") -> None:
 
     if report.checkpoint:
         print(f"format: {report.checkpoint.format}")
-    for check in report.checked:
-        print(f"looked at: {check}")
+    for check in report.checked if report.sound else ():
+        print(f"ok: {check}")
     for note in report.notes:
         print(f"note: {note}")
     for gap in report.untold:
-        print(f"not told: {gap}")
+        print(f"cannot be told: {gap}")
     for finding in report.findings[:_SHOWN]:
         print(f"{'UNSAFE' if isinstance(finding, UnsafeCheckpoint) else 'FINDING'}: {finding}")
     if len(report.findings) > _SHOWN:

@@ -19,6 +19,9 @@ from workshop_utils.paths import shown
 
 INDEX = ".metadata"
 
+SHOWN = 8
+"""Names in a message about a whole file."""
+
 MAX_NAME = 1000
 """Characters of a tensor's name."""
 
@@ -90,8 +93,9 @@ def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Repor
 
 
 def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) -> dict[tuple, tuple[str, int, int] | None]:
-    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported."""
+    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported. A file is reported once."""
     places = {}
+    broken: dict[str, dict[str, int]] = {}
     while stored:
         # Taken out one by one, so that there are never two full lists of 100,000 places.
         key, place = stored.popitem()
@@ -104,15 +108,35 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
             report(DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name))
             continue
         try:
-            places[item] = _place(where, name, place, files)
+            file, start, length = places[item] = _place(where, name, place, files)
         except CheckpointError as fault:
             places[item] = None
             report(fault)
+            continue
+        if start + length > files.get(file, -1):
+            places[item] = None
+            ends = broken.setdefault(file, {})
+            ends[name] = max(ends.get(name, 0), start + length)
+    for file, ends in sorted(broken.items()):
+        report(_broken_file(f"{where}/{file}", files.get(file), ends))
     return places
 
 
+def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> DamagedCheckpoint:
+    """What to say of a file that is missing (``size`` None) or too short for the entries in ``ends``: name -> last byte."""
+    names = sorted(ends)
+    held = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    only = names[0] if len(names) == 1 else None
+    if size is None:
+        return DamagedCheckpoint(f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.", only)
+    return DamagedCheckpoint(
+        f"{path} has {size:,} bytes but {held} end{'s' if only else ''} at byte {max(ends.values()):,}: the file is cut off. "
+        "Copy the checkpoint again.", only
+    )  # fmt: skip
+
+
 def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
-    """(file, start, length) of one stored item, once the file is known to hold that range."""
+    """(file, start, length) of one stored item, once the file is known to lie in the directory."""
     file, start, length = getattr(place, "relative_path", None), getattr(place, "offset", None), getattr(place, "length", None)
     if not isinstance(file, str) or len(file) > MAX_NAME or not (_is_size(start) and _is_size(length)):
         raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
@@ -122,13 +146,6 @@ def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
             raise UnsafeCheckpoint(f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not read.", name)
-        raise DamagedCheckpoint(f"{where}/{file} is missing; it holds {name}. Copy the checkpoint again, all of it.", name)
-    if start + length > files[file]:
-        raise DamagedCheckpoint(
-            f"{where}/{file} has {files[file]:,} bytes but {name} ends at byte {start + length:,}: the file is cut off. "
-            "Copy the checkpoint again.",
-            name,
-        )
     return file, start, length
 
 
