@@ -22,13 +22,18 @@ def main(cfg) -> None:
 
     OmegaConf.resolve(cfg)  # NeMo takes parts of it out of their place
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
-    adapter = cfg.model.peft.restore_from_path
-    model_cfg = MegatronGPTSFTModel.merge_inference_cfg(adapter or cfg.model.restore_from_path, cfg)
+    adapter, test = cfg.model.peft.restore_from_path, cfg.model.data.test_ds
+    if adapter:
+        model_cfg = MegatronGPTSFTModel.merge_inference_cfg(adapter, cfg)
+    else:
+        # merge_inference_cfg wants a fine-tuned model, which has a section `data`; a base has none.
+        model_cfg = MegatronGPTSFTModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
+    inference = OmegaConf.to_container(cfg.inference) | {"add_BOS": test.add_bos, "tokens_to_generate": test.tokens_to_generate}
     model = MegatronGPTSFTModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
     if adapter:
         model.load_adapters(adapter)
     model.freeze()
-    model.set_inference_config(OmegaConf.to_container(cfg.inference, resolve=True))
+    model.set_inference_config(inference)
     trainer.test(model)
 
 
