@@ -104,6 +104,22 @@ def test_an_override_that_cannot_be_parsed():
         configuration.compose(SCRIPT, ["model.data.train_ds.file_names=[a"])
 
 
+def test_hydra_set_up_by_somebody_else_is_left_as_it_was(tmp_path):
+    import concurrent.futures
+
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    (tmp_path / "mine.yaml").write_text("a: 1")
+    with hydra.initialize_config_dir(str(tmp_path), version_base=None):
+        assert configuration.compose(SCRIPT, []).model.seed == 1234
+        assert hydra.compose("mine").a == 1
+    assert not GlobalHydra.instance().is_initialized()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        steps = pool.map(lambda n: configuration.compose(SCRIPT, [f"trainer.max_steps={n}"]).trainer.max_steps, range(8))
+        assert list(steps) == list(range(8))
+
+
 def test_added_keys_are_let_through():
     assert configuration.compose(SCRIPT, ["+model.brand_new=3"]).model.brand_new == 3
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from workshop_utils.errors import WorkshopError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_LOCK = threading.Lock()
+
 def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     """The configuration of ``script`` (``conf/NAME_config.yaml`` beside it) with ``overrides``.
 
@@ -20,16 +23,24 @@ def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     defaults = Path(script).resolve().parent / "conf" / f"{Path(script).stem}_config.yaml"
     if not defaults.is_file():
         raise WorkshopError(f"{paths.shown(defaults)} is missing: the script has no defaults.")
-    with initialize_config_dir(str(defaults.parent), version_base=None):
+    # Hydra is one for the whole process: plans that are made in several threads wait, and whoever has set it up finds it again.
+    with _LOCK:
+        kept = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
         try:
-            return hydra_compose(defaults.stem, overrides=list(overrides))
+            with initialize_config_dir(str(defaults.parent), version_base=None):
+                return hydra_compose(defaults.stem, overrides=list(overrides))
         except HydraException as error:
             raise WorkshopError(_explained(error, defaults)) from None
+        finally:
+            if kept is not None:
+                GlobalHydra.instance().initialize(kept)
 
 
 def keys(config: "DictConfig") -> list[str]:
