@@ -68,6 +68,7 @@ def _environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):
+        """What templates call to refuse a conversation. Raises :class:`jinja2.TemplateError`."""
         import jinja2
 
         raise jinja2.TemplateError(message)

@@ -141,9 +141,11 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
         number = 0
 
         def place(self) -> str:
+            """Where it is, for a message: the code cell it runs, or the start of the notebook."""
             return f"cell [{self.number}]" if self.number else "its start"
 
         def cell_starts(self, cell: dict, cell_index: int) -> None:
+            """Note and announce a code cell. Raises :class:`_Stopped`, instead of running it, after a Ctrl-C."""
             if self.stopped:
                 raise _Stopped
             code = [index for index, one in enumerate(notebook["cells"]) if one["cell_type"] == "code"]
@@ -152,6 +154,7 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
                 on_cell(self.number, len(code))
 
         async def async_start_new_kernel(self, **kwargs) -> None:
+            """Start the kernel with :meth:`stop` as the handler of SIGINT and SIGTERM."""
             # nbclient has just set its own handlers, which kill the kernel and leave what it started behind.
             loop = asyncio.get_running_loop()
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -159,6 +162,7 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
             await super().async_start_new_kernel(**kwargs)
 
         def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+            """Interrupt the kernel, and end it at the second call, which comes by itself after PATIENCE seconds."""
             if not self.km.has_kernel:
                 pass
             elif self.stopped:

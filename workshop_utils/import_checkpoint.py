@@ -98,6 +98,7 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
             config = settings
 
             def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
+                """Save the tokenizer to a folder of this import, whatever ``save_path``; that folder."""
                 from transformers import AutoTokenizer
 
                 # NeMo takes this folder's name over into the checkpoint; its own default is /tmp/nemo_tokenizer, shared by every run.
@@ -106,6 +107,7 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
 
             @property
             def tokenizer(self):
+                """The tokenizer of the Hugging Face model, loaded without its code."""
                 # Some importers write trust_remote_code=True into the checkpoint, for whoever loads it.
                 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 

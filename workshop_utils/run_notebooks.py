@@ -107,6 +107,7 @@ class _Progress:
         self.task = bar.add_task("", total=None)
 
     def start(self, file: Path):
+        """Show that ``file`` starts. Returns the function to call with (number of the cell, cells) as each cell starts."""
         title = f"[{self.chosen.index(file) + 1}/{len(self.chosen)}] {file.stem}"
         self.bar.reset(self.task, description=rf"\{title}", total=None, start=True)
         return lambda number, total: self.bar.update(
@@ -114,6 +115,7 @@ class _Progress:
         )
 
     def finish(self, row: NotebookResult) -> None:
+        """Print the result of a notebook and, below it, its error if there is one."""
         line = f"{SYMBOLS[row.result]} {row.result:7} {row.name}  {_minutes(row.seconds)}"
         self.bar.console.print(
             line + (f"\n    {row.error}" if row.error else ""), markup=False, highlight=False, soft_wrap=True

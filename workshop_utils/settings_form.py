@@ -17,6 +17,7 @@ def settings_form():
     answer = ipywidgets.HTML()
 
     def save(_):
+        """Save what the form says, and answer so."""
         save_settings(replace(settings, model=model.value, device=device.value))
         answer.value = f"Saved: {model.value} on {device.value}. Restart the kernels of open notebooks to use it."
 

@@ -29,23 +29,28 @@ def _event_writer(target: Path):
                     stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}) + "\n")
 
         def on_train_start(self, trainer, module):
+            """Write "start" with the number of steps to do."""
             self._write(trainer, "start", max_steps=trainer.max_steps)
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            """Start the clock of the step."""
             self._began = time.perf_counter()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            """Write "step"; loss and lr are null where there is none."""
             loss = trainer.callback_metrics.get("reduced_train_loss")
             rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
             self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate,
                         seconds=time.perf_counter() - self._began)  # fmt: skip
 
         def on_validation_end(self, trainer, module):
+            """Write "validation", except for the check before training or without a loss."""
             loss = trainer.callback_metrics.get("val_loss", trainer.callback_metrics.get("validation_loss"))
             if loss is not None and not trainer.sanity_checking:
                 self._write(trainer, "validation", loss=float(loss))
 
         def on_train_end(self, trainer, module):
+            """Write "end"."""
             self._write(trainer, "end")
 
     return EventWriter()

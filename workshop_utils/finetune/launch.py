@@ -147,6 +147,7 @@ def _bar(events: Path | None, tokens_per_step: float | None) -> Iterator[Callabl
     from tqdm.auto import tqdm
 
     def show() -> None:
+        """Bring the bar to the last step in ``events``."""
         seen = read_events(events)
         steps = [event for event in seen if event["event"] == "step"]
         starts = [event for event in seen if event["event"] == "start"]

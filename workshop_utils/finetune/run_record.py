@@ -66,6 +66,7 @@ def _commit() -> str | None:
     """Commit of the workshop's repository, with "+" when files differ from it; None where there is no git."""
     try:
         def git(*arguments: str) -> str:
+            """What git prints. Raises OSError without git, CalledProcessError where it fails."""
             return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -112,18 +112,23 @@ class _Archive(_Parts):
         self.files = {member.name: member.size for member in nemo_archive.members(path)}
 
     def kind(self, adapter: Adapter | None) -> Kind:
+        """What the archive is; ``adapter`` is None for a whole model."""
         return Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
 
     def config(self) -> dict[str, Any]:
+        """``model_config.yaml``. Errors as :func:`nemo_archive.read_config`."""
         return nemo_archive.read_config(self.path)
 
     def where(self, name: str) -> str:
+        """The member ``name`` as messages call it."""
         return f"{shown(self.path)}:{name}"
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """The member ``name``, open for reading. Errors as :func:`nemo_archive.open_member`."""
         return nemo_archive.open_member(self.path, name)
 
     def read(self, name: str) -> bytes:
+        """The bytes of the member ``name``. Errors as :func:`nemo_archive.read_member`."""
         return nemo_archive.read_member(self.path, name, restricted_pickle.MAX_BYTES)
 
 
@@ -136,18 +141,23 @@ class _Directory(_Parts):
         self.folder = "" if rank_files(self.files) else SHARDED
 
     def kind(self, adapter: Adapter | None) -> Kind:
+        """What the directory is, with an adapter or without."""
         return Kind.NEMO1_DIRECTORY
 
     def config(self) -> dict[str, Any]:
+        """``model_config.yaml``. Errors as :func:`safe_text.read_yaml`."""
         return safe_text.read_yaml(self.path / CONFIG)
 
     def where(self, name: str) -> str:
+        """The file ``name`` as messages call it."""
         return shown(self.path / name)
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """The file ``name``, open for reading."""
         return (self.path / name).open("rb")
 
     def read(self, name: str) -> bytes:
+        """The bytes of the file ``name``. Errors as :func:`restricted_pickle.read_bytes`."""
         return restricted_pickle.read_bytes(self.path / name)
 
 

@@ -172,10 +172,12 @@ class _Inflated(gzip.GzipFile):
             )
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As the base class. Raises :class:`UnsafeCheckpoint` where ``offset`` is beyond the limit."""
         self._check(offset)
         return super().seek(offset, whence)
 
     def read(self, size: int | None = -1) -> bytes:
+        """As the base class. Raises :class:`UnsafeCheckpoint` where ``size`` bytes would end beyond the limit."""
         self._check(self.tell() + max(size or 0, 0))
         return super().read(size)
 
@@ -187,12 +189,15 @@ class _Section(io.RawIOBase):
         self._file, self._member, self._at = file, member, 0
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def seekable(self) -> bool:
+        """True."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position of the member, which may be after its end, and return it. Raises OSError before its start."""
         at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._member.size}[whence]
         if at < 0:
             raise OSError(f"position {at} of a file")
@@ -200,6 +205,7 @@ class _Section(io.RawIOBase):
         return at
 
     def readinto(self, buffer: bytearray) -> int:
+        """Fill ``buffer`` from where it is, up to the member's end; the number of bytes read."""
         count = max(0, min(len(buffer), self._member.size - self._at))
         self._file.seek(self._member.start + self._at)
         found = self._file.read(count)

@@ -453,6 +453,7 @@ class Machine:
 
 def _pushing(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
     def run(machine: Machine) -> None:
+        """Push what ``make`` returns."""
         machine.stack.append(make(machine))
 
     return run

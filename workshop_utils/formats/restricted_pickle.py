@@ -147,6 +147,7 @@ def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any
     """
 
     def find(module: str, name: str) -> Any:
+        """What ``allowed`` has for the name. Raises :class:`_Refused` where that is nothing."""
         found = allowed.get((module, name))
         if found is None:
             raise _Refused(f"{module}.{name}")
@@ -206,6 +207,7 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
     """A machine that goes on after a name outside ``allowed`` and puts down in ``seen`` what is called."""
 
     def find(module: str, name: str) -> Any:
+        """What ``allowed`` has for the name, or a :class:`Foreign`, whose name is put down."""
         found = allowed.get((module, name))
         if found is None:
             found = Foreign(plain(f"{module}.{name}", 200))
@@ -214,6 +216,7 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
         return found
 
     def called(what: str, arguments: Any) -> None:
+        """Put down the call of ``what`` in place of its bare name."""
         text = f"{what}({', '.join(_text(argument) for argument in arguments[:4]) if type(arguments) is tuple else '...'})"
         if len(seen) < MAX_CALLS:
             # The call takes the place of the bare name.

@@ -220,6 +220,7 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
 
     def visit(node: Any, path: str) -> None:
+        """Add what is foreign in ``node``, which stands at ``path``, to ``found``."""
         if isinstance(node, dict):
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)

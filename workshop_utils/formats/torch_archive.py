@@ -74,6 +74,7 @@ class _Storage:
     faults: list["_Faulty"]
 
     def fault(self, why: str) -> "_Faulty":
+        """A stand-in for a tensor that contradicts this storage, also added to ``faults``."""
         self.faults.append(_Faulty(why))
         return self.faults[-1]
 
@@ -308,6 +309,7 @@ def _check_extent(state: Any, where: str) -> None:
     seen: dict[int, tuple[int, int]] = {}
 
     def extent(value: Any, depth: int) -> tuple[int, int]:
+        """Number of values in ``value``, itself included, and of levels. Raises :class:`DamagedCheckpoint` above the limits."""
         if id(value) not in seen:
             count, levels = 1, 1
             for child in _children(value):

@@ -20,6 +20,7 @@ PRECONDITION_FAILED = 412  # NGC's answer while terms have not been accepted
 
 
 def main(target: str, directory: Path) -> int:
+    """Download ``target`` into ``directory``. Exit code: 0, or 1 once the error is told on standard output."""
     from ngcbase import errors
     from ngcsdk import Client
 
@@ -46,10 +47,12 @@ def main(target: str, directory: Path) -> int:
 
 
 def key() -> str | None:
+    """The API key in the environment, or None."""
     return os.environ.get("NGC_API_KEY") or os.environ.get("NGC_CLI_API_KEY")
 
 
 def download(models, target: str, directory: Path) -> None:
+    """Download the files of ``target`` not yet noted as finished. Raises OSError for a bad path or transfer."""
     files = list(models.list_files(target))
     total = sum(file.sizeInBytes for file in files)
     for file in files:
@@ -64,6 +67,7 @@ def download(models, target: str, directory: Path) -> None:
             continue
 
         def report(completed, *_, before=before):
+            """Tell the progress; ``completed`` is the bytes of this file."""
             say(done=before + completed, total=total)
 
         result = models.download_version(target, str(directory), file_patterns=[file.path], progress_callback_func=report)
@@ -88,6 +92,7 @@ def check(result, file) -> None:
 
 
 def say(**message) -> None:
+    """Print one JSON line on standard output."""
     print(json.dumps(message), file=sys.__stdout__, flush=True)
 
 

@@ -50,6 +50,7 @@ def fusions_off(module: ModuleType) -> None:
     check = config.__post_init__
 
     def post_init(self):
+        """Turn off every one of FUSIONS that is on, then check as before."""
         for name in FUSIONS:
             if getattr(self, name, None):
                 setattr(self, name, False)
@@ -66,6 +67,7 @@ def norm_before_the_experts(module: ModuleType) -> None:
     original = module.get_gpt_layer_local_spec
 
     def get_gpt_layer_local_spec(num_experts=None, *args, **kwargs):
+        """The original spec; with experts, without the renaming of the norm before them."""
         spec = original(num_experts, *args, **kwargs)
         if num_experts is not None:
             spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -83,13 +85,16 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
 
     class ZeroCentredLayerNorm(torch.nn.LayerNorm):
         def reset_parameters(self):
+            """Start at zero: the weight counts from 1."""
             torch.nn.init.zeros_(self.weight)
             torch.nn.init.zeros_(self.bias)
 
         def forward(self, hidden):
+            """The layer norm of ``hidden`` times (1 + weight), plus the bias."""
             return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
     def new(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
+        """A :class:`ZeroCentredLayerNorm` where the configuration asks for one, else what it was."""
         if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
             return ZeroCentredLayerNorm(hidden_size, eps=eps)
         return original(cls, config, hidden_size, eps, *args, **kwargs)

@@ -31,9 +31,11 @@ def layer_norm_names_of_connectors(module: ModuleType) -> None:
     original = module.apply_transforms
 
     def names(model):
+        """Names in the state dict of ``model``, of the module in it where it wraps one."""
         return (model if isinstance(model, module._ModelState) else getattr(model, "module", model)).state_dict().keys()
 
     def apply_transforms(source, target, mapping, *args, **kwargs):
+        """The original, with the mapping's layer norms renamed where that is needed."""
         if any("layer_norm_" in f"{key}{value}" for key, value in mapping.items()):
             known = [*names(source), *names(target)]
             fused = any(".linear_qkv.layer_norm_" in name for name in known)
@@ -81,6 +83,7 @@ def index_workers_can_be_stopped(module: ModuleType) -> None:
     original = module.build_index_files
 
     def build_index_files(*args, **kwargs):
+        """The original, with SIGTERM at its default meanwhile; unchanged outside the main thread, which cannot set it."""
         if threading.current_thread() is not threading.main_thread():
             return original(*args, **kwargs)
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -27,6 +27,7 @@ def lora_mixin_forward(module: ModuleType) -> None:
     name = module.AdapterName.LORA_DENSE_ATTENTION_ADAPTER
 
     def forward(self, *args, **kwargs):
+        """Megatron-Core's, with the LoRA of the output projection added where it is enabled."""
         adapter = self.get_adapter_module(name) if self.is_adapter_available() else None
         if adapter is None or not self.adapter_cfg[name]["enabled"]:
             return attention.forward(self, *args, **kwargs)
@@ -52,9 +53,11 @@ def adapter_mixin_forward(module: ModuleType) -> None:
     names = {"self_attention": module.AdapterName.PRE_ATTN_ADAPTER, "mlp": module.AdapterName.POST_ATTN_ADAPTER}
 
     def add(adapter):
+        """A forward hook that adds ``adapter`` of a block's output to it."""
         return lambda block, inputs, output: (output[0] + adapter(output[0]), *output[1:])
 
     def forward(self, *args, **kwargs):
+        """Megatron-Core's, with a hook for each enabled adapter meanwhile."""
         found = {part: self.get_adapter_module(name) for part, name in names.items()} if self.is_adapter_available() else {}
         hooks = [getattr(self, part).register_forward_hook(add(adapter)) for part, adapter in found.items()
                  if adapter is not None and self.adapter_cfg[names[part]]["enabled"]]  # fmt: skip
@@ -74,6 +77,7 @@ def strategy_of_gpt_models(module: ModuleType) -> None:
     original = module.model_inference_strategy_dispatcher
 
     def dispatch(model, **arguments):
+        """The strategy for ``model``."""
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
 
         if isinstance(model, MegatronGPTSFTModel):
@@ -103,6 +107,7 @@ def steps_of_the_optimizer(module: ModuleType) -> None:
     original = module.optim_state_to_sharding_state
 
     def optim_state_to_sharding_state(state, *args, **kwargs):
+        """The original, in place, with each step taken out before and put back after it."""
         steps = {number: entry["step"] for number, entry in state["state"].items() if "step" in entry}
         # The entries are the optimizer's own: it goes on with them.
         state["state"] = {number: {key: value for key, value in entry.items() if key != "step"} for number, entry in state["state"].items()}
@@ -134,6 +139,7 @@ def local_layer_spec(module: ModuleType) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None, fp8=False):
+        """The local layer spec for ``transformer_config``; Transformer Engine, Hyena and fp8 are left out."""
         return get_gpt_layer_local_spec(
             num_experts=transformer_config.num_moe_experts,
             # Only "decoder_block_gpt" of NeMo's own specs has norms of q and k; the others leave them out without a word.
@@ -153,6 +159,7 @@ def process_groups_before_the_model(module: ModuleType) -> None:
     original = module.MegatronGPTModel.model_provider_func
 
     def model_provider_func(self, pre_process, post_process):
+        """The original, once the process groups are there."""
         if not parallel_state.is_initialized():
             strategy = self.trainer.strategy
             if strategy.launcher is not None:
@@ -170,6 +177,7 @@ def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
     original = module.MegatronGPTModel.load_state_dict
 
     def load_state_dict(self, state_dict, *args, **kwargs):
+        """The original, with local names and without Transformer Engine's extra states."""
         kept = {local_layer_norm_name(name): value for name, value in state_dict.items() if not name.endswith("_extra_state")}
         return original(self, kept, *args, **kwargs)
 
@@ -196,6 +204,7 @@ def cast_under_autocast(module: ModuleType) -> None:
     import torch
 
     def cast(*tensors):
+        """``tensors`` with those of floating point in autocast's dtype; as they are where autocast is off."""
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         if not torch.is_autocast_enabled(kind):
             return tensors
@@ -244,6 +253,7 @@ def compiled_helpers(module: ModuleType) -> None:
     import numpy
 
     def build_blending_indices(dataset_index, dataset_sample_index, weights, count, size, verbose):
+        """The compiled function with a copy in int16, written back to ``dataset_index``."""
         wide = dataset_index.astype(numpy.int16)
         compiled.build_blending_indices(wide, dataset_sample_index, weights, count, size, verbose)
         dataset_index[:] = wide

@@ -78,6 +78,7 @@ def patch(library: str, *modules: str, when: Callable[[], bool], reason: str):
     """Decorator: register a function as the patch of ``modules`` (several where the same fault stands in several files)."""
 
     def register(change: Callable[[ModuleType], None]):
+        """Add ``change`` to PATCHES, once for each module, and return it as it is."""
         PATCHES.extend(Patch(change.__name__, library, module, when, reason, change) for module in modules)
         return change
 

@@ -12,13 +12,17 @@ class _Stream:
 
     def __init__(self, *args, **kwargs): ...
 
-    def synchronize(self): ...
+    def synchronize(self):
+        """Nothing to wait for."""
 
-    def wait_stream(self, stream): ...
+    def wait_stream(self, stream):
+        """Nothing to wait for."""
 
-    def wait_event(self, event): ...
+    def wait_event(self, event):
+        """Nothing to wait for."""
 
     def record_event(self, event=None):
+        """``event``, or a new one."""
         return event or _Event()
 
 
@@ -27,16 +31,21 @@ class _Event:
 
     def __init__(self, *args, **kwargs): ...
 
-    def record(self, *args): ...
+    def record(self, *args):
+        """Nothing to record."""
 
-    def synchronize(self): ...
+    def synchronize(self):
+        """Nothing to wait for."""
 
-    def wait(self, *args): ...
+    def wait(self, *args):
+        """Nothing to wait for."""
 
     def query(self) -> bool:
+        """True: the work is finished."""
         return True
 
     def elapsed_time(self, other) -> float:
+        """0 milliseconds: nothing is timed."""
         return 0.0
 
 
@@ -112,6 +121,7 @@ class CpuTorch:
     @staticmethod
     def _on_cpu(factory):
         def make(*args, **kwargs):
+            """What ``factory`` makes, on the CPU where a GPU is asked for, and never pinned."""
             if str(kwargs.get("device", "")).startswith("cuda"):
                 kwargs["device"] = "cpu"
             if kwargs.get("pin_memory"):
