@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from workshop_utils import plots
-from workshop_utils.doctor import tree
+from workshop_utils.doctor import rich_view, tree
 from workshop_utils.doctor.shard_map import shard_map
 from workshop_utils.formats.identify import identify
 
@@ -81,6 +81,17 @@ def test_a_very_deep_name_is_cut():
 
     found = Checkpoint(Path("x"), Kind.HUGGINGFACE, None, None, 4, (deep,), None, None, ())
     assert len(tree.as_text(found).splitlines()) == tree.MAX_DEPTH + 2
+
+
+def test_all_of_it_in_a_notebook(numbered, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda *things, **options: shown.append(things[0]))
+    rich_view.show(numbered)
+    findings = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in findings[:1]] == ["Hugging Face model directory (None)"]
+    assert len(findings) == 3
+    assert isinstance(shown[0], tree.Tree)
+    assert [list(thing) for thing in shown[1:]] == [["image/png", "text/plain"]] * 2
 
 
 def test_the_figures(numbered, originals, capsys):

@@ -16,7 +16,8 @@ DESCRIPTION = """\
 Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what can load it.
 
 Known are NeMo 2.0 directories (models and adapters), NeMo 1 .nemo archives and directories, bridged views, Lightning .ckpt files,
-Megatron iter_* directories, Hugging Face models and PEFT adapters, and GGUF. Only headers and indexes are read, without torch, and nothing that a file contains is run.
+Megatron iter_* directories, Hugging Face models and PEFT adapters, and GGUF. Only headers and indexes are read, without torch, and
+nothing that a file contains is run.
 Exit status: 0 for a checkpoint, 2 for anything else, also when it is damaged or unsafe to load.
 `workshop verify` tells what is wrong with it, and `workshop convert` changes between NeMo's formats.
 """
@@ -94,9 +95,14 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     """(name, value) of each line of the description; what is not known is left out."""
     yield "path", shown(found.path)
     yield "format", found.format
+    if found.version:
+        yield "version", found.version
+    if found.parallel != (1, 1):
+        yield "written by", f"{found.parallel[0]} tensor-parallel x {found.parallel[1]} pipeline-parallel ranks, not merged"
     if sizes := found.architecture:
-        yield "architecture", f"{sizes.layers} layers, hidden {sizes.hidden}, FFN {sizes.ffn}"
-        yield "attention", f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value groups"
+        experts = f", {sizes.experts} experts in each layer" if sizes.experts else ""
+        yield "architecture", f"{sizes.family + ': ' if sizes.family else ''}{sizes.layers} layers, hidden {sizes.hidden}, FFN {sizes.ffn}{experts}"
+        yield "attention", f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value groups{', queries and keys normalised' if sizes.qk_norm else ''}"
         if sizes.vocabulary:
             yield "vocabulary", f"{sizes.vocabulary:,} rows, {'tied' if sizes.tied else 'not tied'} to the output"
         scaling = f", scaled: {', '.join(f'{k} {v}' for k, v in sizes.rope_scaling.items())}" if sizes.rope_scaling else ""
@@ -107,7 +113,7 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     if found.tokenizer:
         yield "tokenizer", found.tokenizer
     if adapter := found.adapter:
-        yield "adapter", f"rank {adapter.rank}, alpha {adapter.alpha}, on {', '.join(adapter.targets)}"
+        yield "adapter", f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha}, on {', '.join(adapter.targets)}"
         here = {True: " (is here)", False: " (no longer there)", None: ""}[adapter.base_is_here]
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
     for number, note in enumerate(found.notes):
