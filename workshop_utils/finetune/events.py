@@ -20,7 +20,7 @@ def _event_writer(target: Path):
     from lightning.pytorch import Callback
 
     class EventWriter(Callback):
-        """Writes "start", "step" (loss, lr, seconds of this step), "validation" (loss) and "end" on rank 0."""
+        """Writes "start", "step" (loss, lr, seconds of this step, bytes of memory), "validation" (loss) and "end" on rank 0."""
 
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
@@ -41,7 +41,7 @@ def _event_writer(target: Path):
             loss = trainer.callback_metrics.get("reduced_train_loss")
             rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
             self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate,
-                        seconds=time.perf_counter() - self._began)  # fmt: skip
+                        seconds=time.perf_counter() - self._began, memory=_memory())  # fmt: skip
 
         def on_validation_end(self, trainer, module):
             """Write "validation", except for the check before training or without a loss."""
@@ -54,6 +54,14 @@ def _event_writer(target: Path):
             self._write(trainer, "end")
 
     return EventWriter()
+
+
+def _memory() -> int:
+    """Bytes in use: of the GPU the most so far, else of this process now."""
+    import psutil
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def read_events(path: Path) -> list[dict]:

@@ -157,7 +157,8 @@ def _bar(events: Path | None, tokens_per_step: float | None) -> Iterator[Callabl
         if steps:
             bar.n = steps[-1]["step"]
             speed = f"{tokens_per_step / steps[-1]['seconds']:.0f} tokens/s, " if tokens_per_step else ""
-            bar.set_postfix_str(f"{speed}loss {steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else speed)
+            memory = f", {steps[-1]['memory'] / 1e9:.1f} GB" if steps[-1].get("memory") else ""
+            bar.set_postfix_str((f"{speed}loss {steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else speed) + memory)
 
     with tqdm(desc="loading NeMo and the model", unit="step", dynamic_ncols=True) as bar:
         yield show
