@@ -50,11 +50,11 @@ def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> 
     for place, value in safe_text.foreign_targets(tree):
         report.add(
             UnsafeCheckpoint(
-                f"{shown(file)}: {place} names {value!r}, which is none of the names that NeMo writes into a checkpoint; loading it "
-                "would import and call that. Nothing was executed. Load it only if you know why it is there."
+                f"{shown(file)}: {place} names {value!r}, which is not on the list of what a model of NeMo needs and what does no harm; "
+                "loading it would import, call or unpickle that. Nothing was executed. Load it only if you know why it is there."
             )
         )
-    report.checked.append(f"{Path(file).name} names only classes and functions that NeMo writes into a checkpoint")
+    report.checked.append(f"{Path(file).name} names only classes and functions on the list of those that do no harm")
 
 
 def check_tokenizer(report: Report, context: Path, model: Mapping[str, Any]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.formats.known_names import CONTAINERS, KNOWN, NEMO1_MODEL
 from workshop_utils.formats.restricted_pickle import plain
 from workshop_utils.paths import shown
 
@@ -168,43 +170,6 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-_CLASS = r"(?:\w+\.)*[A-Z]\w*"
-_FOUND_IN_CHECKPOINTS = re.compile(
-    "|".join(
-        [
-            # Configurations, models, tokenizers, adapters, optimizers: classes that only hold and compute.
-            rf"nemo\.collections\.llm\.(?:bert|gpt|t5)\.model\.{_CLASS}",
-            rf"nemo\.collections\.llm\.(?:fn|peft)\.{_CLASS}",
-            rf"nemo\.collections\.common\.tokenizers\.{_CLASS}",
-            rf"nemo\.collections\.nlp\.models\.language_modeling\.{_CLASS}",
-            # Data of a fine-tuning run. Not hf_dataset: its constructor already loads, and may run, what its argument names.
-            r"nemo\.collections\.llm\.gpt\.data\.(?:alpaca|chat|dolly|fine_tuning|mock|pre_training|squad)\.[A-Z]\w*",
-            rf"nemo\.lightning\.pytorch\.(?:callbacks|optim|strategies|plugins|trainer)\.{_CLASS}",
-            r"nemo\.lightning\.io\.artifact\.file\.[A-Z]\w*",
-            r"nemo\.lightning\.io\.pl\.TrainerContext",
-            r"megatron\.core\.(?:distributed|model_parallel_config|optimizer|transformer)\.(?:\w+\.)*[A-Z]\w*Config",
-            r"megatron\.core\.(?:\w+\.)*enums\.[A-Z]\w*(?:\.\w+)?",
-            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.)*(?:[A-Z]\w*(?:Config|Container|Provider\w*)|\w*[LD]oRA)",
-            # Functions of the model.
-            r"nemo\.collections\.llm\.(?:bert|gpt|t5)\.model\.\w+\.\w*_(?:data_step|forward_step|layer_spec|full_layer_spec|block_spec)",
-            r"nemo\.collections\.llm\.fn\.activation\.\w+",
-            r"nemo\.lightning\.io\.artifact\.hf_auto\.from_pretrained",
-            r"megatron\.bridge\.models\.\w+\.\w*_layer_spec",
-            r"torch\.nn\.functional\.(?:elu|gelu|leaky_relu|relu|relu6|sigmoid|silu|softplus|tanh)",
-            r"torch\.nn\.init\.(?:constant|kaiming_normal|kaiming_uniform|normal|ones|trunc_normal|uniform|xavier_normal|xavier_uniform|zeros)_",
-            # Calls nothing by itself; its argument is a _target_, too.
-            r"functools\.partial",
-            r"collections\.defaultdict",
-            r"torch\.(?:bfloat16|float16|float32|float64|float|half|double|float8_e4m3fn|float8_e5m2|int8|int32|int64|uint8|long)",
-            r"transformers\.generation\.configuration_utils\.GenerationConfig(?:\.from_dict)?",
-            r"transformers\.models\.(?:\w+\.)*\w+(?:Config|Tokenizer|TokenizerFast)",
-            # What io.json is made of.
-            r"builtins\.(?:bool|dict|float|int|list|set|str|tuple)",
-            r"fiddle\._src\.config\.(?:BuildableTraverserMetadata|Config)",
-            r"fiddle\._src\.partial\.Partial",
-        ]
-    )
-)
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
 
 
@@ -214,33 +179,65 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     ``model.yaml`` and ``model_config.yaml`` are made into objects by their loaders: whatever ``_target_`` (Hydra, NeMo 2.0),
     ``target`` (NeMo 1) or a ``pyref`` of ``io.json`` names is imported, and mostly called with the values beside it
     (CVE-2025-23304). NeMo checks only the first part of the name, so that ``torch.hub.load`` or its own functions that read pickles
-    pass. The list here is of what NeMo and Megatron-Bridge write. ``trust_remote_code: true`` is foreign, too: it runs code of the
-    tokenizer's repository.
+    pass. The list is in :mod:`.known_names`. ``trust_remote_code: true`` is foreign, too: it runs code of the tokenizer's
+    repository; and so is an object of ``io.json`` that NeMo would unpickle from a file.
     """
     found: list[tuple[str, str]] = []
+    objects = tree.get("objects") if isinstance(tree, dict) else None
+    objects = objects if isinstance(objects, dict) else {}
 
     def visit(node: Any, path: str) -> None:
-        """Add what is foreign in ``node``, which stands at ``path``, to ``found``."""
         if isinstance(node, dict):
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
                 if key == "_target_" or (key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)):
-                    if not isinstance(value, str) or not _FOUND_IN_CHECKPOINTS.fullmatch(value):
+                    known = isinstance(value, str) and (KNOWN.fullmatch(value) or (key == "target" and NEMO1_MODEL.fullmatch(value)))
+                    if not known:
                         found.append((here, plain(str(value), 200)))
                 elif key == "trust_remote_code" and value not in (False, None):
                     found.append((here, plain(str(value), 200)))
                 else:
                     visit(value, here)
-            if node.get("type") == "pyref":
+            # Whatever its "type" says: NeMo imports the name before fiddle looks at that.
+            if node.get("type") == "pyref" or {"type", "module", "name"} <= node.keys():
                 name = f"{node.get('module')}.{node.get('name')}"
-                if not _FOUND_IN_CHECKPOINTS.fullmatch(name):
+                if not KNOWN.fullmatch(name):
                     found.append((path, plain(name, 200)))
+            if isinstance(node.get("type"), dict) and isinstance(node.get("items"), list):
+                found.extend((path, text) for text in _of_fiddle(node, objects))
         elif isinstance(node, list):
             for i, value in enumerate(node):
                 visit(value, f"{path}[{i}]")
 
     visit(tree, "")
     return found
+
+
+def _of_fiddle(node: dict[str, Any], objects: dict[str, Any]) -> Iterator[str]:
+    """What the object ``node`` of ``io.json`` would do without naming it: read a pickle, run code of a tokenizer."""
+    values = _values(node, objects)
+    name = f"{node['type'].get('module')}.{node['type'].get('name')}"
+    if not CONTAINERS.fullmatch(name) and len(values) == 1:
+        yield f"the pickle {plain(str(values[0]), 100)}, to make {plain(name, 100)} of it"
+    # The names in the items are for people; fiddle takes those of the metadata, in the same order.
+    described = _values(_followed(node.get("metadata"), objects), objects)
+    names = _values(described[1], objects) if len(described) > 1 else []
+    for argument, value in zip(names, values, strict=False):
+        if argument == "trust_remote_code" and value not in (False, None):
+            yield f"trust_remote_code={plain(str(value), 100)}"
+
+
+def _followed(value: Any, objects: dict[str, Any]) -> Any:
+    """What a reference or a leaf of ``io.json`` stands for."""
+    if isinstance(value, dict) and value.get("type") == "ref":
+        key = value.get("key")
+        value = objects.get(key) if isinstance(key, str) else None
+    return value.get("value") if isinstance(value, dict) and value.get("type") == "leaf" else value
+
+
+def _values(node: Any, objects: dict[str, Any]) -> list[Any]:
+    items = node.get("items") if isinstance(node, dict) else None
+    return [_followed(item[-1], objects) for item in items if isinstance(item, list) and item] if isinstance(items, list) else []
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
