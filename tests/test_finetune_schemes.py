@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tiny_model import make_tiny_model, write_rows
 
@@ -135,6 +137,23 @@ def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
     assert resumed >= 20
     assert [found[step] for step in range(1, min(2 * resumed, 60) + 1)] == right[: 2 * resumed]
     assert len(found) == 60 and abs(found[60] - right[-1]) < 0.05
+
+
+@pytest.mark.parametrize("limit, size, said", [
+    (resource.RLIMIT_FSIZE, 100_000, "The disk is full, or a limit on the size of files is reached"),
+    (resource.RLIMIT_AS, 2_500_000_000, "Memory ran out: lower model.micro_batch_size"),
+])  # fmt: skip
+def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
+    """The cause is named, nothing is left running, and the same command finishes once there is room."""
+    words = overrides(tiny, f"limit-{limit}", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64")
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(limit, (size, size)))
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+    ours = [process for process in psutil.process_iter(["cmdline"]) if f"exp_manager.name=limit-{limit}" in (process.info["cmdline"] or [])]
+    assert ours == []
+    plan = finetune.make_plan(words, data=tiny / "rows.jsonl")
+    assert finetune.finetune(plan, progress=False).exists()
 
 
 @pytest.mark.parametrize("adapted", [True, False])

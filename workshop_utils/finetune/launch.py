@@ -26,6 +26,14 @@ GRACE = 4.0
 LINGER = 2.0
 """Seconds for the other workers to say their last words when one has failed."""
 
+_LESS_MEMORY = "lower model.micro_batch_size or model.data.train_ds.max_seq_length"
+_ADVICE = {
+    r"\[Errno (27|28)\]": "The disk is full, or a limit on the size of files is reached. Make room; the same command goes on from the "
+                          "last checkpoint.",
+    r"MemoryError|bad_alloc|not enough memory|[Cc]annot allocate memory|out of memory": f"Memory ran out: {_LESS_MEMORY}, or close "
+                                                                                       "other programs.",
+}  # fmt: skip
+
 _CLOSING = b"closing signal SIGTERM"
 
 
@@ -185,12 +193,22 @@ def failure_cause(log: Path) -> str:
         if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*", lines[index]):
             # A message may go on for some lines; NeMo's log and the next traceback do not belong to it.
             rest = itertools.takewhile(lambda line: line.strip() and not re.match(r"Traceback|\[|[EWI]\d{4} |\w+: +\d+%", line), lines[index + 1 :])
-            return "\n".join([lines[index], *itertools.islice(rest, 5)])
-    killed = re.search(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode: -(\d+) ", text)
-    if killed and (killed[1] or killed[3]) == str(int(signal.SIGKILL)):
-        return "A training process was killed (SIGKILL). Usually the system does that when memory runs out: lower model.micro_batch_size."
-    tail = [line for line in lines if line.strip()][-5:]
-    return "The training process ended without a Python error. Its last words:\n" + "\n".join(tail)
+            return _with_advice("\n".join([lines[index], *itertools.islice(rest, 5)]))
+    ended = re.search(r"exitcode\s*:\s*-(\d+)", text)
+    name = signal.Signals(int(ended[1])).name if ended and int(ended[1]) in set(signal.Signals) else None
+    if name == "SIGKILL":
+        return f"A training process was killed (SIGKILL). Usually the system does that when memory runs out: {_LESS_MEMORY}."
+    own = itertools.takewhile(lambda line: "failed (exitcode" not in line, lines)
+    tail = "\n".join([line for line in own if line.strip()][-5:])
+    return _with_advice(f"The training process ended without a Python error{f', by {name}' if name else ''}. Its last words:\n{tail}")
+
+
+def _with_advice(message: str) -> str:
+    """``message``, and what to do where that is always the same."""
+    for signs, advice in _ADVICE.items():
+        if re.search(signs, message):
+            return f"{message}\n{advice}"
+    return message
 
 
 def _keep(run_dir: Path) -> Path:

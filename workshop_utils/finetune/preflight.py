@@ -208,7 +208,7 @@ def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_che
     found.facts.append(f"memory: about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
     free = shutil.disk_usage(_existing(run_dir)).free
     if free < guess.disk:
-        found.problems.append(f"{paths.shown(run_dir)}: about {guess.disk / 1e9:.1f} GB are needed on disk, {free / 1e9:.1f} GB are free.")
+        found.problems.append(f"{paths.shown(run_dir)}: about {guess.disk / 1e6:,.0f} MB are needed on disk, {free / 1e6:,.0f} MB are free.")
     if trainer.accelerator == "cpu":
         _on_cpu(guess, trainer, found)
 
