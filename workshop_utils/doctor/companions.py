@@ -6,7 +6,7 @@ from typing import Any
 
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
-from workshop_utils.formats import safe_text, tokenizer_files, torch_archive
+from workshop_utils.formats import safe_text, tokenizer_files
 from workshop_utils.paths import shown
 
 _BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
@@ -29,20 +29,6 @@ def check_backend(report: Report, weights: Path) -> None:
                 f"{shown(weights / 'metadata.json')}: the {half} backend is {found[0]!r} {found[1]!r}; known are {wanted}."
             )
     report.checked.append("metadata.json names a known backend and version")
-
-
-def check_common(report: Report, weights: Path) -> None:
-    """``common.pt`` is there and can be read without running anything that it names."""
-    path = weights / "common.pt"
-    if not path.is_file():
-        report.damaged(f"{shown(path)} is missing; Megatron-Core loads no checkpoint without it. Copy the checkpoint again.")
-        return
-    try:
-        with path.open("rb") as file:
-            torch_archive.read_state(file, shown(path), report.add)
-    except CheckpointError as error:
-        report.add(error)
-    report.checked.append("common.pt is there and holds only plain values")
 
 
 def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> None:

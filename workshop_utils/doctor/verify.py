@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.doctor import adapters, companions, places, ranks, shapes
+from workshop_utils.doctor import adapters, companions, pickles, places, ranks, shapes
 from workshop_utils.doctor import manifest as manifests
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsupportedCheckpoint
@@ -79,6 +79,7 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         index = torch_dist.read_directory(base, report.add)
         tensors = list(index.tensors.values())
         ranges = [places.Range(item.file, item.start, item.length, item.name) for item in index.objects.values()]
+        pickles.check_objects(report, checkpoint, index.objects.values())
     ranges += places.ranges(tensors)
     if checkpoint.detail == "zarr":
         report.untold.append("whether the chunks of zarr are whole: they are listed, and not read, here")
@@ -117,7 +118,7 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     context, where = checkpoint.path / "context", shown(weights)
     companions.check_backend(report, weights)
     if checkpoint.detail != "zarr":
-        companions.check_common(report, weights)
+        pickles.check_common(report, checkpoint)
     model = read_yaml(context / "model.yaml")
     companions.check_targets(report, context / "model.yaml", model)
     if (context / "io.json").is_file():
@@ -151,9 +152,12 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     companions.check_targets(report, described, config)
     if path.is_file():
         report.checked.append("the archive holds only files, each once, and no name leads out of it")
+        if index := pickles.archived_index(checkpoint):
+            pickles.check_common(report, checkpoint, pickles.SHARDED)
+            pickles.check_objects(report, checkpoint, index.objects.values(), pickles.SHARDED)
     if (weights / torch_dist.INDEX).is_file():
         companions.check_backend(report, weights)
-        companions.check_common(report, weights)
+        pickles.check_common(report, checkpoint)
     shapes.check_dtypes(report, where, checkpoint.tensors)
     if checkpoint.adapter:
         if checkpoint.parallel == (1, 1):
@@ -183,7 +187,7 @@ def _fields(report: Report, read: Callable[[], dict[str, Any]]) -> dict[str, Any
 def _check_megatron(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     if (weights / torch_dist.INDEX).is_file():
         companions.check_backend(report, weights)
-        companions.check_common(report, weights)
+        pickles.check_common(report, checkpoint)
     run_config = checkpoint.path / "run_config.yaml"
     if run_config.is_file():
         companions.check_targets(report, run_config, read_yaml(run_config))

@@ -119,6 +119,21 @@ class Named(Inert):
         return Named(plain(f"{self.text}({shown})", 200))
 
 
+class Buffer(Inert, metaclass=Sealed):
+    """``io.BytesIO``, with its bytes: Transformer Engine's ``_extra_state`` has a pickle in it."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__("io.BytesIO()")
+        self.content = b""
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the bytes; the position is dropped."""
+        if type(state) is tuple and state and type(state[0]) is bytes:
+            self.content = state[0]
+
+
 def _encode(text: Any, encoding: Any = None) -> Any:
     """``_codecs.encode(text, "latin1")``: bytes, as protocol 2 writes them. Long ones are dropped: one could be made over and over."""
     if type(text) is str and encoding == "latin1" and len(text) <= 256:
@@ -188,8 +203,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
-    # Transformer Engine's _extra_state.
-    ("_io", "BytesIO"): Named("io.BytesIO"),
+    ("_io", "BytesIO"): Buffer,
     **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in _BYTES},
@@ -219,6 +233,9 @@ _ALLOWED |= {
         "megatron.core.enums": "Fp4Recipe Fp8Recipe ModelType",
         "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
         "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
+        # Transformer Engine's settings of FP8, in its _extra_state.
+        "transformer_engine.common.recipe": "DelayedScaling Float8BlockScaling Float8CurrentScaling Format MMParams "
+        "MXFP8BlockScaling NVFP4BlockScaling QParams _FormatHelper",
         "megatron.core.transformer.enums": "AttnBackend AttnMaskType AttnType CudaGraphScope LayerType ModelType",
     }.items()
     for name in names.split()
@@ -280,6 +297,11 @@ def scan(file: IO[bytes], where: str) -> list[str]:
     """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as :func:`read_tensors`."""
     data, storages = torch_zip.read(file, where, _ALLOWED)
     return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
+
+
+def scan_bare(data: bytes, where: str) -> list[str]:
+    """What pickles one after the other, in no zip, would call; empty where they are harmless or broken."""
+    return restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
 
 
 def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
