@@ -1,0 +1,85 @@
+"""The pickles inside a distributed checkpoint that Megatron-Core loads without any restriction: ``common.pt`` and the objects.
+
+An object, such as Transformer Engine's ``_extra_state``, is a range of bytes in a ``.distcp`` file that ``torch.save`` wrote
+(``torch/distributed/checkpoint/default_planner.py``, ``load_bytes``: ``weights_only=False``). Its value is often a buffer, or a
+tensor of bytes, with one more pickle in it, which Transformer Engine loads (``transformer_engine/pytorch/module/base.py``).
+"""
+
+import io
+import itertools
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import Any
+
+from workshop_utils.doctor.report import Report
+from workshop_utils.errors import CheckpointError
+from workshop_utils.formats import nemo_archive, restricted_pickle, torch_archive, torch_dist, values
+from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.formats.torch_dist import StoredObject
+from workshop_utils.paths import shown
+
+SHARDED = "model_weights/"
+
+
+def archived_index(checkpoint: Checkpoint) -> torch_dist.Index | None:
+    """The index inside the ``.nemo`` archive of ``checkpoint``, or None where it is not sharded. Faults were told by its reader."""
+    sizes = {member.name: member.size for member in nemo_archive.members(checkpoint.path)}
+    if SHARDED + torch_dist.INDEX not in sizes:
+        return None
+    data = nemo_archive.read_member(checkpoint.path, SHARDED + torch_dist.INDEX, restricted_pickle.MAX_BYTES)
+    inside = {name.removeprefix(SHARDED): size for name, size in sizes.items() if name.startswith(SHARDED)}
+    return torch_dist.read_index(data, f"{shown(checkpoint.path)}:model_weights", inside, lambda fault: None)
+
+
+def check_common(report: Report, checkpoint: Checkpoint, prefix: str = "") -> None:
+    """``common.pt`` is there and can be read without running anything that it names. ``prefix`` is that of members of an archive."""
+    where = f"{shown(checkpoint.path)}:{prefix}common.pt" if prefix else shown(checkpoint.path / checkpoint.folder / "common.pt")
+    try:
+        with values.open_part(checkpoint, f"{prefix}common.pt") as file:
+            content = file.read(restricted_pickle.MAX_BYTES + 1)
+    except (CheckpointError, FileNotFoundError, IsADirectoryError):
+        report.damaged(f"{where} is missing; Megatron-Core loads no checkpoint without it. Copy the checkpoint again.")
+        return
+    _check(report, where, content)
+    report.checked.append("common.pt is there and holds only plain values")
+
+
+def check_objects(report: Report, checkpoint: Checkpoint, objects: Iterable[StoredObject], prefix: str = "") -> None:
+    """No object of the index names anything that would run; each is read, weights are not."""
+    entries = sorted(objects, key=attrgetter("file", "start"))
+    for file, held in itertools.groupby(entries, key=attrgetter("file")):
+        with values.open_part(checkpoint, prefix + file) as part:
+            for item in held:
+                part.seek(item.start)
+                content = part.read(min(item.length, restricted_pickle.MAX_BYTES + 1))
+                _check(report, f"{shown(checkpoint.path)}: {item.name} in {file}", content)
+    if entries:
+        report.checked.append(f"{len(entries):,} objects that are no tensors hold only plain values")
+
+
+def _check(report: Report, where: str, content: bytes) -> None:
+    if len(content) > restricted_pickle.MAX_BYTES:
+        report.damaged(f"{where} has more than {restricted_pickle.MAX_BYTES:,} bytes, and is no tensor.")
+        return
+    try:
+        found = torch_archive.read_state(io.BytesIO(content), where, report.add)
+        for inner in _inner(found, content):
+            _check_inner(report, where, inner)
+    except CheckpointError as error:
+        report.add(error)
+
+
+def _inner(found: Any, content: bytes) -> list[bytes]:
+    """What the value of an object holds as bytes."""
+    if isinstance(found, torch_archive.Buffer):
+        return [found.content]
+    if isinstance(found, torch_archive.SavedTensor) and found.dtype == "uint8" and found.contiguous:
+        return [content[found.start : found.start + found.length]]
+    return [found] if isinstance(found, bytes) else []
+
+
+def _check_inner(report: Report, where: str, content: bytes) -> None:
+    if content[:4] == b"PK\x03\x04":
+        torch_archive.read_state(io.BytesIO(content), where, report.add)
+    elif calls := torch_archive.scan_bare(content, where):
+        report.add(restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls))
