@@ -72,10 +72,18 @@ def _check(report: Report, where: str, content: bytes) -> None:
 def _inner(found: Any, content: bytes) -> list[bytes]:
     """What the value of an object holds as bytes."""
     if isinstance(found, torch_archive.Buffer):
-        return [found.content]
+        found = found.content
     if isinstance(found, torch_archive.SavedTensor) and found.dtype == "uint8" and found.contiguous:
         return [content[found.start : found.start + found.length]]
-    return [found] if isinstance(found, bytes) else []
+    return [_bytes(found)] if isinstance(found, bytes | torch_archive.LongBytes) else []
+
+
+def _bytes(found: "bytes | torch_archive.LongBytes") -> bytes:
+    try:
+        return bytes(found)
+    except UnicodeEncodeError:
+        # No Latin-1: the loader would fail on it, too.
+        return b""
 
 
 def _check_inner(report: Report, where: str, content: bytes) -> None:

@@ -119,25 +119,38 @@ class Named(Inert):
         return Named(plain(f"{self.text}({shown})", 200))
 
 
-class Buffer(Inert, metaclass=Sealed):
+class Buffer(Named):
     """``io.BytesIO``, with its bytes: Transformer Engine's ``_extra_state`` has a pickle in it."""
 
     __slots__ = ("content",)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__("io.BytesIO()")
-        self.content = b""
+        self.content: bytes | LongBytes = b""
 
     def __setstate__(self, state: Any) -> None:
         """Keep the bytes; the position is dropped."""
-        if type(state) is tuple and state and type(state[0]) is bytes:
+        if type(state) is tuple and state and type(state[0]) in (bytes, LongBytes):
             self.content = state[0]
 
 
+class LongBytes(Named):
+    """Bytes that protocol 2 writes as a ``source`` in Latin-1, not encoded yet: one could be made over and over."""
+
+    __slots__ = ("source",)
+
+    def __init__(self, source: str) -> None:
+        super().__init__("bytes")
+        self.source = source
+
+    def __bytes__(self) -> bytes:
+        return self.source.encode("latin-1")
+
+
 def _encode(text: Any, encoding: Any = None) -> Any:
-    """``_codecs.encode(text, "latin1")``: bytes, as protocol 2 writes them. Long ones are dropped: one could be made over and over."""
-    if type(text) is str and encoding == "latin1" and len(text) <= 256:
-        return text.encode("latin-1")
+    """``_codecs.encode(text, "latin1")``: bytes, as protocol 2 writes them."""
+    if type(text) is str and encoding == "latin1":
+        return text.encode("latin-1") if len(text) <= 256 else LongBytes(text)
     return Named("bytes")
 
 
@@ -287,7 +300,7 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
     calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages, faults))
     for call in calls:
         report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
-    if state is None:
+    if state is None and calls:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     _check_extent(state, where)
     return _without_faulty({"": state}, where, "", report).get("") if faults else state
