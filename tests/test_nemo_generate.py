@@ -43,7 +43,7 @@ def test_a_failure_shows_its_cause(view, monkeypatch):
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", failing)
     with pytest.raises(GenerationFailed, match="(?s)exit status 1.*the cause"):
-        nemo_generate.ask_nemo(view)
+        nemo_generate.ask_nemo(view, trust=True)
 
 
 @pytest.mark.slow

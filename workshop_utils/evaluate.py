@@ -21,6 +21,7 @@ from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns, read_rows
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
+from workshop_utils.formats.summary import Kind
 from workshop_utils.settings import SEED
 
 BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = ("base", "base-few-shot", "majority-class", "adapter")
@@ -177,7 +178,7 @@ def evaluate(
     hf_model, out_dir = Path(hf_model), Path(out_dir)
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
-    require_sound(hf_model, trust)
+    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
     test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
     peft = as_peft(adapter, trust) if adapter is not None else None
     answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": choose_device().dtype}

@@ -16,6 +16,7 @@ from workshop_utils.chat_data import prompt_turns
 from workshop_utils.device import choose_device
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
+from workshop_utils.formats.summary import Kind
 from workshop_utils.settings import load_settings
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def as_peft(adapter: Path | str, trust: bool = False) -> Path:
     """
     adapter = Path(adapter)
     if (adapter / "adapter_config.json").is_file():
-        require_sound(adapter, trust)
+        require_sound(adapter, trust, (Kind.PEFT,))
         return adapter
     from workshop_utils.export import export
 
@@ -72,17 +73,19 @@ def load(
     hf_model = Path(hf_model)
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
-    require_sound(hf_model, trust)
+    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(hf_model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(hf_model, padding_side="left", trust_remote_code=False)
     if not tokenizer.chat_template:
         raise NotACheckpoint(f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct version of the model.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     gpu = choose_device().kind == "gpu"
-    model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=torch.bfloat16 if gpu else torch.float32)
+    # Said, because transformers asks the user otherwise when the model brings code along.
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=dtype, trust_remote_code=False)
     if adapter is not None:
         from peft import PeftModel
 

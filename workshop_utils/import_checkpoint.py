@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils import nemo_cpu, paths
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats.safe_text import read_json
+from workshop_utils.formats.summary import Kind
 from workshop_utils.nemo_cpu.registry import no_transformer_engine
 
 
@@ -71,19 +73,22 @@ FAMILIES = {
 """``model_type`` of ``config.json`` -> how it is imported; NeMo 2.4.1, ``nemo/collections/llm/gpt/model/*.py``."""
 
 
-def import_checkpoint(hf_model: Path, target: Path) -> Path:
+def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path:
     """Convert ``hf_model`` to a NeMo 2.0 checkpoint at ``target`` and return ``target``.
 
     Written beside ``target`` first and renamed when complete, so a directory of that name is always whole.
-    The weights keep the dtype that ``config.json`` names in ``torch_dtype``.
+    The weights keep the dtype that ``config.json`` names in ``torch_dtype``. ``hf_model`` is verified first; with ``trust`` what is
+    found wrong is only printed.
 
     Raises:
         NotACheckpoint: ``hf_model`` is no Hugging Face model of a family in :data:`FAMILIES`.
         UnsafeCheckpoint: the model brings code along, which NeMo's importer would run.
         UnsupportedCheckpoint: a field of its configuration has a value that NeMo's importer would ignore.
+        CheckpointError: it is unsafe or damaged.
     """
     hf_model, target = Path(hf_model).resolve(), Path(target)
     family = check(hf_model)
+    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
     config = read_json(hf_model / "config.json")
     nemo_cpu.apply()
     import dataclasses
@@ -117,15 +122,19 @@ def import_checkpoint(hf_model: Path, target: Path) -> Path:
     return target
 
 
-def export_huggingface(checkpoint: Path, target: Path) -> Path:
+def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> Path:
     """The other way, for a model that comes as NeMo 2.0 (from NGC): ``llm.export_ckpt`` to a Hugging Face directory.
+
+    ``checkpoint`` is verified first, since NeMo imports and calls what its ``io.json`` names; ``trust`` only prints what is wrong.
 
     Raises:
         NotACheckpoint: ``checkpoint`` is no NeMo 2.0 directory.
+        CheckpointError: it is unsafe or damaged.
     """
     from workshop_utils.formats import nemo2
 
     checkpoint = nemo2.locate(Path(checkpoint)).resolve()
+    require_sound(checkpoint, trust, (Kind.NEMO2,))
     nemo_cpu.apply()
     from nemo.collections import llm
 

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING
 
 from workshop_utils import nemo_cpu, paths
 from workshop_utils.device import choose_device
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import GenerationFailed, NotACheckpoint, UnsupportedAdapter
+from workshop_utils.formats.summary import Kind
 
 if TYPE_CHECKING:
     import numpy
@@ -47,15 +49,16 @@ class NemoModel:
     Args:
         bridged: directory that ``workshop bridge`` made.
         adapter: the ``.nemo`` that NeMo wrote, rows of q, k and v interleaved.
+        trust: what is found wrong with either is printed and not raised.
 
     Raises:
         NotACheckpoint: ``bridged`` is no such directory, or ``adapter`` no LoRA adapter.
-        UnsafeCheckpoint: the adapter holds something else than tensors. NeMo has not seen it then.
+        CheckpointError: one of the two is unsafe or damaged. NeMo has not seen it then.
         UnsupportedAdapter: the adapter was exported for another reader.
     """
 
-    def __init__(self, bridged: Path | str, adapter: Path | str | None = None):
-        _check(Path(bridged), adapter)
+    def __init__(self, bridged: Path | str, adapter: Path | str | None = None, trust: bool = False):
+        _check(Path(bridged), adapter, trust)
         nemo_cpu.apply()
         from lightning.pytorch import Trainer
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
@@ -115,20 +118,22 @@ def ask_nemo(
     prompts: Sequence[str] = (),
     token_ids: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 48,
+    trust: bool = False,
 ) -> NemoAnswers:
     """Load once, in a process of its own, answer ``prompts``, and give the logits of ``token_ids``.
 
     Takes about half a minute on two cores before the first token, most of it NeMo's import.
 
     Raises:
-        NotACheckpoint, UnsafeCheckpoint, UnsupportedAdapter: see :class:`NemoModel`.
+        CheckpointError, UnsupportedAdapter: see :class:`NemoModel`.
         GenerationFailed: NeMo failed; the message ends with what it wrote last.
     """
-    _check(Path(bridged), adapter)
+    _check(Path(bridged), adapter, trust)
     with tempfile.TemporaryDirectory(prefix="workshop-nemo-") as name:
         folder = Path(name)
         job = {"bridged": str(Path(bridged).resolve()), "adapter": adapter and str(Path(adapter).resolve()), "prompts": list(prompts),
-               "token_ids": [[int(token) for token in row] for row in ([] if token_ids is None else token_ids)], "max_new_tokens": max_new_tokens}  # fmt: skip
+               "token_ids": [[int(token) for token in row] for row in ([] if token_ids is None else token_ids)], "max_new_tokens": max_new_tokens,
+               "trust": trust}  # fmt: skip
         (folder / "job.json").write_text(json.dumps(job))
         log = folder / "log.txt"
         environment = os.environ.copy()
@@ -153,13 +158,18 @@ def nemo_logits(bridged: Path | str, adapter: Path | str | None, token_ids: Sequ
     return ask_nemo(bridged, adapter, token_ids=token_ids).logits
 
 
-def _check(bridged: Path, adapter: Path | str | None) -> None:
+def _check(bridged: Path, adapter: Path | str | None, trust: bool) -> None:
     if not (bridged / "model_config.yaml").is_file() or not (bridged / "model_weights").is_dir():
         raise NotACheckpoint(f"{paths.shown(bridged)} is not what the script path loads: make that with `workshop bridge`.")
-    if adapter is None:
-        return
+    if adapter is not None:
+        _check_adapter(adapter, trust)
+    require_sound(bridged, trust, (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY))
+
+
+def _check_adapter(adapter: Path | str, trust: bool) -> None:
     from workshop_utils.export.adapter import read_adapter
 
+    require_sound(adapter, trust, (Kind.NEMO1_ARCHIVE_ADAPTER,))
     found = read_adapter(adapter)
     if found.qkv_order != "interleaved":
         raise UnsupportedAdapter(
@@ -179,7 +189,7 @@ def _work(folder: Path) -> None:
     import numpy
 
     job = json.loads((folder / "job.json").read_text())
-    model = NemoModel(job["bridged"], job["adapter"])
+    model = NemoModel(job["bridged"], job["adapter"], job["trust"])
     began = time.perf_counter()
     texts = model.generate(job["prompts"], job["max_new_tokens"]) if job["prompts"] else []
     answers = {"texts": texts, "new_tokens": model.new_tokens, "seconds": time.perf_counter() - began}

@@ -17,20 +17,24 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.bridge import config, view
+from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsupportedCheckpoint
 from workshop_utils.formats import nemo2
+from workshop_utils.formats.summary import Kind
 
 MARKER = "bridge.json"
 """File at the top of a view that tells which checkpoint it shows."""
 
 
-def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool = False) -> Path:
+def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool = False, trust: bool = False) -> Path:
     """Make the view of the NeMo 2.0 checkpoint ``nemo2_dir`` that the script path loads, and return its path.
 
     The view goes to ``out`` (default: ``paths.bridged_checkpoint(NAME)``) and is made again only when the checkpoint or its place
     has changed. Nothing is written into ``nemo2_dir``, unless ``link_only``: that makes just the link
     ``nemo2_dir/model_config.yaml -> context/model.yaml``, which satisfies tools that look for the file but does not make the
     checkpoint loadable, and returns the link.
+
+    The checkpoint is verified before anything is written; with ``trust`` what is found wrong is only printed.
 
     Raises :class:`NotACheckpoint`, :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`UnsupportedCheckpoint` for
     what cannot be read or translated, and :class:`OutputExists` when ``out`` is not a view of this checkpoint.
@@ -53,6 +57,7 @@ def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool
             "hand the adapter on with `workshop export`."
         )
     translated = config.translate(checkpoint)
+    require_sound(source, trust, (Kind.NEMO2,))
     fingerprint = view.fingerprint(checkpoint, translated)
     if _is_current(target, source, fingerprint):
         return target

@@ -36,6 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--out", metavar="DIR", type=Path, help="directory to make (default: models/bridged/NAME)")
     choice.add_argument("--link-only", action="store_true", help="only make the link to context/model.yaml in NEMO2_DIR")
+    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of NEMO2_DIR finds")
     parser.set_defaults(run=run)
 
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Bridge and print what was made and what to do with it."""
     from workshop_utils.bridge import bridge
 
-    made = bridge(args.nemo2_dir, args.out, args.link_only)
+    made = bridge(args.nemo2_dir, args.out, args.link_only, args.trust)
     if args.link_only:
         print(f"{shown(made)} -> context/model.yaml")
         print("This satisfies tools that look for the file. The script path still cannot load the checkpoint: run")

@@ -15,6 +15,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME, or models/huggingface/NAME)")
     parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of MODEL finds")
     parser.set_defaults(run=run)
 
 
@@ -32,5 +33,5 @@ def run(args) -> int:
     if target.exists() and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")
         return 0
-    print(f"written: {paths.shown(convert(source, target))}")
+    print(f"written: {paths.shown(convert(source, target, args.trust))}")
     return 0

@@ -67,7 +67,7 @@ def convert(
     if source.exists():
         require_sound(source, trust=trust)
     if (source / "config.json").is_file() and not (source / "context").is_dir():
-        return _from_huggingface(source, target, to, tokenizer, dtype, dry_run)
+        return _from_huggingface(source, target, to, tokenizer, dtype, dry_run, trust)
     return _convert(source, target, to, tokenizer, dtype, dry_run)
 
 
@@ -102,7 +102,7 @@ def _convert(
 
 
 def _from_huggingface(
-    source: Path, target: Path, to: str, tokenizer: Path | str | None, dtype: str | None, dry_run: bool
+    source: Path, target: Path, to: str, tokenizer: Path | str | None, dtype: str | None, dry_run: bool, trust: bool
 ) -> Conversion:
     """By NeMo's importer, in a process of its own: Lightning refuses NeMo's strategy in a notebook's kernel."""
     from workshop_utils.import_checkpoint import check
@@ -114,7 +114,7 @@ def _from_huggingface(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / "nemo2"
-        _import(source, made)
+        _import(source, made, trust)
         if to == "nemo2" and dtype is None and tokenizer is None:
             with paths.new_directory(target) as part:
                 for child in made.iterdir():
@@ -126,8 +126,8 @@ def _from_huggingface(
     return Conversion(target, (*steps, *done.notes))
 
 
-def _import(source: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "workshop_utils", "import", str(source), "--out", str(target)]
+def _import(source: Path, target: Path, trust: bool) -> None:
+    command = [sys.executable, "-m", "workshop_utils", "import", str(source), "--out", str(target), *(["--trust"] if trust else [])]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])

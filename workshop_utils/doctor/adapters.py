@@ -10,7 +10,7 @@ from workshop_utils.doctor import layers
 from workshop_utils.doctor.places import some
 from workshop_utils.doctor.report import Report
 from workshop_utils.doctor.shapes import sane_layers
-from workshop_utils.errors import CheckpointError, UnsupportedAdapter
+from workshop_utils.errors import CheckpointError, UnsafeCheckpoint, UnsupportedAdapter
 from workshop_utils.formats.architecture import size
 from workshop_utils.formats.megatron_layout import layout, stacked_name
 from workshop_utils.formats.tensor import Tensor
@@ -76,6 +76,13 @@ def check_nemo2(report: Report, where: str, tensors: Iterable[Tensor], fields: M
 def check_peft(report: Report, where: str, tensors: Iterable[Tensor], config: Mapping[str, Any]) -> None:
     """A PEFT adapter against its ``adapter_config.json``. Tensors that are no LoRA matrices (``modules_to_save``) are left alone."""
     kind, targets = config.get("peft_type"), config.get("target_modules")
+    if config.get("megatron_core") not in (None, "megatron.core"):
+        report.add(
+            UnsafeCheckpoint(
+                f"{where}: adapter_config.json names the module {config['megatron_core']!r} as megatron_core, which PEFT would import. "
+                "Nothing was executed. The only genuine one is megatron.core."
+            )
+        )
     if kind != "LORA":
         report.untold.append(
             f"whether the tensors fit adapter_config.json: peft_type is {kind!r}; the rules of LORA are known here"

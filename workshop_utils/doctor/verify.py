@@ -1,10 +1,11 @@
 """Is a checkpoint whole, and safe to load? Sizes, indexes and headers are read; the weights themselves only on request."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from workshop_utils import terminal
 from workshop_utils.doctor import adapters, companions, pickles, places, ranks, shapes
 from workshop_utils.doctor import manifest as manifests
 from workshop_utils.doctor.report import Report
@@ -42,24 +43,32 @@ def verify(path: Path | str, deep: bool = False, manifest: Path | str | None = N
     return report
 
 
-def require_sound(path: Path | str, trust: bool = False) -> None:
+def require_sound(path: Path | str, trust: bool = False, kinds: Collection[Kind] = ()) -> None:
     """Raise the most serious finding about the checkpoint ``path``, with all of them listed; return when there is none.
 
     Without torch, and no weight is read. Raises :class:`NotACheckpoint`, :class:`UnsafeCheckpoint` before
     :class:`DamagedCheckpoint` before :class:`UnsupportedCheckpoint`. With ``trust`` the findings go to standard error instead.
+    ``kinds`` are those that the caller is about to load: in a directory with files of two formats, another one may have been verified.
     """
     try:
         report = verify(path)
     except NotACheckpoint as error:
         if not trust:
             raise
-        print(f"warning: {error}", file=sys.stderr)
+        print(f"warning: {terminal.one_line(str(error))}", file=sys.stderr)
         return
+    if kinds and report.checkpoint and report.checkpoint.kind not in kinds:
+        report.add(
+            UnsupportedCheckpoint(
+                f"{shown(path)} is a {report.checkpoint.kind}, and has been verified as that; what would be loaded here is a "
+                f"{' or a '.join(kinds)}. If it holds files of both, take those of the other format out."
+            )
+        )
     if report.sound:
         return
     worst = report.worst
     others = [str(finding) for finding in report.findings if finding is not worst]
-    lines = [str(worst), *(f"- {other}" for other in others[: _SHOWN - 1])]
+    lines = [terminal.one_line(str(worst)), *(f"- {terminal.one_line(other)}" for other in others[: _SHOWN - 1])]
     if len(others) >= _SHOWN:
         lines.append(f"- and {len(others) - _SHOWN + 1} more")
     if trust:

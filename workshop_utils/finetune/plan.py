@@ -20,6 +20,7 @@ from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
 from workshop_utils.formats.safe_text import read_yaml
+from workshop_utils.formats.summary import Kind
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,6 +42,7 @@ RECIPE = {
 """What the workshop trains with when nothing else is said; measured in notebooks 05 and 06."""
 
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
+SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
 
 
@@ -130,10 +132,7 @@ def make_plan(
         raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
     base = Path(base).resolve()
     check_loadable(base)
-    require_sound(base, trust)
-    for key, value in given.items():
-        if key.lstrip("+") == "model.peft.restore_from_path" and value not in ("", "null"):
-            require_sound(value, trust)
+    require_sound(base, trust, SCRIPT_PATH_BASES)
     device = choose_device()
     run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
@@ -148,6 +147,7 @@ def make_plan(
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
     words = [f"{marks[key]}{key}={value}" for key, value in settings.items()]
     config = compose(script, words)
+    require_sound_loads(config, base, trust)
     checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer)
     return Plan(
         torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device,
@@ -175,6 +175,23 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
             raise WorkshopError(f"{text!r} is not an override: write key=value, for example trainer.max_steps=50.")
         parsed[key] = value
     return parsed
+
+
+def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
+    """Verify what else than ``base`` the run with the composed ``config`` would load; Hydra has several spellings for each key.
+
+    Raises:
+        WorkshopError: the base that Hydra ends up with is not ``base``.
+        CheckpointError: as :func:`workshop_utils.doctor.verify.require_sound`.
+    """
+    from omegaconf import OmegaConf
+
+    said = OmegaConf.select(config, "model.restore_from_path")
+    if said != str(base):
+        raise WorkshopError(f"model.restore_from_path ends up as {said!r}: give it once, as plain key=value without + or quotes.")
+    for key in ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint"):
+        if path := OmegaConf.select(config, key):
+            require_sound(path, trust)
 
 
 def check_loadable(base: Path) -> None:

@@ -13,7 +13,15 @@ from workshop_utils.errors import TrainingFailed, WorkshopError
 
 from .configuration import compose
 from .launch import failure_cause, run_logged
-from .plan import check_loadable, machine_settings, parse_overrides, torchrun, training_environment
+from .plan import (
+    SCRIPT_PATH_BASES,
+    check_loadable,
+    machine_settings,
+    parse_overrides,
+    require_sound_loads,
+    torchrun,
+    training_environment,
+)
 
 SCRIPT = Path(__file__).with_name("megatron_gpt_generate.py")
 
@@ -37,8 +45,7 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
     base = Path(base).resolve()
     check_loadable(base)
     adapter = given.get("model.peft.restore_from_path", "null")
-    for path in (base, *([Path(adapter)] if adapter != "null" else [])):
-        require_sound(path, trust=trust)
+    require_sound(base, trust, SCRIPT_PATH_BASES)
     if data is None and "model.data.test_ds.file_names" not in given:
         raise WorkshopError("Nothing to answer: give --data FILE.jsonl, or model.data.test_ds.file_names=[FILE.jsonl].")
     with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
@@ -50,7 +57,7 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
             settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)])}
         settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers")}
         words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": str(base)}).items()]
-        compose(SCRIPT, words)
+        require_sound_loads(compose(SCRIPT, words), base, trust)
         log = paths.runs_dir() / "predictions" / "torchrun.log"
         if run_logged(torchrun(SCRIPT, words), training_environment(folder), log):
             raise TrainingFailed(f"{failure_cause(log)}\nThe whole log: {paths.shown(log)}")
