@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from workshop_utils import __version__
+from workshop_utils import __version__, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except WorkshopError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils import terminal
 from workshop_utils.errors import NotACheckpoint, WorkshopError
 from workshop_utils.paths import shown
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         found = identify(args.path)
     except WorkshopError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {terminal.one_line(str(error))}", file=sys.stderr)
         return NotACheckpoint.exit_code
     if args.json:
         import json
@@ -61,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_dict(found), indent=2))
         return 0
     for name, value in lines(found):
-        print(f"{name:<14}{value}")
+        print(f"{name:<14}{terminal.one_line(value)}")
     for wanted, listing in ((args.tensors, tensor_lines), (args.shards, shard_lines)):
         if wanted:
-            print(*("", *listing(found)), sep="\n")
+            print("", *map(terminal.one_line, listing(found)), sep="\n")
     return 0
 
 

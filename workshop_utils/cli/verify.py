@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils import terminal
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(report)
         if written:
-            print(f"manifest: {shown(written)}")
+            _say("manifest", shown(written))
         elif args.write_manifest is not None:
             print("manifest: not written, since the checkpoint is not sound")
-        print(report.verdict)
+        print(terminal.one_line(report.verdict))
     return 0 if report.sound else 1
 
 
@@ -100,14 +101,18 @@ def _print(report: "Report") -> None:
     from workshop_utils.errors import UnsafeCheckpoint
 
     if report.checkpoint:
-        print(f"format: {report.checkpoint.format}")
+        _say("format", report.checkpoint.format)
     for check in report.checked if report.sound else ():
-        print(f"ok: {check}")
+        _say("ok", check)
     for note in report.notes:
-        print(f"note: {note}")
+        _say("note", note)
     for gap in report.untold:
-        print(f"cannot be told: {gap}")
+        _say("cannot be told", gap)
     for finding in report.findings[:_SHOWN]:
-        print(f"{'UNSAFE' if isinstance(finding, UnsafeCheckpoint) else 'FINDING'}: {finding}")
+        _say("UNSAFE" if isinstance(finding, UnsafeCheckpoint) else "FINDING", str(finding))
     if len(report.findings) > _SHOWN:
         print(f"and {len(report.findings) - _SHOWN:,} more findings; --json lists them all")
+
+
+def _say(title: str, text: str) -> None:
+    print(f"{title}: {terminal.one_line(text)}")

@@ -4,6 +4,7 @@ import html
 import re
 from collections.abc import Iterator, Mapping
 
+from workshop_utils import terminal
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.formats.tensor import Tensor
 
@@ -76,8 +77,8 @@ def _label(name: str, node: Mapping | list) -> str:
     sizes = f"{sum(tensor.elements for tensor in tensors):,} elements, {sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f} MB"
     if isinstance(node, list):
         times = f"{len(node)} x " if len(node) > 1 else ""
-        return f"{name}: {times}{list(node[0].shape)} {node[0].dtype}, {sizes}"
-    return f"{name}: {sizes}"
+        return f"{terminal.one_line(name)}: {times}{list(node[0].shape)} {node[0].dtype}, {sizes}"
+    return f"{terminal.one_line(name)}: {sizes}"
 
 
 def _branch(name: str, node: Mapping | list, open_to: int) -> Iterator[str]:
