@@ -95,31 +95,36 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     import importlib
 
     module = importlib.import_module(f"nemo.collections.llm.gpt.model.{family.module}")
-    base = getattr(module, family.importer)
+    importer = getattr(module, family.importer)
+    settings = dataclasses.replace(importer(str(hf_model)).config, **family.corrections(config))
     with tempfile.TemporaryDirectory(prefix="workshop-tokenizer-") as folder, paths.new_directory(target) as part:
-        settings = dataclasses.replace(base(str(hf_model)).config, **family.corrections(config))
-
-        class Importer(base):
-            config = settings
-
-            def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
-                """Save the tokenizer to a folder of this import, whatever ``save_path``; that folder."""
-                from transformers import AutoTokenizer
-
-                # NeMo takes this folder's name over into the checkpoint; its own default is /tmp/nemo_tokenizer, shared by every run.
-                AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(f"{folder}/nemo_tokenizer")
-                return f"{folder}/nemo_tokenizer"
-
-            @property
-            def tokenizer(self):
-                """The tokenizer of the Hugging Face model, loaded without its code."""
-                # Some importers write trust_remote_code=True into the checkpoint, for whoever loads it.
-                from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-
-                return AutoTokenizer(self.save_hf_tokenizer_assets(str(self)))
-
-        Importer(str(hf_model)).apply(part)
+        _careful(importer, settings, Path(folder) / "nemo_tokenizer")(str(hf_model)).apply(part)
     return target
+
+
+def _careful(importer: type, settings: object, folder: Path) -> type:
+    """NeMo's ``importer`` with the corrected ``settings``, a folder of its own for the tokenizer, and no code of the model's run."""
+
+    class Importer(importer):
+        config = settings
+
+        def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
+            """Save the tokenizer to a folder of this import, whatever ``save_path``; that folder."""
+            from transformers import AutoTokenizer
+
+            # NeMo takes this folder's name over into the checkpoint; its own default is /tmp/nemo_tokenizer, shared by every run.
+            AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
+            return str(folder)
+
+        @property
+        def tokenizer(self):
+            """The tokenizer of the Hugging Face model, loaded without its code."""
+            # Some importers write trust_remote_code=True into the checkpoint, for whoever loads it.
+            from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+
+            return AutoTokenizer(self.save_hf_tokenizer_assets(str(self)))
+
+    return Importer
 
 
 def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> Path:
