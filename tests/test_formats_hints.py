@@ -145,19 +145,17 @@ def test_links(root):
 
 
 def test_what_may_not_be_read():
-    """As another user, because root may read everything."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become another user")
+    """Root may read everything, and becomes another user for it."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         closed = Path(folder) / "closed"
-        closed.mkdir(mode=0o700)
+        closed.mkdir(mode=0o000)
         locked = Path(folder) / "a.nemo"
         locked.write_bytes(b"x" * 600)
-        locked.chmod(0o600)
+        locked.chmod(0o000)
         code = (
             "import os, sys\nfrom workshop_utils.formats.identify import identify\nfrom workshop_utils.errors import NotACheckpoint\n"
-            "os.setgid(65534); os.setuid(65534)\n"
+            "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
             "for path in sys.argv[1:]:\n"
             "    try: identify(path)\n"
             "    except NotACheckpoint as error: print(error)\n"

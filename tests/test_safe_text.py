@@ -2,7 +2,6 @@
 
 import pytest
 
-from workshop_utils import paths
 from workshop_utils.formats import safe_text
 
 GENUINE = [
@@ -120,14 +119,6 @@ def test_what_io_json_would_do_without_naming_it():
 def test_other_meanings_of_the_words():
     tree = {"target": "attention_qkv", "dataset": {"target": 3}, "tokenizer": {"trust_remote_code": False}, "type": "pyramid"}
     assert safe_text.foreign_targets(tree) == []
-
-
-def test_the_checkpoint_of_the_workshop():
-    context = paths.nemo2_checkpoint("smollm2-135m-instruct") / "context"
-    if not context.is_dir():
-        pytest.skip("the model is not imported here")
-    assert safe_text.foreign_targets(safe_text.read_yaml(context / "model.yaml")) == []
-    assert safe_text.foreign_targets(safe_text.read_json(context / "io.json")) == []
 
 
 def test_sound_texts_are_read():

@@ -13,6 +13,7 @@ from tiny_model import make_tiny_model, write_rows
 
 from workshop_utils import finetune, nemo_cpu
 from workshop_utils.bridge import bridge
+from workshop_utils.doctor.verify import verify
 from workshop_utils.errors import TrainingFailed
 from workshop_utils.export import export
 from workshop_utils.formats import nemo2
@@ -63,6 +64,7 @@ def test_the_checkpoint_is_genuine(tiny):
     assert checkpoint.model["config"]["_target_"].endswith("Llama31Config")
     assert {"model.yaml", "io.json", "nemo_tokenizer"} <= {path.name for path in (tiny / "nemo2/tiny/context").iterdir()}
     assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__0_1.distcp"} == set(checkpoint.files)
+    assert verify(tiny / "nemo2" / "tiny", deep=True).findings == [], "io.json and model.yaml name nothing that NeMo does not write"
 
 
 def test_bridged_logits_equal_hugging_face(tiny):

@@ -129,13 +129,13 @@ def test_a_directory_of_two_formats(root, originals, other):
             as_peft(model)
 
 
-@pytest.mark.parametrize("key", ["++model.restore_from_path", "model.peft.restore_from_path", "++model.peft.restore_from_path",
-                                 "+exp_manager.resume_from_checkpoint"])  # fmt: skip
-@pytest.mark.parametrize("run", [make_plan, predict])
+@pytest.mark.parametrize("run, key", [
+    *((run, key) for run in (make_plan, predict)
+      for key in ("++model.restore_from_path", "model.peft.restore_from_path", "++model.peft.restore_from_path")),
+    (make_plan, "+exp_manager.resume_from_checkpoint"),
+])  # fmt: skip
 def test_other_spellings_of_what_is_loaded(root, base, evil_base, run, key):
     rows = write_rows(root / "train.jsonl")
-    if run is predict and "resume" in key:
-        pytest.skip("nothing is resumed")
     with pytest.raises(WorkshopError, match=r"exec|ends up as"):
         run([f"model.restore_from_path={base}", f"{key}='{evil_base}'"], data=rows)
 
