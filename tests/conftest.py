@@ -10,3 +10,21 @@ def originals(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nemo2")
     checkpoint_samples.make(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def bridged_tiny(tmp_path_factory):
+    """A folder with a random two-layer Llama as ``hf/tiny``, imported by NeMo as ``nemo2/tiny``, and as the view ``bridged/tiny``."""
+    import subprocess
+    import sys
+
+    from tiny_model import make_tiny_model
+
+    from workshop_utils.bridge import bridge
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(folder / "hf" / "tiny")
+    command = [sys.executable, "-m", "workshop_utils", "import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny")]
+    subprocess.run(command, check=True, capture_output=True)
+    bridge(folder / "nemo2" / "tiny", folder / "bridged" / "tiny")
+    return folder

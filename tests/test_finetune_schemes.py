@@ -10,10 +10,9 @@ import time
 
 import psutil
 import pytest
-from tiny_model import make_tiny_model, write_rows
+from tiny_model import write_rows
 
 from workshop_utils import finetune
-from workshop_utils.bridge import bridge
 from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export import export
 from workshop_utils.finetune.predict import predict
@@ -22,12 +21,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("schemes")
-    make_tiny_model(folder / "hf" / "tiny")
-    command = [sys.executable, "-m", "workshop_utils", "import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny")]
-    subprocess.run(command, check=True, capture_output=True)
-    bridge(folder / "nemo2" / "tiny", folder / "bridged" / "tiny")
+def tiny(bridged_tiny, tmp_path_factory):
+    """A folder with ``bridged/tiny`` and rows, in which the runs of this module end up."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "bridged").symlink_to(bridged_tiny / "bridged")
     write_rows(folder / "rows.jsonl", 32)
     return folder
 
