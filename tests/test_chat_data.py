@@ -96,3 +96,15 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer_dir, tmp_path):
 def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"input": "a\u2028b", "output": "c"}\n')
     assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
+
+
+@pytest.mark.parametrize("file, content, said", [
+    ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+    ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+    ("chat_template.jinja", "{% for %}", "is broken at line 1"),
+])  # fmt: skip
+def test_a_broken_tokenizer_is_named(tmp_path, file, content, said):
+    directory = make_tiny_model(tmp_path / "hf")
+    (directory / file).write_text(content)
+    with pytest.raises(DataError, match=said):
+        ChatTokenizer(directory)

@@ -20,8 +20,6 @@ class ChatTokenizer:
     """
 
     def __init__(self, directory: Path):
-        from tokenizers import Tokenizer
-
         self.directory = Path(directory)
         config = self._json("tokenizer_config.json")
         template = self.directory / "chat_template.jinja"
@@ -29,12 +27,20 @@ class ChatTokenizer:
         if not isinstance(self.chat_template, str):
             raise DataError(f"{paths.shown(directory)}: the tokenizer has no chat template. Use the instruct version of the model.")
         self._json("tokenizer.json")
-        self._tokenizer = Tokenizer.from_file(str(self.directory / "tokenizer.json"))
-        self._template = _environment().from_string(self.chat_template)
+        self._tokenizer = read_tokenizer(self.directory / "tokenizer.json")
+        self._template = self._compiled()
         tokens = {key: value for key, value in config.items() if key.endswith("_token")}
         self.special_tokens = {
             key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items() if value is not None
         }
+
+    def _compiled(self):
+        import jinja2
+
+        try:
+            return _environment().from_string(self.chat_template)
+        except jinja2.TemplateSyntaxError as error:
+            raise DataError(f"the chat template of {paths.shown(self.directory)} is broken at line {error.lineno}: {error.message}") from None
 
     def _json(self, name: str) -> dict:
         try:
@@ -61,6 +67,16 @@ class ChatTokenizer:
     def count(self, texts: list[str]) -> list[int]:
         """Number of tokens of each of ``texts``, as :meth:`encode` has them; on all cores."""
         return [len(found.ids) for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def read_tokenizer(file: Path):
+    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``. Raises :class:`DataError` when it is none."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+        raise DataError(f"{paths.shown(file)} is no tokenizer: {error}. Get the model again.") from None
 
 
 def _environment():

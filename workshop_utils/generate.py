@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns
+from workshop_utils.chat_template import read_tokenizer
 from workshop_utils.device import choose_device
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
@@ -74,6 +75,8 @@ def load(
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
+    if (hf_model / "tokenizer.json").is_file():
+        read_tokenizer(hf_model / "tokenizer.json")  # transformers fails at a broken one without naming it
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
