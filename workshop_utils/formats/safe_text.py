@@ -187,6 +187,7 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     objects = objects if isinstance(objects, dict) else {}
 
     def visit(node: Any, path: str) -> None:
+        """Collect what is foreign in ``node``, which stands at ``path``."""
         if isinstance(node, dict):
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
