@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--train", type=Path, help="training rows, for the two baselines (default: train.jsonl beside --data)")
     parser.add_argument("--out", type=Path, help="directory of answers, scores and plot (default: runs/evaluation/ADAPTER)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
-    parser.add_argument("--trust", action="store_true", help="do not verify model and adapter first: what is wrong is only printed")
+    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of model and adapter finds: it is only printed")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON and nothing else")
     parser.set_defaults(run=run)
 

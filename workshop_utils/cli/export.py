@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--base", metavar="ID", help="id of the base model to record (default: the one in the adapter)")
     parser.add_argument("--name", help="name of the adapter; a server shows it as the model's id (default: the file's)")
     parser.add_argument("--overwrite", action="store_true", help="replace an export of another adapter that is already there")
-    parser.add_argument("--trust", action="store_true", help="do not verify the adapter first: what is wrong is only printed")
+    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed")
     parser.set_defaults(run=run)
 
 

@@ -23,7 +23,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")
     parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument("--trust", action="store_true", help="do not verify model and adapter first: what is wrong is only printed")
+    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of model and adapter finds: it is only printed")
     parser.set_defaults(run=run)
 
 
