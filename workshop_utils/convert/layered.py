@@ -1,58 +1,39 @@
 """Weights in one file for each rank, every layer under a name of its own, as tensors of the stacked form.
 
-    model_weights.ckpt                              NeMo 1, one rank
-    mp_rank_01/model_weights.ckpt                   rank 1 of tensor parallelism
-    tp_rank_01_pp_rank_002/model_weights.ckpt       and stage 2 of pipeline parallelism, whose layers count from 0 again
-    mp_rank_01_002/model_optim_rng.pt               the same in Megatron-LM's old form
-
-Nothing is put together here: a layer, an expert or a rank's slice becomes one chunk of the stacked tensor, at its offset.
+The names of the files: :mod:`workshop_utils.formats.rank_files`. Nothing is put together here: a layer, an expert or a rank's slice becomes one chunk of the stacked tensor, at its offset.
 """
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable
 from typing import IO
 
 from workshop_utils.convert.source import Files
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats.megatron_layout import EMBEDDING, OUTPUT, Weight, layout, stacked_name
+from workshop_utils.formats.rank_files import sizes
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.paths import shown
 
 Read = Callable[[IO[bytes], str, str], list[Tensor]]
 """(opened file, its name for errors, its name for chunks) -> its tensors, as :func:`workshop_utils.formats.saved_tensors.read`."""
 
-_RANK = re.compile(
-    r"^(?:mp_rank_(\d+)/model_weights\.ckpt|tp_rank_(\d+)_pp_rank_(\d+)/model_weights\.ckpt|mp_rank_(\d+)(?:_(\d+))?/model_optim_rng\.pt)$"
-)
 
-
-def rank_files(names: list[str]) -> dict[str, tuple[int, int]]:
-    """File -> (tensor-parallel rank, pipeline stage) for those of ``names`` that hold weights; empty where none does."""
-    found = {"model_weights.ckpt": (0, 0)} if "model_weights.ckpt" in names else {}
-    for name in names:
-        match = _RANK.match(name)
-        if match:
-            found[name] = (int(match[1] or match[2] or match[4]), int(match[3] or match[5] or 0))
-    return found
-
-
-def read(files: Files, fields: dict, ranks: dict[str, tuple[int, int]], prefix: str, load: Read) -> dict[str, Tensor]:
-    """Name in the stacked form, with ``prefix`` -> tensor. ``fields`` is the architecture, ``ranks`` of :func:`rank_files`, and ``load``
+def read(files: Files, fields: dict, ranks: dict[tuple[int, int], str], prefix: str, load: Read) -> dict[str, Tensor]:
+    """Name in the stacked form, with ``prefix`` -> tensor. ``fields`` is the architecture, ``ranks`` which file each wrote, and ``load``
     reads one file, whose names begin with ``prefix``.
 
     Raises :class:`DamagedCheckpoint` (a rank or a tensor is missing, shapes do not fit) and :class:`UnsupportedCheckpoint` (a tensor
     that the model does not have).
     """
     where = shown(files.place)
-    width, stages = (1 + max(place[axis] for place in ranks.values()) for axis in (0, 1))
+    width, stages = sizes(ranks)
     if len(ranks) != width * stages:
         raise DamagedCheckpoint(
             f"{where} holds {len(ranks)} files of weights; {width} x {stages} ranks were meant. Copy it again."
         )
     saved = {}
-    for file, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for rank, file in sorted(ranks.items()):
         with files.open(file) as opened:
             saved[rank] = (file, {tensor.name: tensor for tensor in load(opened, f"{where}:{file}", file)})
     first = saved[0, 0][1].get(prefix + EMBEDDING)

@@ -19,6 +19,7 @@ from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, saved_tensors, torch_dist
 from workshop_utils.formats.gpt_classes import BASE, ROPE_SCALING
 from workshop_utils.formats.megatron_layout import EMBEDDING
+from workshop_utils.formats.rank_files import megatron_rank_files
 from workshop_utils.formats.safe_text import read_yaml
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.formats.torch_archive import SavedTensor
@@ -35,10 +36,10 @@ _ARGUMENTS = {
 
 def read(path: Path, tokenizer: Tokenizer | None) -> Source:
     """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors as :func:`workshop_utils.convert.readers.read`."""
-    ranks = layered.rank_files([str(file.relative_to(path)) for file in path.glob("mp_rank_*/*")])
+    ranks = megatron_rank_files(str(file.relative_to(path)) for file in path.glob("mp_rank_*/*"))
     files = Files(path.resolve())
     if ranks:
-        fields, where = _arguments(path, next(iter(sorted(ranks))))
+        fields, where = _arguments(path, min(ranks.values()))
         tensors, objects, prefix = layered.read(files, fields, ranks, "", _saved_model), {}, ""
     else:
         fields, where = _run_config(path) if (path / "run_config.yaml").is_file() else _arguments(path, "common.pt")

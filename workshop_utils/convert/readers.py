@@ -18,6 +18,7 @@ from workshop_utils.formats import (
     zarr_directory,
 )
 from workshop_utils.formats.identify import identify
+from workshop_utils.formats.rank_files import rank_files
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
@@ -82,7 +83,7 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
         names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
         config, where = read_yaml(path / "model_config.yaml"), shown(path / "model_config.yaml")
     fields, family = nemo1_config.read_fields(config, where)
-    ranks = layered.rank_files(names)
+    ranks = rank_files(names)
     if f"model_weights/{torch_dist.INDEX}" in names:
         files = Files(path, "model_weights/") if path.is_file() else Files(path / "model_weights")
         index = _sharded(path, files)

@@ -27,6 +27,7 @@ from workshop_utils.formats import (
 )
 from workshop_utils.formats.architecture import Architecture, number, size
 from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.rank_files import MEGATRON_STATE, megatron_rank_files
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
@@ -35,9 +36,6 @@ from workshop_utils.paths import shown
 RUN_CONFIG = "run_config.yaml"
 COMMON = "common.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
-PART = "model_optim_rng.pt"
-
-_RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(?:_\d+)?")
 
 
 def looks_like(path: Path) -> bool:
@@ -198,11 +196,8 @@ def _of_nemo1(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any
 
 def _rank_files(path: Path) -> dict[tuple[int, int], Path]:
     """(tensor-parallel rank, pipeline-parallel rank) -> file, in the old form."""
-    found = {}
-    for file in path.glob(f"mp_rank_*/{PART}"):
-        if match := _RANK.fullmatch(file.parent.name):
-            found[int(match[1]), int(match[2] or 0)] = file
-    return found
+    names = (str(file.relative_to(path)) for file in path.glob(f"mp_rank_*/{MEGATRON_STATE}"))
+    return {rank: path / name for rank, name in megatron_rank_files(names).items()}
 
 
 def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], Path], report: Report) -> Checkpoint:
