@@ -201,7 +201,7 @@ def test_directories(root):
     with pytest.raises(NotACheckpoint, match="does not exist"):
         read_adapter(root / "nothing")
     (root / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(NotACheckpoint, match=r"holds no \.nemo"):
+    with pytest.raises(NotACheckpoint, match=r"holds no adapter: no \.nemo"):
         read_adapter(root / "run")
     one = good(root / "run" / "checkpoints")
     assert read_adapter(root / "run").source == one

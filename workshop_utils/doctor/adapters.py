@@ -23,8 +23,8 @@ _HALVES = {"linear_in": "linear_out", "linear_out": "linear_in", "A": "B", "B": 
 
 
 def check_nemo1(report: Report, path: Path, config: dict[str, Any], tensors: Iterable[Tensor]) -> None:
-    """A LoRA adapter in a ``.nemo``, by the rules of :func:`workshop_utils.export.adapter.read_layout`."""
-    from workshop_utils.export.adapter import read_layout
+    """A LoRA adapter in a ``.nemo``, by the rules of :func:`workshop_utils.export.script_path.read_layout`."""
+    from workshop_utils.export.script_path import read_layout
 
     if not sane_layers(report, f"{shown(path)}: model_config.yaml", size(config, "num_layers", 0)):
         return

@@ -1,48 +1,33 @@
-"""Read the LoRA adapter that NeMo's script path writes: a ``.nemo`` with ``model_config.yaml`` and ``model_weights.ckpt``.
+"""A LoRA adapter in memory, whoever wrote it: NeMo's script path, NeMo 2.0, or Hugging Face PEFT.
 
-Formats and names: ``PEFT_MODULE_MAP``, ``LoraPEFTConfig`` (``nemo/collections/nlp/parts/peft_config.py``) and ``AdapterName``
-(``.../megatron/adapters/parallel_adapters.py``) of nemo-toolkit 2.4.1. The update of a layer is
-``alpha / adapter_dim * linear_out @ linear_in`` (``ParallelLinearAdapter.forward``).
+One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or of Hugging Face
+(``self_attn.q_proj``). :mod:`.modules` goes from the one to the other.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import math
-import pickle
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedAdapter
-from workshop_utils.export.qkv import ORDERS, Heads, Order
-from workshop_utils.export.rank_parts import merge
-from workshop_utils.formats import nemo_archive
-from workshop_utils.formats.findings import Report, stop
-from workshop_utils.formats.rank_files import WEIGHTS, rank_files, sizes
+from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
+from workshop_utils.export.qkv import Heads, Order
+from workshop_utils.formats import nemo2
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
+    import numpy
     from torch import Tensor
 
-#: The adapter's name in a key, and the target module it belongs to, in the order of a forward pass.
+#: The adapter's name in a key of NeMo's script path, and the target it belongs to, in the order of a forward pass.
 TARGETS = {
     "lora_kqv_adapter": "attention_qkv",
     "lora_dense_attention_adapter": "attention_dense",
     "lora_hto4h_adapter": "mlp_fc1",
     "lora_4htoh_adapter": "mlp_fc2",
 }
-_GROUPS_OF_TARGETS = {
-    "attention": ("attention_qkv", "attention_dense"),
-    "mlp": ("mlp_fc1", "mlp_fc2"),
-    "all": tuple(TARGETS.values()),
-}
-_GATED_ACTIVATIONS = ("fast-swiglu", "fast-geglu", "fast-reglu", "swiglu", "geglu", "reglu")
-_KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attention|mlp)\.adapter_layer\.(\w+)\.(linear_in|linear_out)\.weight")
-_ANY_ADAPTER = re.compile(r".*\.adapter_layer\.(\w+)\..*")
+PEFT_CONFIG = "adapter_config.json"
 
 
 class Halves(NamedTuple):
@@ -63,73 +48,87 @@ class Architecture:
     gated: bool
 
     def features(self, target: str) -> tuple[int, int]:
-        """Input and output features of the linear layer that ``target`` names."""
-        attention = self.heads.attention * self.heads.channels
+        """Input and output features of the linear layer that ``target`` names, NeMo's or Hugging Face's."""
+        attention, groups = self.heads.attention * self.heads.channels, self.heads.groups * self.heads.channels
         return {
             "attention_qkv": (self.hidden_size, self.heads.rows),
             "attention_dense": (attention, self.hidden_size),
             "mlp_fc1": (self.hidden_size, self.ffn_hidden_size * (2 if self.gated else 1)),
             "mlp_fc2": (self.ffn_hidden_size, self.hidden_size),
+            "self_attn.q_proj": (self.hidden_size, attention),
+            "self_attn.k_proj": (self.hidden_size, groups),
+            "self_attn.v_proj": (self.hidden_size, groups),
+            "self_attn.o_proj": (attention, self.hidden_size),
+            "mlp.gate_proj": (self.hidden_size, self.ffn_hidden_size),
+            "mlp.up_proj": (self.hidden_size, self.ffn_hidden_size),
+            "mlp.down_proj": (self.ffn_hidden_size, self.hidden_size),
         }[target]
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target module) to its two matrices, in the file's dtype."""
+    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target) to its two matrices, in the file's dtype.
+
+    ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read. ``architecture`` is None for a PEFT
+    adapter whose base is not known. ``magnitudes`` are DoRA's, ``[out]``, by the same keys. ``notes`` say what reading it changed.
+    """
 
     source: Path
     sha256: str
     config: dict[str, Any]
-    architecture: Architecture
+    architecture: Architecture | None
     rank: int
     alpha: float
     targets: tuple[str, ...]
     qkv_order: Order
     base: str
     weights: dict[tuple[int, str], Halves]
+    magnitudes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         """What the reader multiplies ``linear_out @ linear_in`` with: ``alpha / adapter_dim``."""
         return self.alpha / self.rank
 
-
-class Layout(NamedTuple):
-    """What an adapter's configuration and the shapes of its tensors say; fields as in :class:`LoraAdapter`."""
-
-    architecture: Architecture
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    weights: dict[tuple[int, str], Halves]
+    @property
+    def layers(self) -> int:
+        """Layers of the base, or as far as the adapter tells."""
+        return self.architecture.num_layers if self.architecture else 1 + max(layer for layer, _ in self.weights)
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The ``.nemo`` at ``path``, or the only one in the ``checkpoints`` folders below it.
+    """The adapter at ``path``: a file, a PEFT or NeMo 2.0 directory, or the only ``.nemo`` in the ``checkpoints`` folders below it.
 
     Raises:
-        NotACheckpoint: there is none, more than one, or the directory is a NeMo 2.0 distributed checkpoint.
+        NotACheckpoint: there is none, or more than one.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or (path / PEFT_CONFIG).is_file() or (path / "weights" / "adapter_metadata.json").is_file():
         return path
     if not path.exists():
-        raise NotACheckpoint(f"{shown(path)} does not exist. Give a .nemo adapter, or the run directory of a training.")
-    if (path / "weights" / ".metadata").exists():
-        raise NotACheckpoint(f"{shown(path)} is a NeMo 2.0 distributed checkpoint; give the .nemo of a script-path training.")
+        raise NotACheckpoint(f"{shown(path)} does not exist. Give an adapter, or the run directory of a script-path training.")
+    if nemo2.looks_like(path):
+        raise NotACheckpoint(
+            f"{shown(path)} is a NeMo 2.0 distributed checkpoint of a whole model: it has no weights/adapter_metadata.json."
+        )
     found = sorted(file for file in path.rglob("*.nemo") if file.parent == path or file.parent.name == "checkpoints")
     if not found:
-        raise NotACheckpoint(f"{shown(path)} holds no .nemo. NeMo writes one to checkpoints/ when a training ends normally.")
+        raise NotACheckpoint(
+            f"{shown(path)} holds no adapter: no .nemo (NeMo writes one to checkpoints/ when a training ends normally), no {PEFT_CONFIG} and "
+            "no weights/adapter_metadata.json."
+        )
     if len(found) > 1:
         names = "\n".join(f"  {shown(file)}" for file in found)
         raise NotACheckpoint(f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}")
     return found[0]
 
 
-def read_adapter(path: Path | str) -> LoraAdapter:
-    """Read and validate the LoRA adapter at ``path`` (a ``.nemo``, or a run directory that holds exactly one).
+def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
+    """Read and validate the LoRA or DoRA adapter at ``path``: ``.nemo``, ``.ckpt``, NeMo 2.0 or PEFT directory, or a run directory.
 
-    Nothing is executed or extracted: the YAML is loaded safely, the tensors with ``torch.load(weights_only=True)``.
+    Nothing is executed or extracted. The base model is not read; of ``base``, its directory, only the configuration is, and only for a
+    PEFT adapter, which does not tell the base's sizes (:mod:`.modules` needs them to fuse q, k and v).
 
     Raises:
         NotACheckpoint: not a LoRA adapter, or not one adapter.
@@ -137,249 +136,56 @@ def read_adapter(path: Path | str) -> LoraAdapter:
         DamagedCheckpoint: a field or a tensor is missing, contradicts the others, or is not finite.
         UnsupportedAdapter: another variant of LoRA, or a target this workshop does not know.
     """
+    from workshop_utils.export import nemo2_adapter, peft_adapter, script_path
+
     source = find_adapter(path)
-    config = nemo_archive.read_config(source)
-    _lora_section(source, config)
-    layout = read_layout(source, config, read_state(source, config))
-    _check_numbers(source, layout.weights)
-    with source.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    order = _workshop_section(config).get("qkv_order", "interleaved")
-    if order not in ORDERS:
-        raise DamagedCheckpoint(f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of {', '.join(ORDERS)}.")
-    return LoraAdapter(source, sha256, config, *layout[:4], order, _base(config), layout.weights)
+    if (source / PEFT_CONFIG).is_file():
+        adapter = peft_adapter.read(source, base)
+    elif source.is_dir():
+        adapter = nemo2_adapter.read(source)
+    elif source.suffix == ".ckpt":
+        adapter = script_path.read_ckpt(source)
+    else:
+        adapter = script_path.read_nemo(source)
+    _check_numbers(adapter)
+    return adapter
 
 
-def read_layout(source: Path, config: dict[str, Any], state: Mapping[str, Any], report: Report = stop) -> Layout:
-    """What ``config`` and the shapes of the tensors ``state`` say: halves, ranks, targets and layers, each checked against the others.
-
-    ``state`` maps each key to anything with a ``shape``; no values are looked at. Errors as :func:`read_adapter`; those of one layer or
-    tensor go to ``report``.
-    """
-    lora = _lora_section(source, config)
-    architecture = _architecture(source, config)
-    rank, alpha = _rank_and_alpha(source, lora)
-    weights, broken = _weights(source, state, report)
-    targets = _targets(source, lora, {*weights, *broken}, report)
-    _check_layers(source, architecture.num_layers, targets, {*weights, *broken}, report)
-    _check_shapes(source, architecture, weights, rank, report)
-    return Layout(architecture, rank, alpha, targets, weights)
+def fingerprint(*files: Path) -> str:
+    """sha256 of one file, or of the digests of several, in hexadecimal."""
+    digests = []
+    for file in files:
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
-    section = config.get("workshop")
-    return section if isinstance(section, dict) else {}
-
-
-def _base(config: dict[str, Any]) -> str:
-    """The base model's name: what an earlier export recorded, else the last part of the path it was restored from."""
-    recorded = _workshop_section(config).get("base")
-    return str(recorded) if recorded else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
-
-
-def _lora_section(source: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``peft.lora_tuning`` of the configuration, after checking that this is plain LoRA."""
-    peft = config.get("peft")
-    scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None
-    if scheme != "lora":
-        what = "a whole model" if scheme in (None, "none") else f"an adapter of another kind ({scheme})"
-        raise NotACheckpoint(f"{shown(source)} is {what}: peft.peft_scheme in model_config.yaml is {scheme!r}, not 'lora'.")
-    lora = peft.get("lora_tuning")
-    if not isinstance(lora, dict):
-        raise DamagedCheckpoint(f"{shown(source)}: model_config.yaml has no section peft.lora_tuning.")
-    if lora.get("variant", "nemo") != "nemo":
-        raise UnsupportedAdapter(
-            f"{shown(source)}: peft.lora_tuning.variant is {lora['variant']!r}; only 'nemo' (fused q, k, v) can be exported."
-        )
-    for field in ("layer_selection", "weight_tying"):
-        if lora.get(field):
-            raise UnsupportedAdapter(
-                f"{shown(source)}: peft.lora_tuning.{field} is set; only adapters with their own weights in every layer can be "
-                "exported."
-            )
-    return lora
-
-
-def _number(source: Path, config: dict[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DamagedCheckpoint(f"{shown(source)}: {field} in model_config.yaml is {value!r}; it must be a positive integer.")
-    return value
-
-
-def _architecture(source: Path, config: dict[str, Any]) -> Architecture:
-    """Defaults as in ``LoraPEFTConfig``: groups default to heads, ``kv_channels`` to ``hidden_size / heads``."""
-    hidden, heads = _number(source, config, "hidden_size"), _number(source, config, "num_attention_heads")
-    groups = _number(source, config, "num_query_groups", default=heads)
-    if heads % groups:
-        raise DamagedCheckpoint(f"{shown(source)}: num_attention_heads {heads} is not a multiple of num_query_groups {groups}.")
-    if config.get("kv_channels") is None and hidden % heads:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: kv_channels is not set, and hidden_size {hidden} is not a multiple of num_attention_heads {heads}."
-        )
-    return Architecture(
-        hidden_size=hidden,
-        ffn_hidden_size=_number(source, config, "ffn_hidden_size", default=4 * hidden),
-        num_layers=_number(source, config, "num_layers"),
-        heads=Heads(heads, groups, _number(source, config, "kv_channels", default=hidden // heads)),
-        gated=config.get("activation") in _GATED_ACTIVATIONS,
-    )
-
-
-def _rank_and_alpha(source: Path, lora: dict[str, Any]) -> tuple[int, float]:
-    rank = _number(source, lora, "adapter_dim")
-    alpha = lora.get("alpha")
-    if alpha is None:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml has no peft.lora_tuning.alpha, so the adapter's scale is not recorded. NeMo trains"
-            f" with alpha = adapter_dim then: write `alpha: {rank}` there if that is how it was trained."
-        )
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-        raise DamagedCheckpoint(f"{shown(source)}: peft.lora_tuning.alpha is {alpha!r}; it must be a positive number.")
-    return rank, alpha
-
-
-def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the archive by name; the parts of several model-parallel ranks are put together. Errors as :func:`read_adapter`."""
-    files = rank_files(member.name for member in nemo_archive.members(source))
-    if not files:
-        raise DamagedCheckpoint(f"{shown(source)} has no {WEIGHTS}.")
-    stated = tuple(_number(source, config, f"{kind}_model_parallel_size", default=1) for kind in ("tensor", "pipeline"))
-    if stated != sizes(files) or len(files) != stated[0] * stated[1]:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml names {stated[0]} tensor-parallel ranks x {stated[1]} pipeline stages, the archive holds "
-            f"{', '.join(files.values())}."
-        )
-    parts = {rank: _load_tensors(source, file) for rank, file in files.items()}
-    if len(parts) == 1:
-        return parts[0, 0]
-    architecture = _architecture(source, config)
-    return merge(source, parts, architecture.num_layers, architecture.gated)
-
-
-def _load_tensors(source: Path, member: str) -> dict[str, Tensor]:
+def as_tensor(array: numpy.ndarray) -> Tensor:
+    """``array`` as a tensor, also of ml_dtypes' bfloat16, which torch does not take."""
     import torch
 
-    content = nemo_archive.read_member(source, member)
-    try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is not a tensor file"
-        raise UnsafeCheckpoint(f"{shown(source)}: {member} holds something else than tensors: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{shown(source)}: {member} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not state:
-        raise NotACheckpoint(f"{shown(source)}: {member} holds no tensors by name.")
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise NotACheckpoint(f"{shown(source)}: {key!r} in {member} is a {type(value).__name__}, not a tensor.")
-    return state
+    # A copy where the bytes belong to a file: torch warns otherwise.
+    plain = array.reshape(-1).view("uint8")
+    plain = plain if plain.flags.writeable else plain.copy()
+    return torch.from_numpy(plain).view(getattr(torch, array.dtype.name)).reshape(array.shape)
 
 
-def _weights(
-    source: Path, state: Mapping[str, Tensor], report: Report
-) -> tuple[dict[tuple[int, str], Halves], set[tuple[int, str]]]:
-    """The flat ``state`` by layer and target, and those that lack a half.
-
-    Prefixes before ``layers.`` differ between versions and are dropped.
-    """
-    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if not match or match[2] not in TARGETS:
-            adapter = _ANY_ADAPTER.fullmatch(key)
-            if not adapter:
-                raise NotACheckpoint(f"{shown(source)} is not a LoRA adapter: it holds the tensor {key!r}.")
-            known = ", ".join(TARGETS)
-            raise UnsupportedAdapter(f"{shown(source)}: unknown adapter {adapter[1]!r} in the key {key!r}. Known are {known}.")
-        one = halves.setdefault((int(match[1]), TARGETS[match[2]]), {})
-        if match[3] in one:
-            report(
-                DamagedCheckpoint(
-                    f"{shown(source)}: two tensors for {match[3]} of layer {match[1]}; the second is {key!r}.", key
-                )
-            )
-        one[match[3]] = tensor
-    for (layer, target), one in halves.items():
-        for half in Halves._fields:
-            if half not in one:
-                name = _name(layer, target, half)
-                report(DamagedCheckpoint(f"{shown(source)}: layer {layer}, {target} has no {half}.weight.", name))
-    whole = [place for place, one in halves.items() if len(one) == len(Halves._fields)]
-    whole.sort(key=lambda place: (place[0], list(TARGETS.values()).index(place[1])))
-    return {place: Halves(**halves[place]) for place in whole}, halves.keys() - set(whole)
-
-
-def _name(layer: int, target: str, half: str) -> str:
-    """The key of a tensor, without the prefix that differs between versions."""
-    block = "self_attention" if target.startswith("attention") else "mlp"
-    adapter = next(name for name, its_target in TARGETS.items() if its_target == target)
-    return f"layers.{layer}.{block}.adapter_layer.{adapter}.{half}.weight"
-
-
-def _targets(source: Path, lora: dict[str, Any], places: set[tuple[int, str]], report: Report) -> tuple[str, ...]:
-    """The targets in the tensors, after checking them against ``target_modules`` (NeMo's default is attention_qkv)."""
-    named = lora.get("target_modules") or ["attention_qkv"]
-    named = [named] if isinstance(named, str) else named
-    wanted = {target for name in named for target in _GROUPS_OF_TARGETS.get(name, (name,))}
-    unknown = sorted(wanted - set(TARGETS.values()))
-    if unknown:
-        raise UnsupportedAdapter(f"{shown(source)}: unknown target {unknown[0]!r} in peft.lora_tuning.target_modules.")
-    found = {target for _, target in places}
-    if found != wanted:
-        report(
-            DamagedCheckpoint(
-                f"{shown(source)}: peft.lora_tuning.target_modules names {', '.join(sorted(wanted))}, but the tensors are for "
-                f"{', '.join(sorted(found))}."
-            )
-        )
-    return tuple(target for target in TARGETS.values() if target in found)
-
-
-def _check_layers(source: Path, count: int, targets: tuple[str, ...], places: set[tuple[int, str]], report: Report) -> None:
-    """Every one of ``count`` layers has every target, and there are no others."""
-    for layer, target in sorted(places):
-        if layer >= count:
-            message = f"{shown(source)}: a tensor for layer {layer}, but num_layers is {count}."
-            report(DamagedCheckpoint(message, _name(layer, target, "linear_in")))
-    for layer in range(count):
-        for target in targets:
-            if (layer, target) not in places:
-                message = f"{shown(source)}: layer {layer} has no adapter for {target}."
-                report(DamagedCheckpoint(message, _name(layer, target, "linear_in")))
-
-
-def _check_shapes(
-    source: Path, architecture: Architecture, weights: dict[tuple[int, str], Halves], rank: int, report: Report
-) -> None:
-    """Both halves have the shapes that the configuration implies."""
-    for (layer, target), halves in weights.items():
-        inputs, outputs = architecture.features(target)
-        for half, tensor, shape in zip(Halves._fields, halves, ((rank, inputs), (outputs, rank)), strict=True):
-            if tuple(tensor.shape) != shape:
-                message = (
-                    f"{shown(source)}: layer {layer}, {target} {half}.weight is {list(tensor.shape)}, but model_config.yaml "
-                    f"(adapter_dim {rank}, hidden_size {architecture.hidden_size}, ffn_hidden_size "
-                    f"{architecture.ffn_hidden_size}, heads/groups/channels {'/'.join(map(str, architecture.heads))}) asks for "
-                    f"{list(shape)}."
-                )
-                report(DamagedCheckpoint(message, _name(layer, target, half)))
-
-
-def _check_numbers(source: Path, weights: dict[tuple[int, str], Halves]) -> None:
+def _check_numbers(adapter: LoraAdapter) -> None:
     """Every number is a finite floating-point one."""
     import torch
 
-    for (layer, target), halves in weights.items():
-        for half, tensor in zip(Halves._fields, halves, strict=True):
-            name = f"layer {layer}, {target} {half}.weight"
-            if not tensor.is_floating_point():
-                raise UnsupportedAdapter(
-                    f"{shown(source)}: {name} is {tensor.dtype}; only floating-point weights can be exported."
-                )
-            if not torch.isfinite(tensor).all():
-                raise DamagedCheckpoint(
-                    f"{shown(source)}: {name} holds NaN or infinity. The training diverged: lower the rate."
-                )
+    named = [
+        (f"layer {layer}, {target} {half}.weight", tensor)
+        for (layer, target), halves in adapter.weights.items()
+        for half, tensor in zip(Halves._fields, halves, strict=True)
+    ]
+    named += [(f"layer {layer}, {target} magnitude", tensor) for (layer, target), tensor in adapter.magnitudes.items()]
+    for name, tensor in named:
+        if not tensor.is_floating_point():
+            raise UnsupportedAdapter(
+                f"{shown(adapter.source)}: {name} is {tensor.dtype}; only floating-point weights can be exported."
+            )
+        if not torch.isfinite(tensor).all():
+            raise DamagedCheckpoint(
+                f"{shown(adapter.source)}: {name} holds NaN or infinity. The training diverged: lower the rate."
+            )

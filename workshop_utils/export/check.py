@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.errors import ConformanceFailed, WorkshopError
 from workshop_utils.export import hf_peft
 from workshop_utils.export.adapter import LoraAdapter, read_adapter
+from workshop_utils.export.modules import MODULES
 from workshop_utils.export.record import Record
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _check_peft_keys(
         "target_modules equals the modules in the keys",
         None if sorted(named) == sorted(stated) else f"{sorted(named)} in the keys, {stated} named",
     )
-    modules = [module for target in adapter.targets for module in hf_peft.MODULES[target]]
+    modules = [module for target in adapter.targets for module in MODULES[target]]
     wanted = {
         hf_peft.key(layer, module, matrix)
         for layer in range(adapter.architecture.num_layers)
@@ -281,7 +282,7 @@ def _parts(update: Tensor, target: str, adapter: LoraAdapter, order: str) -> dic
     """Cut a fused layer's output ``[out, n]`` into the modules of Hugging Face, one head after the other."""
     import torch
 
-    modules = hf_peft.MODULES[target]
+    modules = MODULES[target]
     if target == "attention_qkv":
         nh, ng, hd = adapter.architecture.heads
         size = nh // ng

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.errors import UnsupportedAdapter
-from workshop_utils.export.adapter import TARGETS, LoraAdapter, read_state
+from workshop_utils.export.adapter import TARGETS, LoraAdapter
+from workshop_utils.export.modules import MODULES, fused
 from workshop_utils.export.qkv import reorder
 from workshop_utils.export.record import Record
+from workshop_utils.export.script_path import read_state
 from workshop_utils.formats import nemo_archive
 from workshop_utils.paths import shown
 
@@ -37,7 +39,7 @@ def refuse_for_trtllm(adapter: LoraAdapter) -> None:
     Raises:
         UnsupportedAdapter: the adapter has other targets; the message names them and the form that takes them.
     """
-    others = [target for target in adapter.targets if target != "attention_qkv"]
+    others = [target for target in adapter.targets if target not in ("attention_qkv", *MODULES["attention_qkv"])]
     if others:
         raise UnsupportedAdapter(
             f"{shown(adapter.source)} adapts {', '.join(others)}. TensorRT-LLM's .nemo reader takes attention_qkv only. "
@@ -78,12 +80,11 @@ def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
     """Write ``adapter`` to the file ``target`` as ``record`` says. The same adapter always gives the same bytes.
 
     Raises:
-        UnsupportedAdapter: TensorRT-LLM's reader cannot take one of the targets.
+        UnsupportedAdapter: see :func:`.modules.fused`.
     """
     import torch
 
-    if record.alpha_baked_in:
-        refuse_for_trtllm(adapter)
+    adapter = fused(adapter)
     content = io.BytesIO()
     torch.save(tensors_for(adapter, record), content)
     nemo_archive.write(target, config_for(adapter, record), content.getvalue())

@@ -39,7 +39,9 @@ def merge(source: Path, parts: Mapping[tuple[int, int], Mapping[str, Tensor]], l
     for stage in range(pipeline):
         ranks = [parts[rank, stage] for rank in range(tensor)]
         if any(part.keys() != ranks[0].keys() for part in ranks):
-            raise DamagedCheckpoint(f"{shown(source)}: the tensor-parallel parts of pipeline stage {stage} hold different tensors.")
+            raise DamagedCheckpoint(
+                f"{shown(source)}: the tensor-parallel parts of pipeline stage {stage} hold different tensors."
+            )
         for name in ranks[0]:
             whole = _LAYER.sub(lambda layer, stage=stage: str(int(layer[0]) + stage * layers // pipeline), name)
             merged[whole] = _joined(source, name, [part[name] for part in ranks], gated)

@@ -37,9 +37,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
     version = state.get(VERSION)
     by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in _mapping(state.get("callbacks")))
-    config, from_beside = _mapping(_mapping(state.get("hyper_parameters")).get("cfg")), ()
-    if not config and by_nemo:
-        config, from_beside = _configuration_beside(path)
+    config, from_beside = configuration(path, state) if by_nemo else (_stated(state), ())
     return Checkpoint(
         path=path,
         kind=Kind.LIGHTNING,
@@ -54,11 +52,18 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     )
 
 
-def _configuration_beside(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    """NeMo 1's configuration, and a note where it is from: in the file it is an object of OmegaConf, which is not read.
+def _stated(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _mapping(_mapping(state.get("hyper_parameters")).get("cfg"))
 
-    ``exp_manager`` puts ``version_N/hparams.yaml`` beside ``checkpoints/``.
+
+def configuration(path: Path, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """NeMo 1's configuration, and a note where it is from; empty where there is none.
+
+    In the file (``state`` is what it holds) it may be an object of OmegaConf, which is not read. ``exp_manager`` puts
+    ``version_N/hparams.yaml`` beside ``checkpoints/``.
     """
+    if stated := _stated(state):
+        return stated, ()
     for file in sorted(path.resolve().parent.parent.glob("version_*/hparams.yaml"), reverse=True):
         with contextlib.suppress(CheckpointError):
             if config := _mapping(read_yaml(file).get("cfg")):
