@@ -67,3 +67,7 @@ class OutputExists(WorkshopError):
 
 class ConformanceFailed(WorkshopError):
     """A file that was just written breaks a rule of its reader; it was not kept. The message names the rule and the key."""
+
+
+class WaitedTooLong(WorkshopError):
+    """Another process did not finish in time. The message says which one, what it does, and what to do."""
