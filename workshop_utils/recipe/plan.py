@@ -1,0 +1,159 @@
+"""From options to everything that follows from them: sizes, batches, places. Answers in milliseconds; no torch, no NeMo."""
+
+import os
+import string
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workshop_utils.errors import WorkshopError
+from workshop_utils.recipe import index
+
+if TYPE_CHECKING:
+    from workshop_utils.recipe.options import RecipeOptions
+
+PROFILERS = ("enable_nsys_callback", "enable_pytorch_profiler", "enable_memory_profile")
+DOLPHIN = {
+    "hfdc_dataset_config": "flan1m-alpaca-uncensored",
+    "hfdc_input_template": "### Instruction:\n{instruction}\n### Input:\n{input}\n",
+    "hfdc_output_template": "### Response:\n{output}",
+}
+"""What the default data set needs; another data set brings none of it along."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The options, with their defaults filled in, and what follows from them. Paths are absolute.
+
+    ``global_batch_size`` rows make one optimizer step: ``micro_batch_size`` x ``accumulate_grad_batches`` x
+    ``data_parallel_size``. It is what NeMo's data module and sampler take; Lightning's own accumulation stays 1, because
+    Megatron counts it already.
+    """
+
+    options: "RecipeOptions"
+    recipe: index.Recipe
+    world_size: int
+    data_parallel_size: int
+    global_batch_size: int
+    output_dir: Path
+    nemo_ckpt_dir: Path
+    data_dir: Path
+
+
+def resolve(options: "RecipeOptions") -> Resolved:
+    """Check ``options`` against one another and fill in what depends on several.
+
+    Raises:
+        WorkshopError: the recipe does not exist or cannot be fine-tuned, the ranks cannot be divided by the parallel sizes, two
+            profilers are on, a ratio leaves a split empty, or a path has an unknown {placeholder}.
+    """
+    recipe = index.find(options.recipe_cls_name)
+    if not recipe.finetune:
+        raise WorkshopError(f"recipe_cls_name: {recipe.name} has no fine-tuning recipe in NeMo {index.nemo_version()}, only one for pre-training. "
+                            "`workshop recipe --list` shows which have one.")  # fmt: skip
+    options = _completed(options)
+    world, data_parallel = _ranks(options)
+    _check(options)
+    output_dir, nemo_ckpt_dir, data_dir = _places(options)
+    batch = options.micro_batch_size * options.accumulate_grad_batches * data_parallel
+    return Resolved(options, recipe, world, data_parallel, batch, output_dir, nemo_ckpt_dir, data_dir)
+
+
+def _completed(options: "RecipeOptions") -> "RecipeOptions":
+    """``full_ft`` as a scheme; the default data set with its configuration and templates."""
+    if options.full_ft:
+        if options.peft_scheme == "dora":
+            raise WorkshopError("full_ft trains every weight and peft_scheme: dora an adapter: choose one of them.")
+        options = replace(options, peft_scheme="full_ft")
+    options = replace(options, full_ft=options.peft_scheme == "full_ft")
+    if options.hfdc_dataset_name == type(options).hfdc_dataset_name and not options.hfdc_custom_converter:
+        options = replace(options, **{name: value for name, value in DOLPHIN.items() if getattr(options, name) is None})
+    return options
+
+
+def _ranks(options: "RecipeOptions") -> tuple[int, int]:
+    """World size, and how many copies of the model there are: world / (TP x PP x CP)."""
+    tp, pp, cp = options.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size
+    world, model = options.num_nodes * options.gpus_per_node, tp * pp * cp
+    have = f"there are {world} processes (num_nodes {options.num_nodes} x gpus_per_node {options.gpus_per_node})"
+    need = f"one copy of the model takes {model} (tensor_parallel_size {tp} x pipeline_parallel_size {pp} x context_parallel_size {cp})"
+    if world < model:
+        raise WorkshopError(
+            f"{have}, and {need}: the data-parallel size, and with it the global batch, would be 0. Add processes or lower a size."
+        )
+    if world % model:
+        raise WorkshopError(
+            f"{have}, and {need}: {world % model} would be left over. Choose sizes whose product divides {world}."
+        )
+    return world, world // model
+
+
+def _check(options: "RecipeOptions") -> None:
+    """What several options say together."""
+    profilers = [name for name in PROFILERS if getattr(options, name)]
+    if len(profilers) > 1:
+        raise WorkshopError(f"{' and '.join(profilers)} are both on. Each would measure the others: switch on one profiler.")
+    if options.context_parallel_size > 1 and options.device == "cpu":
+        raise WorkshopError(f"context_parallel_size is {options.context_parallel_size} and device is cpu: Megatron-Core's own attention takes no part of a "
+                            "sequence, only Transformer Engine's does, which needs a GPU. Set context_parallel_size to 1.")  # fmt: skip
+    if options.max_seq_length % (2 * options.context_parallel_size) and options.context_parallel_size > 1:
+        raise WorkshopError(
+            f"max_seq_length {options.max_seq_length} must be a multiple of 2 x context_parallel_size ({2 * options.context_parallel_size})."
+        )
+    if options.device == "cpu" and options.precision != "32":
+        raise WorkshopError(f"precision is {options.precision} and device is cpu: the CPU path is fp32. Set precision to 32.")
+    if options.node_rank >= options.num_nodes:
+        raise WorkshopError(
+            f"node_rank is {options.node_rank}, but there are num_nodes {options.num_nodes}; they are numbered from 0."
+        )
+    if options.packed_sequence and options.micro_batch_size != 1:
+        raise WorkshopError(f"packed_sequence puts several rows into one sequence, so micro_batch_size must be 1, not {options.micro_batch_size}. "
+                            "Raise max_seq_length instead.")  # fmt: skip
+    if options.hfdc_train_split_ratio == 0:
+        raise WorkshopError("hfdc_train_split_ratio is 0: no rows would be left to train on.")
+    if options.val_check_interval > options.max_steps:
+        raise WorkshopError(f"val_check_interval {options.val_check_interval} is above max_steps {options.max_steps}: nothing would be validated, "
+                            "and so no checkpoint saved. Lower it.")  # fmt: skip
+    if options.use_modelopt:
+        raise WorkshopError(
+            "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run with its torch. Leave it out."
+        )
+    if options.target == "nemo2" and options.no_merge:
+        raise WorkshopError(
+            "no_merge exports an adapter for Hugging Face; with target: nemo2 the adapter is merged into the base. Choose one of them."
+        )
+
+
+def _places(options: "RecipeOptions") -> tuple[Path, Path, Path]:
+    train, rest = options.hfdc_train_split_ratio, 1 - options.hfdc_train_split_ratio
+    shares = {
+        "train": train,
+        "val": rest * options.hfdc_val_test_split_ratio,
+        "test": rest * (1 - options.hfdc_val_test_split_ratio),
+    }
+    known = {"hf_model_id": _as_folder(options.hf_model_id)}
+    output_dir = _filled(options, "output_dir", known)
+    known["output_dir"] = str(output_dir)
+    known |= {
+        "name": _as_folder(options.hfdc_dataset_name).replace("/", "_"),
+        "config": _as_folder(options.hfdc_dataset_config or "default"),
+    }
+    known |= {name: f"{round(100 * share, 2):g}" for name, share in shares.items()}
+    return output_dir, _filled(options, "nemo_ckpt_dir", known), _filled(options, "data_dir", known)
+
+
+def _as_folder(name: str) -> str:
+    """A model or data set as folders of a path: its id, or the last part of a directory that lies elsewhere."""
+    name = name.partition("://")[2] or name
+    return Path(name).resolve().name if name.startswith(("/", ".", "~")) or ".." in Path(name).parts else name.replace(":", "_")
+
+
+def _filled(options: "RecipeOptions", option: str, known: dict[str, str]) -> Path:
+    template = getattr(options, option)
+    try:
+        used = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise WorkshopError(f"{option} is {template!r}: {error}. Write {{{{ for a brace.") from None
+    if unknown := [name for name in used if name not in known]:
+        raise WorkshopError(f"{option} is {template!r}: {{{unknown[0]}}} is unknown. There are {', '.join(known)}.")
+    return Path(os.path.abspath(os.path.expanduser(template.format(**known))))
