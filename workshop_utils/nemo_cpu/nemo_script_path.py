@@ -223,6 +223,28 @@ def parallel_attributes(module: ModuleType) -> None:
     module.set_defaults_if_not_set_tensor_model_parallel_attributes = helper
 
 
+@patch("nemo-toolkit", "nemo.core.optim.optimizer_with_main_params", when=no_apex,
+       reason="megatron_amp_O2: ImportError 'Apex was not found', although its kernels are only called for fp16, which O2 refuses")  # fmt: skip
+def master_weights_without_apex(module: ModuleType) -> None:
+    """Say that Apex is there."""
+    module.HAVE_APEX = True
+
+
+@patch("nemo-toolkit", "nemo.core.optim.optimizer_with_main_params", when=no_cuda,
+       reason="megatron_amp_O2 compares types of parameters with 'torch.cuda.BFloat16Tensor' and its like: TypeError on a CPU")  # fmt: skip
+def master_weights_on_cpu(module: ModuleType) -> None:
+    """Write the names of the CPU's types into the constants of the constructor."""
+
+    def on_cpu(constant):
+        """``constant`` without "cuda." in it; in a tuple as well."""
+        if isinstance(constant, tuple):
+            return tuple(map(on_cpu, constant))
+        return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
+
+    constructor = module.MainParamsOptimizerWrapper.__init__
+    constructor.__code__ = constructor.__code__.replace(co_consts=on_cpu(constructor.__code__.co_consts))
+
+
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.clip_grads", when=no_apex,
        reason="gradient clipping calls Apex's multi_tensor_applier and amp_C: NameError")  # fmt: skip
 def gradient_norm(module: ModuleType) -> None:
