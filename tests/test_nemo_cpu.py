@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from workshop_utils import nemo_cpu
-from workshop_utils.nemo_cpu import megatron_core, nemo2, nemo_script_path, torch_cuda  # noqa: F401  they register their patches
+from workshop_utils.nemo_cpu import megatron_core, nemo2, nemo_script_path, paged_attention, torch_cuda  # noqa: F401  they register their patches
 from workshop_utils.nemo_cpu.registry import LIBRARIES, PATCHES
 
 FAULTS = {
@@ -29,6 +29,8 @@ FAULTS = {
     "norm_before_the_experts": r"\"pre_mlp_layernorm\.\": \"mlp\.linear_fc1\.layer_norm_\"",
     "zero_centred_layer_norm": r"zero_centered_gamma not supported by torch LayerNorm",
     "router_without_transformer_engine": r"if te_general_gemm is not None",
+    "paged_attention": r"flash attn verion v2\.7\.3 and above is required for dynamic batching",
+    "chunks_of_finished_requests": r"self\.request_to_kv_chunk_ids\[finished_idxs\]\.fill_\(-1\)",
     "loaded_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "resumed_tensors_stay_on_cpu": r"def _fix_tensors_device.*\n.*\n\s+assert torch\.cuda\.is_initialized\(\)",
     "layer_norm_names_of_connectors": r"def apply_transforms\(",
@@ -47,6 +49,8 @@ FAULTS = {
     "parameter_groups": r"from apex\.transformer\.pipeline_parallel\.schedules\.common import listify_model",
     "cast_under_autocast": r"from apex\._autocast_utils import _cast_if_autocast_enabled",
     "parallel_attributes": r"from apex\.transformer\.tensor_parallel\.layers import set_defaults",
+    "master_weights_without_apex": r"def __init__[\s\S]*?if not HAVE_APEX:\n\s+raise ImportError",
+    "master_weights_on_cpu": r"param\.type\(\) in \['torch\.cuda\.HalfTensor'",
     "gradient_norm": r"from apex\.multi_tensor_apply import multi_tensor_applier|import amp_C",
     "cuda_literals_in_nemo": r"device=(torch\.device\([\"']cuda[\"']\)|[\"']cuda[\"'])",
     "compiled_helpers": r"def compile_helper",
