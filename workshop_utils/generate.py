@@ -120,7 +120,7 @@ def generate(
 
     if not conversations:
         return []
-    prompts = [_prompt_ids(tokenizer, with_prefix(prefix or [], turns)) for turns in conversations]
+    prompts = [prompt_ids(tokenizer, with_prefix(prefix or [], turns)) for turns in conversations]
     shared = common_start(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     answers = [""] * len(prompts)
@@ -153,7 +153,7 @@ def common_start(prompts: Sequence[Sequence[int]]) -> int:
     return next((at for at in range(limit) if first[at] != last[at]), limit)
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 

@@ -1,0 +1,78 @@
+"""``workshop serve``: a base and its adapters behind the API of OpenAI."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Serve a base model and the adapters of a store, with the routes of NIM and the API of OpenAI. For learning and testing: production
+is NIM or vLLM. What you write against this server runs against them with another address and key.
+
+The store has a directory for each adapter, DIR/NAME/, with one .nemo or with adapter_config.json and adapter_model.safetensors (as
+`workshop export --to hf-peft` writes them). NAME is the "model" to ask for; the base's is its directory's name. New, replaced and
+removed adapters are noticed while the server runs. Requests for different adapters share one batch.
+"""
+
+EXAMPLES = """\
+examples:
+  workshop serve --base models/huggingface/smollm2-135m-instruct --store store
+  curl http://127.0.0.1:8000/v1/models
+  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
+"""
+
+
+def add_parser(subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("serve", help="a NIM-like server on this machine, for learning and testing", description=DESCRIPTION,
+                                   epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--base", required=True, help="a Hugging Face model directory, or a name from `workshop models`")
+    parser.add_argument(
+        "--store", type=Path, metavar="DIR", help="the directory of the adapters (default: none, only the base is served)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key that clients have to send; better in the environment: WORKSHOP_API_KEY (default: none)",
+    )
+    parser.add_argument(
+        "--refresh", type=float, default=5, metavar="SECONDS", help="how often to look at the store (default: 5)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, default=2048, metavar="N", help="tokens of prompt and answer together (default: 2048)"
+    )
+    parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="texts generated at once (default: 16)")
+    parser.add_argument(
+        "--max-queue", type=int, default=64, metavar="N", help="texts that may wait; more are refused with 429 (default: 64)"
+    )
+    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default: 1 MiB)")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="go on in spite of what the verification of base and adapters finds: it is only printed",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Serve until stopped."""
+    from workshop_utils import orphans
+    from workshop_utils.errors import WorkshopError
+    from workshop_utils.serve import server
+
+    orphans.die_with_parent()
+    for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body"):
+        if not getattr(args, name) > 0:
+            raise WorkshopError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be above 0.")
+    key = args.api_key or os.environ.get(server.API_KEY) or None
+    if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"warning: {args.host} can be reached from other machines, and no --api-key is set: anybody there can use this server.",
+            file=sys.stderr,
+        )
+    limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body)
+    server.run(server.Service(args.base, args.store, limits, args.refresh, args.trust), args.host, args.port, key)
+    return 0
