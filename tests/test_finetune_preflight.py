@@ -63,6 +63,13 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["trainer.devices=4"], 2, "Give --nproc-per-node=4"),
     (["+model.context_parallel_size=2"], 2, "only through Transformer Engine"),
     (["model.sequence_parallel=true"], 1, "sequence_parallel needs"),
+    (["trainer.precision=bf16-true"], 1, "trainer.precision is 'bf16-true'; there are 32, 32-true"),
+    (["model.megatron_amp_O2=true"], 1, "megatron_amp_O2 works with bf16 alone; trainer.precision is 32"),
+    (["model.megatron_amp_O2=true", "trainer.precision=16-mixed"], 1, "megatron_amp_O2 works with bf16 alone"),
+    (["model.optim.name=fused_adam"], 1, "optim.name is fused_adam, which needs a GPU and Apex. Leave it out"),
+    (["model.optim.name=mcore_distributed_optim"], 1, "mcore_distributed_optim, which needs a GPU. Leave it out"),
+    (["trainer.accelerator=gpu"], 1, "accelerator is gpu, but this plan is for the CPU (WORKSHOP_DEVICE=cpu)"),
+    (["++model.fsdp=true"], 1, "sharding by FSDP is for GPUs"),
     (["model.peft.peft_scheme=dora"], 1, "peft_scheme is 'dora'; there are lora, ptuning"),
     (["model.peft.lora_tuning.target_modules=[q_proj]"], 1, "names q_proj; there are attention_qkv"),
     (["model.peft.lora_tuning.adapter_dim=0"], 1, "adapter_dim is 0"),
@@ -85,6 +92,44 @@ def test_what_would_fail_is_said_before(plan, overrides, processes, said):
     assert any(said in problem for problem in found.problems), found.problems
     with pytest.raises(WorkshopError, match="this run would fail"):
         found.require()
+
+
+def test_packed_rows_need_transformer_engine_and_trust(plan, base, tmp_path):
+    """NeMo 2.4.1 tried on a CPU: a TypeError without Transformer Engine, and each row sees those before it with return_cu_seqlen=false."""
+    words = [f"model.restore_from_path={base}", "++model.data.train_ds.packed_sequence=true"]
+    with pytest.raises(DataError, match="reads packed rows as a pickle, which can run code"):
+        make_plan(words, data=tmp_path / "train.jsonl")
+    found = make_plan(words, data=tmp_path / "train.jsonl", trust=True).preflight
+    assert any("only the attention of Transformer Engine, which is not installed" in problem for problem in found.problems)
+
+
+CONTAINER = [  # the command line of a public workshop, as it was typed in NeMo's container
+    "exp_manager.exp_dir={root}/results", "exp_manager.name=customer_lora", "trainer.devices=1", "trainer.num_nodes=1",
+    "trainer.precision=bf16-mixed", "trainer.val_check_interval=0.5", "trainer.max_steps=50", "model.megatron_amp_O2=True",
+    "++model.mcore_gpt=True", "model.tensor_model_parallel_size=1", "model.pipeline_model_parallel_size=1", "model.micro_batch_size=1",
+    "model.global_batch_size=2", "model.restore_from_path={base}", "model.data.train_ds.file_names=[{root}/train.jsonl]",
+    "model.data.train_ds.concat_sampling_probabilities=[1.0]", "model.data.validation_ds.file_names=[{root}/validation.jsonl]",
+    "model.peft.peft_scheme=lora", "model.peft.lora_tuning.target_modules=[attention_qkv]", "model.peft.lora_tuning.adapter_dim=32",
+    "model.peft.lora_tuning.adapter_dropout=0.1", "model.optim.lr=5e-4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("device, adds", [
+    ("cpu", {"trainer.accelerator=cpu", "model.optim.name=adamw"}),
+    ("gpu", {"trainer.accelerator=gpu", "model.optim.name=adamw"}),
+])  # fmt: skip
+def test_the_command_line_of_the_container_is_taken_as_it_is(base, tmp_path, monkeypatch, device, adds):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    monkeypatch.setenv("WORKSHOP_DEVICE", device)
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"input": f"User: {name}?", "output": "yes"}) + "\n")
+    typed = [word.format(root=tmp_path, base=base) for word in CONTAINER]
+    made = make_plan(typed)
+    assert made.preflight.problems == []
+    assert adds | set(typed) <= set(made.command)
+    said = [fact for fact in made.preflight.facts if fact.startswith("cpu: trainer.accelerator=cpu and model.optim.name=adamw in place of")]
+    assert len(said) == (device == "cpu")
+    assert any("(O2)" in fact for fact in made.preflight.facts)
 
 
 @pytest.mark.parametrize("override, meant", [

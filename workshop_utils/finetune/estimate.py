@@ -12,10 +12,6 @@ TARGETS = {
 }
 """What NeMo's group names stand for (``get_target_modules`` in ``peft_config.py``, NeMo 2.4.1)."""
 
-BYTES = {"32": 4, "32-true": 4, "16": 2, "bf16": 2, "16-mixed": 2, "bf16-mixed": 2, "bf16-true": 2}
-"""Bytes of a weight at ``trainer.precision``. With AMP O2 or autocast NeMo keeps the frozen base in half precision."""
-
-
 @dataclass(frozen=True)
 class Estimate:
     """Of one process. ``memory`` and ``disk`` in bytes, ``operations`` in floating-point operations for one optimizer step."""
@@ -51,12 +47,13 @@ def lora_parameters(sizes: Architecture, modules: list[str], rank: int, layers: 
     return layers * rank * sum(ends[module] for module in modules)
 
 
-def estimate(sizes: Architecture, trainable: int, precision: str, tokens: int, length: int, global_tokens: float, split: int = 1,
-             kept_checkpoints: int = 2) -> Estimate:  # fmt: skip
+def estimate(sizes: Architecture, trainable: int, half_compute: bool, half_weights: bool, tokens: int, length: int,
+             global_tokens: float, split: int = 1, kept_checkpoints: int = 2) -> Estimate:  # fmt: skip
     """What a run needs.
 
     Args:
         trainable: weights that are trained; Adam keeps a gradient and two moments of 4 bytes for each.
+        half_compute: ``trainer.precision`` is not 32. NeMo keeps the weights in 32 bits all the same, but for ``half_weights`` (O2).
         tokens: of one micro batch, padding included; ``length`` of them in one row.
         global_tokens: of one optimizer step over all processes.
         split: tensor-parallel x pipeline-parallel size.
@@ -66,11 +63,11 @@ def estimate(sizes: Architecture, trainable: int, precision: str, tokens: int, l
     recomputation: ``tokens * hidden * (34 + 5 * heads * length / hidden)`` bytes a layer in 16 bits, twice that in 32; and two copies
     of the logits in 32 bits. With a frozen base a step takes 4 operations a weight and token: forward, and gradients of activations.
     """
-    size = BYTES.get(precision, 4)
+    size = 2 if half_compute else 4
     count = parameters(sizes)
     activations = sizes.layers * tokens * sizes.hidden * (34 + 5 * sizes.heads * length / sizes.hidden) * size / 2
     logits = 2 * 4 * tokens * (sizes.vocabulary or 0)
-    memory = (count * size + trainable * (4 + 4 + 8) + activations + logits) / split
+    memory = (count * (2 if half_weights else 4) + trainable * (4 + 4 + 8) + activations + logits) / split
     disk = kept_checkpoints * trainable * 12 + trainable * 4
     return Estimate(count, trainable, math.ceil(memory), disk, 4.0 * count * global_tokens)
 

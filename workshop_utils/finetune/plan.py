@@ -148,7 +148,7 @@ def make_plan(
     words = [f"{marks[key]}{key}={value}" for key, value in settings.items()]
     config = compose(script, words)
     require_sound_loads(config, base, trust)
-    checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer)
+    checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer, device)
     return Plan(
         torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device,
         config, checked, rendered,
@@ -183,6 +183,7 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     Raises:
         WorkshopError: the base that Hydra ends up with is not ``base``.
         CheckpointError: as :func:`workshop_utils.doctor.verify.require_sound`.
+        DataError: the rows are packed, without ``trust``.
     """
     from omegaconf import OmegaConf
 
@@ -192,6 +193,9 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     for key in ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint"):
         if path := OmegaConf.select(config, key):
             require_sound(path, trust)
+    if OmegaConf.select(config, "model.data.train_ds.packed_sequence") and not trust:
+        raise DataError("model.data.train_ds.packed_sequence: NeMo reads packed rows as a pickle, which can run code. If the file is your "
+                        "own, add --trust.")  # fmt: skip
 
 
 def check_loadable(base: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.chat_template import ChatTokenizer
+from workshop_utils.device import Device
 from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.finetune import data_check, estimate
 from workshop_utils.formats.architecture import Architecture
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 SCHEMES = ("lora", "ptuning", "adapter", "ia3", "none")
 MODULES = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", *estimate.TARGETS)
+
+PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
+"""What ``torch_dtype_from_precision`` (NeMo 2.4.1) takes; "bf16" means bf16-mixed there."""
+
+GPU_OPTIMIZERS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
 
 
 @dataclass
@@ -35,7 +41,8 @@ class Preflight:
             raise WorkshopError("\n".join(["this run would fail:", *(f"  - {problem}" for problem in self.problems)]))
 
 
-def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, run_dir: Path, tokenizer: ChatTokenizer | None) -> Preflight:
+def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, run_dir: Path, tokenizer: ChatTokenizer | None,
+              device: Device) -> Preflight:  # fmt: skip
     """Check ``config``, the composed configuration of the script, against the base's ``sizes`` and this machine.
 
     ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) rows are not counted, and a fact says so.
@@ -44,6 +51,7 @@ def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, 
     found.problems += batches(config, processes, found.facts)
     found.problems += adapter(config, sizes)
     found.problems += parallel(config, sizes)
+    found.problems += hardware(config, device, found.facts)
     counted = _data(config, tokenizer, found)
     if sizes and counted and not found.problems:
         _resources(config, sizes, counted, run_dir, found)
@@ -98,6 +106,29 @@ def parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
         yield f"model.pipeline_model_parallel_size {pipeline} does not divide the {sizes.layers} layers."
 
 
+def hardware(config: "DictConfig", device: Device, facts: list[str]) -> Iterator[str]:
+    """Precision, and what only a GPU or its libraries can do; a fact says what stands in its place."""
+    kind, optimizer, accelerator = str(config.trainer.precision), config.model.optim.name, config.trainer.accelerator
+    half = config.model.megatron_amp_O2
+    if accelerator == "cpu":
+        facts.append("cpu: trainer.accelerator=cpu and model.optim.name=adamw in place of the script's gpu and fused_adam (Apex); no fused kernels")
+    elif device.kind == "cpu":
+        yield f"trainer.accelerator is {accelerator}, but this plan is for the CPU ({device.reason}). Leave it out, or set WORKSHOP_DEVICE=gpu."
+    if kind not in PRECISIONS:
+        yield f"trainer.precision is {kind!r}; there are {', '.join(PRECISIONS)}. bf16-mixed with model.megatron_amp_O2=true keeps weights in bf16."
+    elif half and not kind.startswith("bf16"):
+        yield f"model.megatron_amp_O2 works with bf16 alone; trainer.precision is {kind}. Set trainer.precision=bf16-mixed, or leave O2 out."
+    elif half:
+        facts.append("precision: weights in bf16, for the optimizer a copy in fp32 of those that are trained (O2)")
+    if optimizer in GPU_OPTIMIZERS and (accelerator == "cpu" or ("fused" in optimizer and importlib.util.find_spec("apex") is None)):
+        yield f"model.optim.name is {optimizer}, which needs a GPU{' and Apex' * ('fused' in optimizer)}. Leave it out: adamw is taken, the same sums."
+    if config.model.get("fsdp"):
+        yield "model.fsdp: sharding by FSDP is for GPUs, and the workshop has not tried it. Leave it out."
+    if config.model.data.train_ds.get("packed_sequence") and importlib.util.find_spec("transformer_engine") is None:
+        yield ("model.data.train_ds.packed_sequence: only the attention of Transformer Engine, which is not installed, keeps the rows of "
+               "a pack apart. Leave it out, and give the rows themselves.")  # fmt: skip
+
+
 def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
     """The adapter's settings."""
     peft = config.model.peft
@@ -148,8 +179,9 @@ def _data(config: "DictConfig", tokenizer: ChatTokenizer | None, found: Prefligh
                 found.problems.append(f"model.data.{part}.file_names is missing: give ['FILE.jsonl'], or use --data.")
             continue
         files[part] = list(settings.file_names)
-        if tokenizer is None:
-            found.facts.append(f"model.data.{part}: rows are not counted, the tokenizer is inside the .nemo")
+        if tokenizer is None or settings.get("packed_sequence"):
+            why = "the tokenizer is inside the .nemo" if tokenizer is None else "they are packed"
+            found.facts.append(f"model.data.{part}: rows are not counted, {why}")
             continue
         for file in files[part]:
             try:
@@ -202,8 +234,8 @@ def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_che
         return
     length = min(max(one.longest for one in counted), model.data.train_ds.max_seq_length)
     split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    guess = estimate.estimate(sizes, trainable, str(trainer.precision), length * model.micro_batch_size, length,
-                              counted[0].mean_tokens * model.global_batch_size, split)  # fmt: skip
+    guess = estimate.estimate(sizes, trainable, not str(trainer.precision).startswith("32"), model.megatron_amp_O2,
+                              length * model.micro_batch_size, length, counted[0].mean_tokens * model.global_batch_size, split)  # fmt: skip
     found.facts.append(f"trainable: {guess.trainable:,} of {guess.parameters:,} weights ({guess.trainable / guess.parameters:.2%})")
     found.facts.append(f"memory: about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
     free = shutil.disk_usage(_existing(run_dir)).free
