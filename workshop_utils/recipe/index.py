@@ -5,11 +5,17 @@
 
 import functools
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
+
+if TYPE_CHECKING:
+    import nemo_run as run
 
 FILE = Path(__file__).with_name("recipe_index.json")
 
@@ -18,17 +24,17 @@ FILE = Path(__file__).with_name("recipe_index.json")
 class Recipe:
     """One recipe: a module of ``nemo.collections.llm.recipes``.
 
-    ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``finetune`` says whether it has a
-    ``finetune_recipe``; the fields after it come from that with LoRA (None without one): ``base`` is the checkpoint it names,
-    ``global_batch_size`` rows, ``seq_length`` tokens.
+    ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``schemes`` are the values of
+    ``peft_scheme`` that its ``finetune_recipe`` takes; none where it has none. The fields after ``pretrain`` come from the first of
+    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
     """
 
     name: str
     model: str
-    config: str
+    config: str | None
     layers: int | None
     hidden: int | None
-    finetune: bool
+    schemes: tuple[str, ...]
     pretrain: bool
     base: str | None = None
     tensor_parallel_size: int | None = None
@@ -42,7 +48,7 @@ class Recipe:
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """Every recipe, by name."""
-    return {entry["name"]: Recipe(**entry) for entry in _content()["recipes"]}
+    return {entry["name"]: Recipe(**entry | {"schemes": tuple(entry["schemes"])}) for entry in _content()["recipes"]}
 
 
 def nemo_version() -> str:
@@ -86,23 +92,49 @@ def generate() -> dict:
     return {"nemo": nemo.__version__, "recipes": [asdict(_described(name, module)) for name, module in sorted(found.items())]}
 
 
-def _described(name: str, module) -> Recipe:
+def _described(name: str, module: ModuleType) -> Recipe:
     model = module.model()
-    config = model.config if hasattr(model, "config") else None
-    finetune = hasattr(module, "finetune_recipe")
-    fields = {
-        "name": name,
-        "model": model.__fn_or_cls__.__name__,
-        "config": config.__fn_or_cls__.__name__ if config is not None else "",
-        "layers": getattr(config, "num_layers", None),
-        "hidden": getattr(config, "hidden_size", None),
-        "finetune": finetune,
-        "pretrain": hasattr(module, "pretrain_recipe"),
+    config = getattr(model, "config", None)
+    built = _finetunings(module) if hasattr(module, "finetune_recipe") else {}
+    first = next(iter(built.values()), None)
+    return Recipe(
+        name=name,
+        model=model.__fn_or_cls__.__name__,
+        config=config.__fn_or_cls__.__name__ if config is not None else None,
+        layers=getattr(config, "num_layers", None),
+        hidden=getattr(config, "hidden_size", None),
+        schemes=tuple(built),
+        pretrain=hasattr(module, "pretrain_recipe"),
+        **(_finetuning(first) if first is not None else {}),
+    )
+
+
+def _finetunings(module: ModuleType) -> dict[str, "run.Partial"]:
+    """The fine-tuning recipe with each of our schemes that it takes."""
+    built = {}
+    for scheme, theirs in (("lora", "lora"), ("dora", "dora"), ("full_ft", "none")):
+        try:
+            built[scheme] = module.finetune_recipe(peft_scheme=theirs)
+        except (AssertionError, TypeError, ValueError) as error:  # what NeMo's recipes raise for a scheme that they lack
+            print(f"{module.__name__} {scheme}: {error}", file=sys.stderr)
+    return built
+
+
+def _finetuning(recipe: "run.Partial") -> dict[str, int | str | None]:
+    """Sizes and base of a fine-tuning recipe, where it gives them."""
+    strategy, data = getattr(recipe.trainer, "strategy", None), getattr(recipe, "data", None)
+    resume = getattr(getattr(recipe, "resume", None), "restore_config", None)
+    sizes = {
+        size: getattr(strategy, size, None)
+        for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     }
-    if finetune:
-        recipe = module.finetune_recipe(peft_scheme="lora")
-        print(name, recipe)
-    return Recipe(**fields)
+    batches = {size: getattr(data, size, None) for size in ("global_batch_size", "micro_batch_size", "seq_length")}
+    base = getattr(resume, "path", None)
+    return (
+        {size.replace("_model_", "_"): value for size, value in sizes.items()}
+        | batches
+        | {"base": base and base.removeprefix("nemo://")}
+    )
 
 
 if __name__ == "__main__":

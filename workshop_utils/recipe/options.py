@@ -20,14 +20,16 @@ SCRIPTS = {TRAIN: "training", DATA: "data", TEST: "test", EXPORT: "export"}
 """The reference's four scripts, and what each is for."""
 
 
-def _option(
-    default: Any, script: str, text: str, *, low: float | None = None, high: float | None = None, ours: bool = False
-) -> Any:
-    """A field with its script, its help text and its range (``low`` and ``high`` belong to it); ``ours``: the reference lacks it."""
-    metadata = {"script": script, "help": text, "low": low, "high": high, "ours": ours}
-    if default is dict:
-        return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def _about(
+    script: str, text: str, *, low: float | None = None, high: float | None = None, ours: bool = False
+) -> dict[str, Any]:
+    """A field's metadata: its script, help text and range (``low`` and ``high`` belong to it); ``ours``: the reference lacks it."""
+    return {"script": script, "help": text, "low": low, "high": high, "ours": ours}
+
+
+def _option(default: Any, script: str, text: str, **about: Any) -> Any:
+    """A field with a default (see :func:`_about`)."""
+    return dataclasses.field(default=default, metadata=_about(script, text, **about))
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,14 @@ class RecipeOptions:
         None, DATA, r"prompt with {fields}; \n is a new line; none: from the columns that the data set has"
     )
     hfdc_output_template: str | None = _option(None, DATA, "answer with {fields}; none: from the columns that the data set has")
-    hfdc_field_mapping: dict[str, str] = _option(
-        dict, DATA, """field of the templates to column, as JSON: '{"question": "instruction"}'"""
+    hfdc_field_mapping: dict[str, str] = dataclasses.field(
+        default_factory=dict,
+        metadata=_about(DATA, """field of the templates to column, as JSON: '{"question": "instruction"}'"""),
     )
     hfdc_num_proc: int = _option(8, DATA, "processes that prepare rows", low=1)
-    hfdc_load_kwargs: dict[str, Any] = _option(
-        dict, DATA, """further arguments of datasets.load_dataset, as JSON: '{"revision": "main"}'"""
+    hfdc_load_kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata=_about(DATA, """further arguments of datasets.load_dataset, as JSON: '{"revision": "main"}'"""),
     )
     hfdc_custom_converter: str | None = _option(
         None, DATA, "function that turns a row into {input, output} or None: FILE.py:NAME or package.module:NAME"

@@ -48,15 +48,23 @@ def resolve(options: "RecipeOptions") -> Resolved:
             profilers are on, a ratio leaves a split empty, or a path has an unknown {placeholder}.
     """
     recipe = index.find(options.recipe_cls_name)
-    if not recipe.finetune:
-        raise WorkshopError(f"recipe_cls_name: {recipe.name} has no fine-tuning recipe in NeMo {index.nemo_version()}, only one for pre-training. "
-                            "`workshop recipe --list` shows which have one.")  # fmt: skip
     options = _completed(options)
+    _check_scheme(recipe, options.peft_scheme)
     world, data_parallel = _ranks(options)
     _check(options)
     output_dir, nemo_ckpt_dir, data_dir = _places(options)
     batch = options.micro_batch_size * options.accumulate_grad_batches * data_parallel
     return Resolved(options, recipe, world, data_parallel, batch, output_dir, nemo_ckpt_dir, data_dir)
+
+
+def _check_scheme(recipe: index.Recipe, scheme: str) -> None:
+    if not recipe.schemes:
+        raise WorkshopError(
+            f"recipe_cls_name: {recipe.name} has no fine-tuning recipe in NeMo {index.nemo_version()}, only one for pre-training. "
+            "`workshop recipe --list` shows which have one."
+        )
+    if scheme not in recipe.schemes:
+        raise WorkshopError(f"peft_scheme is {scheme}, but NeMo's recipe {recipe.name} takes only {', '.join(recipe.schemes)}.")
 
 
 def _completed(options: "RecipeOptions") -> "RecipeOptions":

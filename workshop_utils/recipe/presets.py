@@ -2,14 +2,13 @@
 
 from typing import Any
 
+from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
 from workshop_utils.recipe.options import nearest
 
 CPU = {
     "hf_model_id": "smollm2-135m-instruct",
     "recipe_cls_name": "llama32_1b",
-    "output_dir": "runs/recipe/{hf_model_id}",
-    "data_dir": "runs/recipe/data/{name}",
     "gpus_per_node": 1,
     "tensor_parallel_size": 1,
     "device": "cpu",
@@ -27,7 +26,6 @@ CPU = {
     "lora_alpha": 64.0,
     "lora_dropout": 0.0,
     "lora_target_modules": ("linear_qkv",),
-    "hfdc_dataset_name": "data/tickets",
     "hfdc_num_proc": 2,
     "max_samples": 16,
     "temperature": 0.0,
@@ -49,4 +47,8 @@ def preset(name: str) -> dict[str, Any]:
     """
     if name not in PRESETS:
         raise WorkshopError(f"there is no preset '{name}'.{nearest(name, list(PRESETS))} There are: {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    return PRESETS[name] | {
+        "output_dir": str(paths.runs_dir() / "recipe/{hf_model_id}"),
+        "data_dir": str(paths.runs_dir() / "recipe/data/{name}"),
+        "hfdc_dataset_name": str(paths.data_dir() / "tickets"),
+    }
