@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils import nemo_cpu, paths
+from workshop_utils import nemo_cpu, orphans, paths
 from workshop_utils.device import choose_device
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import GenerationFailed, NotACheckpoint, UnsupportedAdapter
@@ -134,18 +134,27 @@ def ask_nemo(
         job = {"bridged": str(Path(bridged).resolve()), "adapter": adapter and str(Path(adapter).resolve()), "prompts": list(prompts),
                "token_ids": [[int(token) for token in row] for row in ([] if token_ids is None else token_ids)], "max_new_tokens": max_new_tokens,
                "trust": trust}  # fmt: skip
-        (folder / "job.json").write_text(json.dumps(job))
-        log = folder / "log.txt"
-        environment = os.environ.copy()
-        nemo_cpu.inherit(environment)
-        with log.open("wb") as stream:
-            command = [sys.executable, "-m", "workshop_utils.nemo_generate", name]
-            code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-            raise GenerationFailed(f"NeMo could not answer with {paths.shown(bridged)} (exit status {code}):\n{tail}")
+        run_job("workshop_utils.nemo_generate", folder, job, bridged)
         answers = json.loads((folder / "answers.json").read_text())
         return NemoAnswers(**answers, logits=_read_array(folder / "logits.npy"))
+
+
+def run_job(module: str, folder: Path, job: dict, checkpoint: Path | str) -> None:
+    """Start ``module`` as a process of its own on ``folder/job.json``; it ends with this one. Its output goes to ``folder/log.txt``.
+
+    Raises:
+        GenerationFailed: it failed; the message names ``checkpoint`` and ends with what it wrote last.
+    """
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    log = folder / "log.txt"
+    environment = os.environ | {orphans.VARIABLE: str(os.getpid())}
+    nemo_cpu.inherit(environment)
+    with log.open("wb") as stream:
+        command = [sys.executable, "-m", module, str(folder)]
+        code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        raise GenerationFailed(f"NeMo could not answer with {paths.shown(checkpoint)} (exit status {code}):\n{tail}")
 
 
 def nemo_generate(bridged: Path | str, adapter: Path | str | None, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
