@@ -71,3 +71,7 @@ class ConformanceFailed(WorkshopError):
 
 class WaitedTooLong(WorkshopError):
     """Another process did not finish in time. The message says which one, what it does, and what to do."""
+
+
+class NimFailed(WorkshopError):
+    """A NIM could not be started, or did not become ready. The message says what is missing, or what its log names."""
