@@ -33,11 +33,15 @@ def test_scores_of_plain_text(capsys):
 
 
 def test_training_curves(capsys):
-    events = [{"event": "start", "step": 0}, *({"event": "step", "step": i, "loss": 4 / i, "lr": 1e-4 * i} for i in (1, 2, 3, 4)),
+    events = [{"event": "start", "step": 0}, *({"event": "step", "step": i, "loss": 4 / i, "lr": 1e-4 * i, "tokens_per_second": 100 * i,
+                                                            "memory": i * 10**9} for i in (1, 2, 3, 4)),
               {"event": "validation", "step": 2, "loss": 1.5}, {"event": "validation", "step": 4, "loss": 1.25}]  # fmt: skip
-    loss, rate = plots.plot_training(events).axes
+    loss, rate, speed, memory = plots.plot_training(events).axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[4, 2, 4 / 3, 1], [1.5, 1.25]]
     assert list(rate.lines[0].get_ydata()) == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+    assert list(speed.lines[0].get_ydata()) == [100, 200, 300, 400]
+    assert list(memory.lines[0].get_ydata()) == [1, 2, 3, 4]
+    assert [axis.get_ylabel() for axis in plots.plot_training([{"event": "step", "step": 1, "loss": 1.0}]).axes] == ["loss"]
     assert "4.000 at step 1, 1.000 at step 4; lowest validation loss 1.250 at step 4." in capsys.readouterr().out
     with pytest.raises(ValueError, match="no training step"):
         plots.plot_training(events[:1])

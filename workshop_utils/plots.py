@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 _STYLES = {"exact match": (BLUE, ""), "valid JSON": (ORANGE, "//")}
+_BELOW_THE_LOSS = (("lr", "learning rate", GREEN, 1), ("tokens_per_second", "tokens/s", ORANGE, 1), ("memory", "memory, GB", SKY, 1e9))
 _FIELD_STYLES = ((GREEN, ".."), (SKY, "xx"), (VERMILION, "\\\\"), ("#CC79A7", "++"), ("#F0E442", "oo"))
 
 
@@ -59,7 +60,7 @@ def scores_finding(scores: Mapping[str, Scores]) -> str:
 
 
 def plot_training(events: Sequence[Mapping]) -> Figure:
-    """Training and validation loss, and below it the learning rate, against the step.
+    """Training and validation loss, and below them learning rate, tokens a second and memory as far as known, against the step.
 
     Args:
         events: as :func:`workshop_utils.finetune.events.read_events` returns them; only "step" and "validation" are used.
@@ -71,15 +72,19 @@ def plot_training(events: Sequence[Mapping]) -> Figure:
     checks = [event for event in events if event["event"] == "validation"]
     if not steps:
         raise ValueError("no training step among the events")
-    figure, (loss, rate) = _figure(8, 4.8, rows=2, sharex=True, height_ratios=(3, 1))
+    below = [line for line in _BELOW_THE_LOSS if any(event.get(line[0]) is not None for event in steps)]
+    figure, axes = _figure(8, 3.4 + 1.2 * len(below), rows=1 + len(below), sharex=True, height_ratios=(3, *[1] * len(below)), squeeze=False)
+    loss, *others = axes.flat
     loss.plot([e["step"] for e in steps], [e["loss"] for e in steps], color=BLUE, marker=".", label="training")
     loss.plot([e["step"] for e in checks], [e["loss"] for e in checks], color=VERMILION, marker="s", linestyle="--", label="validation")
     loss.set(ylabel="loss", ylim=(0, None))
     loss.legend(frameon=False)
-    rated = [e for e in steps if e.get("lr") is not None]
-    rate.plot([e["step"] for e in rated], [e["lr"] for e in rated], color=GREEN, marker=".")
-    rate.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axis, (key, title, colour, unit) in zip(others, below, strict=True):
+        known = [event for event in steps if event.get(key) is not None]
+        axis.plot([e["step"] for e in known], [e[key] / unit for e in known], color=colour, marker=".")
+        axis.set(ylabel=title, ylim=(0, None))
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    axes[-1, 0].set_xlabel("step")
     finding = f"Training loss: {steps[0]['loss']:.3f} at step {steps[0]['step']}, {steps[-1]['loss']:.3f} at step {steps[-1]['step']}"
     if checks:
         best = min(checks, key=lambda event: event["loss"])
@@ -211,7 +216,7 @@ def _figure(width: float, height: float, rows: int = 1, **options):
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, **options)
-    for one in [axes] if rows == 1 else axes:
+    for one in figure.axes:
         one.grid(axis="y", alpha=0.3)
         one.set_axisbelow(True)
         one.spines[["top", "right"]].set_visible(False)

@@ -1,7 +1,8 @@
 """What a training process tells while it runs: one JSON object a line, read by the progress display and the plots.
 
 Lightning adds the callback to every Trainer through its ``lightning.pytorch.callbacks_factory`` entry points, so NeMo's own
-scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment there is no callback.
+scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment there is no callback. ``WORKSHOP_TOKENS_PER_STEP`` is the mean
+number of tokens of one optimizer step, padding aside, from which a step's tokens a second are made.
 """
 
 import json
@@ -20,7 +21,7 @@ def _event_writer(target: Path):
     from lightning.pytorch import Callback
 
     class EventWriter(Callback):
-        """Writes "start", "step" (loss, lr, seconds of this step, bytes of memory), "validation" (loss) and "end" on rank 0."""
+        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of memory), "validation" (loss) and "end" on rank 0."""
 
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
@@ -40,8 +41,9 @@ def _event_writer(target: Path):
             """Write "step"; loss and lr are null where there is none."""
             loss = trainer.callback_metrics.get("reduced_train_loss")
             rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
-            self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate,
-                        seconds=time.perf_counter() - self._began, memory=_memory())  # fmt: skip
+            seconds, tokens = time.perf_counter() - self._began, os.environ.get("WORKSHOP_TOKENS_PER_STEP")
+            self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate, seconds=seconds,
+                        tokens_per_second=float(tokens) / seconds if tokens else None, memory=_memory())  # fmt: skip
 
         def on_validation_end(self, trainer, module):
             """Write "validation", except for the check before training or without a loss."""

@@ -94,7 +94,7 @@ def _train(plan: Plan, progress: bool) -> Path:
     record = run_record.begin(plan)
     status, cause = None, None
     try:
-        status = run_logged(plan.command, plan.environment, plan.log, plan.events if progress else None, plan.tokens_per_step)
+        status = run_logged(plan.command, plan.environment, plan.log, plan.events if progress else None)
         if status != 0:
             cause = failure_cause(plan.log)
         elif not plan.adapter.exists():
@@ -116,8 +116,7 @@ def train_seconds(plan: Plan) -> float:
     return run_record.read(plan)["seconds"]
 
 
-def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None,
-               tokens_per_step: float | None = None) -> int:  # fmt: skip
+def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None) -> int:
     """Run ``command`` with its output in ``log`` and return its exit status; follow ``events`` with a progress bar meanwhile.
 
     Ctrl-C (and a notebook's interrupt) ends the whole process group before it goes on.
@@ -126,7 +125,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, e
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            with _bar(events, tokens_per_step) as show:
+            with _bar(events) as show:
                 while (status := process.poll()) is None:
                     show()
                     if _has_lost_a_worker(log):
@@ -147,7 +146,7 @@ def _has_lost_a_worker(log: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _bar(events: Path | None, tokens_per_step: float | None) -> Iterator[Callable[[], None]]:
+def _bar(events: Path | None) -> Iterator[Callable[[], None]]:
     """Yield a function that moves a tqdm bar along with the steps in ``events``; without ``events`` it does nothing."""
     if events is None:
         yield lambda: None
@@ -164,9 +163,8 @@ def _bar(events: Path | None, tokens_per_step: float | None) -> Iterator[Callabl
             bar.set_description("training")
         if steps:
             bar.n = steps[-1]["step"]
-            speed = f"{tokens_per_step / steps[-1]['seconds']:.0f} tokens/s, " if tokens_per_step else ""
-            memory = f", {steps[-1]['memory'] / 1e9:.1f} GB" if steps[-1].get("memory") else ""
-            bar.set_postfix_str((f"{speed}loss {steps[-1]['loss']:.3f}" if steps[-1]["loss"] is not None else speed) + memory)
+            said = (("tokens_per_second", "{:.0f} tokens/s", 1), ("loss", "loss {:.3f}", 1), ("memory", "{:.1f} GB", 1e9))
+            bar.set_postfix_str(", ".join(text.format(steps[-1][key] / unit) for key, text, unit in said if steps[-1].get(key) is not None))
 
     with tqdm(desc="loading NeMo and the model", unit="step", dynamic_ncols=True) as bar:
         yield show

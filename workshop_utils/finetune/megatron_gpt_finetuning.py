@@ -13,8 +13,7 @@ nemo_cpu.apply()
 from nemo.core.config import hydra_runner
 
 
-@hydra_runner(config_path="conf", config_name="megatron_gpt_finetuning_config")
-def main(cfg) -> None:
+def train(cfg) -> None:
     """Build trainer, model and adapter from ``cfg`` and train. NeMo writes the ``.nemo`` when training ends."""
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
     from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
@@ -31,6 +30,9 @@ def main(cfg) -> None:
     elif scheme is not None:
         model.add_adapter(scheme(model_cfg))
     trainer.fit(model)
+
+
+main = hydra_runner(config_path="conf", config_name="megatron_gpt_finetuning_config")(train)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,6 @@ class Plan:
         return self.run_dir / "checkpoints" / f"{self.run_dir.name}.nemo"
 
     @property
-    def tokens_per_step(self) -> float | None:
-        """Mean tokens of one optimizer step, padding aside, or None where the data were not rendered here."""
-        return self.data[0].mean_tokens * int(self.overrides["model.global_batch_size"]) if self.data else None
-
-    @property
     def events(self) -> Path:
         """JSON lines that the training process writes (see :mod:`.events`)."""
         return notes(self.run_dir) / "events.jsonl"
@@ -150,7 +145,7 @@ def make_plan(
     require_sound_loads(config, base, trust)
     checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer, device)
     return Plan(
-        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node), settings, run_dir, device,
+        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node, checked.tokens_per_step), settings, run_dir, device,
         config, checked, rendered,
     )  # fmt: skip
 
@@ -253,14 +248,17 @@ def torchrun(script: Path, overrides: list[str], nproc_per_node: int = 1) -> lis
     return [*launcher, "--standalone", f"--nproc_per_node={nproc_per_node}", str(script), *overrides]
 
 
-def training_environment(run_dir: Path, nproc_per_node: int = 1) -> dict[str, str]:
-    """Environment of the training processes: patches, events, no telemetry, the cores shared out among the processes."""
+def training_environment(run_dir: Path, nproc_per_node: int = 1, tokens_per_step: float | None = None) -> dict[str, str]:
+    """Environment of the training processes: patches, events (with tokens a second where ``tokens_per_step`` is known), no telemetry,
+    the cores shared out among the processes."""
     from workshop_utils import nemo_cpu
 
     environment = dict(os.environ)
     quiet_environment(environment)
     nemo_cpu.inherit(environment)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node)))
+    if tokens_per_step:
+        environment["WORKSHOP_TOKENS_PER_STEP"] = str(tokens_per_step)
     return environment | {"WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1",
                           orphans.VARIABLE: str(os.getpid())}  # fmt: skip
 

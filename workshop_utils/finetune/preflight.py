@@ -29,11 +29,15 @@ GPU_OPTIMIZERS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam",
 
 @dataclass
 class Preflight:
-    """What was found: ``facts`` (a line each), ``problems`` (a sentence with its fix each) and ``warnings`` that stop nothing."""
+    """What was found: ``facts`` (a line each), ``problems`` (a sentence with its fix each) and ``warnings`` that stop nothing.
+
+    ``tokens_per_step``: mean tokens of one optimizer step, padding aside; None where rows could not be counted.
+    """
 
     facts: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    tokens_per_step: float | None = None
 
     def require(self) -> None:
         """Raise :class:`WorkshopError` with every problem, if there is one."""
@@ -53,6 +57,11 @@ def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, 
     found.problems += parallel(config, sizes)
     found.problems += hardware(config, device, found.facts)
     counted = _data(config, tokenizer, found)
+    if counted and not found.problems:
+        train = counted[: len(config.model.data.train_ds.file_names)]
+        shares = config.model.data.train_ds.concat_sampling_probabilities or [1]
+        mean = sum(share * one.mean_tokens for share, one in zip(shares, train, strict=True))
+        found.tokens_per_step = mean * config.model.global_batch_size
     if sizes and counted and not found.problems:
         _resources(config, sizes, counted, run_dir, found)
     return found
@@ -235,7 +244,7 @@ def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_che
     length = min(max(one.longest for one in counted), model.data.train_ds.max_seq_length)
     split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
     guess = estimate.estimate(sizes, trainable, not str(trainer.precision).startswith("32"), model.megatron_amp_O2,
-                              length * model.micro_batch_size, length, counted[0].mean_tokens * model.global_batch_size, split)  # fmt: skip
+                              length * model.micro_batch_size, length, found.tokens_per_step or 0, split)  # fmt: skip
     found.facts.append(f"trainable: {guess.trainable:,} of {guess.parameters:,} weights ({guess.trainable / guess.parameters:.2%})")
     found.facts.append(f"memory: about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
     free = shutil.disk_usage(_existing(run_dir)).free
