@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 import json
 import sys
 from dataclasses import asdict, dataclass
@@ -51,6 +52,30 @@ def recipes() -> dict[str, Recipe]:
     return {entry["name"]: Recipe(**entry | {"schemes": tuple(entry["schemes"])}) for entry in _content()["recipes"]}
 
 
+def table() -> str:
+    """The recipes as a table: schemes, parallel sizes and batches of their fine-tuning, and the model."""
+    head = ("recipe", "fine-tuning", "TP", "PP", "CP", "tokens", "layers", "hidden", "model", "base")
+    rows = [
+        (
+            one.name,
+            ", ".join(one.schemes) or "-",
+            *(one.tensor_parallel_size, one.pipeline_parallel_size, one.context_parallel_size, one.seq_length),
+            *(one.layers, one.hidden, one.config, one.base),
+        )
+        for one in recipes().values()
+    ]
+    cells = [head, *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    usable = sum(bool(one.schemes) for one in recipes().values())
+    return "\n".join(
+        [
+            *lines,
+            f"{len(rows)} recipes of NeMo {nemo_version()}, {usable} of them for fine-tuning. TP, PP, CP and tokens: its own, with LoRA.",
+        ]
+    )
+
+
 def nemo_version() -> str:
     """The NeMo that the index was made from."""
     return _content()["nemo"]
@@ -88,8 +113,16 @@ def generate() -> dict:
     import nemo
     from nemo.collections.llm import recipes as modules
 
-    found = {name: module for name, module in vars(modules).items() if hasattr(module, "model") and hasattr(module, "__file__")}
+    found = {
+        name: module for name, module in vars(modules).items() if isinstance(module, ModuleType) and _gives_a_model(module)
+    }
     return {"nemo": nemo.__version__, "recipes": [asdict(_described(name, module)) for name, module in sorted(found.items())]}
+
+
+def _gives_a_model(module: ModuleType) -> bool:
+    """Whether the recipe knows its model. ``hf_auto_model_for_causal_lm`` takes any of transformers', without Megatron."""
+    parameters = inspect.signature(module.model).parameters.values() if hasattr(module, "model") else None
+    return parameters is not None and all(one.default is not one.empty for one in parameters)
 
 
 def _described(name: str, module: ModuleType) -> Recipe:

@@ -7,10 +7,12 @@ NeMo. What can only be known from several options together is checked by :func:`
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import types
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from workshop_utils.errors import WorkshopError
@@ -225,10 +227,20 @@ def described(name: str) -> str:
     return _words(hint(name))
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """``Did you mean A or B?`` for a mistyped ``word``, or nothing where no known name is near."""
+COMPUTED = {
+    "global_batch_size": "It is micro_batch_size x accumulate_grad_batches x the data-parallel size: set the first two.",
+    "data_parallel_size": "It is num_nodes x gpus_per_node, divided by the tensor-, pipeline- and context-parallel sizes.",
+    "world_size": "It is num_nodes x gpus_per_node.",
+}
+"""What follows from the options, and how."""
+
+
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """ " Did you mean A or B?" for a mistyped ``word``, or nothing where no known name is near; what is computed is explained."""
+    if word in COMPUTED:
+        return f" {COMPUTED[word]}"
     near = difflib.get_close_matches(word.replace("-", "_"), known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    return f" Did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
 
 
 def from_mapping(values: dict[str, Any], base: RecipeOptions | None = None, where: str = "") -> RecipeOptions:
@@ -239,13 +251,31 @@ def from_mapping(values: dict[str, Any], base: RecipeOptions | None = None, wher
     """
     for key in values:
         if key not in _FIELDS:
-            raise WorkshopError(
-                f"{where}{key} is no option of the recipe path.{nearest(str(key), names())} `workshop recipe --help` lists all."
-            )
+            raise WorkshopError(f"{where}{key} is no option.{nearest(str(key), names())} `workshop recipe --help` lists all.")
     try:
         return dataclasses.replace(base or RecipeOptions(), **values)
     except WorkshopError as error:
         raise WorkshopError(f"{where}{error}") from None
+
+
+def from_file(path: Path, base: RecipeOptions | None = None) -> RecipeOptions:
+    """``base`` with the options of a YAML file on top: a mapping of names to values.
+
+    Raises:
+        WorkshopError: there is no such file, it is not YAML or no mapping, or as :func:`from_mapping`.
+    """
+    from workshop_utils.formats.safe_text import parse_yaml
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise WorkshopError(f"{path}: cannot be read ({error.strerror}).") from None
+    # YAML takes 1e-4, without a point, for a text.
+    values = {
+        name: from_text(name, value) if isinstance(value, str) and name in _FIELDS and _accepts_float(hint(name)) else value
+        for name, value in parse_yaml(content, str(path)).items()
+    }
+    return from_mapping(values, base, where=f"{path}: ")
 
 
 @functools.cache
@@ -289,3 +319,30 @@ def _words(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
     return {tuple: "a list of names", dict: "a mapping"}.get(origin) or simple[hint]
+
+
+def from_text(name: str, text: str) -> Any:
+    """The value that the command line's ``text`` stands for; what cannot be read is left to :class:`RecipeOptions` to refuse.
+
+    Raises:
+        WorkshopError: a mapping is not JSON.
+    """
+    kinds = _alternatives(hint(name))
+    if types.NoneType in kinds and text == "none":
+        return None
+    if dict in map(typing.get_origin, kinds):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise WorkshopError(
+                f'{name} is {text!r}, which is not JSON ({error}). Write it in single quotes: --{name} \'{{"key": "value"}}\'.'
+            ) from None
+    if tuple in map(typing.get_origin, kinds):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text

@@ -1,5 +1,6 @@
 """From options to everything that follows from them: sizes, batches, places. Answers in milliseconds; no torch, no NeMo."""
 
+import dataclasses
 import os
 import string
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils.errors import WorkshopError
+from workshop_utils.paths import shown
 from workshop_utils.recipe import index
 
 if TYPE_CHECKING:
@@ -165,3 +167,26 @@ def _filled(options: "RecipeOptions", option: str, known: dict[str, str]) -> Pat
     if unknown := [name for name in used if name not in known]:
         raise WorkshopError(f"{option} is {template!r}: {{{unknown[0]}}} is unknown. There are {', '.join(known)}.")
     return Path(os.path.abspath(os.path.expanduser(template.format(**known))))
+
+
+def shown_values(resolved: Resolved) -> str:
+    """Every value, ``name: value`` a line, as YAML that is one value a line; sizes and batches first, with what they are made of."""
+    import yaml
+
+    options = resolved.options
+    tp, pp, cp = options.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size
+    data_parallel = resolved.data_parallel_size
+    head = [
+        f"# {resolved.recipe.name}: {resolved.recipe.config}, {resolved.recipe.layers} layers, hidden size {resolved.recipe.hidden}",
+        f"# world = nodes {options.num_nodes} x GPUs {options.gpus_per_node}; data parallel = world / (TP {tp} x PP {pp} x CP {cp})",
+        f"# global batch = micro {options.micro_batch_size} x accumulation {options.accumulate_grad_batches} x data parallel {data_parallel}",
+    ]
+    values = {name: getattr(resolved, name) for name in ("world_size", "data_parallel_size", "global_batch_size")}
+    places = {name: shown(getattr(resolved, name)) for name in ("output_dir", "nemo_ckpt_dir", "data_dir")}
+    values |= dataclasses.asdict(options) | places
+    values["lora_target_modules"] = options.lora_target_modules and list(options.lora_target_modules)
+    lines = [
+        f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=float('inf'), allow_unicode=True)}"
+        for name, value in values.items()
+    ]
+    return "\n".join([*head, *(line.removesuffix("\n").removesuffix("\n...") for line in lines)])

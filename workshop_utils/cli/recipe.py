@@ -1,0 +1,137 @@
+"""``workshop recipe``: fine-tuning with NeMo 2.0's recipes."""
+
+import argparse
+from pathlib import Path
+
+HELP = """\
+Fine-tune with a NeMo 2.0 recipe: import, data, training, test, export.
+
+  workshop recipe --preset cpu all                 everything, on this machine, with the model of the workshop
+  workshop recipe --hf_model_id meta-llama/Llama-3.2-1B --recipe_cls_name llama32_1b --tensor_parallel_size 1
+  workshop recipe --config my.yaml --max_steps 500 the command line wins over the file, the file over the preset
+  workshop recipe --preset cpu --dry-run           every value, checked, in a second; nothing is run
+  workshop recipe --list                           all recipes of this NeMo
+
+ACTION is one of
+  train    import and data where they are missing, then training (the default)
+  import   the base -> a NeMo 2.0 checkpoint in nemo_ckpt_dir
+  data     the data set -> training.jsonl, validation.jsonl and test.jsonl in data_dir
+  test     answers of a checkpoint on the test rows, and what they are worth
+  export   a checkpoint -> Hugging Face or NeMo 2.0, re-loaded and compared by logits
+  all      all of it, in this order
+
+Options have the names and the defaults (one machine with eight GPUs) of the pipeline that they come from; in YAML they
+are keys, without the dashes. Unset ones take the default; `none` on the command line, null in YAML, takes it back.
+"""
+ACTIONS = ("train", "import", "data", "test", "export", "all")
+
+
+def add_parser(subparsers) -> None:
+    """Register the command, with an option for each field of the dataclass."""
+    from workshop_utils.recipe import options
+
+    parser = subparsers.add_parser("recipe", help="fine-tuning with NeMo 2.0's recipes", description=HELP, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter, usage="workshop recipe [ACTION] [options]")  # fmt: skip
+    parser.add_argument("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--preset", metavar="NAME", help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file")
+    parser.add_argument("--dry-run", action="store_true", help="check, print every resolved value, and stop; imports no NeMo")
+    parser.add_argument(
+        "--resolve", action="store_true", help="with --dry-run: NeMo-Run's whole configuration, too; imports NeMo"
+    )
+    parser.add_argument("--list", action="store_true", help="list NeMo's recipes and stop")
+    for script, what in options.SCRIPTS.items():
+        group = parser.add_argument_group(f"{what} (the reference's {script})")
+        for name in options.names():
+            if options.field(name).metadata["script"] == script:
+                _add_option(group, name)
+    # Options are read strictly in `run`, where a mistyped one can be answered with the right one.
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def _add_option(group, name: str) -> None:
+    from workshop_utils.recipe import options
+
+    default = options.default(name)
+    text = options.field(name).metadata["help"].replace("%", "%%")
+    shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default or "{}"
+    keep = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
+    if isinstance(default, bool):
+        off = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no-{name}"
+        group.add_argument(f"--{name}", action="store_true", help=f"{text} ({shown}; off: {off})", **keep)
+        group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **keep)
+    else:
+        group.add_argument(f"--{name}", metavar=_metavar(name), help=f"{text} ({str(shown).replace('%', '%%')})", **keep)
+
+
+def _metavar(name: str) -> str:
+    from workshop_utils.recipe import options
+
+    words = options.described(name)
+    if words.startswith("one of "):
+        return words.removeprefix("one of ").replace(", ", "|")
+    return {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}.get(words.split()[1], "TEXT")
+
+
+def run(args) -> int:
+    """Gather the options, check them, and do what is asked for."""
+    from workshop_utils.recipe import index
+    from workshop_utils.recipe.plan import resolve
+
+    _refuse_unknown(args)
+    if args.list:
+        print(index.table())
+        return 0
+    resolved = resolve(gather(args))
+    if args.dry_run or args.resolve:
+        from workshop_utils.recipe.plan import shown_values
+
+        print(shown_values(resolved))
+        if args.resolve:
+            print(_nemo_run_configuration(resolved))
+        return 0
+    from workshop_utils.recipe import actions
+
+    return actions.do(args.action, resolved)
+
+
+def gather(args):
+    """:class:`RecipeOptions` from the command line over YAML over preset over defaults."""
+    from workshop_utils.recipe.options import from_file, from_mapping, from_text
+    from workshop_utils.recipe.presets import preset
+
+    chosen = from_mapping(preset(args.preset) if args.preset else {}, where="preset: ")
+    if args.config:
+        chosen = from_file(args.config, chosen)
+    typed = {key.removeprefix("option_"): value for key, value in vars(args).items() if key.startswith("option_")}
+    return from_mapping(
+        {name: from_text(name, text) if isinstance(text, str) else text for name, text in typed.items()}, chosen, where="--"
+    )
+
+
+def _refuse_unknown(args) -> None:
+    """A mistyped option or action, with the right one. Raises WorkshopError."""
+    from workshop_utils.errors import WorkshopError
+    from workshop_utils.recipe.options import names, nearest
+    from workshop_utils.recipe.presets import PRESETS
+
+    for word in args.rest:
+        if word.startswith("-"):
+            name = word.lstrip("-").partition("=")[0]
+            known = [*names(), "preset", "config", "dry-run", "resolve", "list"]
+            raise WorkshopError(f"{word} is no option.{nearest(name, known, '--')} `workshop recipe --help` lists all.")
+    if args.action not in ACTIONS or args.rest:
+        word = args.action if args.action not in ACTIONS else args.rest[0]
+        hint = f" Options begin with dashes: --preset {word}." if word in PRESETS else nearest(word, list(ACTIONS))
+        raise WorkshopError(f"{word!r} is no action.{hint} There are: {', '.join(ACTIONS)}.")
+
+
+def _nemo_run_configuration(resolved) -> str:
+    from workshop_utils import nemo_cpu
+
+    nemo_cpu.apply()
+    from workshop_utils.recipe.build import finetune_recipe
+
+    return str(finetune_recipe(resolved))
