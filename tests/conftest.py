@@ -24,7 +24,31 @@ def bridged_tiny(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model(folder / "hf" / "tiny")
-    command = [sys.executable, "-m", "workshop_utils", "import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny")]
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "import",
+        str(folder / "hf" / "tiny"),
+        "--out",
+        str(folder / "nemo2" / "tiny"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     bridge(folder / "nemo2" / "tiny", folder / "bridged" / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nemo2_trained(bridged_tiny, tmp_path_factory):
+    """A folder where NeMo 2.0 trained ``bridged_tiny`` for four steps with each scheme of ``nemo2_trains``: ``SCHEME/checkpoints/*-last``."""
+    import subprocess
+    import sys
+
+    import nemo2_trains
+
+    folder = tmp_path_factory.mktemp("nemo2_trained")
+    nemo2_trains.write_data(folder / "data")
+    command = [sys.executable, nemo2_trains.__file__, str(bridged_tiny / "nemo2" / "tiny"), str(folder), *nemo2_trains.SCHEMES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -37,6 +37,11 @@ FAULTS = {
     "modelopt_at_import": None,  # see test_modelopt_is_read_at_import
     "export_without_modelopt": r"def export_hf_checkpoint",
     "index_workers_can_be_stopped": r"def build_index_files|import build_index_files|build_index_files\(",
+    "lora_without_transformer_engine": r"m\.__class__ == te\.Linear",
+    "adapters_without_transformer_engine": r"if HAVE_TE and any\(isinstance\(m, te_column_parallel\)",
+    "timers_of_one_process": r"timers\.get_all_timers_string\(names=None",
+    "clipping_on_cpu": r"assert param\.grad\.type\(\) == 'torch\.cuda\.FloatTensor'",
+    "bf16_optimizer_on_cpu": r"param\.type\(\) in \['torch\.cuda\.HalfTensor'",
     "lora_mixin_forward": r"class MCoreSelfAttentionMixin[\s\S]*?inference_params=None,",
     "adapter_mixin_forward": r"class MCoreTransformerLayerMixin[\s\S]*?inference_params=None,\n\s+packed_seq_params=None,\n    \):",
     "strategy_of_gpt_models": r"def model_inference_strategy_dispatcher\(.*\n\s+from nemo\.collections\.multimodal",

@@ -4,7 +4,7 @@ import contextlib
 from types import ModuleType
 
 from .registry import no_cuda, no_transformer_engine, patch
-from .torch_cuda import CpuTorch
+from .torch_cuda import CpuTorch, name_types_of_the_cpu
 
 
 @patch(
@@ -28,6 +28,20 @@ from .torch_cuda import CpuTorch
 def cuda_literals_in_megatron(module: ModuleType) -> None:
     """Give the module a ``torch`` that makes its tensors on the CPU. Narrower, and faster, than a mode around every operation."""
     module.torch = CpuTorch(module.torch)
+
+
+@patch("megatron-core", "megatron.core.optimizer.clip_grads", when=no_cuda,
+       reason="clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in the first step")  # fmt: skip
+def clipping_on_cpu(module: ModuleType) -> None:
+    """Assert the CPU's type."""
+    name_types_of_the_cpu(module.clip_grad_by_total_norm_fp32)
+
+
+@patch("megatron-core", "megatron.core.optimizer.optimizer", when=no_cuda,
+       reason="the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' and its like: TypeError")  # fmt: skip
+def bf16_optimizer_on_cpu(module: ModuleType) -> None:
+    """Compare with the CPU's types."""
+    name_types_of_the_cpu(module.Float16OptimizerWithFloat16Params.__init__)
 
 
 @patch("megatron-core", "megatron.core.tensor_parallel.random", when=no_cuda,

@@ -4,12 +4,17 @@ import importlib.machinery
 import signal
 import sys
 import threading
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
 
 
-@patch("nemo-toolkit", "nemo.lightning.io.pl", when=no_cuda, reason="asserts torch.cuda.is_initialized() after loading a checkpoint")
+@patch(
+    "nemo-toolkit",
+    "nemo.lightning.io.pl",
+    when=no_cuda,
+    reason="asserts torch.cuda.is_initialized() after loading a checkpoint",
+)
 def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
     """Tensors loaded without a GPU are where they belong."""
     module._fix_tensors_device = lambda checkpoint: checkpoint
@@ -93,3 +98,34 @@ def index_workers_can_be_stopped(module: ModuleType) -> None:
             signal.signal(signal.SIGTERM, handler)
 
     module.build_index_files = build_index_files
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.peft.lora", when=no_transformer_engine,
+       reason="LoRA asks of every layer whether it is a te.Linear: UnavailableError, 'transformer_engine.pytorch could not be imported'")  # fmt: skip
+def lora_without_transformer_engine(module: ModuleType) -> None:
+    """No layer is one: ``te.Linear`` becomes a class without instances."""
+    module.te = SimpleNamespace(Linear=type("NoTransformerEngineLinear", (), {}))
+
+
+@patch("nemo-toolkit", "nemo.collections.llm.peft.utils", when=no_transformer_engine,
+       reason="Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for the real ones: TypeError, "
+       "'isinstance() arg 2 must be a type'")  # fmt: skip
+def adapters_without_transformer_engine(module: ModuleType) -> None:
+    """Say that Transformer Engine is not there."""
+    module.HAVE_TE = False
+
+
+@patch("nemo-toolkit", "nemo.lightning.pytorch.callbacks.progress_printer", when=no_cuda,
+       reason="rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the next collective operation of the others "
+       "meets that one, and the run hangs at its first checkpoint with two processes")  # fmt: skip
+def timers_of_one_process(module: ModuleType) -> None:
+    """Print the timers only where there is one process."""
+    original = module.ProgressPrinter.log_megatron_timers
+
+    def log_megatron_timers(self, timers):
+        """The original for one process, nothing for more."""
+        import torch
+
+        return original(self, timers) if torch.distributed.get_world_size() == 1 else None
+
+    module.ProgressPrinter.log_megatron_timers = log_megatron_timers

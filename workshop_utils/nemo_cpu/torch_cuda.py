@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from types import ModuleType
+from types import FunctionType, ModuleType
 
 from .registry import no_cuda, patch
 
@@ -98,7 +98,11 @@ def autocast_of_autograd_functions(torch: ModuleType) -> None:
     """Keep the state of the CPU's autocast where that of a GPU is asked for."""
     for name in ("custom_fwd", "custom_bwd"):
         original = getattr(torch.amp, name)
-        setattr(torch.amp, name, lambda *args, device_type="cpu", original=original, **kwargs: original(*args, device_type="cpu", **kwargs))
+        setattr(
+            torch.amp,
+            name,
+            lambda *args, device_type="cpu", original=original, **kwargs: original(*args, device_type="cpu", **kwargs),
+        )
 
 
 class CpuTorch:
@@ -129,3 +133,15 @@ class CpuTorch:
             return factory(*args, **kwargs)
 
         return make
+
+
+def name_types_of_the_cpu(function: FunctionType) -> None:
+    """Where ``function`` compares ``tensor.type()`` with 'torch.cuda.FloatTensor' and its like, have it compare with the CPU's names."""
+
+    def on_cpu(constant):
+        """``constant`` without "cuda." in it; in a tuple as well."""
+        if isinstance(constant, tuple):
+            return tuple(map(on_cpu, constant))
+        return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
+
+    function.__code__ = function.__code__.replace(co_consts=on_cpu(function.__code__.co_consts))
