@@ -49,7 +49,12 @@ def _checked_row(line: str, where: str) -> dict:
         if not {"input", "output"} <= row.keys():
             raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {', '.join(sorted(row)) or 'nothing'}.")
         row = {"messages": [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]}
-    messages = row["messages"]
+    check_messages(row["messages"], where)
+    return row
+
+
+def check_messages(messages: object, where: str) -> None:
+    """Raise :class:`DataError` unless ``messages`` is a conversation that ends with the assistant's answer; ``where`` begins the message."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(f"{where}: `messages` has to be a list of at least a user and an assistant message.")
     for position, message in enumerate(messages):
@@ -57,7 +62,6 @@ def _checked_row(line: str, where: str) -> dict:
             raise DataError(f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a `content` that is a text.")
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the last message has to be the assistant's answer, and not empty.")
-    return row
 
 
 def prompt_turns(messages: list[dict]) -> list[dict]:
