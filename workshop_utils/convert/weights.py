@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,6 +24,9 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 FILE = "__0_0.distcp"
 """Name of the one file that is written, as the first process of a save would call it."""
+
+
+Change = Callable[[Tensor, Chunk, "torch.Tensor"], "torch.Tensor"]
 
 
 class How(StrEnum):
@@ -90,10 +94,12 @@ def write_index(source: Source, tensors: list[Tensor], objects: list[StoredObjec
     )
 
 
-def write(source: Source, written: IO[bytes], dtype: str | None) -> tuple[list[Tensor], list[StoredObject]]:
+def write(
+    source: Source, written: IO[bytes], dtype: str | None, change: Change | None = None
+) -> tuple[list[Tensor], list[StoredObject]]:
     """Write every chunk to the new file ``written``, called :data:`FILE`, and return the entries of the index.
 
-    Never more than one chunk is in memory, twice.
+    Never more than one chunk is in memory, twice. ``change`` returns other elements for a chunk, of the same shape.
     """
     import torch
 
@@ -108,7 +114,8 @@ def write(source: Source, written: IO[bytes], dtype: str | None) -> tuple[list[T
             with source.files.open(file) as opened:
                 for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
                     wanted = dtype if dtype and tensor.dtype in FLOATS else tensor.dtype
-                    held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}").to(getattr(torch, wanted))
+                    held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}")
+                    held = (change(tensor, chunk, held) if change else held).to(getattr(torch, wanted))
                     made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
                     before = found.get(tensor.name) or Tensor(tensor.name, tensor.shape, wanted, (), packed=True)
                     found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))

@@ -11,29 +11,55 @@ from pathlib import Path
 from workshop_utils import paths
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
-from workshop_utils.export import hf_peft
+from workshop_utils.export import hf_peft, merge
 from workshop_utils.export.adapter import LoraAdapter, find_adapter, read_adapter
-from workshop_utils.export.check import check_hf_peft, check_nemo
+from workshop_utils.export.check import check_hf_peft, check_merged, check_nemo
 from workshop_utils.export.model_card import model_card
+from workshop_utils.export.modules import fused, of_dtype, separated
 from workshop_utils.export.nemo import refuse_for_trtllm, write_nemo
 from workshop_utils.export.record import Record, make_record
 from workshop_utils.formats import nemo_archive
+from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 
+TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
+DTYPES = ("float32", "bfloat16", "float16")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CARD = "README.md"
-_PEFT_FILES = {hf_peft.CONFIG, hf_peft.WEIGHTS, hf_peft.RECORD, _CARD}
+_PEFT_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md")
+_MERGED_FILES = re.compile(r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights")
+_BASES = {"hf-merged": Kind.HUGGINGFACE, "nemo2-merged": Kind.NEMO2}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made. ``path`` is the ``.nemo`` or the PEFT directory; ``rules`` are the reader's rules it keeps."""
+    """What an export made. ``path`` is the ``.nemo`` or the directory; ``rules`` are the reader's rules it keeps, ``notes`` to know."""
 
     path: Path
     files: tuple[Path, ...]
     record: Record
     rules: tuple[str, ...]
     reused: bool
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The adapter as read and as it is to be written, and what goes with it."""
+
+    read: LoraAdapter
+    adapter: LoraAdapter
+    record: Record
+    name: str
+    overwrite: bool
+    results: Mapping[str, float | str] | None
+    check: bool
+    base: Path | None = None
+    dtype: str | None = None
+
+    def card(self) -> str:
+        """The model card."""
+        return model_card(self.adapter, self.record, self.name, self.results)
 
 
 def export_adapter(
@@ -46,70 +72,126 @@ def export_adapter(
     overwrite: bool = False,
     results: Mapping[str, float | str] | None = None,
     trust: bool = False,
+    dtype: str | None = None,
+    check: bool = True,
 ) -> Export:
     """The same as :func:`workshop_utils.export.export`, with everything there is to say about what was made."""
-    if to not in ("nemo", "hf-peft") or reader not in ("trtllm", "nemo"):
-        raise WorkshopError(f"Cannot export to {to!r} for reader {reader!r}: to is nemo or hf-peft, reader is trtllm or nemo.")
+    if to not in TARGETS or reader not in ("trtllm", "nemo") or dtype not in (None, *DTYPES):
+        raise WorkshopError(
+            f"Cannot export to {to!r} for reader {reader!r} as {dtype!r}: to is one of {', '.join(TARGETS)}, reader is trtllm or nemo, dtype "
+            f"one of {', '.join(DTYPES)}."
+        )
+    if to == "nemo2-merged" and dtype:
+        raise WorkshopError(
+            "A merged NeMo 2.0 checkpoint keeps its base's dtype. To change it: workshop convert MERGED OUT --to nemo2 --dtype ..."
+        )
     source = find_adapter(adapter)
     require_sound(source, trust)
-    lora = read_adapter(source)
-    name = name or lora.source.stem
+    base = (
+        merge.base_directory(base_model, to)
+        if to in _BASES
+        else Path(base_model)
+        if base_model and Path(base_model).is_dir()
+        else None
+    )
+    if to in _BASES:
+        require_sound(base, trust, (_BASES[to],))
+    lora = read_adapter(source, base)
+    name = name or _default_name(source)
     if not _NAME.fullmatch(name):
         raise WorkshopError(
             f"{name!r} cannot name an export: use letters, digits, '.', '_' and '-'; start with a letter or digit."
         )
-    record = make_record(lora, to, reader if to == "nemo" else None, base_model or lora.base)
-    if to == "nemo":
-        return _to_nemo(lora, record, _nemo_target(name, reader, out), name, overwrite, results)
-    target = Path(out) if out else paths.runs_dir() / "exports" / name / "hf-peft"
-    return _to_hf_peft(lora, record, target, name, overwrite, results)
+    if to == "nemo" and reader == "trtllm":
+        refuse_for_trtllm(lora)
+    written = fused(lora) if to == "nemo" else separated(lora)
+    written = of_dtype(written, dtype) if dtype and to not in _BASES else written
+    recorded = base.name if base else base_model or lora.base
+    record = make_record(written, to, reader if to == "nemo" else None, recorded, dtype)
+    job = _Job(lora, written, record, name, overwrite, results, check, base, dtype)
+    return (
+        _to_nemo(job, _nemo_target(name, reader, out))
+        if to == "nemo"
+        else _to_directory(job, Path(out) if out else _place(name, to))
+    )
+
+
+def _default_name(source: Path) -> str:
+    """The name of the file or directory; for ``NAME/checkpoints/...`` and for the forms of an earlier export, that of the run."""
+    above = source.resolve().parent
+    if source.is_dir() and above.name == "checkpoints":
+        return above.parent.name
+    return (
+        above.name
+        if source.is_dir() and source.name == "hf-peft"
+        else source.name.removesuffix(source.suffix if source.is_file() else "")
+    )
+
+
+def _place(name: str, *form: str) -> Path:
+    return paths.runs_dir().joinpath("exports", name, *form)
 
 
 def _nemo_target(name: str, reader: str, out: Path | str | None) -> Path:
     if out is None:
-        return paths.runs_dir() / "exports" / name / reader / f"{name}.nemo"
+        return _place(name, reader, f"{name}.nemo")
     return Path(out) if str(out).endswith(".nemo") else Path(out) / f"{name}.nemo"
 
 
-def _to_nemo(
-    adapter: LoraAdapter, record: Record, target: Path, name: str, overwrite: bool, results: Mapping[str, float | str] | None
-) -> Export:
-    if record.alpha_baked_in:
-        refuse_for_trtllm(adapter)
+def _to_nemo(job: _Job, target: Path) -> Export:
+    if job.record.alpha_baked_in:
         _refuse_second_nemo(target)
-    _refuse_source(adapter, target)
+    _refuse_source(job.read, target)
     card = target.with_suffix(".md")
-    kept = _reusable(target, adapter, record, overwrite)
+    kept = _reusable(job, target)
     reused = kept is not None
     if not reused:
         with paths.new_file(card) as new_card, paths.new_file(target) as new_target:
-            write_nemo(adapter, new_target, record)
-            kept = check_nemo(new_target, adapter, record)
-            new_card.write_text(model_card(adapter, record, name, results), encoding="utf-8")
-    elif results or not card.exists():
-        paths.write_text(card, model_card(adapter, record, name, results))
-    return Export(target, (target, card), record, tuple(kept), reused)
+            write_nemo(job.adapter, new_target, job.record)
+            kept = _kept(job, new_target)
+            new_card.write_text(job.card(), encoding="utf-8")
+    elif job.results or not card.exists():
+        paths.write_text(card, job.card())
+    return Export(target, (target, card), job.record, tuple(kept), reused, job.adapter.notes)
 
 
-def _to_hf_peft(
-    adapter: LoraAdapter, record: Record, target: Path, name: str, overwrite: bool, results: Mapping[str, float | str] | None
-) -> Export:
+def _to_directory(job: _Job, target: Path) -> Export:
+    """A PEFT adapter or a merged model."""
     _refuse_foreign_directory(target)
-    _refuse_source(adapter, target)
-    kept = _reusable(target, adapter, record, overwrite)
+    _refuse_source(job.read, target)
+    if job.base and target.exists() and (job.base.resolve() == target.resolve()):
+        raise OutputExists(f"{shown(target)} is the base itself. Choose another --out.")
+    kept = _reusable(job, target)
     reused = kept is not None
     if not reused:
         with paths.new_directory(target) as part:
-            hf_peft.write_hf_peft(adapter, part, record)
-            kept = check_hf_peft(part, adapter)
-            (part / _CARD).write_text(model_card(adapter, record, name, results), encoding="utf-8")
-    elif results or not (target / _CARD).exists():
-        paths.write_text(target / _CARD, model_card(adapter, record, name, results))
-    files = tuple(sorted(target.iterdir()))
-    return Export(target, files, record, tuple(kept), reused)
+            if job.record.to == "hf-peft":
+                hf_peft.write_hf_peft(job.adapter, part, job.record)
+            elif job.record.to == "hf-merged":
+                merge.merge_huggingface(job.adapter, job.base, part, job.dtype)
+            else:
+                merge.merge_nemo2(job.adapter, job.base, part)
+            (part / hf_peft.RECORD).write_text(json.dumps(job.record.as_dict(), indent=2) + "\n", encoding="utf-8")
+            kept = _kept(job, part)
+            (part / _CARD).write_text(job.card(), encoding="utf-8")
+    elif job.results or not (target / _CARD).exists():
+        paths.write_text(target / _CARD, job.card())
+    files = tuple(sorted(file for file in target.rglob("*") if file.is_file()))
+    return Export(target, files, job.record, tuple(kept), reused, job.adapter.notes)
 
 
-def _reusable(target: Path, adapter: LoraAdapter, record: Record, overwrite: bool) -> list[str] | None:
+def _kept(job: _Job, path: Path) -> list[str]:
+    """The rules that the export at ``path`` keeps; nothing is looked at without ``check``."""
+    if not job.check:
+        return []
+    if job.record.to == "nemo":
+        return check_nemo(path, job.read, job.record)
+    return (
+        check_hf_peft(path, job.read) if job.record.to == "hf-peft" else check_merged(path, job.base, job.read, job.record.to)
+    )
+
+
+def _reusable(job: _Job, target: Path) -> list[str] | None:
     """The rules kept by an existing export of the same adapter in the same form; ``None`` when a new one is to be written.
 
     Raises:
@@ -118,15 +200,15 @@ def _reusable(target: Path, adapter: LoraAdapter, record: Record, overwrite: boo
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
     try:
-        return _check_existing(target, adapter, record)
+        return _check_existing(job, target)
     except (WorkshopError, OSError, ValueError) as error:
-        if overwrite:
+        if job.overwrite:
             return None
         raise OutputExists(f"{shown(target)} exists. {error} Choose another --out, or replace it with --overwrite.") from error
 
 
-def _check_existing(target: Path, adapter: LoraAdapter, record: Record) -> list[str]:
-    if record.to == "nemo":
+def _check_existing(job: _Job, target: Path) -> list[str]:
+    if job.record.to == "nemo":
         found = nemo_archive.read_config(target).get("workshop")
     else:
         file = target / hf_peft.RECORD
@@ -134,9 +216,9 @@ def _check_existing(target: Path, adapter: LoraAdapter, record: Record) -> list[
     if not isinstance(found, dict):
         raise OutputExists("It was not made by this workshop.")
     # The name of the file it was made from and the version that made it do not matter: what it holds is checked below.
-    if any(found.get(field) != value for field, value in record.as_dict().items() if field not in ("source", "exporter")):
-        raise OutputExists("It was made from another adapter, or for another reader or base.")
-    return check_nemo(target, adapter, record) if record.to == "nemo" else check_hf_peft(target, adapter)
+    if any(found.get(field) != value for field, value in job.record.as_dict().items() if field not in ("source", "exporter")):
+        raise OutputExists("It was made from another adapter, or for another reader, base or dtype.")
+    return _kept(job, target)
 
 
 def _refuse_second_nemo(target: Path) -> None:
@@ -149,10 +231,12 @@ def _refuse_second_nemo(target: Path) -> None:
 
 
 def _refuse_foreign_directory(target: Path) -> None:
-    """A PEFT export replaces its whole directory, so nothing of somebody else's may be in it, overwrite or not."""
+    """A whole directory is replaced, so nothing of somebody else's may be in it, overwrite or not: only what an export wrote."""
     if target.exists() and not target.is_dir():
-        raise OutputExists(f"{shown(target)} is a file; an hf-peft export is a directory. Choose another --out.")
-    foreign = sorted(path.name for path in target.iterdir() if path.name not in _PEFT_FILES) if target.exists() else []
+        raise OutputExists(f"{shown(target)} is a file; this export is a directory. Choose another --out.")
+    merged = (target / hf_peft.RECORD).is_file() and not (target / hf_peft.CONFIG).exists()
+    known = _MERGED_FILES if merged else _PEFT_FILES
+    foreign = sorted(path.name for path in target.iterdir() if not known.fullmatch(path.name)) if target.exists() else []
     if foreign:
         raise OutputExists(
             f"{shown(target)} holds {foreign[0]!r}, which no export wrote: it is not replaced. Choose another --out."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export.adapter import TARGETS, LoraAdapter
-from workshop_utils.export.modules import MODULES, fused
+from workshop_utils.export.modules import MODULES
 from workshop_utils.export.qkv import reorder
 from workshop_utils.export.record import Record
 from workshop_utils.export.script_path import read_state
@@ -77,14 +77,9 @@ def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
 
 
 def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
-    """Write ``adapter`` to the file ``target`` as ``record`` says. The same adapter always gives the same bytes.
-
-    Raises:
-        UnsupportedAdapter: see :func:`.modules.fused`.
-    """
+    """Write ``adapter`` (of :func:`.modules.fused`) to the file ``target`` as ``record`` says. The same adapter gives the same bytes."""
     import torch
 
-    adapter = fused(adapter)
     content = io.BytesIO()
     torch.save(tensors_for(adapter, record), content)
     nemo_archive.write(target, config_for(adapter, record), content.getvalue())

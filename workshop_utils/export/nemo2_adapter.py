@@ -68,7 +68,8 @@ def read(source: Path) -> LoraAdapter:
         )
     recorded = found.adapter.get("model_ckpt_path")
     rank = min(parts.linear_in.shape[0] for parts in weights.values()) if kind != "CanonicalLoRA" else _rank(layers)
-    base = Path(recorded).name if isinstance(recorded, str) else ""
+    # NeMo records a checkpoint, or the weights/ in it.
+    base = Path(recorded.removesuffix("/").removesuffix("/weights")).name if isinstance(recorded, str) else ""
     targets = tuple(target for target in _TARGETS.values() if any(target == its for _, its in weights))
     adapter = LoraAdapter(
         source=source,
@@ -82,15 +83,15 @@ def read(source: Path) -> LoraAdapter:
         base=base,
         weights=weights,
         magnitudes=magnitudes,
-        notes=_notes(kind, rank),
+        notes=_notes(kind, rank, targets),
     )
     made = of_one_rank(adapter)
     made.config.update(synthetic_config(made.rank, made.alpha, targets, base, architecture))
     return made
 
 
-def _notes(kind: str, rank: int) -> tuple[str, ...]:
-    if kind != "CanonicalLoRA":
+def _notes(kind: str, rank: int, targets: tuple[str, ...]) -> tuple[str, ...]:
+    if kind != "CanonicalLoRA" or "attention_qkv" not in targets:
         return ()
     note = (
         "CanonicalLoRA of NeMo 2.4 to 2.7.3 adds its q, k and v one after the other to rows that are interleaved by group (fixed in "

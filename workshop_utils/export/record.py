@@ -17,14 +17,17 @@ READERS = {
     ): "TensorRT-LLM's .nemo reader (lora_manager.py); NIM 1.x names this format, but its own loader is closed",
     ("nemo", "nemo"): "NeMo: MegatronGPTSFTModel.load_adapters and nemo/export/utils/lora_converter.py",
     ("hf-peft", None): "Hugging Face PEFT, vLLM, TensorRT-LLM's Hugging Face reader, NIM",
+    ("hf-merged", None): "transformers, vLLM, TensorRT-LLM and NIM, as a model of its own",
+    ("nemo2-merged", None): "NeMo 2.0, as a model of its own",
 }
 
 
 @dataclass(frozen=True)
 class Record:
-    """Written into every export: the ``workshop`` section of a ``.nemo``, ``workshop_export.json`` beside a PEFT adapter.
+    """Written into every export: the ``workshop`` section of a ``.nemo``, ``workshop_export.json`` in a directory.
 
-    ``qkv_order`` is the row order of the fused query/key/value matrix, or ``"separate"`` where there is no fused matrix.
+    ``qkv_order`` is the row order of the fused query/key/value matrix, or ``"separate"`` where there is no fused matrix. ``dtype`` is
+    the one that was asked for; None keeps that of the adapter, or of the base of a merged model.
     ``alpha_baked_in`` says whether ``alpha / rank`` was multiplied into the weights.
     """
 
@@ -38,18 +41,24 @@ class Record:
     source: str
     source_sha256: str
     exporter: str
+    dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for YAML and JSON."""
         return asdict(self)
 
 
-def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str) -> Record:
-    """The record of exporting ``adapter`` to ``to`` for ``reader`` (``None`` for hf-peft)."""
-    order = {("nemo", "trtllm"): "qkv", ("nemo", "nemo"): "interleaved", ("hf-peft", None): "separate"}[to, reader]
+def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dtype: str | None = None) -> Record:
+    """The record of exporting ``adapter`` to ``to`` for ``reader`` (``None`` for all but nemo)."""
+    order = {"hf-merged": "separate", "nemo2-merged": "interleaved", "hf-peft": "separate"}.get(to) or {
+        "trtllm": "qkv",
+        "nemo": "interleaved",
+    }[reader]
     return Record(
         to=to,
-        reader=READERS[to, reader],
+        reader="Hugging Face PEFT (vLLM and NIM take no DoRA: merge it for them)"
+        if to == "hf-peft" and adapter.magnitudes
+        else READERS[to, reader],
         qkv_order=order,
         alpha_baked_in=reader == "trtllm",
         rank=adapter.rank,
@@ -58,4 +67,5 @@ def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str) ->
         source=adapter.source.name,
         source_sha256=adapter.sha256,
         exporter=f"nemo-lora-workshop {__version__}",
+        dtype=dtype,
     )

@@ -49,7 +49,7 @@ class Layout(NamedTuple):
 def read_nemo(source: Path) -> LoraAdapter:
     """The adapter in the ``.nemo`` ``source``; errors as :func:`workshop_utils.export.adapter.read_adapter`."""
     config = nemo_archive.read_config(source)
-    _lora_section(source, config)
+    stated_lora(source, config)
     return _adapter(source, config, read_state(source, config))
 
 
@@ -66,7 +66,7 @@ def read_ckpt(source: Path) -> LoraAdapter:
             f"{shown(source)} has no configuration that can be read, and no version_N/hparams.yaml lies beside checkpoints/: rank, alpha "
             "and heads are not known. Give the .nemo of the same run, or put hparams.yaml back."
         )
-    _lora_section(source, config)
+    stated_lora(source, config)
     state = {tensor.name: as_tensor(values.read_tensor(checkpoint, tensor)) for tensor in checkpoint.tensors}
     return _adapter(source, dict(config), state)
 
@@ -85,7 +85,7 @@ def read_layout(source: Path, config: dict[str, Any], state: Mapping[str, Any], 
     ``state`` maps each key to anything with a ``shape``; no values are looked at. Errors as :func:`read_adapter`; those of one layer or
     tensor go to ``report``.
     """
-    lora = _lora_section(source, config)
+    lora = stated_lora(source, config)
     architecture = _architecture(source, config)
     rank, alpha = _rank_and_alpha(source, lora)
     weights, broken = _weights(source, state, report)
@@ -106,7 +106,7 @@ def _base(config: dict[str, Any]) -> str:
     return str(recorded) if recorded else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
 
 
-def _lora_section(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+def stated_lora(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     """``peft.lora_tuning`` of the configuration, after checking that this is plain LoRA."""
     peft = config.get("peft")
     scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None

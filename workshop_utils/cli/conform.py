@@ -1,0 +1,86 @@
+"""``workshop conform``: would a server take this adapter?"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils import terminal
+from workshop_utils.paths import shown
+
+if TYPE_CHECKING:
+    from workshop_utils.conform import Judgement
+
+DESCRIPTION = """\
+Judge anybody's LoRA adapter by the public rules of the program that is to read it: one line a rule, and the fix for each fault.
+
+  --reader trtllm    TensorRT-LLM: a .nemo in its order of rows, alpha multiplied in (or a Hugging Face directory)
+  --reader nemo      NeMo's script path and its converter: a .nemo as NeMo writes it
+  --reader peft      Hugging Face PEFT
+  --reader vllm      vLLM (largest rank 16 unless --max-rank says otherwise)
+  --reader nim1      NIM 1.x: .nemo or Hugging Face (largest rank 32 unless --max-rank says otherwise)
+  --reader nim2      NIM 2.x: Hugging Face only
+
+NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in it.
+The base is not needed, torch is not needed, and nothing that a file contains is run.
+Exit status: 0 every rule holds, 1 one does not, 2 not an adapter.
+"""
+
+EXAMPLES = """\
+examples:
+  workshop conform runs/exports/NAME/hf-peft --reader vllm --max-rank 64
+  workshop conform adapter.nemo --reader trtllm
+  workshop conform loras/support-bot --reader nim1 --json
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add ``conform`` to the ``workshop`` command."""
+    parser = subparsers.add_parser(
+        "conform",
+        help="would TensorRT-LLM, NIM, vLLM or PEFT take this adapter?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("path", metavar="PATH", type=Path, help="a .nemo, a PEFT directory, or one directory of a NIM store")
+    parser.add_argument(
+        "--reader", required=True, choices=("trtllm", "nemo", "peft", "vllm", "nim1", "nim2"), help="who is to read it"
+    )
+    parser.add_argument("--max-rank", type=int, metavar="N", help="the largest rank that the server allows")
+    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line a rule; 0 when all hold, 1 otherwise."""
+    from workshop_utils.conform import judge
+
+    found = judge(args.path, args.reader, args.max_rank)
+    if args.json:
+        import json
+
+        print(json.dumps(as_dict(found), indent=2))
+    else:
+        print("\n".join(lines(found)))
+    return 0 if found.conforms else 1
+
+
+def as_dict(found: "Judgement") -> dict[str, Any]:
+    """The judgement as plain values."""
+    rules = [{"rule": rule.rule, "ok": not rule.fault, "fault": rule.fault, "fix": rule.fix} for rule in found.rules]
+    return {
+        "path": shown(found.path), "reader": found.reader, "form": found.form, "conforms": found.conforms, "rules": rules, "notes": found.notes,
+    }  # fmt: skip
+
+
+def lines(found: "Judgement") -> list[str]:
+    """One line a rule, its fault and fix below it, and the verdict."""
+    text = []
+    for rule in found.rules:
+        text.append(f"✗ FAIL  {terminal.one_line(rule.rule)}" if rule.fault else f"✓ OK    {terminal.one_line(rule.rule)}")
+        if rule.fault:
+            text += [f"          {terminal.one_line(rule.fault)}", f"          fix: {terminal.one_line(rule.fix)}"]
+    text += [f"note: {terminal.one_line(note)}" for note in found.notes]
+    broken = len(found.broken)
+    verdict = f"{broken} of {len(found.rules)} rules broken" if broken else f"all {len(found.rules)} rules kept"
+    return [*text, f"{found.reader}: {verdict}: {terminal.one_line(shown(found.path))}"]

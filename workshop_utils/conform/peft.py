@@ -1,0 +1,123 @@
+"""Rules for an adapter in the layout of Hugging Face PEFT, for PEFT itself and for vLLM.
+
+Sources: ``LoraConfig`` and ``set_peft_model_state_dict`` (PEFT 0.17); ``vllm/lora/{lora_model,peft_helper}.py``.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workshop_utils.conform.rules import Judgement, check_rank, check_storage, check_values, first
+from workshop_utils.doctor.adapters import check_peft
+from workshop_utils.doctor.report import Report
+from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
+from workshop_utils.formats import huggingface
+from workshop_utils.formats.architecture import number, size
+from workshop_utils.formats.safe_text import read_json
+from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.paths import shown
+
+PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(PREFIX)}model\.layers\.(\d+)\.((?:self_attn|mlp)\.(\w+))\.lora_([AB])\.weight")
+_MAGNITUDE = re.compile(rf"{re.escape(PREFIX)}model\.layers\.(\d+)\.((?:self_attn|mlp)\.(\w+))\.lora_magnitude_vector")
+_CONFIG, _SAFE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def check(found: Judgement, path: Path, max_rank: int | None) -> None:
+    """Judge the directory ``path``; ``found.reader`` is ``peft`` or a server that is stricter."""
+    served = found.reader != "peft"
+    again = found.again("hf-peft")
+    report = Report(path)
+    try:
+        config = read_json(path / _CONFIG)
+        checkpoint = huggingface.describe_peft(path, report.add)
+        check_peft(report, shown(path), checkpoint.tensors, config)
+    except CheckpointError as error:
+        found.check(
+            "it can be read, and nothing in it runs code", str(error), "fetch it again from where it was made; do not load it"
+        )
+        return
+    unsafe = [str(fault) for fault in report.findings if isinstance(fault, UnsafeCheckpoint)]
+    found.check("it can be read, and nothing in it runs code", first(unsafe), "do not load it: its author wants something run")
+    if served:
+        fault = (
+            None
+            if (path / _SAFE).is_file()
+            else f"it has {', '.join(sorted(file.name for file in path.glob('adapter_model*')))}"
+        )
+        found.check(f"the weights are {_SAFE}", fault, again)
+    _check_config(found, config, served, again)
+    _check_keys(found, checkpoint, config, again)
+    # Halves, ranks, layers and the two-way agreement with target_modules are the doctor's.
+    rest = [
+        str(fault)
+        for fault in report.findings
+        if not isinstance(fault, UnsafeCheckpoint) and PREFIX + " PEFT would" not in str(fault)
+    ]
+    found.check(
+        "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules names just these", first(rest),
+        f"write target_modules and r as the tensors have them, or: {again}",
+    )  # fmt: skip
+    ranks = sorted({tensor.shape[0] for tensor in checkpoint.tensors if ".lora_A." in tensor.name and tensor.shape})
+    if served:
+        uneven = f"ranks {ranks}" if len(ranks) > 1 else None
+        uneven = uneven or next((f"{name} is set" for name in ("rank_pattern", "alpha_pattern") if config.get(name)), None)
+        found.check("one rank and one alpha for all modules", uneven, f"fill up with zeros: {again}")
+    check_rank(
+        found, max(ranks, default=None), max_rank, "NIM_MAX_LORA_RANK" if found.reader.startswith("nim") else "--max-lora-rank"
+    )
+    check_storage(found, checkpoint, checkpoint.nbytes)
+    check_values(found, checkpoint, {tensor.name for tensor in checkpoint.tensors if ".lora_B" in tensor.name})
+
+
+def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, again: str) -> None:
+    def exact(field: str, *allowed: Any, fix: str = again) -> None:
+        value = config.get(field)
+        found.check(f"{_CONFIG}: {field} is {allowed[0]!r}", None if value in allowed else f"it is {value!r}", fix)
+
+    exact("peft_type", "LORA", fix="only LoRA adapters are served this way; merge another kind into its base")
+    exact("task_type", "CAUSAL_LM", fix="write task_type CAUSAL_LM there; NeMo's exporter leaves it out")
+    rank, alpha = size(config, "r"), number(config, "lora_alpha")
+    found.check(f"{_CONFIG}: r is a positive whole number", None if rank else f"it is {config.get('r')!r}", again)
+    fault = None if alpha is not None and alpha > 0 else f"it is {config.get('lora_alpha')!r}"
+    found.check(
+        f"{_CONFIG}: lora_alpha is a positive number",
+        fault,
+        "write the alpha of the training there: without it nobody knows the scale",
+    )
+    base = config.get("base_model_name_or_path")
+    fault = None if isinstance(base, str) and base else "base_model_name_or_path is empty; --base ID records it"
+    found.check(f"{_CONFIG} names the base", fault, f"name it: {again} --base ID")
+    exact("bias", "none", fix="merge it into its base with PEFT (merge_and_unload): a server adds no bias")
+    merged = found.again("hf-merged", "--base DIR")
+    if served:
+        exact(
+            "modules_to_save",
+            None,
+            [],
+            fix="whole layers were trained beside the adapter: merge it into its base with PEFT (merge_and_unload)",
+        )
+        exact("use_dora", False, None, fix=f"servers take no DoRA; merge it: {merged}")
+    elif config.get("modules_to_save"):
+        found.note(f"modules_to_save is {config['modules_to_save']!r}: PEFT loads them, servers do not")
+
+
+def _check_keys(found: Judgement, checkpoint: Checkpoint, config: Mapping[str, Any], again: str) -> None:
+    names = [tensor.name for tensor in checkpoint.tensors]
+    bare = [f"the key {name!r}" for name in names if not name.startswith(PREFIX)]
+    found.check(
+        f"keys begin with {PREFIX}", first(bare), f"PEFT leaves them out with a warning, and B stays zero: {again} --trust"
+    )
+    saved = config.get("modules_to_save") or []
+    dora = config.get("use_dora") is True
+    odd = [
+        f"the key {name!r}" for name in names
+        if not (_KEY.fullmatch(name) or (dora and _MAGNITUDE.fullmatch(name)) or not name.startswith(PREFIX) or any(f".{it}." in name for it in saved))
+    ]  # fmt: skip
+    found.check("keys are base_model.model.model.layers.N.BLOCK.PROJ.lora_A|B.weight", first(odd), again)
+    if dora:
+        places = {_KEY.fullmatch(name).group(1, 2) for name in names if _KEY.fullmatch(name)}
+        lengths = {_MAGNITUDE.fullmatch(name).group(1, 2) for name in names if _MAGNITUDE.fullmatch(name)}
+        lacking = [f"layer {layer}, {module} has none" for layer, module in sorted(places - lengths)]
+        found.check("every module of a DoRA adapter has its lora_magnitude_vector", first(lacking), again)
