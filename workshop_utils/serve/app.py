@@ -39,7 +39,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code or _CODES.get(status)
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """As the OpenAI API words it."""
         headers = (
             {"Retry-After": "1"}
@@ -49,12 +49,12 @@ class ApiError(Exception):
             else None
         )
         body = error(str(self), _TYPES.get(self.status, "invalid_request_error"), self.param, self.code)
-        return JSONResponse(body, self.status, headers)
+        return Response(json.dumps(body), self.status, headers, "application/json")  # a name may hold what UTF-8 cannot
 
 
 def create_app(service: Service, api_key: str | None = None, max_body: int = 1 << 20) -> FastAPI:
     """The application around ``service``, whose owner loads and closes it. ``max_body``: most bytes of a request."""
-    app = FastAPI(title="workshop serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False})
     app.add_middleware(_Guard, api_key=api_key, max_body=max_body)
 
     @app.exception_handler(ApiError)
@@ -114,35 +114,29 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
 
 class _Guard:
-    """Key and size of a request, before anything else looks at it."""
+    """Key and size of a request, before anything else looks at it. (FastAPI's own limit answers with plain text.)"""
 
     def __init__(self, app, api_key: str | None, max_body: int):
         self._app, self._key, self._max = app, api_key, max_body
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if self._key and scope["path"] not in _HEALTH and not hmac.compare_digest(given, self._key.encode()):
-            return await ApiError(401, "The API key is missing or wrong: send 'Authorization: Bearer KEY'.").response()(
-                scope, receive, send
-            )
-        too_large = f"The request is larger than {self._max} bytes."
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max:
-            return await ApiError(413, too_large).response()(scope, receive, send)
-        read = 0
+        headers = dict(scope.get("headers", ()))
+        left = self._max
 
         async def counted():
-            nonlocal read
+            nonlocal left
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > self._max:
-                raise HTTPException(413, too_large)
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the request is larger than {self._max} bytes")
             return message
 
-        return await self._app(scope, counted, send)
+        app = self._app
+        if scope["type"] == "http" and scope["path"] not in _HEALTH and self._key:
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._key.encode()):
+                app = ApiError(401, "The API key is missing or wrong: send 'Authorization: Bearer KEY'.").response()
+        await app(scope, counted, send)
 
 
 def _require_ready(service: Service) -> None:
@@ -163,8 +157,8 @@ def _invalid(fault: RequestValidationError) -> ApiError:
         return ApiError(
             400, "The body has to be a JSON object, sent with 'Content-Type: application/json'.", code="invalid_json"
         )
-    if kind == "value_error":  # of our own checks: "field: what is wrong"
-        message = message.removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")
+    if not where:  # of our own checks: "field: what is wrong"
         return ApiError(400, message, message.partition(":")[0], "invalid_value")
     param = ".".join(where[:3] if where[0] == "messages" else where[:1])
     if kind == "extra_forbidden":

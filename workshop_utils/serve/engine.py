@@ -312,9 +312,9 @@ class Engine:
             self.model, self._lora = self._lora.unload(), None  # PEFT cannot do without any adapter
             return
         for version in unused:
+            if self._lora.active_adapter == version:  # else PEFT chooses another one, with a warning
+                self._lora.set_adapter(next(name for name in self._lora.peft_config if name not in unused), inference_mode=True)
             self._lora.delete_adapter(version)
-            if self._lora.active_adapter == version:
-                self._lora.set_adapter(next(iter(self._lora.peft_config)))
 
 
 def _left_padded(values: torch.Tensor, size: int, dimension: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from workshop_utils.serve.sampling import Sampling, Token
 
@@ -32,18 +32,27 @@ class _Strict(BaseModel):
         }
 
 
+def _encodable(text: str) -> str:
+    if not text.isascii() and text != text.encode(errors="replace").decode():
+        raise ValueError("the text has half a surrogate pair in it, which is no character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class TextPart(_Strict):
     """A part of a message; pictures and sound are not served."""
 
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class Message(_Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    content: _Text | list[TextPart]
 
     def as_turn(self) -> dict[str, str]:
         """As chat templates take it."""
@@ -116,7 +125,7 @@ _Id = Annotated[int, Field(ge=0)]
 class CompletionRequest(_Request):
     """``POST /v1/completions``. ``prompt`` is text, a list of texts, a list of token ids, or a list of such lists."""
 
-    prompt: str | list[str] | list[_Id] | list[list[_Id]]
+    prompt: _Text | list[_Text] | list[_Id] | list[list[_Id]]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
 
