@@ -56,14 +56,14 @@ def _add_option(group, name: str) -> None:
 
     default = options.default(name)
     text = options.field(name).metadata["help"].replace("%", "%%")
-    shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else default or "{}"
+    shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default).replace("%", "%%")
     keep = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
     if isinstance(default, bool):
         off = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no-{name}"
         group.add_argument(f"--{name}", action="store_true", help=f"{text} ({shown}; off: {off})", **keep)
         group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **keep)
     else:
-        group.add_argument(f"--{name}", metavar=_metavar(name), help=f"{text} ({str(shown).replace('%', '%%')})", **keep)
+        group.add_argument(f"--{name}", metavar=_metavar(name), help=f"{text} ({shown})", **keep)
 
 
 def _metavar(name: str) -> str:
@@ -92,9 +92,46 @@ def run(args) -> int:
         if args.resolve:
             print(_nemo_run_configuration(resolved))
         return 0
-    from workshop_utils.recipe import actions
+    return act(args.action, resolved)
 
-    return actions.do(args.action, resolved)
+
+def act(action: str, resolved) -> int:
+    """Do ``action``, saying what came of each phase; the next begins only when the one before has succeeded."""
+    phases = {"train": ("import", "data", "train"), "all": ("import", "data", "train", "test", "export")}.get(action, (action,))
+    if resolved.options.device != "gpu":
+        _prepare_for_cpu(resolved)
+    for phase in phases:
+        print(f"== {phase}", flush=True)
+        _PHASES[phase](resolved)
+    return 0
+
+
+def _import(resolved) -> None:
+    from workshop_utils import paths
+    from workshop_utils.recipe.base_checkpoint import import_base
+
+    options = resolved.options
+    base = import_base(options.hf_model_id, resolved.nemo_ckpt_dir, timeout=options.import_timeout, trust=options.trust)
+    print(f"base: {paths.shown(base)}")
+
+
+def _train(resolved) -> None:
+    from workshop_utils.recipe import job
+
+    print(job.train(resolved))
+
+
+def _test(resolved) -> None:
+    from workshop_utils.recipe import predict
+
+    print(predict.test(resolved))
+
+
+def _export(resolved) -> None:
+    from workshop_utils import paths
+    from workshop_utils.recipe import deliver
+
+    print(f"export: {paths.shown(deliver.export(resolved))}")
 
 
 def gather(args):

@@ -147,7 +147,7 @@ def _finetunings(module: ModuleType) -> dict[str, "run.Partial"]:
     built = {}
     for scheme, theirs in (("lora", "lora"), ("dora", "dora"), ("full_ft", "none")):
         try:
-            built[scheme] = module.finetune_recipe(peft_scheme=theirs)
+            built[scheme] = module.finetune_recipe(peft_scheme=theirs, num_nodes=16)  # some refuse to be built for few
         except (AssertionError, TypeError, ValueError) as error:  # what NeMo's recipes raise for a scheme that they lack
             print(f"{module.__name__} {scheme}: {error}", file=sys.stderr)
     return built

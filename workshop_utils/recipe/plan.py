@@ -62,7 +62,7 @@ def resolve(options: "RecipeOptions") -> Resolved:
 def _check_scheme(recipe: index.Recipe, scheme: str) -> None:
     if not recipe.schemes:
         raise WorkshopError(
-            f"recipe_cls_name: {recipe.name} has no fine-tuning recipe in NeMo {index.nemo_version()}, only one for pre-training. "
+            f"recipe_cls_name: NeMo {index.nemo_version()} has no fine-tuning recipe for {recipe.name} that a model and a scheme are enough for. "
             "`workshop recipe --list` shows which have one."
         )
     if scheme not in recipe.schemes:
@@ -171,8 +171,6 @@ def _filled(options: "RecipeOptions", option: str, known: dict[str, str]) -> Pat
 
 def shown_values(resolved: Resolved) -> str:
     """Every value, ``name: value`` a line, as YAML that is one value a line; sizes and batches first, with what they are made of."""
-    import yaml
-
     options = resolved.options
     tp, pp, cp = options.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size
     data_parallel = resolved.data_parallel_size
@@ -185,8 +183,13 @@ def shown_values(resolved: Resolved) -> str:
     places = {name: shown(getattr(resolved, name)) for name in ("output_dir", "nemo_ckpt_dir", "data_dir")}
     values |= dataclasses.asdict(options) | places
     values["lora_target_modules"] = options.lora_target_modules and list(options.lora_target_modules)
-    lines = [
-        f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=float('inf'), allow_unicode=True)}"
-        for name, value in values.items()
-    ]
-    return "\n".join([*head, *(line.removesuffix("\n").removesuffix("\n...") for line in lines)])
+    return "\n".join([*head, *(f"{name}: {_on_one_line(value)}" for name, value in values.items())])
+
+
+def _on_one_line(value: object) -> str:
+    """``value`` as YAML without a line break."""
+    import yaml
+
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, default_style=style)
+    return text.removesuffix("\n").removesuffix("\n...")
