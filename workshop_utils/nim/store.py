@@ -1,0 +1,181 @@
+"""The store of adapters that NIM reads: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT writes. The name is the model's id."""
+
+from __future__ import annotations
+
+import filecmp
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from workshop_utils import paths
+from workshop_utils.conform import judge
+from workshop_utils.doctor import layers
+from workshop_utils.doctor.verify import require_sound
+from workshop_utils.errors import ConformanceFailed, UnsupportedAdapter, WorkshopError
+from workshop_utils.export.adapter import find_adapter
+from workshop_utils.formats.architecture import Architecture
+from workshop_utils.formats.identify import identify
+from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.paths import shown
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""Names that are a directory, a model's id and a word in a URL alike."""
+MAX_RANK = 32
+"""``NIM_MAX_LORA_RANK`` where nothing else is known: that of a published profile of NIM 1.x."""
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class Staged:
+    """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a server may refuse, and the fix."""
+
+    path: Path
+    name: str
+    change: Literal["added", "replaced", "unchanged"]
+    rank: int | None
+    warnings: tuple[str, ...] = ()
+
+
+def stage(
+    adapter: Path | str,
+    name: str,
+    store: Path | str,
+    base: Path | str | None = None,
+    max_rank: int = MAX_RANK,
+    reader: Literal["nim1", "nim2"] = "nim1",
+    trust: bool = False,
+) -> Staged:
+    """Put ``adapter`` into ``store`` as ``name``, in place of an older one; an identical one is left alone.
+
+    The new directory is written under a hidden name and renamed when it is whole, so that a server that reads the store meanwhile
+    finds the older adapter or the new one.
+
+    Args:
+        adapter: a PEFT directory, or a ``.nemo`` for TensorRT-LLM (see :func:`workshop_utils.export.export`) or its directory.
+        name: the model's id in the API.
+        base: the model that will be served, a directory or its id; told apart from the adapter's own base, with a warning.
+        max_rank: ``NIM_MAX_LORA_RANK`` of the server; a warning when the adapter's rank is above it.
+        reader: whose rules: those of NIM 1.x or 2.x (see :mod:`workshop_utils.conform`).
+        trust: what is unsound in the adapter is printed and not raised.
+
+    Raises:
+        CheckpointError: the adapter is missing, unsafe or damaged.
+        ConformanceFailed: NIM cannot read it; the message has the command that converts it.
+        UnsupportedAdapter: its sizes are not those of ``base``.
+        WorkshopError: ``name`` cannot be a model's id, or something else is in its place.
+    """
+    adapter, store = find_adapter(adapter), Path(store)
+    target = _place(name, store)
+    require_sound(adapter, trust)
+    described = _require_readable(adapter, reader, max_rank)
+    rank = described.adapter.rank if described.adapter else None
+    warnings = [*_rank_warnings(rank, max_rank), *_base_warnings(described, base)]
+    files = _files(described.path, name)
+    existed = target.exists()
+    if existed and _same(target, files):
+        return Staged(target, name, "unchanged", rank, tuple(warnings))
+    if existed and adapter.resolve().is_relative_to(target.resolve()):
+        raise WorkshopError(f"{shown(adapter)} is the adapter in the store itself. Stage it from where it was exported to.")
+    with paths.new_directory(target) as part:
+        for copied, source in files.items():
+            shutil.copyfile(source, part / copied)
+    return Staged(target, name, "replaced" if existed else "added", rank, tuple(warnings))
+
+
+def names(store: Path | str) -> list[str]:
+    """The adapters in ``store``, by name."""
+    store = Path(store)
+    return (
+        sorted(path.name for path in store.iterdir() if path.is_dir() and NAME.fullmatch(path.name)) if store.is_dir() else []
+    )
+
+
+def _place(name: str, store: Path) -> Path:
+    if not NAME.fullmatch(name):
+        raise WorkshopError(
+            f"{name!r} cannot be a model's id in a store: up to 128 letters, digits, '.', '_' and '-', a letter or digit first."
+        )
+    if store.exists() and not store.is_dir():
+        raise WorkshopError(f"{shown(store)} is a file; the store is a directory.")
+    if store.is_dir() and (any(store.glob("*.nemo")) or (store / _PEFT_FILES[0]).exists()):
+        raise WorkshopError(f"{shown(store)} is itself an adapter. A store has a directory for each: give the one above.")
+    target = store / name
+    if target.exists() and not target.is_dir():
+        raise WorkshopError(f"{shown(target)} is a file, where the directory of the adapter would go.")
+    foreign = (
+        [file.name for file in target.iterdir() if file.suffix != ".nemo" and file.name not in _PEFT_FILES]
+        if target.exists()
+        else []
+    )
+    if foreign:
+        raise WorkshopError(
+            f"{shown(target)} holds {min(foreign)!r}, which is no part of an adapter: it is not replaced. Move it away."
+        )
+    return target
+
+
+def _require_readable(adapter: Path, reader: str, max_rank: int) -> Checkpoint:
+    """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only warned about."""
+    described = identify(adapter)
+    rank = described.adapter.rank if described.adapter else None
+    found = judge(adapter, reader, max(rank or 1, max_rank))
+    if not found.conforms:
+        lines = [f"  {rule.rule}: {rule.fault}\n    fix: {rule.fix}" for rule in found.broken]
+        raise ConformanceFailed(
+            "\n".join([f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed.", *lines])
+        )
+    return described
+
+
+def _rank_warnings(rank: int | None, max_rank: int) -> list[str]:
+    if rank is None or rank <= max_rank:
+        return []
+    return [
+        f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. Start it with --max-lora-rank {rank}."
+    ]
+
+
+def _base_warnings(adapter: Checkpoint, base: Path | str | None) -> list[str]:
+    """Other names are a warning, since one model has many; other sizes never work."""
+    if base is None:
+        return []
+    if (Path(base) / "config.json").is_file():
+        _refuse_other_sizes(adapter, identify(base).architecture, Path(base))
+    recorded = (adapter.adapter.base or "") if adapter.adapter else ""
+    served, trained = Path(base).name, Path(recorded).name.removesuffix(".nemo")
+    if served.casefold() == trained.casefold():
+        return []
+    return [
+        f"it was trained on {trained or 'a base that it does not name'}, and would be served on {served}: on another base it answers nonsense."
+    ]
+
+
+def _refuse_other_sizes(adapter: Checkpoint, base: Architecture | None, served: Path) -> None:
+    if base is None:
+        return
+    numbers = {layers.number(tensor.name) for tensor in adapter.tensors} - {None}
+    inputs = {tensor.shape[1] for tensor in adapter.tensors if _reads_hidden(tensor.name) and len(tensor.shape) == 2}
+    if max(numbers, default=0) >= base.layers or inputs - {base.hidden}:
+        raise UnsupportedAdapter(
+            f"{shown(adapter.path)} is for {max(numbers, default=-1) + 1} layers of hidden size {', '.join(map(str, sorted(inputs)))}; "
+            f"{shown(served)} has {base.layers} layers of hidden size {base.hidden}. Serve it on the model that it was trained on."
+        )
+
+
+def _reads_hidden(name: str) -> bool:
+    """Whether this is the A of a module whose input is the hidden state."""
+    return bool(re.search(r"(q|k|v|gate|up)_proj\.lora_A|(kqv|hto4h)_adapter\.linear_in", name))
+
+
+def _files(source: Path, name: str) -> dict[str, Path]:
+    if source.is_file():
+        return {f"{name}.nemo": source}
+    return {file: source / file for file in _PEFT_FILES if (source / file).is_file()}
+
+
+def _same(target: Path, files: dict[str, Path]) -> bool:
+    if {file.name for file in target.iterdir()} != set(files):
+        return False
+    return all(filecmp.cmp(source, target / copied, shallow=False) for copied, source in files.items())
