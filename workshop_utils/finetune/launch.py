@@ -55,7 +55,7 @@ def finetune(plan: Plan, progress: bool = True, fresh: bool = False) -> Path:
         with lock.acquire(blocking=False):
             if not fresh and (done := _identical(plan)):
                 return done
-            _prepare(plan, fresh)
+            prepare(plan, fresh)
             return _train(plan, progress)
     except Timeout:
         raise WorkshopError(f"Another process is training in {paths.shown(plan.run_dir)}. Wait, or give the run another --name.") from None
@@ -70,7 +70,7 @@ def _identical(plan: Plan) -> Path | None:
     return plan.adapter
 
 
-def _prepare(plan: Plan, fresh: bool) -> None:
+def prepare(plan: Plan, fresh: bool) -> None:
     """Leave the run directory as the run is to find it: empty, or as an interrupted start left it."""
     if not plan.run_dir.exists():
         return

@@ -79,6 +79,11 @@ class Plan:
         """JSON beside the run: what was asked for (see :meth:`fingerprint`) and, once finished, the seconds it took."""
         return notes(self.run_dir) / "run.json"
 
+    @property
+    def seed(self) -> int:
+        """Of the data's order and the adapter's weights."""
+        return self.config.model.seed
+
     def fingerprint(self) -> dict:
         """What decides the outcome: overrides, script, data and base. Equal fingerprints, equal runs on one machine."""
         base = Path(self.overrides["model.restore_from_path"])

@@ -31,7 +31,7 @@ def begin(plan: Plan) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "fingerprint": plan.fingerprint(),
         "command": str(plan),
-        "seed": plan.config.model.seed,
+        "seed": plan.seed,
         "commit": _commit(),
         "device": str(plan.device),
         "machine": describe_machine(),
