@@ -68,8 +68,8 @@ class Comparison:
 def interval(values: Sequence[float], seed: int = SEED) -> Interval:
     """Mean of ``values`` and its percentile bootstrap interval, :data:`RESAMPLES` samples of the rows with replacement.
 
-    Right or wrong on every row alike (all 0, or all 1) leaves the bootstrap nothing to vary; Wilson's bound for a proportion then
-    says how much so few rows can hide.
+    The same value on every row leaves the bootstrap nothing to vary. All 0 or all 1 get Wilson's bound for a proportion, which says how
+    much so few rows can hide; of values between 0 and 1 those of a proportion vary most, so it holds for every metric here.
 
     Raises:
         ValueError: there are no values.
@@ -90,10 +90,15 @@ def interval(values: Sequence[float], seed: int = SEED) -> Interval:
 
 
 def difference(base: Sequence[float], tuned: Sequence[float], seed: int = SEED) -> Interval:
-    """Interval of the mean of ``tuned`` - ``base``, row by row: narrower than two intervals side by side, for rows differ in difficulty."""
+    """Interval of the mean of ``tuned`` - ``base``, row by row: narrower than two intervals side by side, for rows differ in difficulty.
+
+    Where no row has changed, it is bounded by Wilson's bound for none of so many rows, to either side.
+    """
     gains = [after - before for before, after in zip(base, tuned, strict=True)]
-    # Rows that all change alike (or not at all) have no bound of a proportion: a difference runs from -1 to 1.
-    return Interval(gains[0], gains[0], gains[0]) if gains and len(set(gains)) == 1 else interval(gains, seed)
+    if gains and not any(gains):
+        bound = interval(gains).high
+        return Interval(0.0, -bound, bound)
+    return Interval(gains[0], gains[0], gains[0]) if len(set(gains)) == 1 else interval(gains, seed)
 
 
 def exact_match(predictions: Sequence[str], labels: Sequence[str]) -> list[float]:

@@ -113,6 +113,16 @@ class Model:
         """Token ids of ``prompt``, as the training had them: no token before it."""
         return list(self.tokenizer.tokenize(prompt))
 
+    def logits(self, token_ids: Sequence[Sequence[int]]):
+        """fp32 logits of token ids ``[batch, sequence]`` without padding, as a numpy array ``[batch, sequence, vocabulary]``."""
+        import torch
+
+        ids = torch.tensor(token_ids, device=next(self.core.parameters()).device)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with torch.inference_mode():
+            # Without a mask Megatron-Core's attention is causal.
+            return self.core(ids, positions, None).float().cpu().numpy()
+
     def answer(self, request: int, tokens: Sequence[int]) -> Answer:
         """An :class:`Answer` of generated ``tokens``, which end at the first stop token."""
         tokens = [int(token) for token in tokens]
@@ -293,9 +303,19 @@ def _narrowed(tokens: Sequence[Sequence[int]], sampling: Sampling, limits: Limit
 
 
 def _work(folder: Path) -> None:
-    """The process that predict starts: read ``job.json``, append one answer a line to the file that it names, say how fast it was."""
+    """The process that predict and deliver start on ``job.json``: logits of ``token_ids``, or answers to ``rows``."""
     job: dict[str, Any] = json.loads((folder / "job.json").read_text("utf-8"))
     model = Model(job["checkpoint"], job["trust"])
+    if "token_ids" in job:
+        import numpy
+
+        numpy.save(folder / "logits.npy", model.logits(job["token_ids"]))
+    else:
+        _answer(model, job, folder / "speed.json")
+
+
+def _answer(model: Model, job: dict[str, Any], speed: Path) -> None:
+    """Append one answer a line to the file that the job names; say how fast it was."""
     run = {"dynamic": dynamic, "static": static}[job["engine"]]
     rows, began, made = job["rows"], time.perf_counter(), 0
     with Path(job["answers"]).open("a", encoding="utf-8") as stream:
@@ -303,7 +323,7 @@ def _work(folder: Path) -> None:
             made += len(answer.tokens)
             stream.write(json.dumps(asdict(answer) | {"request": rows[answer.request]["row"]}) + "\n")
             stream.flush()
-    (folder / "speed.json").write_text(json.dumps({"tokens": made, "seconds": time.perf_counter() - began}))
+    speed.write_text(json.dumps({"tokens": made, "seconds": time.perf_counter() - began}))
 
 
 if __name__ == "__main__":

@@ -211,8 +211,7 @@ def _resume(partial: Path, mark: str) -> dict[int, dict]:
 def _fingerprint(checkpoint: Path, rows, sampling, limits, engine) -> str:
     """Of everything that decides the answers. Weights by size and time: a digest would read gigabytes."""
     base = engines.base_of(checkpoint)
-    files = sorted(file for one in (checkpoint, base) if one for file in (one / "weights").iterdir())
-    weights = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    weights = [choose_checkpoint.files_of(one) for one in (checkpoint, base) if one]
     made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
