@@ -19,6 +19,7 @@ from workshop_utils.evaluate import ADAPTER, BASE, TITLES, Scores
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from workshop_utils.export.proof import Proof
     from workshop_utils.formats.summary import Checkpoint
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
@@ -183,6 +184,41 @@ def plot_labels(answers: Sequence[Mapping[str, str]], down: str, across: str) ->
     cells = [count for line in counts.values() for count in line.values()]
     print(f"{len(cells)} combinations of {down} and {across}, between {min(cells)} and {max(cells)} rows each.")
     return figure
+
+
+def plot_proof(proof: Proof) -> Figure:
+    """What the adapter does against what its exports get wrong: the largest change of a logit, and the weight updates layer by layer."""
+    figure, axes = _figure(10, 3.8, ncols=2)
+    logits, updates = axes
+    told = [form for form in proof.forms if form.logits is not None]
+    # Nothing is zero on a logarithmic axis; differences below this are rounding.
+    floor = 1e-8
+    names = ["the adapter itself", *(form.name for form in told)]
+    values = [proof.effect, *(form.logits for form in told)]
+    bars = logits.barh(names, [max(value, floor) for value in values], color=[ORANGE, *[BLUE] * len(told)], edgecolor="black", left=floor / 10)
+    bars.patches[0].set_hatch("//")
+    logits.bar_label(bars, [f"{value:.0e}" for value in values], fontsize=8, padding=2)
+    logits.set(xscale="log", xlabel="largest difference of a logit", xlim=(floor, 100 * proof.effect))
+    logits.invert_yaxis()
+    for number, form in enumerate(told):
+        colour, marker = (BLUE, VERMILION, GREEN, "#CC79A7", SKY)[number % 5], "osd^v"[number % 5]
+        updates.plot([max(value, floor) for value in form.by_layer], color=colour, marker=marker, markersize=4, label=form.name, alpha=0.8)
+    updates.axhline(1, color=ORANGE, linestyle="--", label="as large as the update")
+    updates.set(yscale="log", ylim=(floor / 2, 10), xlabel="layer", ylabel="largest difference / largest update")
+    updates.legend(frameon=False, fontsize=8, loc="center right")
+    print(proof_finding(proof))
+    return figure
+
+
+def proof_finding(proof: Proof) -> str:
+    """The result in one sentence; also the alternative text of :func:`plot_proof`."""
+    told = [form for form in proof.forms if form.logits is not None]
+    worst = max(form.logits for form in told)
+    close = sum(form.proven is True for form in told)
+    return (
+        f"{close} of {len(told)} exports compute what was trained: the adapter moves a logit by up to {proof.effect:.0f}, "
+        f"an export differs by {worst:.0e} at most."
+    )
 
 
 def show(figure: Figure, alt: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from workshop_utils.conform import Judgement, judge
 from workshop_utils.errors import ConformanceFailed, WorkshopError
 from workshop_utils.export.adapter import Architecture, LoraAdapter, as_tensor, read_adapter
+from workshop_utils.export.merge import FUSED
 from workshop_utils.export.modules import MODULES, separated
 from workshop_utils.export.record import Record
 from workshop_utils.formats import huggingface, nemo2, values
@@ -66,33 +67,26 @@ def check_merged(directory: Path, base: Path, adapter: LoraAdapter, to: str) -> 
             "The merged model breaks the rule 'the tensors of the base, in their shapes', so it is not used."
         )
     adapted = {f"model.layers.{layer}.{module}.weight" for layer, module in apart.weights}
-    fused = {f"module.decoder.layers.{name}.weight": target for name, target in _NEMO2.items()}
     for tensor in before.tensors:
         if tensor.name in adapted:
             layer, _, module = tensor.name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
             _same_merged(_read(before, tensor), _read(made, tensors[tensor.name]), {module: None}, apart, int(layer))
-        elif tensor.name in fused:
+        elif tensor.name in FUSED:
             for layer in range(tensor.shape[0]):
-                parts = dict.fromkeys(MODULES[fused[tensor.name]])
+                parts = dict.fromkeys(MODULES[FUSED[tensor.name]])
                 _same_merged(
                     _read(before, tensor, layer),
                     _read(made, tensors[tensor.name], layer),
                     parts,
                     apart,
                     layer,
-                    fused[tensor.name],
+                    FUSED[tensor.name],
                 )
         else:
             now, was = _read(made, tensors[tensor.name]), _read(before, tensor)
             if not (now == was.to(now.dtype)).all():
                 _fail(_REST, f"{tensor.name} differs")
     return ["the tensors of the base, in their shapes", _SAME, _REST]
-
-
-_NEMO2 = {
-    "self_attention.linear_qkv": "attention_qkv", "self_attention.linear_proj": "attention_dense", "mlp.linear_fc1": "mlp_fc1",
-    "mlp.linear_fc2": "mlp_fc2",
-}  # fmt: skip
 
 
 def _read(checkpoint: Checkpoint, tensor: Stored, layer: int | None = None) -> Tensor:
@@ -151,9 +145,7 @@ def _updates(
             a, b = adapter.weights[layer, target]
             update = scale * (b.double() @ (a.double() @ _probes(a.shape[1])))
             parts = (
-                _cut(update, target, sizes or adapter.architecture, adapter.qkv_order)
-                if target in MODULES
-                else {target: update}
+                cut(update, target, sizes or adapter.architecture, adapter.qkv_order) if target in MODULES else {target: update}
             )
             found |= {module: (part, str(b.dtype)) for module, part in parts.items()}
     return found
@@ -166,7 +158,7 @@ def _probes(features: int) -> Tensor:
     return torch.randn(features, _PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-def _cut(update: Tensor, target: str, sizes: Architecture, order: str) -> dict[str, Tensor]:
+def cut(update: Tensor, target: str, sizes: Architecture, order: str) -> dict[str, Tensor]:
     """Cut a fused layer's output ``[out, n]`` into the modules of Hugging Face, one head after the other."""
     import torch
 
@@ -198,8 +190,8 @@ def _same_merged(
     sides = [before.double() @ probes, after.double() @ probes]
     lengths = before.double()
     if fused:
-        sides = [_cut(side, fused, apart.architecture, "interleaved") for side in sides]
-        rows = _cut(lengths, fused, apart.architecture, "interleaved")
+        sides = [cut(side, fused, apart.architecture, "interleaved") for side in sides]
+        rows = cut(lengths, fused, apart.architecture, "interleaved")
     else:
         (module,) = parts
         sides, rows = [{module: side} for side in sides], {module: lengths}

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8",
                 "int16": "I16", "int8": "I8", "bool": "BOOL"}  # fmt: skip
 _COPIED = (".json", ".txt", ".model", ".jinja")
-_NEMO2 = {
+#: Names of the linear layers in a NeMo 2.0 checkpoint, which stacks the layers of the model, and the targets that they are.
+FUSED = {
     "module.decoder.layers.self_attention.linear_qkv.weight": "attention_qkv",
     "module.decoder.layers.self_attention.linear_proj.weight": "attention_dense",
     "module.decoder.layers.mlp.linear_fc1.weight": "mlp_fc1",
@@ -105,11 +106,11 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
     source, checkpoint, apart = readers.read(base), nemo2.describe(base), separated(adapter)
     fields = source.fields
     heads = Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"])
-    names = {module: name for name, target in _NEMO2.items() for module in MODULES[target]}
+    names = {module: name for name, target in FUSED.items() for module in MODULES[target]}
     shapes = {
         f"{name}#{layer}": tensor.shape[1:]
         for name, tensor in source.tensors.items()
-        if name in _NEMO2
+        if name in FUSED
         for layer in range(tensor.shape[0])
     }
     places: dict[str, list[str]] = {}
@@ -119,7 +120,7 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
 
     def change(tensor: Tensor, chunk: Chunk, held: torch.Tensor) -> torch.Tensor:
         """The ``chunk`` of the base, layer by layer, with what the adapter adds to that part of each."""
-        if tensor.name not in _NEMO2:
+        if tensor.name not in FUSED:
             return held
         layers = range(chunk.offsets[0], chunk.offsets[0] + chunk.shape[0])
         whole = chunk.shape[1:] == tensor.shape[1:]
@@ -128,7 +129,7 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
         for at, layer in enumerate(layers):
             # A part of a matrix says nothing of the length of its rows (DoRA), nor where a head begins.
             weight = held[at] if whole else as_tensor(values.read_tensor(checkpoint, tensor, layer))
-            merged = merged_fused(weight, apart, layer, _NEMO2[tensor.name], heads)
+            merged = merged_fused(weight, apart, layer, FUSED[tensor.name], heads)
             rows.append(merged.to(held.dtype) if whole else merged.to(held.dtype)[region])
         return torch.stack(rows)
 
