@@ -25,6 +25,7 @@ from workshop_utils.formats.summary import Kind
 from workshop_utils.settings import SEED
 
 BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = ("base", "base-few-shot", "majority-class", "adapter")
+SERVED = "served"
 TITLES = {BASE: "base", FEW_SHOT: "base + 5 examples", MAJORITY: "majority class", ADAPTER: "adapter"}
 EXAMPLES = 5
 MAX_CLASSES = 12
@@ -209,6 +210,39 @@ def evaluate(
                             **asdict(score(predictions, [label_of(row) for row in test]))}  # fmt: skip
         paths.write_text(out_dir / "scores.json", json.dumps({"variants": entries}, indent=2) + "\n")
     return Evaluation(out_dir, {name: _scores(entries[name]) for name in wanted}, {name: entries[name]["seconds"] for name in wanted})
+
+
+def evaluate_served(
+    url: str | None,
+    model_id: str,
+    test_file: Path | str,
+    out_dir: Path | str,
+    limit: int | None = None,
+    max_new_tokens: int = 48,
+    api_key: str | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Answer every row of ``test_file`` with the model ``model_id`` of the server at ``url``, and score it as :func:`evaluate` does.
+
+    Prompts and scores are the same, so the figures of a served adapter are those of the adapter, but for ties that another precision or
+    another order of additions decides. Nothing is reused: what a server holds can change. ``url`` and ``api_key`` default to the
+    environment (:mod:`workshop_utils.served`).
+
+    Raises:
+        GenerationFailed: see :func:`workshop_utils.served.answers`.
+        DataError: the file is missing, or a row is not what it should be.
+    """
+    from workshop_utils import served
+
+    test, out_dir = read_rows(Path(test_file))[:limit], Path(out_dir)
+    began = time.perf_counter()
+    client = served.connect(url, api_key)
+    predictions = served.answers(client, model_id, [row["messages"] for row in test], max_new_tokens, progress=progress)
+    seconds, scores = time.perf_counter() - began, score(predictions, [label_of(row) for row in test])
+    _write_predictions(out_dir, SERVED, test, predictions)
+    entry = {"url": str(client.base_url), "model": model_id, "seconds": round(seconds, 2), **asdict(scores)}
+    paths.write_text(out_dir / "scores.json", json.dumps({"variants": {SERVED: entry}}, indent=2) + "\n")
+    return Evaluation(out_dir, {SERVED: scores}, {SERVED: seconds})
 
 
 def table(scores: Mapping[str, Scores]) -> str:

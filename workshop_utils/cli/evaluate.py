@@ -10,6 +10,8 @@ Four lines: the plain base, the base with the schema and five examples in its pr
 data, and the adapter. Answers and scores are kept; what has not changed is not computed again.
   workshop evaluate --adapter runs/exports/NAME/hf-peft
   workshop evaluate --adapter ADAPTER.nemo --limit 20 --json
+A model that a server holds (workshop serve, NIM, vLLM) is scored on the same prompts; a key goes into WORKSHOP_API_KEY:
+  workshop evaluate --url http://127.0.0.1:8000 --model-id triage
 """
 
 
@@ -19,6 +21,8 @@ def add_parser(subparsers) -> None:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo (without one only the base and its baselines)")
     parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")
+    parser.add_argument("--url", help="evaluate what the server at this address holds, through the API of OpenAI")
+    parser.add_argument("--model-id", metavar="ID", help="with --url: the base's or the adapter's id in /v1/models")
     parser.add_argument("--data", type=Path, help="test rows, JSON Lines (default: the workshop's test set)")
     parser.add_argument("--train", type=Path, help="training rows, for the two baselines (default: train.jsonl beside --data)")
     parser.add_argument("--out", type=Path, help="directory of answers, scores and plot (default: runs/evaluation/ADAPTER)")
@@ -37,16 +41,21 @@ def run(args) -> int:
 
     from workshop_utils import paths
     from workshop_utils.errors import DataError
-    from workshop_utils.evaluate import evaluate
+    from workshop_utils.evaluate import evaluate, evaluate_served
     from workshop_utils.generate import model_directory
 
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit is {args.limit}; it has to be at least 1.")
+    _check_served(args)
     test, train = _data_files(args.data, args.train)
-    out = args.out or paths.runs_dir() / "evaluation" / _name(args.adapter, args.limit)
+    name = f"served-{_as_directory(args.model_id)}" if args.url else _name(args.adapter)
+    out = args.out or paths.runs_dir() / "evaluation" / (name if args.limit is None else f"{name}-first-{args.limit}")
     # With --json standard output holds one JSON document; everything else goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        result = evaluate(model_directory(args.model), args.adapter, test, train, out, limit=args.limit, trust=args.trust)
+        if args.url:
+            result = evaluate_served(args.url, args.model_id, test, out, limit=args.limit)
+        else:
+            result = evaluate(model_directory(args.model), args.adapter, test, train, out, limit=args.limit, trust=args.trust)
         print(result)
 
         from workshop_utils.plots import plot_scores, save
@@ -69,11 +78,28 @@ def _data_files(test: Path | None, train: Path | None) -> tuple[Path, Path]:
     return test, train or (beside if beside.exists() else test)
 
 
-def _name(adapter: Path | None, limit: int | None) -> str:
+def _check_served(args) -> None:
+    from workshop_utils.errors import WorkshopError
+
+    if bool(args.url) != bool(args.model_id):
+        raise WorkshopError("--url and --model-id go together: where the server is, and which of its models is meant.")
+    for option in ("adapter", "model", "train"):
+        if args.url and getattr(args, option) is not None:
+            raise WorkshopError(f"--{option} has no effect with --url: the server holds base and adapter. Leave it out.")
+    if args.url and not args.url.startswith(("http://", "https://")):
+        raise WorkshopError(f"--url is {args.url!r}; it has to begin with http:// or https://.")
+
+
+def _as_directory(model_id: str) -> str:
+    """A model's id, such as meta/llama-3.1-8b-instruct, as one name of a directory."""
+    import re
+
+    return re.sub(r"[^\w.-]", "-", model_id).lstrip(".")
+
+
+def _name(adapter: Path | None) -> str:
     """The adapter's name; a PEFT directory of `workshop export` is named after the one it lies in."""
     if adapter is None:
-        name = "base"
-    else:
-        path = adapter.resolve()
-        name = path.parent.name if path.name == "hf-peft" else path.name.removesuffix(".nemo")
-    return name if limit is None else f"{name}-first-{limit}"
+        return "base"
+    path = adapter.resolve()
+    return path.parent.name if path.name == "hf-peft" else path.name.removesuffix(".nemo")
