@@ -60,10 +60,7 @@ class Workshop:
             train = Path(self.settings.data).resolve()
             files = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
             return {"train": train} | {name: file if file.exists() else train for name, file in files.items()}
-        folder = paths.data_dir() / "tickets"
-        if not (folder / "test.jsonl").exists():
-            subprocess.run([sys.executable, str(paths.data_dir() / "make_tickets.py"), "--out", str(folder)], check=True,
-                           stdout=subprocess.DEVNULL)  # fmt: skip
+        folder = make_tickets()
         record_artifact("test_set", folder / "test.jsonl")
         return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
 
@@ -77,7 +74,11 @@ class Workshop:
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
         """The run's overrides for any ``base``, loadable or not, and another run directory; always from the beginning."""
-        place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}", "exp_manager.resume_if_exists=false"
+        place = (
+            f"exp_manager.exp_dir={run_dir.parent}",
+            f"exp_manager.name={run_dir.name}",
+            "exp_manager.resume_if_exists=false",
+        )
         settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
@@ -119,6 +120,18 @@ def open_workshop(show: bool = True) -> Workshop:
     if show:
         print(f"model:  {workshop.model.name}\ndevice: {workshop.device}\nseed:   {SEED}")
     return workshop
+
+
+def make_tickets() -> Path:
+    """The folder of the workshop's data set, generated if it is not there."""
+    folder = paths.data_dir() / "tickets"
+    if not (folder / "test.jsonl").exists():
+        subprocess.run(
+            [sys.executable, str(paths.data_dir() / "make_tickets.py"), "--out", str(folder)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+    return folder
 
 
 def _workshop(*arguments: str) -> None:

@@ -1,6 +1,7 @@
 """``workshop recipe``: fine-tuning with NeMo 2.0's recipes."""
 
 import argparse
+import os
 from pathlib import Path
 
 HELP = """\
@@ -56,7 +57,9 @@ def _add_option(group, name: str) -> None:
 
     default = options.default(name)
     text = options.field(name).metadata["help"].replace("%", "%%")
-    shown = "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default).replace("%", "%%")
+    shown = (
+        "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default).replace("%", "%%")
+    )
     keep = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
     if isinstance(default, bool):
         off = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no-{name}"
@@ -97,12 +100,15 @@ def run(args) -> int:
 
 def act(action: str, resolved) -> int:
     """Do ``action``, saying what came of each phase; the next begins only when the one before has succeeded."""
+    from workshop_utils.recipe.build import on_cpu, require_possible
+
     phases = {"train": ("import", "data", "train"), "all": ("import", "data", "train", "test", "export")}.get(action, (action,))
-    if resolved.options.device != "gpu":
-        _prepare_for_cpu(resolved)
+    require_possible(resolved)
+    if on_cpu(resolved):
+        os.environ["WORKSHOP_DEVICE"] = "cpu"
     for phase in phases:
         print(f"== {phase}", flush=True)
-        _PHASES[phase](resolved)
+        {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}[phase](resolved)
     return 0
 
 
@@ -111,8 +117,23 @@ def _import(resolved) -> None:
     from workshop_utils.recipe.base_checkpoint import import_base
 
     options = resolved.options
-    base = import_base(options.hf_model_id, resolved.nemo_ckpt_dir, timeout=options.import_timeout, trust=options.trust)
-    print(f"base: {paths.shown(base)}")
+    print(
+        f"base: {paths.shown(import_base(options.hf_model_id, resolved.nemo_ckpt_dir, options.import_timeout, options.trust))}"
+    )
+
+
+def _data(resolved) -> None:
+    from workshop_utils import paths, workshop
+    from workshop_utils.recipe.prepare_data import prepare
+
+    if Path(resolved.dataset.dataset_name) == paths.data_dir() / "tickets":
+        workshop.make_tickets()
+    base = resolved.nemo_ckpt_dir if (resolved.nemo_ckpt_dir / "context").is_dir() else None
+    print(
+        prepare(
+            resolved.dataset, resolved.data_dir, base, resolved.options.max_seq_length, timeout=resolved.options.import_timeout
+        )
+    )
 
 
 def _train(resolved) -> None:

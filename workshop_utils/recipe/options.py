@@ -264,18 +264,9 @@ def from_file(path: Path, base: RecipeOptions | None = None) -> RecipeOptions:
     Raises:
         WorkshopError: there is no such file, it is not YAML or no mapping, or as :func:`from_mapping`.
     """
-    from workshop_utils.formats.safe_text import parse_yaml
+    from workshop_utils.config_file import read_mapping
 
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise WorkshopError(f"{path}: cannot be read ({error.strerror}).") from None
-    # YAML takes 1e-4, without a point, for a text.
-    values = {
-        name: from_text(name, value) if isinstance(value, str) and name in _FIELDS and _accepts_float(hint(name)) else value
-        for name, value in parse_yaml(content, str(path)).items()
-    }
-    return from_mapping(values, base, where=f"{path}: ")
+    return from_mapping(read_mapping(path), base, where=f"{path}: ")
 
 
 @functools.cache

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils.errors import WorkshopError
+from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.paths import shown
 from workshop_utils.recipe import index
 
 if TYPE_CHECKING:
+    from workshop_utils.recipe.dataset_config import HFDatasetConfig
     from workshop_utils.recipe.options import RecipeOptions
 
 PROFILERS = ("enable_nsys_callback", "enable_pytorch_profiler", "enable_memory_profile")
@@ -37,6 +38,7 @@ class Resolved:
     world_size: int
     data_parallel_size: int
     global_batch_size: int
+    dataset: "HFDatasetConfig"
     output_dir: Path
     nemo_ckpt_dir: Path
     data_dir: Path
@@ -56,7 +58,23 @@ def resolve(options: "RecipeOptions") -> Resolved:
     _check(options)
     output_dir, nemo_ckpt_dir, data_dir = _places(options)
     batch = options.micro_batch_size * options.accumulate_grad_batches * data_parallel
-    return Resolved(options, recipe, world, data_parallel, batch, output_dir, nemo_ckpt_dir, data_dir)
+    resolved = Resolved(options, recipe, world, data_parallel, batch, dataset(options), output_dir, nemo_ckpt_dir, data_dir)
+    if options.device == "cpu":
+        from workshop_utils.recipe.build import require_possible
+
+        require_possible(resolved)
+    return resolved
+
+
+def dataset(options: "RecipeOptions") -> "HFDatasetConfig":
+    """The data set that the ``hfdc_`` options describe. Raises DataError, with the option's name."""
+    from workshop_utils.recipe.dataset_config import HFDatasetConfig
+
+    described = {name.removeprefix("hfdc_"): value for name, value in vars(options).items() if name.startswith("hfdc_")}
+    try:
+        return HFDatasetConfig(**described, seed=options.seed)
+    except DataError as error:
+        raise DataError(f"hfdc_{error}") from None
 
 
 def _check_scheme(recipe: index.Recipe, scheme: str) -> None:
@@ -103,15 +121,10 @@ def _check(options: "RecipeOptions") -> None:
     profilers = [name for name in PROFILERS if getattr(options, name)]
     if len(profilers) > 1:
         raise WorkshopError(f"{' and '.join(profilers)} are both on. Each would measure the others: switch on one profiler.")
-    if options.context_parallel_size > 1 and options.device == "cpu":
-        raise WorkshopError(f"context_parallel_size is {options.context_parallel_size} and device is cpu: Megatron-Core's own attention takes no part of a "
-                            "sequence, only Transformer Engine's does, which needs a GPU. Set context_parallel_size to 1.")  # fmt: skip
     if options.max_seq_length % (2 * options.context_parallel_size) and options.context_parallel_size > 1:
         raise WorkshopError(
             f"max_seq_length {options.max_seq_length} must be a multiple of 2 x context_parallel_size ({2 * options.context_parallel_size})."
         )
-    if options.device == "cpu" and options.precision != "32":
-        raise WorkshopError(f"precision is {options.precision} and device is cpu: the CPU path is fp32. Set precision to 32.")
     if options.node_rank >= options.num_nodes:
         raise WorkshopError(
             f"node_rank is {options.node_rank}, but there are num_nodes {options.num_nodes}; they are numbered from 0."
@@ -119,8 +132,6 @@ def _check(options: "RecipeOptions") -> None:
     if options.packed_sequence and options.micro_batch_size != 1:
         raise WorkshopError(f"packed_sequence puts several rows into one sequence, so micro_batch_size must be 1, not {options.micro_batch_size}. "
                             "Raise max_seq_length instead.")  # fmt: skip
-    if options.hfdc_train_split_ratio == 0:
-        raise WorkshopError("hfdc_train_split_ratio is 0: no rows would be left to train on.")
     if options.val_check_interval > options.max_steps:
         raise WorkshopError(f"val_check_interval {options.val_check_interval} is above max_steps {options.max_steps}: nothing would be validated, "
                             "and so no checkpoint saved. Lower it.")  # fmt: skip
@@ -148,7 +159,7 @@ def _places(options: "RecipeOptions") -> tuple[Path, Path, Path]:
         "name": _as_folder(options.hfdc_dataset_name).replace("/", "_"),
         "config": _as_folder(options.hfdc_dataset_config or "default"),
     }
-    known |= {name: f"{round(100 * share, 2):g}" for name, share in shares.items()}
+    known |= {name: "own" if "/" in options.hfdc_split else f"{round(100 * share, 2):g}" for name, share in shares.items()}
     return output_dir, _filled(options, "nemo_ckpt_dir", known), _filled(options, "data_dir", known)
 
 

@@ -26,6 +26,7 @@ CPU = {
     "lora_alpha": 64.0,
     "lora_dropout": 0.0,
     "lora_target_modules": ("linear_qkv",),
+    "hfdc_split": "train/validation/test",
     "hfdc_num_proc": 2,
     "max_samples": 16,
     "temperature": 0.0,

@@ -1,0 +1,57 @@
+"""``workshop migrate``: a NeMo 1.0 configuration -> NeMo 2.0 code."""
+
+import argparse
+from pathlib import Path
+
+HELP = """\
+Print the NeMo 2.0 code for a NeMo 1.0 configuration: strategy and checkpoint settings, trainer, logging, optimizer, adapter, data.
+
+  workshop migrate megatron_gpt_config.yaml
+  workshop migrate megatron_gpt_finetuning_config.yaml --out finetune.py
+  workshop migrate --table                 which key became which argument
+
+Every argument is checked against the installed NeMo. Keys without a certain counterpart are listed at the end, with the
+reason; none is dropped.
+"""
+
+
+def add_parser(subparsers) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser("migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        metavar="CONFIG.yaml",
+        help="a YAML file of NeMo 1.0, or the model_config.yaml of a .nemo",
+    )
+    parser.add_argument("--out", type=Path, help="write to this file instead of the screen")
+    parser.add_argument("--table", action="store_true", help="print the table of keys and arguments, as Markdown")
+    parser.add_argument(
+        "--allow-unknown", action="store_true", help="list a key that looks mistyped instead of refusing the file"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args) -> int:
+    """Translate and print."""
+    from workshop_utils import paths
+    from workshop_utils.errors import WorkshopError
+    from workshop_utils.migrate import code, migrate
+    from workshop_utils.migrate.table import ROWS
+
+    if args.table:
+        print(code.table(ROWS))
+        return 0
+    if args.config is None:
+        raise WorkshopError("which file? workshop migrate CONFIG.yaml, or --table for the keys it knows.")
+    text = code.script(migrate(args.config, args.allow_unknown))
+    if args.out:
+        if args.out.exists():
+            raise WorkshopError(f"{args.out} is there already, and would be replaced. Choose another name.")
+        paths.write_text(args.out, text + "\n")
+        print(f"written: {paths.shown(args.out)}")
+    else:
+        print(text)
+    return 0
