@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import socket
 import sys
 import time
@@ -64,7 +63,7 @@ def import_base(hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust:
     if rank > 0:
         return _wait_for_first_rank(source, target, timeout, trust, rank)
     with waiting.alone_on(target, f"importing {source.name}", timeout):
-        _remove_leftovers(target)
+        waiting.remove_leftovers(target)
         if _is_reusable(source, target, trust):
             return target
         _make(source, target, trust)
@@ -222,14 +221,6 @@ def _fingerprint(directory: Path) -> str:
         # A copy keeps the content of a configuration and not always its time; weights are too large to read each time.
         found.update(file.read_bytes() if state.st_size < 1 << 20 else str(state.st_mtime_ns).encode())
     return found.hexdigest()
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Delete temporary directories of imports to ``target`` that were killed. Called with the lock held: nobody is writing them."""
-    for pattern in (f".{target.name}.*.partial", f".{target.name}.*.old"):
-        for left in target.parent.glob(pattern):
-            print(f"{paths.shown(left)}: left by an import that was interrupted; removed.", file=sys.stderr)
-            shutil.rmtree(left)
 
 
 def _wait_for_first_rank(source: Source, target: Path, timeout: float, trust: bool, rank: int) -> Path:

@@ -7,6 +7,7 @@ blocks the next. A file beside it says who holds it, for people to read; nothing
 import contextlib
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -81,6 +82,14 @@ class Patience:
         if self._said is None or now - self._said >= REPEAT:
             self._said = now
             print(f"{what}; {max(0.0, self.timeout - (now - self._started)):.0f} s left", file=sys.stderr, flush=True)
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete temporary directories for ``target`` of programs that were killed. To be called with the lock held: nobody writes them."""
+    for pattern in (f".{target.name}.*.partial", f".{target.name}.*.old"):
+        for left in target.parent.glob(pattern):
+            print(f"{paths.shown(left)}: left by a program that was stopped; removed.", file=sys.stderr)
+            shutil.rmtree(left)
 
 
 def _note(target: Path) -> Path:
