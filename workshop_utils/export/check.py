@@ -188,13 +188,12 @@ def _same_merged(
     """``after x`` against ``before x`` plus what the adapter adds, for the modules ``parts`` of one matrix, on random inputs."""
     probes = _probes(before.shape[1])
     sides = [before.double() @ probes, after.double() @ probes]
-    lengths = before.double()
+    lengths = before.double() if apart.magnitudes else sides[0]
     if fused:
-        sides = [cut(side, fused, apart.architecture, "interleaved") for side in sides]
-        rows = cut(lengths, fused, apart.architecture, "interleaved")
+        *sides, rows = (cut(side, fused, apart.architecture, "interleaved") for side in (*sides, lengths))
     else:
         (module,) = parts
-        sides, rows = [{module: side} for side in sides], {module: lengths}
+        *sides, rows = ({module: side} for side in (*sides, lengths))
     updates = _updates(apart, layer, apart.scale)
     for module in parts:
         expected = sides[0][module] + (updates[module][0] if module in updates else 0)

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,32 +140,38 @@ class _Truth:
         self.adapter = adapter
         self._checkpoint = huggingface.describe(base)
         self._stored = {tensor.name: tensor for tensor in self._checkpoint.tensors}
-        self.places = [
-            (layer, target, module) for layer, target in adapter.weights for module in MODULES.get(target, (target,))
-        ]
+        self.layers = 1 + max(layer for layer, _ in adapter.weights)
 
-    def weights(self, layer: int, target: str, module: str) -> tuple[Tensor, Tensor]:
-        """The base's weight and the trained one, fp32 ``[out, in]``."""
-        name = _name(layer, module)
+    def weights(self) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+        """Layer, Hugging Face module, and its weight in the base and trained, fp32 ``[out, in]``."""
+        sizes, order = self.adapter.architecture, self.adapter.qkv_order
+        for (layer, target), (a, b) in self.adapter.weights.items():
+            update = self.adapter.scale * (b.float() @ a.float())
+            magnitude = self.adapter.magnitudes.get((layer, target))
+            columns = update if magnitude is None else magnitude.float()[:, None]
+            if target in MODULES:
+                updates, lengths = (cut(rows, target, sizes, order) for rows in (update, columns))
+            else:
+                updates, lengths = {target: update}, {target: columns}
+            for module, rows in updates.items():
+                before = self._base(layer, module)
+                after = before + rows
+                if magnitude is not None:
+                    after *= lengths[module] / after.norm(dim=1, keepdim=True)
+                yield layer, module, before, after
+
+    def _base(self, layer: int, module: str) -> Tensor:
+        name = f"model.layers.{layer}.{module}.weight"
         if name not in self._stored:
             raise UnsupportedAdapter(
                 f"{shown(self._checkpoint.path)} has no {name}: it is not the base of {shown(self.adapter.source)}."
             )
-        before = as_tensor(values.read_tensor(self._checkpoint, self._stored[name])).float()
-        a, b = self.adapter.weights[layer, target]
-        sizes, order = self.adapter.architecture, self.adapter.qkv_order
-        update = self.adapter.scale * (b.float() @ a.float())
-        after = before + (cut(update, target, sizes, order)[module] if target in MODULES else update)
-        if (layer, target) in self.adapter.magnitudes:
-            column = self.adapter.magnitudes[layer, target].float()[:, None]
-            column = cut(column, target, sizes, order)[module] if target in MODULES else column
-            after *= column / after.norm(dim=1, keepdim=True)
-        return before, after
+        return as_tensor(values.read_tensor(self._checkpoint, self._stored[name])).float()
 
     def add_to(self, model: PreTrainedModel) -> None:
         """Give ``model``, the base, the trained weights."""
-        for place in self.places:
-            _parameter(model, place[0], place[2]).data.copy_(self.weights(*place)[1])
+        for layer, module, _, after in self.weights():
+            _parameter(model, layer, module).data.copy_(after)
 
 
 def _prove_one(
@@ -183,13 +189,12 @@ def _prove_one(
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
     epsilon = _EPSILON[form.dtype] if form.dtype in _EPSILON else _EPSILON["float32"]
-    layers, fits = [0.0] * (1 + max(layer for layer, _, _ in truth.places)), True
-    for place in truth.places:
-        before, after = truth.weights(*place)
-        difference = (_parameter(model, place[0], place[2]).data.float() - after).abs().max().item()
+    layers, fits = [0.0] * truth.layers, True
+    for layer, module, before, after in truth.weights():
+        difference = (_parameter(model, layer, module).data.float() - after).abs().max().item()
         fits &= difference <= epsilon * after.abs().max().item()
         largest = (after - before).abs().max().item()
-        layers[place[0]] = max(layers[place[0]], difference / largest if largest else difference)
+        layers[layer] = max(layers[layer], difference / largest if largest else difference)
     logits = max((one - other).abs().max().item() for one, other in zip(found, wanted, strict=True))
     same = [bool(pair) for one, other in zip(found, wanted, strict=True) for pair in one.argmax(-1) == other.argmax(-1)]
     # Half precision rounds every weight of a merged model: the logits then differ by a part of the effect.
@@ -309,10 +314,6 @@ def _parameter(model: Any, layer: int, module: str) -> Any:
     return getattr(getattr(model.model.layers[layer], block), name).weight
 
 
-def _name(layer: int, module: str) -> str:
-    return f"model.layers.{layer}.{module}.weight"
-
-
 def _dtype(path: Path) -> str:
     from workshop_utils.formats.identify import identify
 
@@ -333,10 +334,17 @@ def _tokens(base: Path, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def _logits(model: Any, tokens: list[list[int]]) -> list[Tensor]:
+    """The logits of each prompt, all in one pass: what fills up the shorter ones comes after them, where it changes nothing."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
+    ids, mask = (
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        for rows in (tokens, [[1] * len(row) for row in tokens])
+    )
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([ids])).logits[0].float() for ids in tokens]
+        found = model(input_ids=ids, attention_mask=mask).logits.float()
+    return [row[: len(ids)] for row, ids in zip(found, tokens, strict=True)]
 
 
 def _beside(exports: list[Path]) -> Path:
