@@ -15,6 +15,7 @@ from workshop_utils.doctor import layers
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import ConformanceFailed, UnsupportedAdapter, WorkshopError
 from workshop_utils.export.adapter import find_adapter
+from workshop_utils.formats import nemo2
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.summary import Checkpoint
@@ -24,6 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """Names that are a directory, a model's id and a word in a URL alike."""
 MAX_RANK = 32
 """``NIM_MAX_LORA_RANK`` where nothing else is known: that of a published profile of NIM 1.x."""
+_ANY_RANK = 1 << 20
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -68,8 +70,10 @@ def stage(
     """
     adapter, store = find_adapter(adapter), Path(store)
     target = _place(name, store)
+    if nemo2.looks_like(adapter):  # no server takes one, sound or not
+        _require_readable(adapter, reader)
     require_sound(adapter, trust)
-    described = _require_readable(adapter, reader, max_rank)
+    described = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
     warnings = [*_rank_warnings(rank, max_rank), *_base_warnings(described, base)]
     files = _files(described.path, name)
@@ -116,17 +120,15 @@ def _place(name: str, store: Path) -> Path:
     return target
 
 
-def _require_readable(adapter: Path, reader: str, max_rank: int) -> Checkpoint:
+def _require_readable(adapter: Path, reader: str) -> Checkpoint:
     """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only warned about."""
-    described = identify(adapter)
-    rank = described.adapter.rank if described.adapter else None
-    found = judge(adapter, reader, max(rank or 1, max_rank))
+    found = judge(adapter, reader, _ANY_RANK)
     if not found.conforms:
         lines = [f"  {rule.rule}: {rule.fault}\n    fix: {rule.fix}" for rule in found.broken]
         raise ConformanceFailed(
             "\n".join([f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed.", *lines])
         )
-    return described
+    return identify(adapter)
 
 
 def _rank_warnings(rank: int | None, max_rank: int) -> list[str]:
