@@ -28,33 +28,27 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     """Judge the directory ``path``; ``found.reader`` is ``peft`` or a server that is stricter."""
     served = found.reader != "peft"
     again = found.again("hf-peft")
-    report = Report(path)
+    readable, report = Report(path), Report(path)
     try:
         config = read_json(path / _CONFIG)
-        checkpoint = huggingface.describe_peft(path, report.add)
+        checkpoint = huggingface.describe_peft(path, readable.add)
         check_peft(report, shown(path), checkpoint.tensors, config)
     except CheckpointError as error:
-        found.check(
-            "it can be read, and nothing in it runs code", str(error), "fetch it again from where it was made; do not load it"
-        )
+        readable.add(error)
+    unsafe = [fault for fault in report.findings if isinstance(fault, UnsafeCheckpoint)]
+    faults = [str(fault) for fault in (*unsafe, *readable.findings)]
+    fix = (
+        "do not load it: its author wants something run" if unsafe else "fetch it again from where it was made; do not load it"
+    )
+    if not found.check("it can be read, and nothing in it runs code", first(faults), fix):
         return
-    unsafe = [str(fault) for fault in report.findings if isinstance(fault, UnsafeCheckpoint)]
-    found.check("it can be read, and nothing in it runs code", first(unsafe), "do not load it: its author wants something run")
     if served:
-        fault = (
-            None
-            if (path / _SAFE).is_file()
-            else f"it has {', '.join(sorted(file.name for file in path.glob('adapter_model*')))}"
-        )
-        found.check(f"the weights are {_SAFE}", fault, again)
+        others = ", ".join(sorted(file.name for file in path.glob("adapter_model*")))
+        found.check(f"the weights are {_SAFE}", None if (path / _SAFE).is_file() else f"it has {others}", again)
     _check_config(found, config, served, again)
     _check_keys(found, checkpoint, config, again)
     # Halves, ranks, layers and the two-way agreement with target_modules are the doctor's.
-    rest = [
-        str(fault)
-        for fault in report.findings
-        if not isinstance(fault, UnsafeCheckpoint) and PREFIX + " PEFT would" not in str(fault)
-    ]
+    rest = [str(fault) for fault in report.findings if PREFIX + " PEFT would" not in str(fault)]
     found.check(
         "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules names just these", first(rest),
         f"write target_modules and r as the tensors have them, or: {again}",
