@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from workshop_utils.export.proof import Proof
     from workshop_utils.formats.summary import Checkpoint
+    from workshop_utils.served import Timing
 
 ORANGE, SKY, GREEN, BLUE, VERMILION = "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
 _STYLES = {"exact match": (BLUE, ""), "valid JSON": (ORANGE, "//")}
@@ -219,6 +220,25 @@ def proof_finding(proof: Proof) -> str:
         f"{close} of {len(told)} exports compute what was trained: the adapter moves a logit by up to {proof.effect:.0f}, "
         f"an export differs by {worst:.0e} at most."
     )
+
+
+def plot_latency(timings: Mapping[str, Sequence[Timing]]) -> Figure:
+    """Time to the first token (a point an answer, the median a line) and tokens a second, for each way of asking."""
+    from statistics import median
+
+    figure, (first, rate) = _figure(9, 3.4, ncols=2)
+    for number, (name, group) in enumerate(timings.items()):
+        colour, marker = (BLUE, ORANGE, GREEN, VERMILION)[number % 4], "osd^"[number % 4]
+        waits, rates = [timing.first for timing in group], [timing.rate for timing in group]
+        first.scatter([number] * len(group), waits, color=colour, marker=marker, edgecolor="black", alpha=0.8)
+        first.hlines(median(waits), number - 0.25, number + 0.25, color="black")
+        rate.bar(number, median(rates), color=colour, edgecolor="black", hatch=("", "//", "..", "xx")[number % 4], width=0.6)
+        print(f"{name}: first token after {median(waits):.2f} s, then {median(rates):.1f} tokens/s (medians of {len(group)} answers)")
+    for axes, label in ((first, "seconds to the first token"), (rate, "tokens a second, one answer")):
+        axes.set(xticks=range(len(timings)), ylabel=label, xlim=(-0.6, len(timings) - 0.4))
+        axes.set_ylim(bottom=0)
+        axes.set_xticklabels(timings)
+    return figure
 
 
 def show(figure: Figure, alt: str) -> None:
