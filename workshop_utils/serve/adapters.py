@@ -92,14 +92,14 @@ def _served_fields(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     file = directory / "adapter_model.safetensors"
-    return (
-        load_file(file)
-        if file.is_file()
-        else torch.load(directory / "adapter_model.bin", map_location="cpu", weights_only=True)
-    )
+    if file.is_file():
+        return load(
+            file.read_bytes()
+        )  # load_file would map the file: writing to it changes what is served, cutting it kills us
+    return torch.load(directory / "adapter_model.bin", map_location="cpu", weights_only=True)
 
 
 class Store:

@@ -1,0 +1,26 @@
+"""Thirty-two clients while an adapter is replaced, one broken and one removed."""
+
+import shutil
+
+import pytest
+import serve_load
+from serve_samples import write_base, write_peft
+
+from workshop_utils.serve import start
+
+
+@pytest.mark.slow
+def test_load_and_faults(tmp_path):
+    base, store = write_base(tmp_path / "tiny"), tmp_path / "store"
+    versions = (write_peft(tmp_path / "version0", 1), write_peft(tmp_path / "version1", 2))
+    shutil.copytree(versions[0], store / serve_load.REPLACED)
+    write_peft(store / serve_load.BROKEN, 3)
+    write_peft(store / serve_load.REMOVED, 4)
+    with start(base, store, refresh=0.5) as server:
+        found = serve_load.load(server, store, versions, "tiny", requests=20)
+    outcomes = found["outcomes"]
+    assert outcomes.keys() == {"right", f"404 {serve_load.REMOVED}"}, outcomes
+    assert outcomes["right"] >= found["requests"] * 0.75
+    assert found["all_served_again_afterwards"] and found["versions_differ"]
+    memory = found["resident_mib"]
+    assert memory["highest_in_the_last_quarter"] < memory["highest_in_the_first_quarter"] * 1.1
