@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.device import choose_device
 from workshop_utils.errors import WorkshopError
 from workshop_utils.paths import shown
-from workshop_utils.recipe.plan import Resolved
+from workshop_utils.recipe.plan import RUN, Resolved
 
 if TYPE_CHECKING:
     import nemo_run as run
-
-RUN = "nemo_logs"
-"""Name of a run's directory in ``output_dir``."""
 
 STRICTNESS = "log_all"
 """NeMo loads in spite of names that do not match; each is in the log, and :mod:`.job` repeats them on the screen."""

@@ -65,7 +65,7 @@ def export(
     overwrite = options.overwrite if overwrite is None else overwrite
     if form not in FORMS:
         raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
-    chosen = choose_checkpoint.choose(Path(options.nemo_logs_dir or resolved.output_dir), str(checkpoint or options.checkpoint))
+    chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
     require_sound(chosen, options.trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
     base = engines.base_of(chosen)
     if base is None and form != "hf_model":

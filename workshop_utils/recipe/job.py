@@ -24,8 +24,8 @@ from workshop_utils.finetune import launch, run_record
 from workshop_utils.finetune.events import read_events
 from workshop_utils.finetune.plan import training_environment
 from workshop_utils.recipe import choose_checkpoint
-from workshop_utils.recipe.build import RUN, on_cpu, require_possible
-from workshop_utils.recipe.plan import Resolved
+from workshop_utils.recipe.build import on_cpu, require_possible
+from workshop_utils.recipe.plan import RUN, Resolved
 
 WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
 """Beginnings of the options of training that change what is seen of a run, not its outcome."""

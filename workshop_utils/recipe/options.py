@@ -144,7 +144,7 @@ class RecipeOptions:
         None, DATA, "function that turns a row into {input, output} or None: FILE.py:NAME or package.module:NAME"
     )
     # Test
-    nemo_logs_dir: str | None = _option(None, TEST, "the run to test or export; none: the last one of output_dir")
+    nemo_logs_dir: str | None = _option(None, TEST, "the run to test or export; none: {output_dir}/nemo_logs")
     test_path: str | None = _option(None, TEST, "rows to test; none: test.jsonl of data_dir")
     max_samples: int = _option(1024, TEST, "rows of the test set at most", low=1)
     temperature: float = _option(0.1, TEST, "sampling temperature; 0: always the likeliest token", low=0)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from workshop_utils.recipe.dataset_config import HFDatasetConfig
     from workshop_utils.recipe.options import RecipeOptions
 
+RUN = "nemo_logs"
+"""Name of a run's directory in ``output_dir``."""
+
 PROFILERS = ("enable_nsys_callback", "enable_pytorch_profiler", "enable_memory_profile")
 DOLPHIN = {
     "hfdc_dataset_config": "flan1m-alpaca-uncensored",
@@ -42,6 +45,11 @@ class Resolved:
     output_dir: Path
     nemo_ckpt_dir: Path
     data_dir: Path
+
+    @property
+    def run_dir(self) -> Path:
+        """The run to test or to export: ``nemo_logs_dir``, else the one in ``output_dir``."""
+        return Path(self.options.nemo_logs_dir) if self.options.nemo_logs_dir else self.output_dir / RUN
 
 
 def resolve(options: "RecipeOptions") -> Resolved:

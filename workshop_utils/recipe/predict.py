@@ -92,7 +92,7 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
         WorkshopError: two options contradict each other.
     """
     options = resolved.options
-    chosen = choose_checkpoint.choose(Path(options.nemo_logs_dir or resolved.output_dir), str(checkpoint or options.checkpoint))
+    chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
     rows = read_test_rows(
         Path(options.test_path) if options.test_path else resolved.data_dir / "test.jsonl", options.max_samples
     )
