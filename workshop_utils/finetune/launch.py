@@ -70,8 +70,8 @@ def _identical(plan: Plan) -> Path | None:
     return plan.adapter
 
 
-def prepare(plan: Plan, fresh: bool) -> None:
-    """Leave the run directory as the run is to find it: empty, or as an interrupted start left it."""
+def prepare(plan: Plan, fresh: bool, switch: str = "--fresh, or fresh=True") -> None:
+    """Leave the run directory as the run is to find it: empty, or as an interrupted start left it. ``switch`` is what ``fresh`` is called."""
     if not plan.run_dir.exists():
         return
     record = run_record.read(plan)
@@ -82,7 +82,7 @@ def prepare(plan: Plan, fresh: bool) -> None:
     print(run_record.how_it_ended(plan, record))
     checkpoints = sorted(plan.run_dir.glob("checkpoints/*last*"))
     if checkpoints:
-        print(f"Continuing from {paths.shown(checkpoints[-1])}. (--fresh, or fresh=True, starts over.)")
+        print(f"Continuing from {paths.shown(checkpoints[-1])}. ({switch}, starts over.)")
     else:
         print("It left no checkpoint: starting from the first step.")
         plan.events.unlink(missing_ok=True)
