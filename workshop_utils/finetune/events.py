@@ -31,6 +31,7 @@ def _event_writer(target: Path):
 
         def on_train_start(self, trainer, module):
             """Write "start" with the number of steps to do."""
+            _leave_callbacks_out_of_checkpoints(trainer)
             self._write(trainer, "start", max_steps=trainer.max_steps)
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -56,6 +57,15 @@ def _event_writer(target: Path):
             self._write(trainer, "end")
 
     return EventWriter()
+
+
+def _leave_callbacks_out_of_checkpoints(trainer) -> None:
+    """NeMo 2.0 describes its Trainer in the context of each checkpoint, callbacks that are not NeMo's own as pickles. No reader of a
+    checkpoint needs them, and :mod:`workshop_utils.doctor` rightly refuses pickles that it cannot know.
+    """
+    described = getattr(trainer, "__io__", None)
+    if getattr(described, "callbacks", None):
+        described.callbacks = []
 
 
 def _memory() -> int:
