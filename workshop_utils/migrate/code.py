@@ -19,6 +19,7 @@ def script(made: Migration) -> str:
     """The whole script. What it defines can be executed without training: that stands under ``if __name__ == "__main__"``."""
     body = _body(made)
     imports = ["import torch"] if any("torch." in line for line in body) else []
+    imports += ["from nemo.lightning import io"] if any("io.load_context" in line for line in body) else []
     imports += [
         "from nemo import lightning as nl",
         "from nemo.collections import llm",
@@ -101,8 +102,8 @@ def _run(made: Migration, built: dict[str, bool]) -> list[str]:
         lines = [f"config = {model[0]}", *model[1:], f"model = llm.GPTModel(config{tokenizer})"]
         end = [f"    llm.{'finetune' if made.finetuning else 'pretrain'}({names})"]
     else:
-        lines = []
-        end = [f"    model = nl.io.load_context({_python(made.value('restore', 'path') or 'CHECKPOINT')} + '/context', subpath='model')",
+        lines, base = [], made.value("restore", "path") or "CHECKPOINT"
+        end = [f'    model = io.load_context({_python(base + "/context")}, subpath="model")',
                *(f"    model.config.{name} = {_python(one.value)}  # {one.source}" for name, one in config.items()),
                f"    llm.finetune({names}, tokenizer='model')"]  # fmt: skip
     if "data" not in built:
@@ -128,6 +129,8 @@ def _remark(one: Argument) -> str:
 
 
 def _python(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
