@@ -118,7 +118,9 @@ def check_image(image: str) -> None:
     path, colon, tag = repository.rpartition(":")
     if not colon or "/" in tag:
         path, tag = repository, ""
-    if not re.fullmatch(r"[\w.-]+(:\d+)?(/[\w.-]+)*", path) or (at and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
+    if not re.fullmatch(r"\w[\w.-]*(:\d+)?(/[\w.-]+)*(:[\w.-]+)?", repository) or (
+        at and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+    ):
         raise WorkshopError(
             f"--image is {image!r}, which is no image: give REGISTRY/PATH:TAG or REGISTRY/PATH@sha256:DIGEST (64 hexadecimal digits)."
         )
