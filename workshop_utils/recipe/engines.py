@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,7 @@ class Model:
             accelerator=device.kind, devices=1, num_nodes=1, strategy=strategy, logger=False, enable_checkpointing=False
         )
         self.wrapper, self.tokenizer = setup_model_and_tokenizer(checkpoint, trainer, params_dtype=self.dtype)
+        self.tokenizer.detokenize = _text_of_known(self.tokenizer)
         self.core = self.wrapper.model.to(self.dtype).eval()
         self.config = self.core.config
 
@@ -144,6 +145,18 @@ def base_of(checkpoint: Path) -> Path | None:
         raise DamagedCheckpoint(f"{shown(file)}: model_ckpt_path is {base!r}, which holds no NeMo 2.0 checkpoint. Put the base back there, or "
                                 "write the path of its present place into that file.")  # fmt: skip
     return Path(base)
+
+
+def _text_of_known(tokenizer: Any) -> Callable[..., str]:
+    """``tokenizer.detokenize`` that leaves out ids which the model has and the tokenizer lacks: one of them would end the whole run with
+    a TypeError. Rows of the embedding that only pad it are drawn now and then when the temperature is high."""
+    original, known = tokenizer.detokenize, tokenizer.tokenizer.vocab_size
+
+    def detokenize(tokens: Sequence[int], remove_special_tokens: bool = False) -> str:
+        """The text of ``tokens``."""
+        return original([token for token in tokens if token < known], remove_special_tokens)
+
+    return detokenize
 
 
 class Dynamic:
