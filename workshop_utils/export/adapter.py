@@ -71,6 +71,7 @@ class LoraAdapter:
 
     ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read. ``architecture`` is None for a PEFT
     adapter whose base is not known. ``magnitudes`` are DoRA's, ``[out]``, by the same keys. ``notes`` say what reading it changed.
+    ``some_layers``: PEFT was told to adapt only those layers that are there.
     """
 
     source: Path
@@ -85,6 +86,7 @@ class LoraAdapter:
     weights: dict[tuple[int, str], Halves]
     magnitudes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    some_layers: bool = False
 
     @property
     def scale(self) -> float:

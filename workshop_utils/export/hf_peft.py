@@ -54,7 +54,7 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": bool(adapter.magnitudes),
         "modules_to_save": None,
-        "layers_to_transform": None,
+        "layers_to_transform": sorted({layer for layer, _ in adapter.weights}) if adapter.some_layers else None,
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},

@@ -85,13 +85,15 @@ def of_one_rank(adapter: LoraAdapter) -> LoraAdapter:
     import torch
 
     rank = max(a.shape[0] for a, _ in adapter.weights.values())
+    if all(a.shape[0] == rank == adapter.rank for a, _ in adapter.weights.values()):
+        return adapter
     weights = {}
     for place, (a, b) in adapter.weights.items():
         lacking = rank - a.shape[0]
         if lacking:
             a, b = torch.cat([a, a.new_zeros(lacking, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1)
         weights[place] = Halves(a, b)
-    return dataclasses.replace(adapter, weights=weights, rank=rank, alpha=adapter.scale * rank)
+    return dataclasses.replace(adapter, weights=weights, rank=rank, alpha=adapter.alpha * rank / adapter.rank)
 
 
 def of_dtype(adapter: LoraAdapter, dtype: str) -> LoraAdapter:

@@ -56,8 +56,8 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
     lora = config["peft"]["lora_tuning"]
     lora["variant"] = "nemo"
     lora["target_modules"] = list(adapter.targets)
-    if record.alpha_baked_in:
-        lora["alpha"] = adapter.rank
+    # Fusing what another program trained apart may take a larger rank.
+    lora["adapter_dim"], lora["alpha"] = adapter.rank, adapter.rank if record.alpha_baked_in else adapter.alpha
     config["workshop"] = record.as_dict()
     return config
 

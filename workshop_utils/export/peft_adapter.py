@@ -78,6 +78,7 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
         base=str(recorded) if isinstance(recorded, str) else "",
         weights={place: Halves(one["A"], one["B"]) for place, one in sorted(halves.items())},
         magnitudes={place: one["magnitude"] for place, one in halves.items() if dora},
+        some_layers=config.get("layers_to_transform") is not None,
     )
     _check_shapes(adapter)
     made = _of_one_scale(adapter, config)
