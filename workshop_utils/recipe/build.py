@@ -124,6 +124,8 @@ def _trainer(resolved: Resolved, trainer: "run.Config") -> None:
         setattr(trainer, name, getattr(options, name))
     trainer.devices = options.gpus_per_node
     trainer.num_sanity_val_steps = 0
+    # Count steps, not those of an epoch: after a resume NeMo's epoch is shorter, and the last step would be neither validated nor saved.
+    trainer.check_val_every_n_epoch = None
     trainer.accumulate_grad_batches = 1
     trainer.callbacks = [*(trainer.callbacks or []), *callbacks(options, resolved.output_dir / RUN)]
     strategy.tensor_model_parallel_size = options.tensor_parallel_size
@@ -153,7 +155,12 @@ def _adapter(resolved: Resolved, peft: "run.Config | None") -> None:
     options = resolved.options
     if peft is None:
         return
-    given = {"dim": options.lora_dim, "alpha": options.lora_alpha, "dropout": options.lora_dropout, "target_modules": options.lora_target_modules}
+    given = {
+        "dim": options.lora_dim,
+        "alpha": options.lora_alpha,
+        "dropout": options.lora_dropout,
+        "target_modules": options.lora_target_modules,
+    }
     for name, value in given.items():
         if value is not None:
             setattr(peft, name, list(value) if name == "target_modules" else value)

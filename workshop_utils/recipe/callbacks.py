@@ -29,7 +29,11 @@ def loggers(options: RecipeOptions, run_dir: Path) -> dict[str, "run.Config | No
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
     tensorboard = run.Config(TensorBoardLogger, save_dir=str(run_dir), name="tensorboard", version="")
-    wandb = run.Config(WandbLogger, project="nemo-recipes", name=run_dir.parent.name, save_dir=str(run_dir)) if options.use_wandb else None
+    wandb = (
+        run.Config(WandbLogger, project="nemo-recipes", name=run_dir.parent.name, save_dir=str(run_dir))
+        if options.use_wandb
+        else None
+    )
     return {"tensorboard": tensorboard, "wandb": wandb}
 
 

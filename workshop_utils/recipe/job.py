@@ -91,7 +91,11 @@ class Job:
         from workshop_utils.recipe.options import TRAIN, field
 
         options = dataclasses.asdict(self.resolved.options)
-        kept = {name: value for name, value in options.items() if field(name).metadata["script"] == TRAIN and not name.startswith(WATCHING)}
+        kept = {
+            name: value
+            for name, value in options.items()
+            if field(name).metadata["script"] == TRAIN and not name.startswith(WATCHING)
+        }
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
         files.append(self.resolved.nemo_ckpt_dir / "weights" / ".metadata")
         digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
@@ -122,13 +126,17 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
     try:
         with FileLock(resolved.output_dir / f".{RUN}.lock").acquire(blocking=False):
             if resolved.options.resume and _has_finished(job):
-                print(f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. (--no-resume trains again.)")
+                print(
+                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. (--no-resume, or resume: false, trains again.)"
+                )
             else:
-                launch.prepare(job, fresh=not resolved.options.resume)
+                launch.prepare(job, fresh=not resolved.options.resume, switch="--no-resume, or resume: false")
                 _run(job, progress is not False)
             return _result(job)
     except Timeout:
-        raise WorkshopError(f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set another output_dir.") from None
+        raise WorkshopError(
+            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set another output_dir."
+        ) from None
 
 
 def _require_ready(resolved: Resolved) -> None:
@@ -139,9 +147,13 @@ def _require_ready(resolved: Resolved) -> None:
     for name in ("training", "validation"):
         file = resolved.data_dir / f"{name}.jsonl"
         if not file.is_file() or not file.stat().st_size:
-            raise WorkshopError(f"{paths.shown(file)} is missing or empty. Run `workshop recipe data` with the same options first.")
+            raise WorkshopError(
+                f"{paths.shown(file)} is missing or empty. Run `workshop recipe data` with the same options first."
+            )
     if not (resolved.nemo_ckpt_dir / "context" / "model.yaml").is_file():
-        raise WorkshopError(f"{paths.shown(resolved.nemo_ckpt_dir)} holds no imported base. Run `workshop recipe import` with the same options first.")
+        raise WorkshopError(
+            f"{paths.shown(resolved.nemo_ckpt_dir)} holds no imported base. Run `workshop recipe import` with the same options first."
+        )
 
 
 def _has_finished(job: Job) -> bool:
