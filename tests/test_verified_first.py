@@ -1,6 +1,7 @@
-"""The other ways in: commands and functions that load, and directories and overrides that name more than was verified."""
+"""Whatever takes a checkpoint verifies it first: commands, functions, directories and overrides that name more than one. --trust is explicit."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 from workshop_utils.bridge import bridge
 from workshop_utils.cli import main
 from workshop_utils.doctor.verify import verify
-from workshop_utils.errors import UnsafeCheckpoint, UnsupportedCheckpoint, WorkshopError
+from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint, WorkshopError
 from workshop_utils.evaluate import evaluate
+from workshop_utils.export import export
 from workshop_utils.finetune import make_plan
 from workshop_utils.finetune.predict import predict
 from workshop_utils.generate import as_peft, load
@@ -72,6 +74,21 @@ def evil_base(base):
     return directory
 
 
+@pytest.fixture
+def adapter(root):
+    """A .nemo adapter that is sound but for what its configuration names."""
+    config = adapters.config_of(adapters.GQA) | {"optim": {"_target_": "os.system", "command": "echo executed"}}
+    return adapters.write_adapter(root / "a.nemo", config, adapters.tensors_of(adapters.GQA))
+
+
+@pytest.fixture
+def cut_model(root):
+    """A Hugging Face model that lost its last bytes."""
+    directory = make_tiny_model(root / "cut")
+    os.truncate(directory / "model.safetensors", (directory / "model.safetensors").stat().st_size - 1)
+    return directory
+
+
 def test_import(root, model, capsys):
     with pytest.raises(UnsafeCheckpoint, match=r"pytorch_model\.bin.*exec"):
         import_checkpoint(model, root / "out")
@@ -98,14 +115,61 @@ def test_bridge(root, nemo2, capsys):
 
 
 @pytest.mark.parametrize("way", [NemoModel, ask_nemo])
-def test_nemo_itself(evil_base, base, root, way):
+def test_nemo_itself(evil_base, base, adapter, way):
     with pytest.raises(UnsafeCheckpoint, match=r"common\.pt.*exec"):
         way(evil_base)
-    config = adapters.config_of(adapters.GQA) | {"optim": {"_target_": "os.system"}}
-    adapter = adapters.write_adapter(root / "a.nemo", config, adapters.tensors_of(adapters.GQA))
     with pytest.raises(UnsafeCheckpoint, match=r"os\.system"):
         way(base, adapter)
     assert "nemo.collections.nlp" not in sys.modules
+
+
+def test_finetune(root, evil_base, adapter, capsys):
+    rows = write_rows(root / "train.jsonl")
+    words = [f"model.restore_from_path={evil_base}"]
+    with pytest.raises(UnsafeCheckpoint, match=r"common\.pt.*exec"):
+        make_plan(words, data=rows)
+    assert make_plan(words, data=rows, trust=True).overrides["model.restore_from_path"] == str(evil_base)
+    torch.save({}, evil_base / "model_weights" / "common.pt")
+    make_plan(words, data=rows)
+    with pytest.raises(UnsafeCheckpoint, match=r"a\.nemo.*os\.system"):
+        make_plan([*words, f"model.peft.restore_from_path={adapter}"], data=rows)
+    (evil_base / "model_weights" / "common.pt").unlink()
+    capsys.readouterr()
+    command = ["finetune", "--dry-run", "--data", str(rows), *words]
+    assert main(command) == 1
+    assert "common.pt is missing" in capsys.readouterr().err
+    assert main([*command[:1], "--trust", *command[1:]]) == 0
+    assert "warning: unsound: evil" in capsys.readouterr().err
+
+
+def test_export(root, adapter, capsys):
+    with pytest.raises(UnsafeCheckpoint, match=r"os\.system"):
+        export(adapter, "hf-peft")
+    assert not (root / "runs").exists()
+    assert main(["export", str(adapter), "--to", "hf-peft"]) == 1
+    assert "--trust" in capsys.readouterr().err
+    assert main(["export", str(adapter), "--to", "hf-peft", "--trust"]) == 0
+    assert "warning: UNSAFE: a.nemo" in capsys.readouterr().err
+
+
+def test_generate(cut_model, adapter, capsys):
+    with pytest.raises(DamagedCheckpoint, match="cut off"):
+        load(cut_model)
+    assert main(["generate", "--model", str(cut_model), "hello"]) == 1
+    assert "cut off" in capsys.readouterr().err
+    sound = make_tiny_model(cut_model.with_name("sound"))
+    with pytest.raises(UnsafeCheckpoint, match=r"os\.system"):
+        load(sound, adapter)
+
+
+def test_evaluate(root, cut_model, adapter):
+    rows = write_rows(root / "rows.jsonl", 2)
+    with pytest.raises(DamagedCheckpoint, match="cut off"):
+        evaluate(cut_model, None, rows, rows, root / "out")
+    sound = make_tiny_model(cut_model.with_name("sound"))
+    with pytest.raises(UnsafeCheckpoint, match=r"os\.system"):
+        evaluate(sound, adapter, rows, rows, root / "out")
+    assert not (root / "out").exists()
 
 
 @pytest.mark.parametrize("other", ["adapter_config.json", "context/model.yaml"])
