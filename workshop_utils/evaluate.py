@@ -22,6 +22,7 @@ from workshop_utils.chat_data import prompt_turns, read_rows
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.formats.summary import Kind
+from workshop_utils.metrics import exact_match
 from workshop_utils.settings import SEED
 
 BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = ("base", "base-few-shot", "majority-class", "adapter")
@@ -78,7 +79,7 @@ def score(predictions: Sequence[str], labels: Sequence[str]) -> Scores:
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     rows = len(labels)
-    exact = sum(given.strip() == wanted.strip() for given, wanted in zip(predictions, labels, strict=True)) / rows
+    exact = sum(exact_match(predictions, labels)) / rows
     wanted = _objects(labels)
     if None in wanted:
         return Scores(rows, exact, None, {}, {})
