@@ -229,6 +229,8 @@ def test_the_printed_code_runs(tmp_path, text):
     """What the script defines is built by NeMo itself; the strategy has then the values of the file."""
     script = code.script(migrate(written(tmp_path, text)))
     (tmp_path / "migrated.py").write_text(script)
+    for end in ("bin", "idx"):  # the data module looks for them
+        (tmp_path / f"some_text_document.{end}").touch()
     checks = {
         PRETRAINING: "assert strategy.save_ckpt_format == 'zarr'; assert config.num_layers == 2; "
         "assert optim.config.lr == 2e-4; assert strategy.parallel_save_optim is False",

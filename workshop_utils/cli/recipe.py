@@ -43,6 +43,7 @@ def add_parser(subparsers) -> None:
         "--resolve", action="store_true", help="with --dry-run: NeMo-Run's whole configuration, too; imports NeMo"
     )
     parser.add_argument("--list", action="store_true", help="list NeMo's recipes and stop")
+    parser.add_argument("--options", action="store_true", help="print all options as Markdown tables and stop")
     for script, what in options.SCRIPTS.items():
         group = parser.add_argument_group(f"{what} (the reference's {script})")
         for name in options.names():
@@ -80,12 +81,12 @@ def _metavar(name: str) -> str:
 
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
-    from workshop_utils.recipe import index
+    from workshop_utils.recipe import index, options
     from workshop_utils.recipe.plan import resolve
 
     _refuse_unknown(args)
-    if args.list:
-        print(index.table())
+    if args.list or args.options:
+        print(index.table() if args.list else options.table())
         return 0
     resolved = resolve(gather(args))
     if args.dry_run or args.resolve:
@@ -178,7 +179,7 @@ def _refuse_unknown(args) -> None:
     for word in args.rest:
         if word.startswith("-"):
             name = word.lstrip("-").partition("=")[0]
-            known = [*names(), "preset", "config", "dry-run", "resolve", "list"]
+            known = [*names(), "preset", "config", "dry-run", "resolve", "list", "options"]
             raise WorkshopError(f"{word} is no option.{nearest(name, known, '--')} `workshop recipe --help` lists all.")
     if args.action not in ACTIONS or args.rest:
         word = args.action if args.action not in ACTIONS else args.rest[0]

@@ -235,6 +235,21 @@ COMPUTED = {
 """What follows from the options, and how."""
 
 
+def table() -> str:
+    """All options by script, as Markdown tables: name, default, what it takes, what it is, and whether it was added here."""
+    lines = []
+    for script, what in SCRIPTS.items():
+        lines += [f"### {script}: {what}", "", "| option | default | takes | meaning | |", "|---|---|---|---|---|"]
+        for name in [name for name in names() if field(name).metadata["script"] == script]:
+            shown = json.dumps(default(name)).replace("null", "none")
+            meaning = field(name).metadata["help"].replace("|", "\\|")
+            lines.append(
+                f"| `{name}` | `{shown}` | {described(name)} | {meaning} | {'added' if field(name).metadata['ours'] else ''} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
 def nearest(word: str, known: list[str], prefix: str = "") -> str:
     """ " Did you mean A or B?" for a mistyped ``word``, or nothing where no known name is near; what is computed is explained."""
     if word in COMPUTED:
