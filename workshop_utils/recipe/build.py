@@ -93,25 +93,33 @@ def _model(resolved: Resolved, of_recipe: "run.Config") -> "run.Config":
 
 
 def _data(resolved: Resolved, tokenizer: "run.Config") -> "run.Config":
-    """NeMo's data module on the three files of the data phase."""
+    """NeMo's data module on the three files of the data phase: NeMo's own class, so that a checkpoint names nothing of ours.
+
+    Only packed rows take :class:`~.data_module.PreparedDataModule`: NeMo's would pack with its default template.
+    """
     import nemo_run as run
     from nemo.collections.llm.gpt.data import FineTuningDataModule
     from nemo.collections.llm.gpt.data.packed_sequence import PackedSequenceSpecs
 
+    from workshop_utils.recipe.data_module import PreparedDataModule
+    from workshop_utils.recipe.prepare_data import load_prepared
+
     options = resolved.options
-    packed = run.Config(PackedSequenceSpecs, packed_sequence_size=options.max_seq_length) if options.packed_sequence else None
-    arguments: dict[str, Any] = {"pad_to_max_length": True} if packed else {}
+    arguments: dict[str, Any] = {"prompt_template": load_prepared(resolved.data_dir).prompt_template}
     if options.context_parallel_size > 1:
         arguments["pad_seq_length_to_mult"] = 2 * options.context_parallel_size
-    if on_cpu(resolved):
-        # Without Transformer Engine the mask comes with the data, not from the fused kernel.
-        arguments["get_attention_mask_from_fusion"] = False
     module = run.Config(
         FineTuningDataModule, dataset_root=str(resolved.data_dir), seq_length=options.max_seq_length, tokenizer=tokenizer,
         micro_batch_size=options.micro_batch_size, global_batch_size=resolved.global_batch_size, seed=options.seed,
-        packed_sequence_specs=packed, dataset_kwargs=arguments,
+        dataset_kwargs=arguments,
     )  # fmt: skip
+    if options.packed_sequence:
+        arguments["pad_to_max_length"] = True
+        specs = run.Config(PackedSequenceSpecs, packed_sequence_size=options.max_seq_length)
+        return run.Config(PreparedDataModule, packed_sequence_specs=specs, **module.__arguments__)
     if on_cpu(resolved):
+        # Without Transformer Engine the mask comes with the data, not from the fused kernel.
+        arguments["get_attention_mask_from_fusion"] = False
         module.num_workers, module.memmap_workers, module.pin_memory = 0, 1, False
     return module
 
