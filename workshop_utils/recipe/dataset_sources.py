@@ -164,7 +164,14 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
                          f"or give a file. ({_one_line(error)})") from None  # fmt: skip
     except (ValueError, TypeError, KeyError, FileNotFoundError, UnicodeDecodeError) as error:
         # The library's answer to unknown configurations, arguments (load_kwargs) and data sets that bring code along.
-        raise DataError(f"{name}: {_one_line(error)}") from None
+        said = _one_line(error).partition(" Example of usage")[0]
+        if "trust_remote_code" in said:
+            said = (
+                "it comes with a script of its own, which is never run here. The Hub keeps a Parquet copy of most of them: "
+                'load_kwargs {"revision": "refs/convert/parquet"}.'
+            )
+        about = "dataset_config: " if "BuilderConfig" in said or "Config name" in said else ""
+        raise DataError(f"{about}{name}: {said}") from None
     finally:
         log.setLevel(level)
 

@@ -273,7 +273,7 @@ class Conversion:
             )
         if self.is_chat and tokenizer_dir is None:
             raise DataError(
-                f"{config.dataset_name} holds conversations (`messages`): give the tokenizer, whose chat template renders them."
+                f"{config.dataset_name} holds conversations (`messages`): give the tokenizer, whose chat template renders them (`workshop recipe import` first)."
             )
         self._tokenizer: ChatTokenizer | None = ChatTokenizer(tokenizer_dir) if self.is_chat else None
 
