@@ -214,12 +214,10 @@ def plot_proof(proof: Proof) -> Figure:
 def proof_finding(proof: Proof) -> str:
     """The result in one sentence; also the alternative text of :func:`plot_proof`."""
     told = [form for form in proof.forms if form.logits is not None]
-    worst = max(form.logits for form in told)
-    close = sum(form.proven is True for form in told)
-    return (
-        f"{close} of {len(told)} exports compute what was trained: the adapter moves a logit by up to {proof.effect:.0f}, "
-        f"an export differs by {worst:.0e} at most."
-    )
+    equal = [form.logits for form in told if form.proven]
+    wrong = "".join(f"; {form.name} differs by {form.logits:.1g}" for form in told if not form.proven)
+    close = f", these differ by {max(equal):.0e} at most" if equal else ""
+    return f"{len(equal)} of {len(told)} exports compute what was trained: the adapter moves a logit by up to {proof.effect:.0f}{close}{wrong}."
 
 
 def plot_latency(timings: Mapping[str, Sequence[Timing]]) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workshop_utils import paths
@@ -216,7 +216,7 @@ def _check_existing(job: _Job, target: Path) -> list[str]:
     if not isinstance(found, dict):
         raise OutputExists("It was not made by this workshop.")
     # The name of the file it was made from and the version that made it do not matter: what it holds is checked below.
-    if any(found.get(field) != value for field, value in job.record.as_dict().items() if field not in ("source", "exporter")):
+    if any(found.get(field) != value for field, value in asdict(job.record).items() if field not in ("source", "exporter")):
         raise OutputExists("It was made from another adapter, or for another reader, base or dtype.")
     return _kept(job, target)
 

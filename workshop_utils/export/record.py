@@ -44,8 +44,8 @@ class Record:
     dtype: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for YAML and JSON."""
-        return asdict(self)
+        """The fields as plain values, for YAML and JSON; a dtype only where one was asked for."""
+        return {name: value for name, value in asdict(self).items() if name != "dtype" or value}
 
 
 def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dtype: str | None = None) -> Record:
