@@ -193,4 +193,4 @@ def _nemo_run_configuration(resolved) -> str:
     nemo_cpu.apply()
     from workshop_utils.recipe.build import finetune_recipe
 
-    return str(finetune_recipe(resolved))
+    return str(finetune_recipe(resolved, preview=True))

@@ -39,12 +39,12 @@ def require_possible(resolved: Resolved) -> None:
         raise WorkshopError("\n".join(found))
 
 
-def finetune_recipe(resolved: Resolved) -> "run.Partial":
+def finetune_recipe(resolved: Resolved, preview: bool = False) -> "run.Partial":
     """``llm.finetune`` with everything filled in, as ``workshop recipe --dry-run --resolve`` prints it and :mod:`.job` runs it.
 
     It starts as NeMo's recipe for ``recipe_cls_name``, which gives the hyper-parameters. Sizes and tokenizer are those of the imported
     base. The global batch is Megatron's: micro batch x accumulation x data parallel. Lightning's accumulation stays 1, so that it is
-    counted once.
+    counted once. With ``preview`` base and data may be missing: the model then is as NeMo's recipe has it, without a prompt template.
 
     Raises:
         WorkshopError: the device cannot do it, or the base has not been imported.
@@ -62,8 +62,8 @@ def finetune_recipe(resolved: Resolved) -> "run.Partial":
         dir=str(resolved.output_dir), name=RUN, num_nodes=options.num_nodes, num_gpus_per_node=options.gpus_per_node,
         peft_scheme="none" if options.full_ft else options.peft_scheme,
     )  # fmt: skip
-    recipe.model = _model(resolved, recipe.model)
-    recipe.data = _data(resolved, recipe.model.tokenizer)
+    recipe.model = _model(resolved, recipe.model, preview)
+    recipe.data = _data(resolved, getattr(recipe.model, "tokenizer", None), preview)
     recipe.tokenizer = "data"
     _trainer(resolved, recipe.trainer)
     _optimizer(resolved, recipe.optim)
@@ -75,12 +75,15 @@ def finetune_recipe(resolved: Resolved) -> "run.Partial":
     return recipe
 
 
-def _model(resolved: Resolved, of_recipe: "run.Config") -> "run.Config":
+def _model(resolved: Resolved, of_recipe: "run.Config", preview: bool) -> "run.Config":
     """The base's model as its checkpoint describes it, with what the recipe sets beside a model's sizes."""
     from nemo.lightning import io
 
     base = resolved.nemo_ckpt_dir
     if not (base / "context" / "model.yaml").is_file():
+        if preview:
+            of_recipe.config.seq_length = resolved.options.max_seq_length
+            return of_recipe
         raise WorkshopError(f"{shown(base)} holds no imported base. Run `workshop recipe import` with the same options first.")
     model = io.load_context(base, subpath="model", build=False)
     for name, value in of_recipe.config.__arguments__.items():
@@ -92,7 +95,7 @@ def _model(resolved: Resolved, of_recipe: "run.Config") -> "run.Config":
     return model
 
 
-def _data(resolved: Resolved, tokenizer: "run.Config") -> "run.Config":
+def _data(resolved: Resolved, tokenizer: "run.Config | None", preview: bool) -> "run.Config":
     """NeMo's data module on the three files of the data phase: NeMo's own class, so that a checkpoint names nothing of ours.
 
     Only packed rows take :class:`~.data_module.PreparedDataModule`: NeMo's would pack with its default template.
@@ -105,7 +108,8 @@ def _data(resolved: Resolved, tokenizer: "run.Config") -> "run.Config":
     from workshop_utils.recipe.prepare_data import load_prepared
 
     options = resolved.options
-    arguments: dict[str, Any] = {"prompt_template": load_prepared(resolved.data_dir).prompt_template}
+    prepared = not preview or (resolved.data_dir / ".data_ready").is_file()
+    arguments: dict[str, Any] = {"prompt_template": load_prepared(resolved.data_dir).prompt_template} if prepared else {}
     if options.context_parallel_size > 1:
         arguments["pad_seq_length_to_mult"] = 2 * options.context_parallel_size
     module = run.Config(
