@@ -119,7 +119,7 @@ def export_adapter(
 def _default_name(source: Path) -> str:
     """The name of the file or directory; for ``NAME/checkpoints/...`` and for the forms of an earlier export, that of the run."""
     above = source.resolve().parent
-    if source.is_dir() and above.name == "checkpoints":
+    if above.name == "checkpoints" and source.suffix != ".nemo":
         return above.parent.name
     return (
         above.name
