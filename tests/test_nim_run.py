@@ -108,8 +108,8 @@ def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server
     port = nim_server.server_address[1]
     assert first == (
         f'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB -u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY '
-        "-e NIM_PEFT_SOURCE=/home/nvs/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "
-        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/store:/home/nvs/loras:ro {IMAGE}"
+        "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "
+        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/store:/opt/nim/loras:ro {IMAGE}"
     )
     assert KEY not in (fake / "calls").read_text()
     assert f"NGC_API_KEY={KEY}" in (fake / "environment").read_text()
@@ -173,7 +173,7 @@ def test_docker_s_refusal_is_explained(fake, nim_server, capsys, stderr, advice)
         ("ERROR: No compatible profiles found for this GPU", "--profile"),
         ("OSError: [Errno 28] No space left on device: '/opt/nim/.cache/x'", "disk"),
         ("PermissionError: [Errno 13] Permission denied: '/opt/nim/.cache/ngc'", "--cache"),
-        ("ValueError: Loading lora broken failed: No adapter found for /home/nvs/loras/broken", "workshop conform"),
+        ("ValueError: Loading lora broken failed: No adapter found for /opt/nim/loras/broken", "workshop conform"),
     ],
 )
 def test_a_container_that_ends_is_read_for_its_cause(fake, nim_server, capsys, line, meaning):

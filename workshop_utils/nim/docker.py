@@ -22,7 +22,7 @@ from workshop_utils.nim.store import MAX_RANK
 KEY = "NGC_API_KEY"
 PORT = 8000
 """Where a NIM listens inside its container."""
-CACHE, STORE = "/opt/nim/.cache", "/home/nvs/loras"
+CACHE, STORE = "/opt/nim/.cache", "/opt/nim/loras"
 """Where a container finds the downloaded model and the adapters."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIZE = re.compile(r"[1-9]\d*[KMG]B?")
