@@ -16,7 +16,7 @@ from tiny_model import CHAT_TEMPLATE
 from workshop_utils.errors import DataError, OutputExists
 from workshop_utils.recipe import row_templates, splits
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
-from workshop_utils.recipe.prepare_data import MARKER, NOTHING_BETWEEN, ONE_SPACE, load_prepared, prepare
+from workshop_utils.recipe.prepare_data import MARKER, NOTHING_BETWEEN, ONE_SPACE, load_prepared, prepare, require_whole_batch
 
 TEMPLATES = {"input_template": r"Q: {question}\nA:", "output_template": "{answer}"}
 
@@ -467,6 +467,13 @@ def test_two_processes_at_once(tmp_path):
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     answers = [process.communicate(timeout=120) for process in running]
     assert sorted(out.strip() for out, _ in answers) == ["False", "True"], answers
+
+
+def test_fewer_validation_rows_than_a_batch_are_refused(made):
+    found = made(table(), **TEMPLATES)
+    require_whole_batch(found, 2)
+    with pytest.raises(DataError, match=r"validation\.jsonl has 2 rows, fewer than the global batch of 4: NeMo would neither validate nor save"):
+        require_whole_batch(found, 4)
 
 
 # Files that are wrong

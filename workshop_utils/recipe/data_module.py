@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils import nemo_cpu, paths
 from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.formats import nemo2
-from workshop_utils.recipe.prepare_data import load_prepared
+from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
 nemo_cpu.apply()
 
@@ -75,13 +75,15 @@ class PreparedDataModule(FineTuningDataModule):
                 )  # fmt: skip
 
     def setup(self, stage: str) -> None:
-        """As NeMo's; refuses what cannot be trained."""
+        """As NeMo's; refuses what cannot be trained. Raises :class:`DataError` for fewer validation rows than a global batch."""
         if self.tokenizer is None:
             raise DataError("the data module has no tokenizer: give load_tokenizer(checkpoint).")
         if stage == "fit" and self.packed_sequence_size > 0 and self.on_cpu:
             raise WorkshopError(
                 "packed_sequence: Megatron-Core's attention takes packed rows only with Transformer Engine, on a GPU. Leave it out on a CPU."
             )
+        if stage == "fit" and self.packed_sequence_size <= 0:
+            require_whole_batch(self.prepared, self.global_batch_size)
         super().setup(stage)
 
 

@@ -154,6 +154,19 @@ def load_prepared(data_dir: Path) -> Prepared:
     return Prepared(directory=data_dir, reused=True, **found)
 
 
+def require_whole_batch(prepared: Prepared, global_batch_size: int) -> None:
+    """Raise :class:`DataError` when the validation rows are fewer than ``global_batch_size``.
+
+    Megatron's sampler drops an incomplete batch: NeMo would train without validation and, since checkpoints wait for ``val_loss``, save none.
+    """
+    rows = prepared.statistics["validation"].rows
+    if rows < global_batch_size:
+        raise DataError(
+            f"{paths.shown(prepared.directory / 'validation.jsonl')} has {rows} rows, fewer than the global batch of {global_batch_size}: NeMo would neither "
+            "validate nor save a checkpoint. Lower train_split_ratio or the batch (micro_batch_size, accumulate_grad_batches)."
+        )
+
+
 def _cached(data_dir: Path, key: Mapping[str, Any]) -> Prepared | None:
     marker = _read_marker(data_dir)
     if marker is None or marker["key"] != key:
