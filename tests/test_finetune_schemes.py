@@ -153,6 +153,64 @@ def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
     assert finetune.finetune(plan, progress=False).exists()
 
 
+FULL_DISK = """
+mount -t tmpfs -o size=$1 none $2 || exit 90
+shift 2
+"$@" && exit 91
+mount -o remount,size=100m none "$(dirname "$0")" || exit 92
+exec "$@"
+"""
+
+
+def test_a_full_disk_for_real(tiny):
+    """A tmpfs of 400 kB in a mount namespace of its own: the cause is named, and with room the same command finishes."""
+    place = tiny / "disk"
+    place.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits the size of files instead")
+    words = overrides(tiny, "tmpfs", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64",
+                      f"exp_manager.exp_dir={place}")  # fmt: skip
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", FULL_DISK, str(place / "x"), "1m", str(place), *command], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No space left on device" in done.stderr and "The disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert "The last start failed" in done.stdout and "tmpfs.nemo" in done.stdout
+
+
+def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
+    """As in notebook 05: in a kernel, with the weights in bf16 (O2), whose optimizer has to be resumed, too."""
+    from jupyter_client.manager import start_new_kernel
+
+    words = overrides(tiny, "kernel", "trainer.max_steps=400", "trainer.precision=bf16-mixed", "model.megatron_amp_O2=true",
+                      "trainer.val_check_interval=5")  # fmt: skip
+    code = (f"from pathlib import Path\nfrom workshop_utils import finetune\n"
+            f"plan = finetune.make_plan({words!r}, data=Path({str(tiny / 'rows.jsonl')!r}))\nfinetune.finetune(plan, progress=False)")  # fmt: skip
+    plan = finetune.make_plan(words, data=tiny / "rows.jsonl")
+    manager, client = start_new_kernel(env=dict(os.environ))
+    try:
+        client.execute(code)
+        deadline = time.monotonic() + 200
+        while not any(event["step"] > 12 for event in finetune.read_events(plan.events)):
+            assert time.monotonic() < deadline, plan.log.read_text()[-2000:]
+            time.sleep(0.05)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+    finally:
+        manager.shutdown_kernel(now=True)
+    assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
+    left = [process for process in psutil.process_iter(["cmdline"]) if "exp_manager.name=kernel" in (process.info["cmdline"] or [])]
+    assert left == []
+    record = json.loads(plan.record.read_text())
+    assert record["status"] == "interrupted" and 12 < record["steps"] < 400
+    finetune.finetune(plan, progress=False)
+    events = finetune.read_events(plan.events)
+    starts = [event["step"] for event in events if event["event"] == "start"]
+    losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+    assert starts[0] == 0 and starts[1] >= 10 and len(losses) == 400
+    assert losses[400] < losses[starts[1] + 1] < losses[1]
+
+
 @pytest.mark.parametrize("adapted", [True, False])
 def test_predictions(tiny, adapted):
     plan, _ = train(tiny, "lora")

@@ -1,21 +1,28 @@
-"""Train each of several plans for a few steps, with NeMo imported once: every plan gets a forked copy of this process.
+"""Train many variants of a run for a few steps and tell what came of each, with NeMo imported once.
 
-    python try_overrides.py PLANS.json        [{"overrides": [...], "environment": {...}, "log": FILE}, ...]
+    python try_overrides.py SETTINGS.json RESULTS.json
 
-Started by the notebook, which makes the plans. `workshop finetune` starts torchrun, and NeMo anew, for each run. Exits with the number
-of plans that failed; their logs say why.
+SETTINGS: {"folder": where the runs go, "data": FILE, "validation": FILE, "common": [overrides], "variants": {name: [overrides]}}.
+RESULTS: {name: {"problems", "warnings" of the preflight, "parameters", "losses" of the steps, "validation", "bytes" of the .nemo,
+"change": mean Frobenius norm of what LoRA adds to a weight}}; a variant that the preflight refuses has the first two alone.
+
+`workshop finetune` starts torchrun, and with it NeMo, for every run. Here each run gets a forked copy of a process that has imported it.
 """
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
-import torch  # noqa: F401  before the copies are made, as is the rest below
+import torch
 
+from workshop_utils.export.adapter import read_adapter
+from workshop_utils.finetune import Plan, make_plan, read_events
 from workshop_utils.finetune.configuration import compose
 from workshop_utils.finetune.megatron_gpt_finetuning import train
 from workshop_utils.finetune.plan import SCRIPT
+from workshop_utils.formats.identify import identify
 
 
 def import_nemo() -> None:
@@ -26,20 +33,23 @@ def import_nemo() -> None:
     import nemo.utils.exp_manager  # noqa: F401
 
 
-def run(overrides: list[str], environment: dict[str, str], log: str) -> int:
-    """Train in a copy of this process, with its output in ``log``; returns the exit status."""
+def run(plan: Plan) -> None:
+    """Train in a copy of this process, with its output in the plan's log."""
+    plan.log.parent.mkdir(parents=True)
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"{plan.run_dir.name} failed; see {plan.log}")
+        return
     status = 1
     try:
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as stream:
+        with plan.log.open("w") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
-        os.environ.update(environment)
-        sys.argv = [str(SCRIPT), *overrides]
-        train(compose(SCRIPT, overrides))
+        os.environ.update(plan.environment)
+        words = plan.command[plan.command.index(str(SCRIPT)) + 1 :]
+        sys.argv = [str(SCRIPT), *words]
+        train(compose(SCRIPT, words))
         status = 0
     finally:
         sys.stdout.flush()
@@ -47,6 +57,37 @@ def run(overrides: list[str], environment: dict[str, str], log: str) -> int:
         os._exit(status)
 
 
-if __name__ == "__main__":
+def result(plan: Plan) -> dict:
+    """What came of the finished ``plan``."""
+    events = read_events(plan.events)
+    losses = {kind: [event["loss"] for event in events if event["event"] == kind] for kind in ("step", "validation")}
+    found = {"parameters": identify(plan.adapter).parameters, "losses": losses["step"], "validation": losses["validation"],
+             "bytes": plan.adapter.stat().st_size}  # fmt: skip
+    # An adapter of some layers alone is one that no server reads, nor does our reader.
+    if plan.config.model.peft.peft_scheme == "lora" and not plan.config.model.peft.lora_tuning.layer_selection:
+        lora = read_adapter(plan.adapter)
+        norms = [lora.scale * (halves.linear_out.float() @ halves.linear_in.float()).norm() for halves in lora.weights.values()]
+        found["change"] = float(torch.stack(norms).mean())
+    return found
+
+
+def main(settings: dict) -> dict:
+    """Plan, train and look at every variant, each from the beginning."""
+    torch.set_num_threads(1)  # a forked copy has no threads but its own, and waits for ever for those of OpenMP
     import_nemo()
-    sys.exit(sum(run(**plan) != 0 for plan in json.loads(Path(sys.argv[1]).read_text())))
+    results, plans = {}, {}
+    for name, overrides in settings["variants"].items():
+        shutil.rmtree(Path(settings["folder"]) / name, ignore_errors=True)
+        words = [f"exp_manager.exp_dir={settings['folder']}", *settings["common"], *overrides]
+        plan = make_plan(words, data=Path(settings["data"]), validation=Path(settings["validation"]), name=name)
+        results[name] = {"problems": plan.preflight.problems, "warnings": plan.preflight.warnings}
+        if not plan.preflight.problems:
+            plans[name] = plan
+    for plan in plans.values():
+        run(plan)
+    return {name: found | (result(plans[name]) if name in plans else {}) for name, found in results.items()}
+
+
+if __name__ == "__main__":
+    # What is printed while NeMo is imported does not matter; the logs of the runs hold what they say.
+    Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))
