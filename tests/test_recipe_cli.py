@@ -106,6 +106,17 @@ def test_none_of_it_imports_torch_or_nemo(words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("hfdc_dataset_name", "./absent.jsonl"), ("hf_model_id", "smollm2-135m-instrukt")]
+)
+def test_a_missing_source_is_found_before_the_import(option, value, monkeypatch, capsys):
+    from workshop_utils.cli import recipe
+
+    monkeypatch.setattr(recipe, "_import", lambda resolved: pytest.fail("imported"))
+    assert main(["recipe", "--preset", "cpu", f"--{option}", value]) == 1
+    assert value.removeprefix("./") in capsys.readouterr().err
+
+
 def test_phases_run_in_order_and_stop_at_the_first_failure(monkeypatch, capsys):
     """The phases themselves have tests of their own; here they only say that they were called."""
     from workshop_utils.cli import recipe

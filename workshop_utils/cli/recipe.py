@@ -107,10 +107,23 @@ def act(action: str, resolved) -> int:
     require_possible(resolved)
     if on_cpu(resolved):
         os.environ["WORKSHOP_DEVICE"] = "cpu"
+    if "data" in phases:
+        _require_sources(resolved)
     for phase in phases:
         print(f"== {phase}", flush=True)
         {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}[phase](resolved)
     return 0
+
+
+def _require_sources(resolved) -> None:
+    """Base and data set exist: said before an import that may take an hour. Raises WorkshopError."""
+    from workshop_utils import paths, workshop
+    from workshop_utils.recipe import base_checkpoint, dataset_sources
+
+    if Path(resolved.dataset.dataset_name) == paths.data_dir() / "tickets":
+        workshop.make_tickets()
+    base_checkpoint.find_source(resolved.options.hf_model_id)
+    dataset_sources.find(resolved.dataset)
 
 
 def _import(resolved) -> None:
@@ -124,11 +137,8 @@ def _import(resolved) -> None:
 
 
 def _data(resolved) -> None:
-    from workshop_utils import paths, workshop
     from workshop_utils.recipe.prepare_data import prepare
 
-    if Path(resolved.dataset.dataset_name) == paths.data_dir() / "tickets":
-        workshop.make_tickets()
     base = resolved.nemo_ckpt_dir if (resolved.nemo_ckpt_dir / "context").is_dir() else None
     print(
         prepare(
