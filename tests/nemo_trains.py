@@ -1,4 +1,4 @@
-"""A few steps of full training (LoRA in this API needs Transformer Engine), and a few greedy tokens, by the NeMo 2.0 API on one checkpoint: ``nemo_trains.py CHECKPOINT FOLDER``.
+"""A few steps of full training (for its adapters see nemo2_trains.py), and a few greedy tokens, by the NeMo 2.0 API on one checkpoint: ``nemo_trains.py CHECKPOINT FOLDER``.
 
 FOLDER gets ``training.jsonl`` from the caller, and ``result.json``: the generated text of base, the training loss, the step.
 """

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from .nemo2 import local_layer_norm_name
 from .registry import always, no_apex, no_cuda, no_transformer_engine, patch
-from .torch_cuda import CpuTorch
+from .torch_cuda import CpuTorch, name_types_of_the_cpu
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins", when=always,
@@ -234,15 +234,7 @@ def master_weights_without_apex(module: ModuleType) -> None:
        reason="megatron_amp_O2 compares types of parameters with 'torch.cuda.BFloat16Tensor' and its like: TypeError on a CPU")  # fmt: skip
 def master_weights_on_cpu(module: ModuleType) -> None:
     """Write the names of the CPU's types into the constants of the constructor."""
-
-    def on_cpu(constant):
-        """``constant`` without "cuda." in it; in a tuple as well."""
-        if isinstance(constant, tuple):
-            return tuple(map(on_cpu, constant))
-        return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
-
-    constructor = module.MainParamsOptimizerWrapper.__init__
-    constructor.__code__ = constructor.__code__.replace(co_consts=on_cpu(constructor.__code__.co_consts))
+    name_types_of_the_cpu(module.MainParamsOptimizerWrapper.__init__)
 
 
 @patch("nemo-toolkit", "nemo.collections.nlp.modules.common.megatron.clip_grads", when=no_apex,
