@@ -180,7 +180,7 @@ def start(nim: Nim) -> str:
     """Start the container and return its id. Downloads the image first where it is missing.
 
     Raises:
-        NimFailed: docker refused; the message has its words and what to do.
+        NimFailed: docker refused. Its words were printed; the message says what to do.
     """
     written = []
     with subprocess.Popen(command(nim), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -189,7 +189,10 @@ def start(nim: Nim) -> str:
             written.append(line)
         identity = process.stdout.read().strip()
     if process.returncode:
-        raise NimFailed(explained(f"docker could not start the container (status {process.returncode})", "".join(written)))
+        raise NimFailed(
+            f"docker could not start the container (status {process.returncode}); it says why above.{_advice(''.join(written))}\n"
+            f"If it made the container all the same, remove that before you try again: docker rm {nim.name}"
+        )
     return identity
 
 
@@ -210,11 +213,10 @@ def logs(name: str) -> str:
     return done.stdout + done.stderr
 
 
-def explained(what: str, text: str) -> str:
-    """``what`` happened, the last lines of ``text``, and for a known cause what to do."""
-    advice = [fix for pattern, fix in _EXPLAINED if re.search(pattern, text, re.IGNORECASE | re.DOTALL)]
-    last = [f"  {line}" for line in text.strip().splitlines()[-8:]]
-    return "\n".join([f"{what}:", *last, *(f"What to do: {fix}." for fix in advice[:1])])
+def _advice(text: str) -> str:
+    """What to do about the refusal ``text`` of docker, where its cause is known."""
+    known = [fix for pattern, fix in _EXPLAINED if re.search(pattern, text, re.IGNORECASE | re.DOTALL)]
+    return f"\nWhat to do: {known[0]}." if known else ""
 
 
 def _docker(*words: str) -> subprocess.CompletedProcess:
