@@ -23,6 +23,7 @@ from workshop_utils.finetune.configuration import compose
 from workshop_utils.finetune.megatron_gpt_finetuning import train
 from workshop_utils.finetune.plan import SCRIPT
 from workshop_utils.formats.identify import identify
+from workshop_utils.orphans import die_with_parent
 
 
 def import_nemo() -> None:
@@ -47,6 +48,7 @@ def run(plan: Plan) -> None:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         os.environ.update(plan.environment)
+        die_with_parent()
         words = plan.command[plan.command.index(str(SCRIPT)) + 1 :]
         sys.argv = [str(SCRIPT), *words]
         train(compose(SCRIPT, words))
