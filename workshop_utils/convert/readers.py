@@ -31,7 +31,7 @@ _WAYS_OUT = {
     "from_pretrained(..., gguf_file=...)), and convert that.",
     Kind.NEMO2_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",
     Kind.NEMO1_ARCHIVE_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",
-    Kind.PEFT: "not a model. Merge it into its base with PEFT (merge_and_unload) and convert that.",
+    Kind.PEFT: "not a model. Merge it into its base (workshop export ... --to hf-merged --base DIR) and convert that.",
 }
 
 
