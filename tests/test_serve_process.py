@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
+import httpx
 import openai
 import pytest
 from serve_samples import write_base, write_peft
@@ -37,7 +39,7 @@ def test_background_server(folder):
                 assert time.monotonic() < until
                 time.sleep(0.1)
             assert client.completions.create(model="two", prompt="x", max_tokens=3).usage.completion_tokens == 3
-        command = open(f"/proc/{server.process.pid}/cmdline").read()
+        command = Path(f"/proc/{server.process.pid}/cmdline").read_text()
     assert server.process.returncode == 0
     log = server.log.read_text()
     assert "secret" not in log + command
@@ -54,17 +56,28 @@ def test_ends_with_its_parent(folder):
     parent.kill()
     parent.wait()
     until = time.monotonic() + 10
-    while os.path.exists(f"/proc/{pid}") and "Z" not in open(f"/proc/{pid}/stat").read().split()[2]:
+    while os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
         assert time.monotonic() < until
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_control_c(folder):
-    server = start(folder / "tiny")
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(20) == 0
-    assert server.log.read_text().splitlines()[-1] == "stopped"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_gracefully(folder, number):
+    """Also while it answers: the one who waits gets an error and not half an answer."""
+    with (
+        start(folder / "tiny", max_length=30000) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        stream = client.completions.create(model="tiny", prompt="x", temperature=0, max_tokens=29000, stream=True)
+        next(stream)
+        server.process.send_signal(number)
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+        assert server.process.wait(30) == 0
+    log = server.log.read_text()
+    assert log.splitlines()[-1] == "stopped"
+    assert "Traceback" not in log
 
 
 def test_port_in_use(folder, capsys):

@@ -154,6 +154,7 @@ def common_start(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of the conversation up to where the answer begins."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 

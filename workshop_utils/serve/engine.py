@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +101,7 @@ class Engine:
             for row in rows:
                 row.adapter = _BASE if adapter is None else self._served[adapter]
             self._waiting += rows
-            self._changed.notify()
+            self._changed.notify_all()
 
     def install(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Future:
         """Serve a PEFT adapter as ``name``, in place of an older one; rows under way keep the older one.
@@ -114,12 +114,13 @@ class Engine:
         """Serve ``name`` no longer; rows under way keep it."""
         return self._job(lambda: self._retire(name))
 
-    def close(self) -> None:
-        """End the thread; what is under way ends with an error."""
+    def close(self, grace: float = 0) -> None:
+        """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an error."""
         with self._changed:
+            self._changed.wait_for(lambda: self._closing or not (self._waiting or self._running), grace)
             self._closing = True
-            self._changed.notify()
-        self.thread.result()
+            self._changed.notify_all()
+        wait([self.thread])
 
     def _job(self, work: Callable) -> Future:
         future: Future = Future()
@@ -128,7 +129,7 @@ class Engine:
                 future.set_exception(WorkshopError("the server is stopping."))
             else:
                 self._jobs.append((work, future))
-                self._changed.notify()
+                self._changed.notify_all()
         return future
 
     # The engine's thread.
@@ -151,6 +152,8 @@ class Engine:
     def _wait(self) -> bool:
         """Sleep until there is something to do, and do what is not a forward pass; False at the end."""
         with self._changed:
+            if not self._running:
+                self._changed.notify_all()  # to :meth:`close`
             self._changed.wait_for(lambda: self._closing or self._waiting or self._running or self._jobs)
             jobs, self._jobs = self._jobs, []
             self._waiting = [row for row in self._waiting if not row.cancelled]

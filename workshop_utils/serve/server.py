@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 API_KEY = "WORKSHOP_API_KEY"
 _LISTENING = "listening on "
+_GRACE = 5
+"""Seconds that what is under way has to finish when the server is stopped."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ class Service:
         self.ready = True
         print(f"ready: {', '.join([self.name, *self.engine.adapters])}", flush=True)
 
-    def close(self) -> None:
-        """Stop the engine; what is under way ends with an error."""
+    def close(self, grace: float = 0) -> None:
+        """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends with an error."""
         self.ready = False
         if self._store:
             self._store.stop()
         if self.engine:
-            self.engine.close()
+            self.engine.close(grace)
 
     def models(self) -> list[dict]:
         """The base and every adapter, as ``/v1/models`` lists them."""
@@ -166,7 +169,14 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
     from workshop_utils.serve.app import create_app
 
     app = create_app(service, api_key, service.limits.max_body)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None) -> None:
+            """End the engine while there are clients to hear of it, then the connections."""
+            await asyncio.to_thread(service.close, _GRACE)
+            await super().shutdown(sockets)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE))
     print(
         f"{_LISTENING}http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}  (/v1/health/ready says when the model is loaded)",
         flush=True,
@@ -177,11 +187,9 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     server.run(sockets=[listener])
-    service.close()
     if loading.done():
         loading.result()
-    if service.engine and service.engine.thread.exception():
-        raise service.engine.thread.exception()
+        service.engine.thread.result()
     print("stopped", flush=True)
 
 
