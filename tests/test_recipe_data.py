@@ -283,6 +283,7 @@ def test_a_custom_converter(made, tmp_path, tiny, monkeypatch):
             made(table(), custom_converter=name)
 
 
+@pytest.mark.slow
 def test_worker_processes_make_the_same_rows_and_say_the_same_errors(made, tmp_path, tiny):
     (tmp_path / "mine.py").write_text(CONVERTERS)
     rows = table(4500)
