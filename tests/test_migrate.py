@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_model import make_tiny_model
 
 from workshop_utils.cli import main
 from workshop_utils.errors import WorkshopError
@@ -54,6 +55,7 @@ model:
   dist_ckpt_parallel_dist_opt: false
   dist_ckpt_load_strictness: log_all
   data: {data_prefix: [1.0, some_text_document], splits_string: "900,50,50", seq_length: 64, data_impl: mmap}
+  tokenizer: {library: huggingface, type: tiny, use_fast: true}
   optim:
     name: distributed_fused_adam
     lr: 2e-4
@@ -229,6 +231,7 @@ def test_the_printed_code_runs(tmp_path, text):
     """What the script defines is built by NeMo itself; the strategy has then the values of the file."""
     script = code.script(migrate(written(tmp_path, text)))
     (tmp_path / "migrated.py").write_text(script)
+    make_tiny_model(tmp_path / "tiny")  # for its tokenizer
     for end in ("bin", "idx"):  # the data module looks for them
         (tmp_path / f"some_text_document.{end}").touch()
     checks = {
