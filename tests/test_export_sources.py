@@ -10,7 +10,7 @@ import torch
 from export_samples import ALL, GQA, GQA_HEAD_DIM, MHA, config_of, logits, tensors_of, tiny_llama, write_adapter
 from safetensors.torch import load_file, save_file
 
-from workshop_utils import cli
+from workshop_utils import cli, plots
 from workshop_utils.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
 from workshop_utils.export import export, merge
 from workshop_utils.export.adapter import read_adapter
@@ -316,6 +316,8 @@ def test_the_proof(root):
     assert saved["proven"] is True
     assert saved["forms"][0]["path"] == "runs/exports/n/hf-peft"
     assert "read by" in found.table()
+    assert plots.save(plots.plot_proof(found), root / "proof.png").stat().st_size > 5000
+    assert plots.proof_finding(found).startswith("5 of 5 exports compute what was trained")
 
 
 def test_the_proof_of_dora(root):
