@@ -305,8 +305,10 @@ def _write_rows(file: Path, rows: "Dataset") -> None:
 
 
 def _lines(rows: "Dataset") -> Iterator[str]:
-    for row in rows:
-        yield json.dumps({"input": row["input"], "output": row["output"]}, ensure_ascii=False) + "\n"
+    # In batches: one row at a time takes ten times as long.
+    for batch in rows.iter(batch_size=1000):
+        for prompt, answer in zip(batch["input"], batch["output"], strict=True):
+            yield json.dumps({"input": prompt, "output": answer}, ensure_ascii=False) + "\n"
 
 
 def _statistics(
