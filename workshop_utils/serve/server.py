@@ -209,7 +209,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
     except (OSError, OverflowError) as error:
-        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
         raise WorkshopError(
             f"cannot listen on {host}:{port}: {reason}. Stop the program that uses it, or choose another --port or --host."
         ) from None
