@@ -18,7 +18,11 @@ from workshop_utils.recipe import waiting
 from workshop_utils.recipe.base_checkpoint import RECORD, find_source, import_base
 
 HOLD = "import sys, time; from workshop_utils.recipe import waiting\nwith waiting.alone_on(sys.argv[1], 'importing x', 5): print('held', flush=True); time.sleep(100)"
-IMPORT = "import sys; from workshop_utils.recipe.base_checkpoint import import_base\nif __name__ == '__main__': print('at', import_base(*sys.argv[1:3], timeout=200))"
+# As in a notebook's kernel, where Lightning refuses to build NeMo's trainer.
+IMPORT = "import sys; sys.ps1 = '>>> '; from workshop_utils.recipe.base_checkpoint import import_base\nif __name__ == '__main__': print('at', import_base(*sys.argv[1:3], timeout=200))"
+
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29599", "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
 
 
 @pytest.fixture
@@ -194,13 +198,15 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_import_once(tmp_path, tiny):
+def test_two_processes_import_once(tmp_path, tiny, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     both = [python(IMPORT, tiny, tmp_path / "base") for _ in range(2)]
     answers = [process.communicate(timeout=300) for process in both]
     assert [out.splitlines()[-1] for out, _ in answers] == [f"at {tmp_path / 'base'}"] * 2, answers
     errors = [err for _, err in answers]
     assert sum("waiting for process" in err for err in errors) == 1
-    assert sum("Converted Llama model" in out + err for out, err in answers) == 1
+    assert sum("with NeMo" in err for err in errors) == 1
     assert verify(tmp_path / "base").sound
     assert json.loads((tmp_path / "base" / RECORD).read_text())["source"] == str(tiny)
 

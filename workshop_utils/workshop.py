@@ -15,10 +15,10 @@ from pathlib import Path
 
 from workshop_utils import models, paths
 from workshop_utils.device import Device, choose_device, quiet_environment
-from workshop_utils.errors import WorkshopError
 from workshop_utils.models.catalogue import Model, find
 from workshop_utils.report import record_artifact, record_metric
 from workshop_utils.settings import SEED, Settings, load_settings
+from workshop_utils.subcommand import run_quietly
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Workshop:
         if self.model.format == "huggingface":
             models.fetch(self.model.name)
         elif not target.exists():
-            _workshop("import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target))
+            run_quietly("import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target))
         return record_artifact("hf_model", target)
 
     def nemo2_checkpoint(self) -> Path:
@@ -44,8 +44,7 @@ class Workshop:
         if self.model.format == "nemo2":
             models.fetch(self.model.name)
         elif not target.exists():
-            # In a process of its own: Lightning refuses to build NeMo's trainer in a notebook's kernel.
-            _workshop("import", str(self.hf_model()), "--out", str(target))
+            run_quietly("import", str(self.hf_model()), "--out", str(target))
         return record_artifact("nemo2_checkpoint", target)
 
     def bridged_checkpoint(self) -> Path:
@@ -132,11 +131,3 @@ def make_tickets() -> Path:
             stdout=subprocess.DEVNULL,
         )
     return folder
-
-
-def _workshop(*arguments: str) -> None:
-    """Run a ``workshop`` command quietly; what it printed is shown only if it fails."""
-    done = subprocess.run([sys.executable, "-m", "workshop_utils", *arguments], check=False, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise WorkshopError(f"`workshop {' '.join(arguments)}` failed:\n{tail}")

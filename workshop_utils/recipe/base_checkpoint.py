@@ -20,6 +20,7 @@ from workshop_utils.errors import CheckpointError, NotACheckpoint, OutputExists,
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.summary import Kind
 from workshop_utils.recipe import waiting
+from workshop_utils.subcommand import run_quietly
 
 RECORD = "import.json"
 TIMEOUT = 3600.0  # seconds
@@ -132,14 +133,24 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             for name in ("context", "weights"):
                 (part / name).symlink_to(directory / name, target_is_directory=True)
         else:
-            from workshop_utils.import_checkpoint import import_checkpoint
-
-            made = import_checkpoint(directory, part / "checkpoint", trust)
+            made = part / "checkpoint"
+            _import(directory, made, source.name, trust)
             for content in made.iterdir():
                 content.rename(part / content.name)
             made.rmdir()
         record = {"source": source.name, "revision": source.model and source.model.revision, "files": _fingerprint(directory)}
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _import(model: Path, made: Path, name: str, trust: bool) -> None:
+    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a notebook's kernel."""
+    from workshop_utils.import_checkpoint import check
+
+    # That process does so, too, but its errors come back as text, and what it prints in spite of them is not seen.
+    check(model)
+    require_sound(model, trust, (Kind.HUGGINGFACE,))
+    print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
+    run_quietly("import", str(model), "--out", str(made), *(["--trust"] if trust else []))
 
 
 def _fetched(source: Source) -> Path:

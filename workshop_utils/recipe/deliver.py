@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from workshop_utils.formats.summary import Kind, dtypes
 from workshop_utils.nemo_generate import run_job
 from workshop_utils.paths import shown
 from workshop_utils.recipe import choose_checkpoint, engines
+from workshop_utils.subcommand import run_quietly
 
 if TYPE_CHECKING:
     import numpy
@@ -226,11 +225,7 @@ def huggingface_logits(model: Path, token_ids: list[list[int]], adapter: Path | 
 def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
     """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own exporter in a process of its own."""
     made = folder / "model"
-    command = [sys.executable, "-m", "workshop_utils", "import", str(checkpoint), "--to-huggingface", "--out", str(made)]
-    done = subprocess.run([*command, *(["--trust"] if trust else [])], check=False, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise WorkshopError(f"NeMo could not export {shown(checkpoint)}:\n{tail}")
+    run_quietly("import", str(checkpoint), "--to-huggingface", "--out", str(made), *(["--trust"] if trust else []))
     for file in made.iterdir():
         file.rename(folder / file.name)
     made.rmdir()

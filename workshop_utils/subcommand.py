@@ -1,0 +1,29 @@
+"""A ``workshop`` command in a process of its own: for what cannot run in a notebook's kernel, where Lightning refuses to build NeMo's
+trainer, and for what would leave NeMo behind in this process."""
+
+import os
+import subprocess
+import sys
+
+from workshop_utils import nemo_cpu, orphans
+from workshop_utils.errors import WorkshopError
+
+_LOG_LINES = 15
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+"""Beginnings of what torchrun tells a worker. The command is no worker, and would wait for the others."""
+
+
+def run_quietly(*arguments: str) -> None:
+    """Run ``workshop ARGUMENTS``; what it printed is shown only if it fails. It ends with this process.
+
+    Raises:
+        WorkshopError: it failed; with what it wrote last.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(_OF_TORCHRUN)}
+    environment[orphans.VARIABLE] = str(os.getpid())
+    nemo_cpu.inherit(environment)
+    command = [sys.executable, "-m", "workshop_utils", *arguments]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-_LOG_LINES:])
+        raise WorkshopError(f"`workshop {' '.join(arguments)}` failed:\n{tail}")
