@@ -1,11 +1,12 @@
 """Exports of recipe runs: names, what is refused or replaced, and, by NeMo itself, that logits survive each form."""
 
+import hashlib
 import json
 import shutil
 
 import pytest
 
-from workshop_utils.errors import ConformanceFailed, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
 from workshop_utils.recipe import deliver, options, plan
 
 
@@ -120,6 +121,32 @@ def test_an_adapter_through_every_form(nemo2_trained, bridged_tiny, tmp_path, sc
     base = deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids)[..., :rows]
     assert abs(tuned - base).max() > 0.05, "else the comparisons of this test say nothing"
     assert abs(tuned - deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids, peft)[..., :rows]).max() < 1e-4
+
+
+@pytest.fixture
+def moved(nemo2_trained, bridged_tiny, tmp_path):
+    """The LoRA run in a place of its own, and a copy of its base, which is no longer where the adapter says."""
+    run, base = tmp_path / "nemo_logs", tmp_path / "base"
+    shutil.copytree(nemo2_trained / "lora", run, symlinks=False)
+    shutil.copytree(bridged_tiny / "nemo2" / "tiny", base)
+    for file in run.glob("checkpoints/*/weights/adapter_metadata.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_ckpt_path": "/gone"}))
+    record = run / "workshop" / "run.json"
+    record.parent.mkdir()
+    digest = hashlib.sha256((base / "weights" / ".metadata").read_bytes()).hexdigest()
+    record.write_text(json.dumps({"fingerprint": {"files": ["training", "validation", digest]}}))
+    return record
+
+
+@pytest.mark.slow
+def test_a_base_that_was_moved_is_found_where_the_options_say(moved, bridged_tiny, tmp_path):
+    settings = resolved(
+        tmp_path, hf_model_id=str(bridged_tiny / "hf" / "tiny"), nemo_ckpt_dir=str(tmp_path / "base"), checkpoint="last"
+    )
+    assert (deliver.export(settings, "hf_peft") / "adapter_config.json").is_file()
+    moved.write_text(json.dumps({"fingerprint": {"files": ["training", "validation", "another base"]}}))
+    with pytest.raises(DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"):
+        deliver.export(settings, "hf_peft")
 
 
 @pytest.mark.slow

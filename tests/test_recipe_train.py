@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from nemo2_trains import write_data
 
-from workshop_utils.errors import TrainingFailed, WorkshopError
+from workshop_utils.errors import DataError, TrainingFailed, WorkshopError
 from workshop_utils.finetune.events import read_events
 from workshop_utils.recipe import build, job
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
@@ -46,6 +46,7 @@ def stand_in(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"precision": "bf16-mixed", "device": "auto"}, "begin with `--preset cpu`"),
         ({"packed_sequence": True, "micro_batch_size": 1}, "packed_sequence is not possible on a CPU"),
         ({"enable_memory_profile": True}, "use enable_pytorch_profiler"),
         ({"enable_memory_monitor": True}, "enable_memory_monitor is not possible"),
@@ -73,6 +74,16 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
         job.train(settled(tmp_path))
     with pytest.raises(WorkshopError, match="SlurmExecutor"):
         job.train(settled(tmp_path, num_nodes=2))
+
+
+def test_fewer_validation_rows_than_a_batch_are_refused_before_nemo_starts(tmp_path):
+    stand_in(tmp_path)
+    write_data(tmp_path / "rows", rows=10)
+    source = HFDatasetConfig(str(tmp_path / "rows" / "training.jsonl"), train_split_ratio=0.6)
+    prepare(source, tmp_path / "prepared", max_seq_length=64, progress=False)
+    with pytest.raises(DataError, match="validation.jsonl has 2 rows, fewer than the global batch of 4"):
+        job.train(settled(tmp_path, data_dir=str(tmp_path / "prepared")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_the_same_by_what_decides_its_outcome(tmp_path):

@@ -26,7 +26,8 @@ def require_possible(resolved: Resolved) -> None:
     if not on_cpu(resolved):
         return
     wrong = {
-        f"precision={options.precision}": options.precision != "32" and "The CPU path is fp32: set precision=32.",
+        f"precision={options.precision}": options.precision != "32" and "The CPU path is fp32: set precision=32, "
+        "or begin with `--preset cpu`, which sets everything for a machine without a GPU.",
         f"context_parallel_size={options.context_parallel_size}": options.context_parallel_size > 1
         and "Only Transformer Engine's attention takes part of a sequence, and it needs a GPU: set context_parallel_size=1.",
         "packed_sequence": options.packed_sequence

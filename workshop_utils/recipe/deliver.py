@@ -66,7 +66,7 @@ def export(
         raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
     chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
     require_sound(chosen, options.trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
-    base = engines.base_of(chosen)
+    base = engines.base_of(chosen, resolved.nemo_ckpt_dir)
     if base is None and form != "hf_model":
         raise UnsupportedAdapter(f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 model as it is. For Hugging Face "
                                  "leave no_merge out and set target: hf.")  # fmt: skip
@@ -146,7 +146,7 @@ class _Export:
     def compare(self, target: Path, found: numpy.ndarray, dtype: str) -> None:
         """Raise ConformanceFailed unless ``found`` are the logits that NeMo computes from the checkpoint."""
         if self.expected is None:
-            self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust)
+            self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust, self.base)
         rows = min(found.shape[-1], self.expected.shape[-1])  # NeMo may pad the vocabulary
         expected = self.expected[..., :rows]
         apart, allowed = abs(found[..., :rows] - expected).max(), TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
@@ -198,12 +198,15 @@ class _Export:
             yield Path(folder)
 
 
-def nemo_logits(checkpoint: Path, token_ids: list[list[int]], trust: bool = False) -> numpy.ndarray:
-    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, computed in a process of its own. ``[rows, tokens, vocabulary]``."""
+def nemo_logits(checkpoint: Path, token_ids: list[list[int]], trust: bool = False, base: Path | None = None) -> numpy.ndarray:
+    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, an adapter with its ``base``, computed in a process of its own.
+
+    ``[rows, tokens, vocabulary]``.
+    """
     import numpy
 
     with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as folder:
-        job = {"checkpoint": str(checkpoint.resolve()), "token_ids": token_ids, "trust": trust}
+        job = {"checkpoint": str(checkpoint.resolve()), "token_ids": token_ids, "trust": trust, "base": base and str(base)}
         run_job(engines.__name__, Path(folder), job, checkpoint)
         return numpy.load(Path(folder) / "logits.npy")
 

@@ -10,9 +10,12 @@ process of its own. Torch and NeMo are imported by what needs them.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +31,7 @@ from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 
 ENGINES = ("dynamic", "static")
+_ADAPTER_FILE = "weights/adapter_metadata.json"
 _GUARANTEED = 1e-6  # of the buffer, for requests that go on whatever joins; Megatron-Core rounds it up to four requests
 
 
@@ -86,13 +90,14 @@ class Model:
     """A NeMo 2.0 checkpoint, an adapter with its base or a full model, loaded in this process: fp32 on a CPU, bf16 on a GPU.
 
     Raises:
-        CheckpointError: the checkpoint, or the base that an adapter names, is missing, unsafe or damaged. NeMo has not seen it then.
+        CheckpointError: the checkpoint, or the base of an adapter, is missing, unsafe or damaged. NeMo has not seen it then.
     """
 
-    def __init__(self, checkpoint: Path | str, trust: bool = False):
+    def __init__(self, checkpoint: Path | str, trust: bool = False, base: Path | str | None = None):
+        """``base`` takes the place of the one that an adapter names."""
         checkpoint = nemo2.locate(Path(checkpoint)).resolve()
         require_sound(checkpoint, trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
-        if base := base_of(checkpoint):
+        if base := Path(base) if base else base_of(checkpoint):
             require_sound(base, trust, (Kind.NEMO2,))
         nemo_cpu.apply()
         import torch
@@ -105,7 +110,8 @@ class Model:
         trainer = nl.Trainer(
             accelerator=device.kind, devices=1, num_nodes=1, strategy=strategy, logger=False, enable_checkpointing=False
         )
-        self.wrapper, self.tokenizer = setup_model_and_tokenizer(checkpoint, trainer, params_dtype=self.dtype)
+        with _naming(checkpoint, base) as checkpoint:
+            self.wrapper, self.tokenizer = setup_model_and_tokenizer(checkpoint, trainer, params_dtype=self.dtype)
         self.tokenizer.detokenize = _text_of_known(self.tokenizer)
         self.core = self.wrapper.model.to(self.dtype).eval()
         self.config = self.core.config
@@ -131,20 +137,51 @@ class Model:
         return Answer(request, self.tokenizer.detokenize(tokens, remove_special_tokens=True), tuple(tokens))
 
 
-def base_of(checkpoint: Path) -> Path | None:
+def base_of(checkpoint: Path, moved_to: Path | None = None) -> Path | None:
     """The base that the adapter ``checkpoint`` was trained on; None for a full model.
 
+    Where it is no longer at the place that the adapter names, ``moved_to`` is taken if the record of the run says that it is the same.
+
     Raises:
-        DamagedCheckpoint: the base is no longer where the adapter says.
+        DamagedCheckpoint: the base is at neither place.
     """
-    file = checkpoint / "weights" / "adapter_metadata.json"
+    file = checkpoint / _ADAPTER_FILE
     if not file.is_file():
         return None
     base = safe_text.read_json(file).get("model_ckpt_path")
     if not isinstance(base, str) or not nemo2.looks_like(Path(base)):
+        if moved_to and _trained_on(checkpoint, moved_to):
+            return moved_to
         raise DamagedCheckpoint(f"{shown(file)}: model_ckpt_path is {base!r}, which holds no NeMo 2.0 checkpoint. Put the base back there, or "
                                 "write the path of its present place into that file.")  # fmt: skip
     return Path(base)
+
+
+def _trained_on(checkpoint: Path, base: Path) -> bool:
+    """Whether the run of ``checkpoint`` recorded ``base``: by ``weights/.metadata``, in which torch gives every saved checkpoint an id."""
+    metadata, record = base / "weights" / ".metadata", checkpoint.resolve().parents[1] / "workshop" / "run.json"
+    if not metadata.is_file() or not record.is_file():
+        return False
+    files = (safe_text.read_json(record).get("fingerprint") or {}).get("files") or []
+    return hashlib.sha256(metadata.read_bytes()).hexdigest() in files
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: Path, base: Path | None) -> Iterator[Path]:
+    """``checkpoint``; for an adapter that names another base, a view of it that names ``base``, since NeMo goes by that alone."""
+    file = checkpoint / _ADAPTER_FILE
+    if base is None or (described := safe_text.read_json(file)).get("model_ckpt_path") == str(base):
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="workshop-adapter-") as folder:
+        view = Path(folder) / checkpoint.name
+        (view / "weights").mkdir(parents=True)
+        (view / "context").symlink_to(checkpoint / "context", target_is_directory=True)
+        for part in (checkpoint / "weights").iterdir():
+            if part.name != file.name:
+                (view / "weights" / part.name).symlink_to(part)
+        (view / _ADAPTER_FILE).write_text(json.dumps(described | {"model_ckpt_path": str(base)}), encoding="utf-8")
+        yield view
 
 
 def _text_of_known(tokenizer: Any) -> Callable[..., str]:
@@ -318,7 +355,7 @@ def _narrowed(tokens: Sequence[Sequence[int]], sampling: Sampling, limits: Limit
 def _work(folder: Path) -> None:
     """The process that predict and deliver start on ``job.json``: logits of ``token_ids``, or answers to ``rows``."""
     job: dict[str, Any] = json.loads((folder / "job.json").read_text("utf-8"))
-    model = Model(job["checkpoint"], job["trust"])
+    model = Model(job["checkpoint"], job["trust"], job["base"])
     if "token_ids" in job:
         import numpy
 

@@ -26,6 +26,7 @@ from workshop_utils.finetune.plan import training_environment
 from workshop_utils.recipe import choose_checkpoint
 from workshop_utils.recipe.build import on_cpu, require_possible
 from workshop_utils.recipe.plan import RUN, Resolved
+from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
 WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
 """Beginnings of the options of training that change what is seen of a run, not its outcome."""
@@ -154,6 +155,7 @@ def _require_ready(resolved: Resolved) -> None:
         raise WorkshopError(
             f"{paths.shown(resolved.nemo_ckpt_dir)} holds no imported base. Run `workshop recipe import` with the same options first."
         )
+    require_whole_batch(load_prepared(resolved.data_dir), resolved.global_batch_size)
 
 
 def _has_finished(job: Job) -> bool:

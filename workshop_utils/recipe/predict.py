@@ -96,7 +96,8 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
     rows = read_test_rows(
         Path(options.test_path) if options.test_path else resolved.data_dir / "test.jsonl", options.max_samples
     )
-    base = (engines.base_of(chosen) or resolved.nemo_ckpt_dir) if options.compare_base else None
+    own = engines.base_of(chosen, resolved.nemo_ckpt_dir)
+    base = (own or resolved.nemo_ckpt_dir) if options.compare_base else None
     if base and not nemo2.looks_like(base):
         raise NotACheckpoint(f"{paths.shown(base)} (nemo_ckpt_dir) is no NeMo 2.0 checkpoint, and the tuned model is to be compared with it. "
                              "Import the base, or switch compare_base off.")  # fmt: skip
@@ -106,12 +107,13 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
     )
     folder = resolved.output_dir / "predictions"
 
-    def answered(one: Path, name: str) -> Predictions:
+    def answered(one: Path, name: str, its_base: Path | None = None) -> Predictions:
         """The predictions file of the checkpoint ``one``."""
-        return predict(one, rows, folder / f"{name}.jsonl", sampling, limits, options.inference_engine, options.trust, progress)
+        file, engine = folder / f"{name}.jsonl", options.inference_engine
+        return predict(one, rows, file, sampling, limits, engine, options.trust, progress, its_base)
 
     before = answered(base, BASE) if base else None
-    after = answered(chosen, chosen.name)
+    after = answered(chosen, chosen.name, own)
     labels = [label for _, label in rows]
     model = options.bertscore_model
     comparison = metrics.compare(before.predictions, after.predictions, labels, model) if before else None
@@ -138,21 +140,25 @@ def predict(
     engine: str = "dynamic",
     trust: bool = False,
     progress: bool = True,
+    base: Path | None = None,
 ) -> Predictions:
     """Answer ``rows`` (prompt, label) with a NeMo 2.0 checkpoint, in a process of its own, and write ``file``.
+
+    ``base`` takes the place of the one that an adapter names.
 
     Raises: as :func:`test`.
     """
     if engine not in engines.ENGINES:
         raise WorkshopError(f"inference_engine is {engine!r}; it is one of {', '.join(engines.ENGINES)}.")
     require_sound(checkpoint, trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
-    mark = _fingerprint(checkpoint, rows, sampling, limits, engine)
+    base = base or engines.base_of(checkpoint)
+    mark = _fingerprint(checkpoint, base, rows, sampling, limits, engine)
     if done := _finished(file, mark):
         return Predictions(file, checkpoint, *done)
     partial = file.with_name(f".{file.name}.partial")
     known = _resume(partial, mark)
     left = [row for row in range(len(rows)) if row not in known]
-    speed = _answer(checkpoint, rows, left, partial, sampling, limits, engine, trust, progress) if left else {}
+    speed = _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress) if left else {}
     known = _resume(partial, mark)
     _write(file, mark, rows, known)
     partial.unlink()
@@ -160,11 +166,11 @@ def predict(
     return Predictions(file, checkpoint, predictions, refused, **(speed if len(left) == len(rows) else {}))
 
 
-def _answer(checkpoint, rows, left, partial, sampling, limits, engine, trust, progress) -> dict[str, float]:
+def _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress) -> dict[str, float]:
     # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has never seen them.
     with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as name, _bar(partial, len(rows), checkpoint.name, progress):
         job = {"checkpoint": str(checkpoint.resolve()), "engine": engine, "sampling": asdict(sampling), "limits": asdict(limits), "trust": trust,
-               "answers": str(partial.resolve()), "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left]}  # fmt: skip
+               "base": base and str(base), "answers": str(partial.resolve()), "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left]}  # fmt: skip
         run_job(engines.__name__, Path(name), job, checkpoint)
         return json.loads((Path(name) / "speed.json").read_text())
 
@@ -209,9 +215,8 @@ def _resume(partial: Path, mark: str) -> dict[int, dict]:
     return {answer["request"]: answer for answer in map(json.loads, whole)}
 
 
-def _fingerprint(checkpoint: Path, rows, sampling, limits, engine) -> str:
+def _fingerprint(checkpoint: Path, base: Path | None, rows, sampling, limits, engine) -> str:
     """Of everything that decides the answers. Weights by size and time: a digest would read gigabytes."""
-    base = engines.base_of(checkpoint)
     weights = [choose_checkpoint.files_of(one) for one in (checkpoint, base) if one]
     made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
