@@ -243,3 +243,14 @@ def test_the_printed_code_runs(tmp_path, text):
     done = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env={**os.environ, "WORKSHOP_DEVICE": "cpu"})  # fmt: skip
     assert done.stdout.strip().endswith("built"), done.stderr[-2000:]
+
+
+def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
+    """Line breaks in keys and names, keys below a known one, and numbers that Python writes otherwise."""
+    tree = {"model": {"tensor_model_parallel_size": 2, "evil\nimport os #": 1, "optim": {"name": "fused_adam", "lr": float("inf"),
+            "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}}}}}  # fmt: skip
+    file = tmp_path / 'a"""\nimport os #.yaml'
+    file.write_text(yaml.safe_dump(tree))
+    made = ast.parse(code.script(migrate(file)))
+    assert not any(isinstance(node, ast.Import) for node in made.body)
+    assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(migrate(file))

@@ -190,7 +190,7 @@ def _schedule(made: Migration, flat: dict[str, Any]) -> None:
 
 
 def _in_schedule(made: Migration, key: str) -> bool:
-    return key.startswith("model.optim.sched.") and key.rpartition(".")[2] in schedules()[made.schedule]
+    return key.startswith("model.optim.sched.") and key.removeprefix("model.optim.sched.") in schedules()[made.schedule]
 
 
 def _follow_up(made: Migration, flat: dict[str, Any]) -> None:

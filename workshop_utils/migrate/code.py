@@ -1,6 +1,7 @@
 """A :class:`~workshop_utils.migrate.Migration` as a Python script."""
 
 import json
+import math
 from typing import Any
 
 from workshop_utils.migrate import Argument, Migration
@@ -27,7 +28,7 @@ def script(made: Migration) -> str:
     ]
     return "\n".join(
         [
-            f'"""NeMo 2.0 code for {made.name}, written by `workshop migrate`."""',
+            f"# NeMo 2.0 code for {_one_line(made.name)}, written by `workshop migrate`.",
             "",
             *sorted(imports),
             "",
@@ -131,15 +132,22 @@ def _remark(one: Argument) -> str:
 def _python(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(_python, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _one_line(text: str) -> str:
+    """``text`` of the user's as part of a comment: a line break in it would begin a line of code."""
+    return " ".join(text.split())
 
 
 def _left(made: Migration) -> list[str]:
     """The keys without a counterpart, by reason."""
     reasons: dict[str, list[str]] = {}
     for key, (value, why) in made.left.items():
-        reasons.setdefault(why, []).append(f"{key}: {' '.join(_python(value).split())}")
-    lines = [f"# Keys of {made.name} that were not migrated: {len(made.left)}"] if made.left else []
+        reasons.setdefault(why, []).append(_one_line(f"{key}: {_python(value)}"))
+    lines = [f"# Keys of {_one_line(made.name)} that were not migrated: {len(made.left)}"] if made.left else []
     for why, keys in reasons.items():
         lines += [f"# - {why}:", *(f"#     {key}" for key in keys)]
     return [*lines, f"# Keys that are null and so need no argument: {made.unset}"] if made.unset else lines
