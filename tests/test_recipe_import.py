@@ -126,6 +126,13 @@ def test_another_rank_gets_what_the_first_made(tmp_path, base):
     assert out == f"at {tmp_path / 'base'}\n", err
 
 
+def test_a_place_where_nothing_can_be_made(tmp_path, base):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WorkshopError, match=r"file/base cannot be made \(File exists: .*/file\). Give another place"):
+        import_base(str(base), tmp_path / "file" / "base")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 # Reuse
 
 

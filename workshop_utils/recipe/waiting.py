@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from workshop_utils import paths
-from workshop_utils.errors import WaitedTooLong
+from workshop_utils.errors import WaitedTooLong, WorkshopError
 
 PAUSE = 0.5  # seconds between two looks
 REPEAT = 60.0  # seconds between two lines about the same wait
@@ -27,16 +27,17 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
     """Hold the lock of ``target`` for the block; ``doing`` says, to those who wait, what is being done ("importing Qwen/Qwen3-8B").
 
     Raises:
+        WorkshopError: nothing can be written there.
         WaitedTooLong: another process has held it for ``timeout`` seconds; the message says which one and what it does.
     """
     from filelock import FileLock, Timeout
 
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(target.parent / f".{target.name}.lock")
     patience = Patience(timeout)
     while True:
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=min(PAUSE, timeout), poll_interval=0.05)
             break
         except Timeout:
@@ -47,6 +48,10 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
                     "start again; with more time it may be enough to wait longer."
                 ) from None
             patience.say(f"waiting for {who} to finish with {paths.shown(target)}")
+        except OSError as error:
+            raise WorkshopError(
+                f"{paths.shown(target)} cannot be made ({error.strerror}: {error.filename}). Give another place."
+            ) from None
     note = _note(target)
     try:
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "doing": doing, "since": f"{datetime.now():%H:%M:%S}"}
