@@ -283,6 +283,16 @@ def test_a_custom_converter(made, tmp_path, tiny, monkeypatch):
             made(table(), custom_converter=name)
 
 
+def test_a_converter_that_ends_the_program_is_an_error(made, tmp_path):
+    """Exit status 0 would look like success."""
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "row.py").write_text("import sys\ndef f(row):\n    sys.exit(0)\n")
+    with pytest.raises(DataError, match=r"script.py:f cannot be imported: SystemExit: 0 \(script.py, line 2\)"):
+        made(table(), custom_converter=f"{tmp_path}/script.py:f")
+    with pytest.raises(DataError, match=r"row 1: .*row.py:f failed: SystemExit: 0 \(row.py, line 3\)"):
+        made(table(), custom_converter=f"{tmp_path}/row.py:f")
+
+
 @pytest.mark.slow
 def test_worker_processes_make_the_same_rows_and_say_the_same_errors(made, tmp_path, tiny):
     (tmp_path / "mine.py").write_text(CONVERTERS)

@@ -26,6 +26,9 @@ from workshop_utils.recipe import row_templates
 Converter = Callable[[dict[str, Any]], dict[str, Any] | None]
 _OWN_ARGUMENTS = ("path", "name", "split", "streaming", "num_proc", "trust_remote_code", "cache_dir", "keep_in_memory")
 OWN_SPLITS = "train/validation/test"
+ANYTHING = (Exception, SystemExit)
+"""What a converter of the user's may raise: anything, so that nothing narrower would do, and ``sys.exit(0)`` would end this program as if
+all were done. None is swallowed: each becomes a DataError with the line that raised it. Ctrl-C is not among them."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def _module_of_file(file: Path, name: str) -> ModuleType:
         sys.modules[known] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # a module of the user's may raise anything
+        except ANYTHING as error:
             del sys.modules[known]
             raise DataError(f"custom_converter: {name} cannot be imported: {last_line(error)}.") from error
     return sys.modules[known]
@@ -178,7 +181,7 @@ def _module(place: str, name: str) -> ModuleType:
     try:
         # A notebook may have changed the file since.
         return importlib.reload(sys.modules[place]) if place in sys.modules else importlib.import_module(place)
-    except Exception as error:  # a module of the user's may raise anything
+    except ANYTHING as error:
         raise DataError(f"custom_converter: {name} cannot be imported: {last_line(error)}.") from error
     finally:
         sys.path.remove(os.getcwd())

@@ -8,7 +8,7 @@ from workshop_utils import chat_data
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError
 from workshop_utils.recipe import splits
-from workshop_utils.recipe.dataset_config import Converter, HFDatasetConfig, last_line
+from workshop_utils.recipe.dataset_config import ANYTHING, Converter, HFDatasetConfig, last_line
 from workshop_utils.recipe.row_templates import RowTemplate
 
 COLUMNS = ("input", "output", "key", "reason", "ends")
@@ -77,7 +77,7 @@ class Conversion:
     def _converted(self, row: dict[str, Any], where: str) -> tuple[str, str, str] | None:
         try:
             made = self.converter(dict(row))
-        except Exception as error:  # the converter is the user's and may raise anything
+        except ANYTHING as error:
             raise DataError(
                 f"{where}: {self.converter_name} failed: {last_line(error)}. The row has {', '.join(self.columns)}."
             ) from error
