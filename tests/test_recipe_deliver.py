@@ -61,7 +61,7 @@ def test_other_logits_are_no_export(full, nemo, tmp_path):
     nemo.exported = 1.01
     with pytest.raises(
         ConformanceFailed,
-        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for float32 weights",
+        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for float32 weights. It was not kept",
     ):
         deliver.export(resolved(tmp_path))
     nemo.exported = float("nan")
@@ -86,8 +86,9 @@ def test_an_export_of_the_same_is_reused_of_another_replaced_when_asked(full, ne
 def test_a_spoilt_export_is_noticed_and_replaced_when_asked(full, nemo, tmp_path):
     made = deliver.export(resolved(tmp_path))
     (made / "config.json").write_text('{"number": 3}')
-    with pytest.raises(ConformanceFailed):
+    with pytest.raises(ConformanceFailed, match="It was left as it is; --overwrite makes it again"):
         deliver.export(resolved(tmp_path))
+    assert made.is_dir()
     assert deliver.export(resolved(tmp_path), overwrite=True) == made and nemo.exports == 2
 
 

@@ -37,6 +37,7 @@ FORMS = ("hf_peft", "merged", "hf_model")
 RECORD = "workshop_export.json"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of two logits, as a part of the largest logit, by the dtype of the exported weights."""
+_GONE, _LEFT = "It was not kept.", "It was left as it is; --overwrite makes it again."
 _ROWS, _LENGTH = 2, 24  # of the token ids whose logits are compared
 
 
@@ -92,11 +93,11 @@ class _Export:
         from workshop_utils.export import export as export_adapter
 
         target = self.place("hf_peft")
-        with self.huggingface_base() as base, self.kept_if_right(target):
+        with self.huggingface_base() as base, self.kept_if_right(target) as end:
             export_adapter(
                 self.checkpoint, "hf-peft", target, base_model=self.hf_model_id, overwrite=self.overwrite, trust=self.trust
             )
-            self.compare(target, huggingface_logits(base, self.token_ids, target), "float32")
+            self.compare(target, huggingface_logits(base, self.token_ids, target), "float32", end)
         return target
 
     def merged(self) -> Path:
@@ -104,11 +105,11 @@ class _Export:
         from workshop_utils.export import export as export_adapter
 
         target = self.place("merged")
-        with self.kept_if_right(target):
+        with self.kept_if_right(target) as end:
             export_adapter(
                 self.checkpoint, "nemo2-merged", target, base_model=str(self.base), overwrite=self.overwrite, trust=self.trust
             )
-            self.compare(target, nemo_logits(target, self.token_ids, self.trust), self.dtype)
+            self.compare(target, nemo_logits(target, self.token_ids, self.trust), self.dtype, end)
         return target
 
     def hf_model(self) -> Path:
@@ -119,9 +120,9 @@ class _Export:
             with paths.new_directory(target) as part:
                 to_huggingface(source, part, self.trust)
                 paths.write_text(part / RECORD, json.dumps(mark) + "\n")
-                self.compare(target, huggingface_logits(part, self.token_ids), self.dtype)
+                self.compare(target, huggingface_logits(part, self.token_ids), self.dtype, _GONE)
         else:
-            self.compare(target, huggingface_logits(target, self.token_ids), self.dtype)
+            self.compare(target, huggingface_logits(target, self.token_ids), self.dtype, _LEFT)
         return target
 
     @property
@@ -143,8 +144,8 @@ class _Export:
         draw = random.Random(0)
         return [[draw.randrange(rows // 2) for _ in range(_LENGTH)] for _ in range(_ROWS)]
 
-    def compare(self, target: Path, found: numpy.ndarray, dtype: str) -> None:
-        """Raise ConformanceFailed unless ``found`` are the logits that NeMo computes from the checkpoint."""
+    def compare(self, target: Path, found: numpy.ndarray, dtype: str, end: str) -> None:
+        """Raise ConformanceFailed, which ends in ``end``, unless ``found`` are the logits that NeMo computes from the checkpoint."""
         if self.expected is None:
             self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust, self.base)
         rows = min(found.shape[-1], self.expected.shape[-1])  # NeMo may pad the vocabulary
@@ -152,7 +153,7 @@ class _Export:
         apart, allowed = abs(found[..., :rows] - expected).max(), TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
         if not apart <= allowed:
             raise ConformanceFailed(f"{shown(target)}: its logits differ from those that NeMo computes from {shown(self.checkpoint)} by up to "
-                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. It was not kept.")  # fmt: skip
+                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. {end}")  # fmt: skip
         print(f"{shown(target)}: re-loaded; its logits differ from NeMo's by at most {apart:.1e} (allowed: {allowed:.1e})")
 
     def reusable(self, target: Path, mark: dict) -> bool:
@@ -169,15 +170,15 @@ class _Export:
         return False
 
     @contextlib.contextmanager
-    def kept_if_right(self, target: Path) -> Iterator[None]:
-        """Take a new export away again if its logits are wrong."""
+    def kept_if_right(self, target: Path) -> Iterator[str]:
+        """Take a new export away again if its logits are wrong; gives what the error is to say about it."""
         import shutil
 
-        before = target.exists()
+        end = _LEFT if target.exists() and not self.overwrite else _GONE
         try:
-            yield
+            yield end
         except ConformanceFailed:
-            if not before or self.overwrite:
+            if end is _GONE:
                 shutil.rmtree(target, ignore_errors=True)
             raise
 
