@@ -250,7 +250,7 @@ def test_other_routes(url):
 
 
 def test_key(url):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY + "x"}):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
         status, answer, _ = post(url, {"model": "tiny", "messages": HELLO}, headers)
         assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert KEY not in json.dumps(answer)

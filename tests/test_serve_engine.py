@@ -1,11 +1,12 @@
 """Many requests in one batch get what each would get alone."""
 
+import math
 import threading
 
 import pytest
 from serve_samples import held, write_base, write_nemo, write_peft
 
-from workshop_utils.errors import UnsupportedAdapter
+from workshop_utils.errors import UnsupportedAdapter, WorkshopError
 from workshop_utils.generate import load
 from workshop_utils.serve import adapters
 from workshop_utils.serve.engine import Engine, QueueFull, Row, UnknownModel
@@ -159,6 +160,38 @@ def test_stop_token_ends_a_row_and_is_no_text(engine):
     assert asked.text == engine.tokenizer.decode(asked.row.tokens, skip_special_tokens=True)
     assert asked.pieces[-1].finish == "stop"
     assert asked.row.tokens == whole.row.tokens[: len(asked.row.tokens)]
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(1, 1e-300), (1e25, 0), (1e25, 1)])
+def test_numbers_that_overflow_end_nothing(engine, folder, scale, temperature):
+    config, tensors = adapters.read(folder / "one")
+    engine.install("huge", config, {key: value * scale for key, value in tensors.items()}).result()
+    asked = Asked(engine, "a", "huge", Sampling(4, temperature=temperature, logprobs=2))
+    assert asked.text is not None and asked.pieces[-1].finish == "length"
+    assert all(math.isfinite(token.logprob) for piece in asked.pieces for token in piece.tokens)
+    assert Asked(engine, "a", None).text
+
+
+def test_replaced_adapters_leave_nothing_behind(engine, folder):
+    def layers() -> list[tuple]:
+        return [(name, len(module)) for name, module in engine._lora.named_modules() if name.endswith(("lora_A", "lora_B"))]
+
+    before = layers()
+    for _ in range(5):
+        engine.install("one", *adapters.read(folder / "two")).result()
+    assert Asked(engine, "a", "one").text
+    assert layers() == before
+
+
+def test_a_fault_is_told_to_all_who_wait(folder):
+    made = Engine(*load(folder / "tiny"))
+    with held(made):
+        first, second = made._job(lambda: 1 / 0), made._job(lambda: None)
+    for future in (first, second):
+        with pytest.raises(WorkshopError, match="stopping"):
+            future.result(10)
+    with pytest.raises(ZeroDivisionError):
+        made.thread.result()
 
 
 def test_full_queue(engine):

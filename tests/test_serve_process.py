@@ -17,7 +17,7 @@ from tiny_model import write_sharded
 
 from workshop_utils.cli import main
 from workshop_utils.errors import CheckpointError, NotACheckpoint, WorkshopError
-from workshop_utils.serve import start
+from workshop_utils.serve import engine, start
 from workshop_utils.serve.server import Service
 
 
@@ -78,6 +78,30 @@ def test_signals_end_it_gracefully(folder, number):
     log = server.log.read_text()
     assert log.splitlines()[-1] == "stopped"
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_stopped_while_it_loads(folder, monkeypatch, moment):
+    """Whichever comes first, the engine's thread ends: else the process would not."""
+    service = Service(folder / "tiny", folder / "store")
+    made = []
+
+    class Engine(engine.Engine):
+        def __init__(self, *words):
+            service.close() if moment == "before" else None
+            super().__init__(*words)
+            made.append(self)
+            service.close() if moment == "after" else None
+
+    monkeypatch.setattr(engine, "Engine", Engine)
+    service.load()
+    made[0].thread.result(10)
+    assert not service.ready
+
+
+def test_an_empty_key_is_no_key(folder, capsys):
+    assert main(["serve", "--base", str(folder / "tiny"), "--api-key", ""]) == 1
+    assert "--api-key is empty" in capsys.readouterr().err
 
 
 def test_port_in_use(folder, capsys):

@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import threading
 
 import export_samples
 import pytest
+from safetensors.torch import load_file, save_file
 from serve_samples import SHAPE, write_base, write_nemo, write_peft
 
 from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.generate import generate, load
-from workshop_utils.serve import adapters
+from workshop_utils.serve import adapters, engine
 from workshop_utils.serve.adapters import Store, read
+from workshop_utils.serve.engine import Row
+from workshop_utils.serve.sampling import Sampling
 
 
 class Engine:
@@ -163,11 +167,56 @@ def test_nothing_and_too_much(tmp_path):
         read(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("field", "value"), [("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all"), ("peft_type", "IA3"),
+@pytest.mark.parametrize(("field", "value"), [("modules_to_save", ["lm_head"]), ("bias", "all"), ("peft_type", "IA3"),
                                               ("alora_invocation_tokens", [1]), ("r", "4")])  # fmt: skip
 def test_adapters_that_cannot_share_a_batch(tmp_path, field, value):
     with pytest.raises((UnsupportedAdapter, CheckpointError), match=field):
         read(write_peft(tmp_path / "a", 1, **{field: value}))
+
+
+def test_dora_cannot_share_a_batch(tmp_path):
+    directory = write_peft(tmp_path / "a", 1, use_dora=True)
+    weights = directory / "adapter_model.safetensors"
+    state = load_file(weights)
+    lengths = {
+        key.replace("lora_B.weight", "lora_magnitude_vector"): value[:, 0].abs()
+        for key, value in state.items()
+        if "lora_B" in key
+    }
+    save_file(state | lengths, weights, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedAdapter, match="use_dora.*Merge it"):
+        read(directory)
+
+
+def test_one_that_is_away_for_a_moment_is_not_removed(store, monkeypatch):
+    """A directory cannot be replaced in one step: between two renames there is none."""
+    write_peft(store.directory / "a", 1)
+    store.refresh()
+    away = (store.directory / "a").rename(store.directory / ".a.old")
+    monkeypatch.setattr(store._stop, "wait", lambda _: away.rename(store.directory / "a") and False)
+    store.refresh()
+    assert store.served.keys() == {"a"}
+    assert store.said == ["adapter a: served"]
+
+
+@pytest.mark.parametrize("config", [{"target_modules": "("}, {"exclude_modules": "("}, {"rank_pattern": {"(": 4}}, {"rank_pattern": [1]},
+                                    {"alpha_pattern": {"v_proj": "x"}}, {"lora_alpha": float("inf")}, {"layers_to_transform": [0, 1], "layers_pattern": "("}])  # fmt: skip
+def test_no_configuration_changes_the_base_or_ends_the_engine(tmp_path, config):
+    made = engine.Engine(*load(write_base(tmp_path / "tiny")))
+
+    def answer() -> list[int]:
+        ended = threading.Event()
+        row = Row([5, 6, 7], Sampling(12, temperature=0), lambda piece: piece.finish and ended.set())
+        made.submit([row], None)
+        assert ended.wait(30)
+        return row.tokens
+
+    before = answer()
+    write_peft(tmp_path / "store" / "a", 1, **config)
+    Store(tmp_path / "store", made, "tiny", say=str).refresh()
+    assert answer() == before
+    made.close()
+    made.thread.result()
 
 
 def test_hostile_and_broken(tmp_path):

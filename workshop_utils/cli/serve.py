@@ -67,6 +67,8 @@ def run(args) -> int:
     for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body"):
         if not getattr(args, name) > 0:
             raise WorkshopError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be above 0.")
+    if args.api_key == "":
+        raise WorkshopError("--api-key is empty. Give a key, or leave the option out to serve without.")
     key = args.api_key or os.environ.get(server.API_KEY) or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(

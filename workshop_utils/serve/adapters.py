@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint, UnsupportedAdapter, WorkshopError
-from workshop_utils.formats.safe_text import read_json
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 from workshop_utils.terminal import one_line
@@ -27,79 +26,38 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTLE = 0.3
 """Seconds that a directory has to stay as it is before it is read."""
-_FIELDS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-    "exclude_modules",
-)
-_REFUSED = ("use_dora", "modules_to_save", "lora_bias", "use_qalora", "target_parameters", "trainable_token_indices", "layer_replication",
-            "alora_invocation_tokens", "arrow_config", "fan_in_fan_out")  # fmt: skip
-
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
 def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fields of PEFT's ``LoraConfig`` and the tensors under PEFT's names of the adapter in ``directory``.
 
-    The row order and the scale of a ``.nemo`` are those that its YAML states (see :mod:`workshop_utils.export`).
+    They are those that an export to PEFT writes (see :mod:`workshop_utils.export`): one rank and one scale, and no pattern of a
+    stranger's configuration for PEFT to match.
 
     Raises:
         NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: it holds no adapter, more than one, or not a sound one.
         UnsupportedAdapter: a kind that cannot share a batch with others.
     """
+    from workshop_utils.export import hf_peft
+    from workshop_utils.export.adapter import read_adapter
+    from workshop_utils.export.record import make_record
+
     archives, config = sorted(directory.glob("*.nemo")), directory / "adapter_config.json"
     if len(archives) + config.is_file() != 1:
-        found = (
-            ", ".join([*(file.name for file in archives), *(["adapter_config.json"] if config.is_file() else [])]) or "neither"
+        found = [*(file.name for file in archives), *(["adapter_config.json"] if config.is_file() else [])]
+        raise NotACheckpoint(
+            f"{shown(directory)} has to hold one .nemo or one adapter_config.json; it holds {', '.join(found) or 'neither'}."
         )
-        raise NotACheckpoint(f"{shown(directory)} has to hold one .nemo or one adapter_config.json; it holds {found}.")
-    if archives:
-        from workshop_utils.export import hf_peft
-        from workshop_utils.export.adapter import read_adapter
-        from workshop_utils.export.record import make_record
-
-        require_sound(archives[0], trust)
-        adapter = read_adapter(archives[0])
-        fields = hf_peft.config_for(adapter, make_record(adapter, "hf-peft", None, adapter.base))
-        tensors = hf_peft.tensors_for(adapter)
-    else:
-        require_sound(directory, trust, (Kind.PEFT,))
-        fields = _served_fields(directory, read_json(config))
-        tensors = _tensors(directory)
+    source = archives[0] if archives else directory
+    require_sound(source, trust, () if archives else (Kind.PEFT,))
+    adapter = read_adapter(source)
+    if adapter.magnitudes:
+        raise UnsupportedAdapter(f"{shown(source)} is DoRA (use_dora); this server, like vLLM, takes plain LoRA. Merge it into its base instead.")  # fmt: skip
+    fields = hf_peft.config_for(adapter, make_record(adapter, "hf-peft", None, adapter.base))
     # PEFT itself widens half precision when it loads an adapter.
-    return {name: fields[name] for name in _FIELDS if fields.get(name) is not None}, {
-        key: value.float() for key, value in tensors.items()
-    }
-
-
-def _served_fields(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
-    refused = [name for name in _REFUSED if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        refused.append("peft_type" if config.get("peft_type") != "LORA" else "bias")
-    if refused:
-        raise UnsupportedAdapter(f"{shown(directory)}: adapter_config.json sets {refused[0]} to {config.get(refused[0])!r}; this server, like vLLM, "
-                                 "takes plain LoRA. Merge such an adapter into its base instead.")  # fmt: skip
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        raise UnsupportedAdapter(f"{shown(directory)}: adapter_config.json needs the numbers r and lora_alpha.")
-    return config
-
-
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
-    import torch
-    from safetensors.torch import load
-
-    file = directory / "adapter_model.safetensors"
-    if file.is_file():
-        return load(
-            file.read_bytes()
-        )  # load_file would map the file: writing to it changes what is served, cutting it kills us
-    return torch.load(directory / "adapter_model.bin", map_location="cpu", weights_only=True)
+    tensors = {key: value.float() for key, value in hf_peft.tensors_for(adapter).items()}
+    return {name: fields[name] for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")}, tensors
 
 
 class Store:
@@ -115,7 +73,7 @@ class Store:
 
     def watch(self, seconds: float) -> None:
         """Look every ``seconds`` until :meth:`stop`."""
-        while not self._stop.wait(seconds):
+        while not self._stop.wait(min(seconds, threading.TIMEOUT_MAX)):
             self.refresh()
 
     def stop(self) -> None:
@@ -125,17 +83,16 @@ class Store:
     def refresh(self) -> None:
         """Take in what is new, replace what has changed, drop what is gone."""
         found = self._scan()
-        for name in self._seen.keys() - found.keys():
+        if found == self._seen or self._stop.wait(_SETTLE):
+            return
+        again = self._scan()
+        for name in self._seen.keys() - found.keys() - again.keys():  # one that is being replaced may be away for a moment
             del self._seen[name]
             if name in self._engine.adapters:
                 self._engine.remove(name).result()
                 self._say(f"adapter {name}: removed")
-        changed = {name: signature for name, signature in found.items() if self._seen.get(name) != signature}
-        if not changed or self._stop.wait(_SETTLE):
-            return
-        again = self._scan()
-        for name, signature in changed.items():
-            if again.get(name) == signature:
+        for name, signature in found.items():
+            if self._seen.get(name) != signature == again.get(name):
                 self._take(name, signature)
 
     def _take(self, name: str, signature: Signature) -> None:

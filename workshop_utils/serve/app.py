@@ -133,8 +133,8 @@ class _Guard:
 
         app = self._app
         if scope["type"] == "http" and scope["path"] not in _HEALTH and self._key:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not hmac.compare_digest(given, self._key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key.encode()):
                 app = ApiError(401, "The API key is missing or wrong: send 'Authorization: Bearer KEY'.").response()
         await app(scope, counted, send)
 
@@ -188,10 +188,9 @@ class _Run:
                 loop.call_soon_threadsafe(self._news.put_nowait, (index, piece))
 
             self.rows.append(Row(ids, body.sampling(room, index % body.n), emit))
-        if len(self.rows) > service.max_batch:
-            raise ApiError(
-                400, f"{len(self.rows)} texts in one request; the most is {service.max_batch}.", "n", "invalid_value"
-            )
+        most = min(service.max_batch, service.limits.max_queue)
+        if len(self.rows) > most:
+            raise ApiError(400, f"{len(self.rows)} texts in one request; the most is {most}.", "n", "invalid_value")
         try:
             service.submit(self.rows, body.model)
         except UnknownModel:

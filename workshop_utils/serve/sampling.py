@@ -60,7 +60,7 @@ def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
     """
     import torch
 
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-5:  # as vLLM: dividing by less overflows
         return int(logits.argmax())
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
     if sampling.top_p < 1:

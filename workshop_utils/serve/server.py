@@ -64,7 +64,7 @@ class Service:
         self.name, self.limits, self._refresh, self._trust = self.base.resolve().name, limits or Limits(), refresh, trust
         self.max_length, self.max_batch = self.limits.max_length, self.limits.max_batch
         self.engine: Engine | None = None
-        self.ready = False
+        self.ready = self._closed = False
         self._store = None
         self._created = int(time.time())
 
@@ -80,16 +80,19 @@ class Service:
         )
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self.engine = Engine(model, self._tokenizer, self.max_batch, self.limits.max_queue)
+        if self._closed:
+            self.engine.close()
+            return
         if self.store:
             self._store = Store(self.store, self.engine, self.name, self._trust, say=lambda line: print(line, flush=True))
             self._store.refresh()
             threading.Thread(target=self._store.watch, args=(self._refresh,), daemon=True).start()
-        self.ready = True
+        self.ready = not self._closed
         print(f"ready: {', '.join([self.name, *self.engine.adapters])}", flush=True)
 
     def close(self, grace: float = 0) -> None:
         """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends with an error."""
-        self.ready = False
+        self.ready, self._closed = False, True
         if self._store:
             self._store.stop()
         if self.engine:
@@ -185,7 +188,7 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
     loading.add_done_callback(lambda done: _stop_after_failure(done, server, service))
     # uvicorn hands the signal on when it has stopped. That is the wanted end, not an error.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     server.run(sockets=[listener])
     if loading.done():
         loading.result()
@@ -270,18 +273,23 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
     command += [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command += ["--trust"] if trust else []
     environment = os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
-    log = Path(tempfile.mkstemp(prefix="workshop-serve-", suffix=".log")[1])
-    with log.open("w") as output:
+    with tempfile.NamedTemporaryFile("w", prefix="workshop-serve-", suffix=".log", delete=False) as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    log = Path(output.name)
     handle = Handle("", log, process)
     until = time.monotonic() + timeout
-    while time.monotonic() < until and process.poll() is None:
-        lines = log.read_text(errors="replace").splitlines()
-        handle.url = next((line.removeprefix(_LISTENING).split()[0] for line in lines if line.startswith(_LISTENING)), "")
-        if handle.url and _answers(f"{handle.url}/v1/health/ready"):
-            return handle
-        time.sleep(0.2)
-    handle.stop()
+    ready = False
+    try:
+        while time.monotonic() < until and process.poll() is None:
+            lines = log.read_text(errors="replace").splitlines()
+            handle.url = next((line.removeprefix(_LISTENING).split()[0] for line in lines if line.startswith(_LISTENING)), "")
+            ready = bool(handle.url) and _answers(f"{handle.url}/v1/health/ready")
+            if ready:
+                return handle
+            time.sleep(0.2)
+    finally:
+        if not ready:  # also when a cell is interrupted
+            handle.stop()
     why = f"did not get ready in {timeout:g} s" if time.monotonic() >= until else "ended"
     raise WorkshopError(f"the server {why}. It wrote:\n{log.read_text(errors='replace')[-2000:]}")
 
