@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -242,6 +243,15 @@ PEFT_FAULTS = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, None, "merge it into its base"),
     "dora": ({"use_dora": True}, None, "servers take no DoRA"),
     "rank pattern": ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern is set"),
+    "no targets": ({"target_modules": "absent"}, None, "target_modules names modules: it is None"),
+    "targets that are no names": ({"target_modules": 5}, None, "target_modules names modules: it is 5"),
+    "other layers": ({"layers_to_transform": [5]}, None, "layers_to_transform = [5], but the tensors are for the layers 0, 1"),
+    "a layer too few": ({"layers_to_transform": 0}, None, "layers_to_transform = 0, but the tensors are"),
+    "a picked layer is missing": ({"layers_to_transform": [0, 1]}, without("layers.0.mlp.down_proj"), "is missing in layer 0"),
+    "alpha without end": ({"lora_alpha": 1e300}, None, "lora_alpha is a positive number"),
+    "pattern that is none": ({"alpha_pattern": {"q_proj": "x"}}, None, "alpha_pattern gives modules positive numbers"),
+    "dora by a number": ({"use_dora": 1}, None, "has its lora_magnitude_vector"),
+    "saved modules that are none": ({"modules_to_save": 5}, lambda s: s | {"base_model.model.x": torch.ones(1)}, "the key 'base_model.model.x'"),
     "module of another": ({"megatron_core": "os"}, None, "do not load it"),
 }  # fmt: skip
 
@@ -252,6 +262,59 @@ def test_a_broken_peft_adapter(root, exported, fault, reader):
     config, tensors, words = PEFT_FAULTS[fault]
     text = broken(judge(peft_copy(root, exported, config, tensors), reader))
     assert words in text, text
+
+
+def test_the_layers_that_were_picked(root, exported):
+    path = peft_copy(root, exported, {"layers_to_transform": [1]}, without("layers.0."))
+    assert judge(path, "vllm").conforms, broken(judge(path, "vllm"))
+
+
+def test_a_pattern_for_target_modules_is_said_to_be_unchecked(root, exported):
+    found = judge(peft_copy(root, exported, {"target_modules": r".*_proj"}), "peft")
+    assert found.conforms
+    assert any("not compared with the keys" in note for note in found.notes)
+
+
+def fixed(path: Path, reader: str, root: Path):
+    """Judge ``path`` again after the command of its first fix."""
+    command = (
+        broken(judge(path, reader))
+        .partition("-> ")[2]
+        .splitlines()[0]
+        .partition("workshop ")[2]
+        .replace(" --base ID", " --base some/model")
+    )
+    words = shlex.split(command)
+    assert cli.main([*words, "--out", str(root / "mended")]) == 0
+    return judge(next(iter(root.glob("mended/*.nemo")), root / "mended"), reader)
+
+
+@pytest.mark.parametrize(
+    "fault", ["no prefix", "the adapter's name", "mixed dtypes", "double", "no base", "rank pattern", "no targets"]
+)
+def test_the_command_of_a_fix_mends_the_adapter(root, exported, fault, monkeypatch):
+    monkeypatch.chdir(root)
+    config, tensors, _ = PEFT_FAULTS[fault]
+    (root / "it's mine").mkdir()
+    mended = fixed(peft_copy(root / "it's mine", exported, config, tensors), "vllm", root)
+    assert mended.conforms, broken(mended)
+
+
+@pytest.mark.parametrize("fault", ["alpha not baked in", "order not stated", "order of NeMo", "mixed dtypes", "shared"])
+def test_the_command_of_a_fix_mends_the_nemo(root, fault, monkeypatch):
+    monkeypatch.chdir(root)
+    config, state, _ = NEMO_FAULTS[fault]
+    mended = fixed(nemo_of(root, config, state), "trtllm", root)
+    assert mended.conforms, broken(mended)
+
+
+@pytest.mark.parametrize("fault", ["missing half", "missing layer", "wrong ending", "transposed", "views"])
+def test_what_cannot_be_mended_is_not_exported_from_itself(root, fault):
+    config, state, _ = NEMO_FAULTS[fault]
+    text = broken(judge(nemo_of(root, config, state), "trtllm"))
+    assert "TRAINED_ADAPTER" in text
+    assert "alpha is 4" not in text
+    assert "lower rate" not in text
 
 
 def test_what_peft_takes_and_servers_do_not(root, exported):

@@ -345,6 +345,48 @@ def test_the_proof_sees_wrong_rows_and_a_missing_scale(root, monkeypatch):
     assert "DIFFERS" in found.table()
 
 
+def rewritten(directory: Path, change) -> Path:
+    """The merged model in ``directory`` with every tensor that ``change`` gives back in place of its own."""
+    file = directory / "model.safetensors"
+    save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_hides_no_wrong_scale(root, dtype, monkeypatch):
+    """An update far smaller than the weights, at 1.3 times its size."""
+    base = base_of(root)
+    small = {name: tensor * (0.02 if "linear_out" in name else 1) for name, tensor in tensors_of(GQA, ALL).items()}
+    source = write_adapter(root / "n.nemo", config_of(GQA, ALL), small)
+    more = write_adapter(root / "m.nemo", config_of(GQA, ALL, alpha=8 * 1.3), small)
+    right = {to: export(source, to, root / f"right-{to}", base_model=str(base), dtype=dtype) for to in ("hf-merged", "hf-peft")}
+    wrong = {f"wrong {to}": export(more, to, root / f"wrong-{to}", base_model=str(base), dtype=dtype) for to in right}
+    found = prove(source, right | wrong, base)
+    assert [form.proven for form in found.forms] == [True, True, False, False], found.table()
+    monkeypatch.setattr(merge, "updated", lambda weight, *_: weight)
+    with pytest.raises(ConformanceFailed, match="a weight is off by"):
+        export(source, "hf-merged", root / "base-again", base_model=str(base), dtype=dtype)
+
+
+def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
+    base = base_of(root)
+    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
+    merged = export(source, "hf-merged", base_model=str(base))
+    assert prove(source, {"merged": merged}, base).proven
+    rewritten(
+        merged, lambda name, tensor: tensor.index_fill(0, torch.arange(1, 63), float("nan")) if "embed" in name else tensor
+    )
+    found = prove(source, {"merged": merged}, base, trust=True)
+    assert (found.proven, found.forms[0].untold) == (False, "its logits are no numbers")
+    assert plots.proof_finding(found).startswith("0 of 1 exports")
+    plots.plot_proof(found)
+    none = {name: tensor * ("linear_in" in name) for name, tensor in tensors_of(GQA).items()}
+    idle = write_adapter(root / "i.nemo", config_of(GQA), none)
+    found = prove(idle, {"peft": export(idle, "hf-peft", root / "idle", check=False)}, base, trust=True)
+    assert (found.effect, found.proven, found.forms[0].proven) == (0, False, None)
+    assert "nothing to prove" in found.table()
+
+
 def test_the_proof_says_what_it_cannot_load(root):
     base = base_of(root, GQA_HEAD_DIM)
     source = write_adapter(root / "n.nemo", config_of(GQA_HEAD_DIM), tensors_of(GQA_HEAD_DIM))

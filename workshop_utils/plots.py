@@ -213,9 +213,13 @@ def plot_proof(proof: Proof) -> Figure:
 
 def proof_finding(proof: Proof) -> str:
     """The result in one sentence; also the alternative text of :func:`plot_proof`."""
-    told = [form for form in proof.forms if form.logits is not None]
+    told = [form for form in proof.forms if form.proven is not None]
     equal = [form.logits for form in told if form.proven]
-    wrong = "".join(f"; {form.name} differs by {form.logits:.1g}" for form in told if not form.proven)
+    wrong = "".join(
+        f"; {form.name}: {form.untold}" if form.untold else f"; {form.name} differs by {form.logits:.1g}"
+        for form in told
+        if not form.proven
+    )
     close = f", these differ by {max(equal):.0e} at most" if equal else ""
     return f"{len(equal)} of {len(told)} exports compute what was trained: the adapter moves a logit by up to {proof.effect:.0f}{close}{wrong}."
 

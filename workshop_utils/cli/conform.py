@@ -22,7 +22,7 @@ Judge anybody's LoRA adapter by the public rules of the program that is to read 
 
 NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in it.
 The base is not needed, torch is not needed, and nothing that a file contains is run.
-Exit status: 0 every rule holds, 1 one does not, 2 not an adapter.
+Exit status: 0 every rule holds, 1 one does not, 2 there is nothing to judge.
 """
 
 EXAMPLES = """\

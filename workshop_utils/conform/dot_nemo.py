@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.conform.rules import Judgement, check_rank, check_storage, check_values, first
+from workshop_utils.conform.rules import TRAINED, Judgement, check_rank, check_storage, check_values, first
 from workshop_utils.doctor import companions
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsupportedAdapter
@@ -43,22 +43,29 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
         )
         return
     fault = first([str(finding) for finding in report.findings])
-    found.check("it can be read, and nothing in it runs code", fault, "fetch it again from where it was made; do not load it")
+    if not found.check(
+        "it can be read, and nothing in it runs code", fault, "fetch it again from where it was made; do not load it"
+    ):
+        return
+    if for_trtllm and any(_ADAPTER not in tensor.name for tensor in checkpoint.tensors):
+        again = found.again("hf-peft")
     compressed = "it is compressed with gzip" if nemo_archive.is_compressed(path) else None
     found.check("a plain, uncompressed tar", compressed, f"gunzip it, or: {again}")
     if not _check_members(found, [member.stored_name for member in members], again):
         return
     fault = _no_lora(path, config)
     if not found.check(
-        "a LoRA adapter: peft.peft_scheme lora, variant nemo", fault, "give an adapter; a whole model is served as a model"
+        "a LoRA adapter: peft.peft_scheme lora, variant nemo",
+        fault,
+        "no server reads another kind: train with these two; a whole model is served as a model",
     ):
         return
     _check_keys(found, checkpoint, for_trtllm)
-    rank = _check_layout(found, path, config, checkpoint, again)
+    rank = _check_layout(found, path, config, checkpoint)
     check_rank(found, rank, max_rank, "NIM_MAX_LORA_RANK" if found.reader == "nim1" else "the largest LoRA rank")
     _check_config(found, config, rank, for_trtllm, again)
-    check_storage(found, checkpoint, checkpoint.nbytes)
-    check_values(found, checkpoint, {tensor.name for tensor in checkpoint.tensors if ".linear_out." in tensor.name})
+    check_storage(found, checkpoint, checkpoint.nbytes, again)
+    check_values(found, checkpoint, {tensor.name for tensor in checkpoint.tensors if ".linear_out." in tensor.name}, again)
 
 
 def _check_members(found: Judgement, names: list[str], again: str) -> bool:
@@ -88,19 +95,19 @@ def _no_lora(path: Path, config: dict[str, Any]) -> str | None:
 
 def _check_keys(found: Judgement, checkpoint: Checkpoint, for_trtllm: bool) -> None:
     names = [tensor.name for tensor in checkpoint.tensors]
-    peft = "export it for PEFT, which takes every module: " + found.again("hf-peft")
     flat = [f"{tensor.name} is {list(tensor.shape)}" for tensor in checkpoint.tensors if len(tensor.shape) != 2]
-    found.check("a flat dictionary of two-dimensional tensors", first(flat), peft)
+    found.check("a flat dictionary of two-dimensional tensors", first(flat), TRAINED)
     if for_trtllm:
         others = [f"the key {name!r}" for name in names if _ADAPTER not in name]
-        found.check("attention_qkv only", first(others), peft)
+        fix = "export it for PEFT, which takes every module: " + found.again("hf-peft")
+        found.check("attention_qkv only", first(others), fix)
     odd = [f"the key {name!r}" for name in names if not _LAYER.match(name)]
-    found.check("the layer's number is in every key", first(odd), peft)
+    found.check("the layer's number is in every key", first(odd), TRAINED)
     ends = [f"the key {name!r}" for name in names if not name.endswith(("linear_in.weight", "linear_out.weight"))]
-    found.check("keys end in linear_in.weight or linear_out.weight", first(ends), peft)
+    found.check("keys end in linear_in.weight or linear_out.weight", first(ends), TRAINED)
 
 
-def _check_layout(found: Judgement, path: Path, config: dict[str, Any], checkpoint: Checkpoint, again: str) -> int | None:
+def _check_layout(found: Judgement, path: Path, config: dict[str, Any], checkpoint: Checkpoint) -> int | None:
     """Layers, halves, ranks and shapes, as the exporters read them; the rank."""
     faults: list[str] = []
     rank = None
@@ -111,8 +118,7 @@ def _check_layout(found: Judgement, path: Path, config: dict[str, Any], checkpoi
     except (CheckpointError, UnsupportedAdapter) as error:
         faults.append(str(error))
     found.check(
-        "every layer has both halves, of one rank, in the shapes that the YAML asks for", first(faults),
-        f"export it again from what the training wrote: {again}",
+        "every layer has both halves, of one rank, in the shapes that the YAML asks for", first(faults), TRAINED
     )  # fmt: skip
     return rank
 
@@ -122,14 +128,15 @@ def _check_config(found: Judgement, config: dict[str, Any], rank: int | None, fo
     found.check("the YAML has every field that NeMo's converter reads", first(absent), again)
     sizes = [config.get(name) for name in _CONVERTER[-2:]]
     fault = None if all(size in (1, None) for size in sizes) else f"sizes {sizes}"
-    found.check("one tensor-parallel and one pipeline-parallel rank", fault, again)
+    whole = "write 1 for both into model_config.yaml if the weights are those of the whole model; else "
+    found.check("one tensor-parallel and one pipeline-parallel rank", fault, whole + TRAINED)
     ours = config.get("workshop")
     ours = ours if isinstance(ours, dict) else {}
     order, lora = ours.get("qkv_order"), config["peft"]["lora_tuning"]
     if for_trtllm:
         baked = (
             None
-            if rank and lora.get("alpha") == rank
+            if lora.get("alpha") == (rank or lora.get("adapter_dim"))
             else f"alpha is {lora.get('alpha')!r} and adapter_dim {lora.get('adapter_dim')!r}"
         )
         found.check(

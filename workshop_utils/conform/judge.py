@@ -58,7 +58,9 @@ def judge(path: Path | str, reader: str, max_rank: int | None = None) -> Judgeme
         return found
     takes = " or ".join(_NAMES[form] for form in forms)
     refused = None if found.form in forms else f"this is {_NAMES[found.form]}"
-    if not found.check(f"the form: {takes}", refused, found.again(forms[0], *(["--reader nemo"] if reader == "nemo" else []))):
+    if not found.check(
+        f"the form: {takes}", refused, found.again(forms[0], *(["--reader nemo --base DIR"] if reader == "nemo" else []))
+    ):
         return found
     if reader.startswith("nim"):
         _check_store(found, path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.conform.rules import Judgement, check_rank, check_storage, check_values, first
+from workshop_utils.conform.rules import TRAINED, Judgement, check_rank, check_storage, check_values, first
 from workshop_utils.doctor.adapters import check_peft
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
@@ -51,7 +51,7 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     rest = [str(fault) for fault in report.findings if PREFIX + " PEFT would" not in str(fault)]
     found.check(
         "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules names just these", first(rest),
-        f"write target_modules and r as the tensors have them, or: {again}",
+        f"write target_modules, r and layers_to_transform as the tensors have them; where tensors are missing, {TRAINED}",
     )  # fmt: skip
     ranks = sorted({tensor.shape[0] for tensor in checkpoint.tensors if ".lora_A." in tensor.name and tensor.shape})
     if served:
@@ -61,8 +61,8 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     check_rank(
         found, max(ranks, default=None), max_rank, "NIM_MAX_LORA_RANK" if found.reader.startswith("nim") else "--max-lora-rank"
     )
-    check_storage(found, checkpoint, checkpoint.nbytes)
-    check_values(found, checkpoint, {tensor.name for tensor in checkpoint.tensors if ".lora_B" in tensor.name})
+    check_storage(found, checkpoint, checkpoint.nbytes, again)
+    check_values(found, checkpoint, {tensor.name for tensor in checkpoint.tensors if ".lora_B" in tensor.name}, again)
 
 
 def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, again: str) -> None:
@@ -73,13 +73,23 @@ def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, aga
     exact("peft_type", "LORA", fix="only LoRA adapters are served this way; merge another kind into its base")
     exact("task_type", "CAUSAL_LM", fix="write task_type CAUSAL_LM there; NeMo's exporter leaves it out")
     rank, alpha = size(config, "r"), number(config, "lora_alpha")
-    found.check(f"{_CONFIG}: r is a positive whole number", None if rank else f"it is {config.get('r')!r}", again)
-    fault = None if alpha is not None and alpha > 0 else f"it is {config.get('lora_alpha')!r}"
+    fix = "write the rank there, the first size of each lora_A"
+    found.check(f"{_CONFIG}: r is a positive whole number", None if rank else f"it is {config.get('r')!r}", fix)
+    fault = None if alpha is not None and 0 < alpha < 1e9 else f"it is {config.get('lora_alpha')!r}"
     found.check(
         f"{_CONFIG}: lora_alpha is a positive number",
         fault,
         "write the alpha of the training there: without it nobody knows the scale",
     )
+    targets = config.get("target_modules")
+    named = targets and (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(it, str) for it in targets)))
+    found.check(f"{_CONFIG}: target_modules names modules", None if named else f"it is {targets!r}", again)
+    if named and isinstance(targets, str):
+        found.note(f"target_modules is {targets!r}: a pattern, which was not compared with the keys")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        sound = isinstance(pattern, Mapping) and all((number(pattern, key) or 0) > 0 for key in pattern)
+        found.check(f"{_CONFIG}: {field} gives modules positive numbers", None if sound else f"it is {pattern!r}", TRAINED)
     base = config.get("base_model_name_or_path")
     fault = None if isinstance(base, str) and base else "base_model_name_or_path is empty; --base ID records it"
     found.check(f"{_CONFIG} names the base", fault, f"name it: {again} --base ID")
@@ -103,15 +113,19 @@ def _check_keys(found: Judgement, checkpoint: Checkpoint, config: Mapping[str, A
     found.check(
         f"keys begin with {PREFIX}", first(bare), f"PEFT leaves them out with a warning, and B stays zero: {again} --trust"
     )
-    saved = config.get("modules_to_save") or []
-    dora = config.get("use_dora") is True
+    saved = config.get("modules_to_save")
+    saved = saved if isinstance(saved, list) else []
+    dora = bool(config.get("use_dora"))
     odd = [
         f"the key {name!r}" for name in names
         if not (_KEY.fullmatch(name) or (dora and _MAGNITUDE.fullmatch(name)) or not name.startswith(PREFIX) or any(f".{it}." in name for it in saved))
     ]  # fmt: skip
-    found.check("keys are base_model.model.model.layers.N.BLOCK.PROJ.lora_A|B.weight", first(odd), again)
+    fix = "rename them, or train without the other modules: servers take these only"
+    if all(".default" in name for name in names):
+        fix = f"they still have the adapter's name in them, which PEFT puts in itself: {again} --trust"
+    found.check("keys are base_model.model.model.layers.N.BLOCK.PROJ.lora_A|B.weight", first(odd), fix)
     if dora:
         places = {_KEY.fullmatch(name).group(1, 2) for name in names if _KEY.fullmatch(name)}
         lengths = {_MAGNITUDE.fullmatch(name).group(1, 2) for name in names if _MAGNITUDE.fullmatch(name)}
         lacking = [f"layer {layer}, {module} has none" for layer, module in sorted(places - lengths)]
-        found.check("every module of a DoRA adapter has its lora_magnitude_vector", first(lacking), again)
+        found.check("every module of a DoRA adapter has its lora_magnitude_vector", first(lacking), TRAINED)

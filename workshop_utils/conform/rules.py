@@ -1,5 +1,6 @@
 """What a judgement consists of, and the rules about values that every form shares."""
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
 
 _SERVED = {"float32", "bfloat16", "float16"}
+#: The way out where the file itself cannot be mended.
+TRAINED = "export it again from what the training wrote: workshop export TRAINED_ADAPTER --to ..."
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Judgement:
 
     def again(self, to: str, *options: str) -> str:
         """The command that makes a sound export of this adapter."""
-        return " ".join([f"workshop export {shown(self.path)} --to {to}", *options])
+        return " ".join([f"workshop export {shlex.quote(shown(self.path))} --to {to}", *options])
 
 
 def first(items: list[str]) -> str | None:
@@ -71,7 +74,7 @@ def check_rank(found: Judgement, rank: int | None, max_rank: int | None, option:
         )
 
 
-def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str]) -> None:
+def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str], again: str) -> None:
     """Dtype, finite numbers, and a B that is not zero everywhere; ``outs`` names the tensors that are a B.
 
     Tensor by tensor: never more than one is in memory.
@@ -80,17 +83,22 @@ def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str]) -> No
     known = _SERVED | (set() if found.reader == "vllm" or found.reader.startswith("nim") else {"float64"})
     fault = None if len(kinds) == 1 and kinds[0] in known else f"it has {', '.join(kinds) or 'no tensors'}"
     found.check(
-        "one floating-point dtype, as the base can have it", fault, "export again with --dtype bfloat16 (or that of the served base): "
-        "some servers answer like the base when the dtypes differ"
+        "one floating-point dtype, as the base can have it", fault, "choose that of the served base (some servers answer like the base when "
+        f"the dtypes differ): {again} --dtype bfloat16{' --trust' * (len(kinds) > 1)}" if all("float" in kind for kind in kinds) else TRAINED
     )  # fmt: skip
-    broken, zero, seen = [], [], 0
+    unread, broken, zero, seen = [], [], [], 0
     for tensor in checkpoint.tensors:
-        fault, is_zero = _look(checkpoint, tensor)
-        if fault:
-            broken.append(fault)
+        try:
+            is_finite, is_zero = _look(checkpoint, tensor)
+        except CheckpointError as error:
+            unread.append(str(error))
+            continue
+        if not is_finite:
+            broken.append(f"{tensor.name} holds NaN or infinity")
         elif tensor.name in outs:
             seen += 1
             zero += [tensor.name] if is_zero else []
+    found.check("the bytes of every tensor are there", first(unread), TRAINED)
     found.check("every number is finite", first(broken), "train again with a lower rate: these weights are lost")
     untrained = f"every B is zero, from {zero[0]!r} on" if zero and len(zero) == seen else None
     found.check(
@@ -101,20 +109,15 @@ def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str]) -> No
         found.note(f"B is zero in {len(zero)} of {seen} modules: {first(zero)}")
 
 
-def _look(checkpoint: Checkpoint, tensor: Tensor) -> tuple[str | None, bool]:
-    """How the values of ``tensor`` are broken, and whether all are zero."""
+def _look(checkpoint: Checkpoint, tensor: Tensor) -> tuple[bool, bool]:
+    """Whether the values of ``tensor`` are all finite, and whether all are zero."""
     import numpy
 
-    try:
-        array = values.read_tensor(checkpoint, tensor).astype(numpy.float32)
-    except CheckpointError as error:
-        return str(error), False
-    if not numpy.isfinite(array).all():
-        return f"{tensor.name} holds NaN or infinity", False
-    return None, not array.any()
+    array = values.read_tensor(checkpoint, tensor).astype(numpy.float32)
+    return bool(numpy.isfinite(array).all()), not array.any()
 
 
-def check_storage(found: Judgement, checkpoint: Checkpoint, stored: int) -> None:
+def check_storage(found: Judgement, checkpoint: Checkpoint, stored: int, again: str) -> None:
     """Every tensor has bytes of its own, and the file (``stored`` bytes of weights) holds no others."""
     seen: dict[tuple[str, int], str] = {}
     shared = []
@@ -127,6 +130,4 @@ def check_storage(found: Judgement, checkpoint: Checkpoint, stored: int) -> None
     # A zip has some hundred bytes for each entry.
     if not shared and stored > used + 1024 * len(checkpoint.tensors) + 2**16:
         shared.append(f"{stored:,} bytes are stored for {used:,} bytes of tensors: they are views of larger ones")
-    found.check(
-        "every tensor has storage of its own", first(shared), "export again; whoever writes the file has to clone() first"
-    )
+    found.check("every tensor has storage of its own", first(shared), f"whoever writes the file has to clone() first: {again}")

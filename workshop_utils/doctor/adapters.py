@@ -122,8 +122,9 @@ def check_peft(report: Report, where: str, tensors: Iterable[Tensor], config: Ma
                 )
     if not halves:
         report.damaged(f"{where} holds no LoRA matrices.")
-    if not (config.get("layers_to_transform") or config.get("layers_pattern")):
-        _every_layer(report, where, [tensor for one in halves.values() for tensor in one.values()], None)
+    _peft_layers(
+        report, where, [tensor for one in halves.values() for tensor in one.values()], config.get("layers_to_transform")
+    )
     report.checked.append(
         "every module has both halves, of the rank of adapter_config.json, and target_modules names just these modules"
     )
@@ -148,6 +149,22 @@ def _peft_rank(module: str, config: Mapping[str, Any]) -> int | None:
         if module == key or module.endswith(f".{key}"):
             return rank if type(rank) is int else None
     return size(config, "r")
+
+
+def _peft_layers(report: Report, where: str, tensors: list[Tensor], picked: Any) -> None:
+    """Every layer has every module: of those that ``layers_to_transform`` picks, where it does. PEFT leaves the others as they are."""
+    if picked is None or picked == []:
+        _every_layer(report, where, tensors, None)
+        return
+    wanted = {layer for layer in (picked if isinstance(picked, list) else [picked]) if type(layer) is int}
+    found = {layer for tensor in tensors if (layer := layers.number(tensor.name)) is not None}
+    if found != wanted:
+        report.damaged(
+            f"{where}: adapter_config.json has layers_to_transform = {str(picked)[:60]}, but the tensors are for the layers "
+            f"{some(sorted(map(str, found)))}."
+        )
+    else:
+        _every_layer(report, where, tensors, None, found)
 
 
 def _both(report: Report, where: str, one: Mapping[str, Tensor]) -> bool:
@@ -191,8 +208,8 @@ def _one_rank(report: Report, where: str, halves: list[tuple[Tensor, int]], stat
                 )
 
 
-def _every_layer(report: Report, where: str, tensors: list[Tensor], count: int | None) -> None:
-    """Each kind of tensor is there for each layer that any of them has; stacked ones have ``count`` layers."""
+def _every_layer(report: Report, where: str, tensors: list[Tensor], count: int | None, picked: set[int] | None = None) -> None:
+    """Each kind of tensor is there for each layer (``picked``, or up to the last that any has); stacked ones have ``count`` layers."""
     seen: dict[str, set[int]] = {}
     for tensor in tensors:
         layer = layers.number(tensor.name)
@@ -201,7 +218,7 @@ def _every_layer(report: Report, where: str, tensors: list[Tensor], count: int |
         elif count and layers.is_stacked(tensor.name) and tensor.shape[:1] != (count,):
             report.damaged(f"{where}: {tensor.name} is {list(tensor.shape)}: not the {count} layers of its base.", tensor.name)
     every = set().union(*seen.values()) | (set(range(count)) if count and seen else set())
-    every |= set(range(max(every, default=-1) + 1))
+    every = picked or every | set(range(max(every, default=-1) + 1))
     if len(every) * len(seen) > _MOST_PLACES:
         report.damaged(f"{where} has {len(seen):,} kinds of tensors for {len(every):,} layers.")
         return

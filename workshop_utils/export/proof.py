@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.doctor.verify import require_sound
-from workshop_utils.errors import UnsupportedAdapter
+from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
 from workshop_utils.export import merge
 from workshop_utils.export.adapter import Architecture, LoraAdapter, as_tensor, find_adapter, read_adapter
 from workshop_utils.export.check import cut
@@ -41,8 +42,10 @@ PROMPTS = (
     "Return a JSON object with the keys category and priority.",
     "Once upon a time",
 )
-_EPSILON = {"float32": 2**-20, "float16": 2**-10, "bfloat16": 2**-7}
-"""Largest difference of a weight, relative to the largest weight: a rounding of the sum to the dtype, with some for the sum itself."""
+_SUM = 2**-20
+"""Largest difference of a weight, relative to the largest weight of its matrix: the sum, in single precision, made in another order."""
+_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8}
+"""And that of one rounding to the dtype: of a merged model, relative to the weight itself; of an adapter, to the largest update."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,11 @@ def prove(
     truth.add_to(model)
     wanted = _logits(model, tokens)
     del model
-    effect = max((one - other).abs().max().item() for one, other in zip(wanted, plain, strict=True))
+    effect = _difference(wanted, plain)
+    if not math.isfinite(effect):
+        raise DamagedCheckpoint(
+            f"{shown(base)} with {shown(trained.source)} gives logits that are no numbers. Check the base's weights."
+        )
     forms = [_prove_one(name, Path(path), base, truth, tokens, wanted, effect) for name, path in exports.items()]
     return Proof(trained.source, base, effect, sum(map(len, tokens)), tuple(forms))
 
@@ -186,22 +193,37 @@ def _prove_one(
     except (UserWarning, RuntimeError) as error:
         return dataclasses.replace(form, proven=False, untold=f"it does not load: {str(error).splitlines()[0]}")
     found = _logits(model, tokens)
+    logits = _difference(found, wanted)
+    if not effect:
+        return dataclasses.replace(form, untold="the adapter changes no logit: there is nothing to prove")
+    if not math.isfinite(logits):
+        return dataclasses.replace(form, proven=False, untold="its logits are no numbers")
+    merged = not path.is_file() and not (path / "adapter_config.json").is_file()
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    epsilon = _EPSILON[form.dtype] if form.dtype in _EPSILON else _EPSILON["float32"]
+    rounding = _ROUNDING.get(form.dtype, 0.0)
     layers, fits = [0.0] * truth.layers, True
     for layer, module, before, after in truth.weights():
-        difference = (_parameter(model, layer, module).data.float() - after).abs().max().item()
-        fits &= difference <= epsilon * after.abs().max().item()
-        largest = (after - before).abs().max().item()
-        layers[layer] = max(layers[layer], difference / largest if largest else difference)
-    logits = max((one - other).abs().max().item() for one, other in zip(found, wanted, strict=True))
+        difference = (_parameter(model, layer, module).data.float() - after).abs()
+        largest = (after - before).abs().max()
+        # A has its rounding, and so has B; each is added up over the rank.
+        allowed = rounding * after.abs() if merged else 4 * rounding * largest
+        fits &= bool((difference <= allowed + _SUM * after.abs().max()).all())
+        share = difference.max() / largest if largest else difference.max()
+        layers[layer] = max(layers[layer], share.item())
     same = [bool(pair) for one, other in zip(found, wanted, strict=True) for pair in one.argmax(-1) == other.argmax(-1)]
     # Half precision rounds every weight of a merged model: the logits then differ by a part of the effect, and the weights decide.
-    allowed = effect * (1e-3 if form.dtype == "float32" else 0.5)
+    enough = effect * (1e-3 if form.dtype == "float32" else 0.5)
     return dataclasses.replace(
-        form, logits=logits, agreement=sum(same) / len(same), update=max(layers), by_layer=tuple(layers), proven=fits and logits <= allowed
+        form, logits=logits, agreement=sum(same) / len(same), update=max(layers), by_layer=tuple(layers), proven=fits and logits <= enough
     )  # fmt: skip
+
+
+def _difference(some: list[Tensor], others: list[Tensor]) -> float:
+    """The largest difference of a logit; NaN where one of them is no number."""
+    import torch
+
+    return (torch.cat(some) - torch.cat(others)).abs().max().item()
 
 
 def _reader(path: Path) -> tuple[str, Callable[[Path, Path], Any]]:
