@@ -19,8 +19,12 @@ def test_load_and_faults(tmp_path):
     with start(base, store, refresh=0.5) as server:
         found = serve_load.load(server, store, versions, "tiny", requests=20)
     outcomes = found["outcomes"]
-    assert outcomes.keys() == {"right", f"404 {serve_load.REMOVED}"}, outcomes
-    assert outcomes["right"] >= found["requests"] * 0.75
+    # Only the adapter that is taken away may be missed: its requests are a quarter, some of which come while it is there.
+    missed = f"model_not_found {serve_load.REMOVED}"
+    assert outcomes.keys() == {"right", missed}, outcomes
+    assert outcomes[missed] < found["requests"] / 4
     assert found["all_served_again_afterwards"] and found["versions_differ"]
+    assert min(found["noticed"].values()) >= 1, found["noticed"]  # else there was no trouble
+    assert "Traceback" not in server.log.read_text()
     memory = found["resident_mib"]
     assert memory["highest_in_the_last_quarter"] < memory["highest_in_the_first_quarter"] * 1.1
