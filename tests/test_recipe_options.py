@@ -100,6 +100,7 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"node_rank": 1}, "numbered from 0"),
         ({"packed_sequence": True}, "micro_batch_size must be 1"),
         ({"max_steps": 5}, "nothing would be validated"),
+        ({"max_steps": 800, "warmup_steps": 800}, "warmup_steps 800 must be below max_steps 800"),
         ({"use_modelopt": True}, "quantised"),
         ({"target": "nemo2", "no_merge": True}, "no_merge"),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),

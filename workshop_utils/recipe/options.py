@@ -81,8 +81,10 @@ class RecipeOptions:
     # Watching
     enable_megatron_progress_bar: bool = _option(False, TRAIN, "NeMo's progress bar in the log")
     enable_nsys_callback: bool = _option(False, TRAIN, "mark the steps for Nsight Systems (a profiler)")
-    enable_pytorch_profiler: bool = _option(False, TRAIN, "trace some steps into {output_dir}/trace (a profiler)")
-    enable_memory_profile: bool = _option(False, TRAIN, "record every allocation into {output_dir}/mem_profile (a profiler)")
+    enable_pytorch_profiler: bool = _option(False, TRAIN, "trace some steps into {output_dir}/nemo_logs/trace (a profiler)")
+    enable_memory_profile: bool = _option(
+        False, TRAIN, "record every allocation into {output_dir}/nemo_logs/mem_profile (a profiler)"
+    )
     enable_speed_monitor: bool = _option(False, TRAIN, "rows and tokens a second")
     enable_memory_monitor: bool = _option(False, TRAIN, "memory of each step")
     enable_runtime_estimator: bool = _option(False, TRAIN, "time left")

@@ -143,6 +143,9 @@ def _check(options: "RecipeOptions") -> None:
     if options.val_check_interval > options.max_steps:
         raise WorkshopError(f"val_check_interval {options.val_check_interval} is above max_steps {options.max_steps}: nothing would be validated, "
                             "and so no checkpoint saved. Lower it.")  # fmt: skip
+    if options.warmup_steps is not None and options.warmup_steps >= options.max_steps:
+        raise WorkshopError(f"warmup_steps {options.warmup_steps} must be below max_steps {options.max_steps}, or the learning rate never gets to "
+                            f"its peak. Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
     if options.use_modelopt:
         raise WorkshopError(
             "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run with its torch. Leave it out."
