@@ -254,3 +254,10 @@ def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
     made = ast.parse(code.script(migrate(file)))
     assert not any(isinstance(node, ast.Import) for node in made.body)
     assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(migrate(file))
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("model: {tensor_model_parallel_size: 2}\n")
+    (tmp_path / "file").write_text("mine")
+    assert main(["migrate", str(tmp_path / "old.yaml"), "--out", str(tmp_path / "file" / "new.py")]) == 1
+    assert "cannot be written (File exists). Choose another name" in capsys.readouterr().err

@@ -50,7 +50,10 @@ def run(args) -> int:
     if args.out:
         if args.out.exists():
             raise WorkshopError(f"{args.out} is there already, and would be replaced. Choose another name.")
-        paths.write_text(args.out, text + "\n")
+        try:
+            paths.write_text(args.out, text + "\n")
+        except OSError as error:
+            raise WorkshopError(f"{args.out} cannot be written ({error.strerror}). Choose another name.") from None
         print(f"written: {paths.shown(args.out)}")
     else:
         print(text)
