@@ -48,7 +48,8 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     _check_config(found, config, served, again)
     _check_keys(found, checkpoint, config, again)
     # Halves, ranks, layers and the two-way agreement with target_modules are the doctor's.
-    rest = [str(fault) for fault in report.findings if PREFIX + " PEFT would" not in str(fault)]
+    rest = _odd_fields(found, config)
+    rest += [str(fault) for fault in report.findings if PREFIX + " PEFT would" not in str(fault)]
     found.check(
         "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules names just these", first(rest),
         f"write target_modules, r and layers_to_transform as the tensors have them; where tensors are missing, {TRAINED}",
@@ -81,15 +82,6 @@ def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, aga
         fault,
         "write the alpha of the training there: without it nobody knows the scale",
     )
-    targets = config.get("target_modules")
-    named = targets and (isinstance(targets, str) or (isinstance(targets, list) and all(isinstance(it, str) for it in targets)))
-    found.check(f"{_CONFIG}: target_modules names modules", None if named else f"it is {targets!r}", again)
-    if named and isinstance(targets, str):
-        found.note(f"target_modules is {targets!r}: a pattern, which was not compared with the keys")
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(field) or {}
-        sound = isinstance(pattern, Mapping) and all((number(pattern, key) or 0) > 0 for key in pattern)
-        found.check(f"{_CONFIG}: {field} gives modules positive numbers", None if sound else f"it is {pattern!r}", TRAINED)
     base = config.get("base_model_name_or_path")
     fault = None if isinstance(base, str) and base else "base_model_name_or_path is empty; --base ID records it"
     found.check(f"{_CONFIG} names the base", fault, f"name it: {again} --base ID")
@@ -105,6 +97,21 @@ def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, aga
         exact("use_dora", False, None, fix=f"servers take no DoRA; merge it: {merged}")
     elif config.get("modules_to_save"):
         found.note(f"modules_to_save is {config['modules_to_save']!r}: PEFT loads them, servers do not")
+
+
+def _odd_fields(found: Judgement, config: Mapping[str, Any]) -> list[str]:
+    """Faults of the fields that say which modules there are, and their ranks and alphas, whatever the tensors are."""
+    targets, faults = config.get("target_modules"), []
+    names = targets if isinstance(targets, list) else [targets]
+    if not names or not all(name and isinstance(name, str) for name in names):
+        faults.append(f"target_modules is {targets!r}")
+    elif isinstance(targets, str):
+        found.note(f"target_modules is {targets!r}: a pattern, which was not compared with the keys")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not (isinstance(pattern, Mapping) and all((number(pattern, key) or 0) > 0 for key in pattern)):
+            faults.append(f"{field} is {pattern!r}, no table of positive numbers")
+    return faults
 
 
 def _check_keys(found: Judgement, checkpoint: Checkpoint, config: Mapping[str, Any], again: str) -> None:

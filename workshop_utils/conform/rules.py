@@ -98,8 +98,8 @@ def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str], again
         elif tensor.name in outs:
             seen += 1
             zero += [tensor.name] if is_zero else []
-    found.check("the bytes of every tensor are there", first(unread), TRAINED)
-    found.check("every number is finite", first(broken), "train again with a lower rate: these weights are lost")
+    fix = TRAINED if unread else "train again with a lower rate: these weights are lost"
+    found.check("every number is finite", first(unread + broken), fix)
     untrained = f"every B is zero, from {zero[0]!r} on" if zero and len(zero) == seen else None
     found.check(
         "the adapter was trained: some B is not zero", untrained, "this adapter answers like its base. Export a checkpoint after training, "
