@@ -1,7 +1,7 @@
 """Is an export what its reader accepts, and does it do what the adapter does? Asked of every export before it gets its name.
 
 The rules of the readers are those of :mod:`workshop_utils.conform`. Then the files are read back from the disk, and the weight update is
-compared head by head on random inputs, with other code than the code that wrote it.
+compared head by head on random inputs (of a merged model weight by weight), with other code than the code that wrote it.
 """
 
 from __future__ import annotations
