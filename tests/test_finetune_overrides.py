@@ -90,8 +90,8 @@ def test_what_is_cut_and_from_which_side(runs):
 
 def test_a_micro_batch_is_memory_and_a_global_batch_is_rows(runs):
     _, results = runs
-    assert difference(results, "micro-2") < 1e-4
-    assert difference(results, "global-16") > 1e-3
+    # Not equal to rounding: NeMo takes the mean over the tokens of each micro batch first, so rows with short answers weigh otherwise.
+    assert 1e-6 < difference(results, "micro-2") < 0.02 < difference(results, "global-16")
 
 
 def test_alpha_scales_what_is_added(runs):

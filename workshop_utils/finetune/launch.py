@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -33,6 +34,9 @@ _ADVICE = {
     r"MemoryError|bad_alloc|not enough memory|[Cc]annot allocate memory|out of memory": f"Memory ran out: {_LESS_MEMORY}, or close "
                                                                                        "other programs.",
 }  # fmt: skip
+
+_FULL = 1 << 16
+"""Bytes free on a disk that counts as full."""
 
 _CLOSING = b"closing signal SIGTERM"
 
@@ -183,6 +187,9 @@ def _end(process: subprocess.Popen) -> int:
 
 def failure_cause(log: Path) -> str:
     """The exception that ended the worker: the last traceback's message that is not torchrun's own summary."""
+    if shutil.disk_usage(log.parent).free < _FULL:
+        # The log itself ends where there was no room left.
+        return _with_advice("[Errno 28] No space left on device")
     text = Path(log).read_text(errors="replace").replace(f"{paths.root()}/", "")
     lines = text.splitlines()
     cut = next((i for i, line in enumerate(lines) if "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in line), len(lines))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils import paths
+from workshop_utils.errors import WorkshopError
 from workshop_utils.report import describe_machine
 
 from .events import read_events
@@ -41,10 +42,17 @@ def begin(plan: Plan) -> dict[str, Any]:
 
 
 def end(plan: Plan, record: dict[str, Any], status: str, seconds: float, exit_status: int | None, cause: str | None = None) -> None:
-    """Write how the run of ``record`` ended; ``seconds`` is its wall time, this start alone."""
+    """Write how the run of ``record`` ended; ``seconds`` is its wall time, this start alone.
+
+    Where the disk is full and the run has failed, its record stays as it began: the next start sees that nothing runs any more.
+    """
     steps = [event["step"] for event in read_events(plan.events) if event["event"] == "step"]
-    _write(plan, record | {"status": status, "seconds": seconds, "exit_status": exit_status, "steps": max(steps, default=0)}
-           | ({"cause": cause} if cause else {}))  # fmt: skip
+    ended = {"status": status, "seconds": seconds, "exit_status": exit_status, "steps": max(steps, default=0)}
+    try:
+        _write(plan, record | ended | ({"cause": cause} if cause else {}))
+    except OSError as error:
+        if status == FINISHED:
+            raise WorkshopError(f"{paths.shown(plan.record)} cannot be written: {error.strerror}. Make room and run the same command again.") from error
 
 
 def how_it_ended(plan: Plan, record: dict[str, Any]) -> str:
