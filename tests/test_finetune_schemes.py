@@ -157,9 +157,9 @@ FULL_DISK = """
 place=$0
 mount -t tmpfs -o size=40m none "$place" || exit 90
 "$@" &
-for second in $(seq 200); do
+for tenth in $(seq 2000); do
     grep -qs '"event": "step"' "$place"/*/workshop/events.jsonl && break
-    sleep 1
+    sleep 0.1
 done
 head -c 100m /dev/zero > "$place/filler" 2>/dev/null
 wait $! && exit 91
@@ -175,7 +175,7 @@ def test_a_full_disk_for_real(tiny):
     if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)], capture_output=True, check=False).returncode:
         pytest.skip("mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits the size of files instead")
     words = overrides(tiny, "tmpfs", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64",
-                      f"exp_manager.exp_dir={place}")  # fmt: skip
+                      f"exp_manager.exp_dir={place}", "trainer.max_steps=100", "trainer.val_check_interval=50")  # fmt: skip
     command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
     done = subprocess.run(["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command], capture_output=True,
                           text=True, check=False)  # fmt: skip
