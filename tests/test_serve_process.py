@@ -143,7 +143,7 @@ def test_damaged_base_ends_the_server_with_the_reason(folder, tmp_path):
         start(tmp_path / "broken")
 
 
-@pytest.mark.parametrize("option", ["--refresh", "--max-length", "--max-batch", "--max-queue", "--max-body"])
+@pytest.mark.parametrize("option", ["--refresh", "--max-length", "--max-batch", "--max-queue", "--max-body", "--max-rank"])
 def test_limits_are_positive(option, folder, capsys):
     assert main(["serve", "--base", str(folder / "tiny"), option, "0"]) == 1
     assert f"{option} is 0" in capsys.readouterr().err

@@ -123,12 +123,31 @@ def test_served_weights_are_not_the_file(tmp_path):
 
 
 def test_names(store):
-    for name in (".hidden", "tiny", "with blank", "-x"):
+    names = (".hidden", "tiny", "with blank", "-x", "a" * 129, "a\x1b[2J")
+    for name in names:
         write_peft(store.directory / name, 1)
     (store.directory / "file").write_text("x")
     store.refresh()
     assert store.served == {}
-    assert store.said == ["adapter tiny: NOT served. it has the base's name, give it another one."]
+    assert len(store.said) == len(names) - 1  # nothing of what is hidden: it is being written
+    assert "adapter tiny: NOT served. it has the base's name, give it another one." in store.said
+    assert sum("NOT served. its directory's name cannot be a model's id, rename it: up to 128" in line for line in store.said) == 4
+    assert "\x1b" not in "".join(store.said)
+
+
+def test_a_rank_over_the_maximum_is_not_served(store):
+    small = Store(store.directory, Engine(), "tiny", max_rank=3, say=store.said.append)
+    write_peft(store.directory / "a", 1)
+    write_nemo(store.directory / "b")
+    small.refresh()
+    assert small._engine.adapters == []
+    assert sorted(store.said) == [
+        f"adapter {name}: NOT served. the rank is at most 3: it is 4. Raise --max-rank of the server, or train with a rank of 3 or less."
+        for name in "ab"
+    ]
+    store._max_rank = 4
+    store.refresh()
+    assert store.served.keys() == {"a", "b"}
 
 
 def test_store_that_goes_away_keeps_what_is_served(store):

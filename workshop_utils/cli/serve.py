@@ -50,6 +50,9 @@ def add_parser(subparsers) -> None:
     )
     parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default: 1 MiB)")
     parser.add_argument(
+        "--max-rank", type=int, metavar="N", help="largest rank of an adapter, as NIM_MAX_LORA_RANK of a NIM (default: any)"
+    )
+    parser.add_argument(
         "--trust",
         action="store_true",
         help="go on in spite of what the verification of base and adapters finds: it is only printed",
@@ -64,9 +67,10 @@ def run(args) -> int:
     from workshop_utils.serve import server
 
     orphans.die_with_parent()
-    for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body"):
-        if not getattr(args, name) > 0:
-            raise WorkshopError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it has to be above 0.")
+    for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body", "max_rank"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise WorkshopError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
     if args.api_key == "":
         raise WorkshopError("--api-key is empty. Give a key, or leave the option out to serve without.")
     key = args.api_key or os.environ.get(server.API_KEY) or None
@@ -75,6 +79,6 @@ def run(args) -> int:
             f"warning: {args.host} can be reached from other machines, and no --api-key is set: anybody there can use this server.",
             file=sys.stderr,
         )
-    limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body)
+    limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank)
     server.run(server.Service(args.base, args.store, limits, args.refresh, args.trust), args.host, args.port, key)
     return 0

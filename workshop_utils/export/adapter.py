@@ -7,6 +7,7 @@ One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,9 @@ TARGETS = {
     "lora_4htoh_adapter": "mlp_fc2",
 }
 PEFT_CONFIG = "adapter_config.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+"""An adapter's name: a directory, a model's id and a word in a URL alike."""
+NAME_RULE = "up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
 
 
 class Halves(NamedTuple):

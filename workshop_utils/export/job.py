@@ -12,7 +12,7 @@ from workshop_utils import paths
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft, merge
-from workshop_utils.export.adapter import LoraAdapter, find_adapter, read_adapter
+from workshop_utils.export.adapter import NAME, NAME_RULE, LoraAdapter, find_adapter, read_adapter
 from workshop_utils.export.check import check_hf_peft, check_merged, check_nemo
 from workshop_utils.export.model_card import model_card
 from workshop_utils.export.modules import fused, of_dtype, separated
@@ -24,7 +24,6 @@ from workshop_utils.paths import shown
 
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
 DTYPES = ("float32", "bfloat16", "float16")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _CARD = "README.md"
 _PEFT_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md")
 _MERGED_FILES = re.compile(r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights")
@@ -98,10 +97,8 @@ def export_adapter(
         require_sound(base, trust, (_BASES[to],))
     lora = read_adapter(source, base)
     name = name or _default_name(source)
-    if not _NAME.fullmatch(name):
-        raise WorkshopError(
-            f"{name!r} cannot name an export: use letters, digits, '.', '_' and '-'; start with a letter or digit."
-        )
+    if not NAME.fullmatch(name):
+        raise WorkshopError(f"{name!r} cannot name an export: use {NAME_RULE}.")
     if to == "nemo" and reader == "trtllm":
         refuse_for_trtllm(lora)
     written = fused(lora) if to == "nemo" else separated(lora)

@@ -14,15 +14,13 @@ from workshop_utils.conform import judge
 from workshop_utils.doctor import layers
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import ConformanceFailed, UnsupportedAdapter, WorkshopError
-from workshop_utils.export.adapter import find_adapter
+from workshop_utils.export.adapter import NAME, NAME_RULE, find_adapter
 from workshop_utils.formats import nemo2
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.paths import shown
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""Names that are a directory, a model's id and a word in a URL alike."""
 MAX_RANK = 32
 """``NIM_MAX_LORA_RANK`` where nothing else is known: that of a published profile of NIM 1.x."""
 _ANY_RANK = 1 << 20
@@ -98,9 +96,7 @@ def names(store: Path | str) -> list[str]:
 
 def _place(name: str, store: Path) -> Path:
     if not NAME.fullmatch(name):
-        raise WorkshopError(
-            f"{name!r} cannot be a model's id in a store: up to 128 letters, digits, '.', '_' and '-', a letter or digit first."
-        )
+        raise WorkshopError(f"{name!r} cannot be a model's id in a store: {NAME_RULE}.")
     if store.exists() and not store.is_dir():
         raise WorkshopError(f"{shown(store)} is a file; the store is a directory.")
     if store.is_dir() and (any(store.glob("*.nemo")) or (store / _PEFT_FILES[0]).exists()):

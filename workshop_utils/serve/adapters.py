@@ -6,14 +6,15 @@ A replacement that is broken or half-written leaves the adapter that is served i
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.conform.rules import Judgement, check_rank
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint, UnsupportedAdapter, WorkshopError
+from workshop_utils.export.adapter import NAME, NAME_RULE, PEFT_CONFIG, read_adapter
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 from workshop_utils.terminal import one_line
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     from workshop_utils.serve.engine import Engine
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SETTLE = 0.3
 """Seconds that a directory has to stay as it is before it is read."""
 Signature = tuple[tuple[str, int, int, int], ...]
@@ -40,14 +40,13 @@ def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str
         UnsupportedAdapter: a kind that cannot share a batch with others.
     """
     from workshop_utils.export import hf_peft
-    from workshop_utils.export.adapter import read_adapter
     from workshop_utils.export.record import make_record
 
-    archives, config = sorted(directory.glob("*.nemo")), directory / "adapter_config.json"
+    archives, config = sorted(directory.glob("*.nemo")), directory / PEFT_CONFIG
     if len(archives) + config.is_file() != 1:
-        found = [*(file.name for file in archives), *(["adapter_config.json"] if config.is_file() else [])]
+        found = [*(file.name for file in archives), *([PEFT_CONFIG] if config.is_file() else [])]
         raise NotACheckpoint(
-            f"{shown(directory)} has to hold one .nemo or one adapter_config.json; it holds {', '.join(found) or 'neither'}."
+            f"{shown(directory)} has to hold one .nemo or one {PEFT_CONFIG}; it holds {', '.join(found) or 'neither'}."
         )
     source = archives[0] if archives else directory
     require_sound(source, trust, () if archives else (Kind.PEFT,))
@@ -63,11 +62,13 @@ def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str
 class Store:
     """Keeps the adapters of ``engine`` those of ``directory``; ``say`` gets one line about each change.
 
-    ``base`` is the base's id, which no adapter may have.
+    ``base`` is the base's id, which no adapter may have; ``max_rank`` is the largest rank that one may have, None for any.
     """
 
-    def __init__(self, directory: Path, engine: Engine, base: str, trust: bool = False, say: Callable[[str], None] = print):
-        self.directory, self._engine, self._base, self._trust, self._say = Path(directory), engine, base, trust, say
+    def __init__(self, directory: Path, engine: Engine, base: str, trust: bool = False, max_rank: int | None = None,
+                 say: Callable[[str], None] = print):  # fmt: skip
+        self.directory, self._engine, self._base = Path(directory), engine, base
+        self._trust, self._max_rank, self._say = trust, max_rank, say
         self._seen: dict[str, Signature] = {}
         self._stop = threading.Event()
 
@@ -100,20 +101,30 @@ class Store:
         try:
             if name == self._base:
                 raise UnsupportedAdapter("it has the base's name, give it another one.")
+            if not NAME.fullmatch(name):
+                raise UnsupportedAdapter(f"its directory's name cannot be a model's id, rename it: {NAME_RULE}.")
             config, tensors = read(self.directory / name, self._trust)
+            self._check_rank(name, config["r"])
             if self._signature(self.directory / name) != signature:
                 return  # it is being written: the next look will see it
             self._engine.install(name, config, tensors).result()
         except (WorkshopError, OSError) as error:
             kept = "; the one before is still served" if had else ""
-            self._say(f"adapter {name}: NOT served{kept}. {one_line(str(error))}")
+            self._say(one_line(f"adapter {name}: NOT served{kept}. {error}"))
         else:
             self._say(f"adapter {name}: {'replaced' if had else 'served'}")
         self._seen[name] = signature
 
+    def _check_rank(self, name: str, rank: int) -> None:
+        """Raise :class:`UnsupportedAdapter` where ``workshop conform --max-rank`` would find the rank too large."""
+        judged = Judgement(self.directory / name, "serve")
+        check_rank(judged, rank, self._max_rank, "--max-rank")
+        for rule in judged.broken:
+            raise UnsupportedAdapter(f"{rule.rule}: {rule.fault}. {rule.fix[:1].upper()}{rule.fix[1:]}.")
+
     def _scan(self) -> dict[str, Signature]:
         try:
-            names = [entry.name for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
+            names = [entry.name for entry in self.directory.iterdir() if not entry.name.startswith(".")]
         except OSError as error:
             self._say(f"the store {shown(self.directory)} cannot be read: {error.strerror}")
             return dict(self._seen)

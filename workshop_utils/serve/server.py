@@ -33,12 +33,13 @@ _GRACE = 5
 @dataclass(frozen=True)
 class Limits:
     """What the server takes on. ``max_length``: tokens of prompt and answer together; ``max_batch``: texts at once in one batch, and
-    in one request; ``max_queue``: texts that wait; ``max_body``: bytes of a request."""
+    in one request; ``max_queue``: texts that wait; ``max_body``: bytes of a request; ``max_rank``: rank of an adapter (None: any)."""
 
     max_length: int = 2048
     max_batch: int = 16
     max_queue: int = 64
     max_body: int = 1 << 20
+    max_rank: int | None = None
 
 
 class Service:
@@ -84,7 +85,7 @@ class Service:
             self.engine.close()
             return
         if self.store:
-            self._store = Store(self.store, self.engine, self.name, self._trust, say=lambda line: print(line, flush=True))
+            self._store = Store(self.store, self.engine, self.name, self._trust, self.limits.max_rank, say=lambda line: print(line, flush=True))
             self._store.refresh()
             threading.Thread(target=self._store.watch, args=(self._refresh,), daemon=True).start()
         self.ready = not self._closed

@@ -1,0 +1,71 @@
+"""An export and a staging that are told to stop half-way: nothing half-written is left, visible or hidden."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from export_samples import GQA, config_of, tensors_of, write_adapter
+
+from workshop_utils.export import export
+
+#: The command, with a stop in the middle: when something is written and has no name yet.
+DRIVER = """
+import shutil, sys, time
+from workshop_utils.cli import main
+from workshop_utils.export import job
+
+real = shutil.copyfile
+
+def half(*words):
+    print("half", flush=True)
+    time.sleep(60)
+
+job.model_card = half
+shutil.copyfile = lambda *words: (real(*words), half())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def interrupted(root, number, *words):
+    """Exit status of ``workshop WORDS``, sent the signal ``number`` when half of the work is done; and all files before and after."""
+    before = contents(root)
+    command = [sys.executable, "-c", DRIVER, *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n", process.communicate()
+        assert any(".partial" in str(path) for path in root.rglob("*"))  # else there was nothing to clean up
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    assert contents(root) == before
+    return process.returncode
+
+
+def contents(root):
+    return {path.relative_to(root): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    write_adapter(tmp_path / "a.nemo", config_of(GQA), tensors_of(GQA))
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def test_an_export(root):
+    words = "export", root / "a.nemo", "--to", "nemo", "--out", root / "out" / "new.nemo"
+    assert interrupted(root, signal.SIGINT, *words) == 130
+
+
+def test_an_export_that_replaces_one(root):
+    out = export(root / "a.nemo", "hf-peft", root / "out" / "old")
+    other = write_adapter(root / "b.nemo", config_of(GQA, alpha=16), tensors_of(GQA))
+    assert interrupted(root, signal.SIGTERM, "export", other, "--to", "hf-peft", "--out", out, "--overwrite") == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_staging(root, number):
+    made = export(root / "a.nemo", "hf-peft", root / "made")
+    (root / "store").mkdir()
+    assert interrupted(root, number, "nim", "stage", made, "--name", "a", "--store", root / "store") == 130
