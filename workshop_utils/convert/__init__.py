@@ -127,7 +127,16 @@ def _from_huggingface(
 
 
 def _import(source: Path, target: Path, trust: bool) -> None:
-    command = [sys.executable, "-m", "workshop_utils", "import", str(source), "--out", str(target), *(["--trust"] if trust else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "import",
+        str(source),
+        "--out",
+        str(target),
+        *(["--trust"] if trust else []),
+    ]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])

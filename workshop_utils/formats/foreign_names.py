@@ -14,6 +14,4 @@ def note(tree: Any, file: Path | str) -> tuple[str, ...]:
         return ()
     names = "; ".join(f"{place}: {value}" for place, value in found[:5])
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return (
-        f"do not load it unless you know why: {shown(file)} names what no model of NeMo needs ({names}{more})",
-    )
+    return (f"do not load it unless you know why: {shown(file)} names what no model of NeMo needs ({names}{more})",)

@@ -40,7 +40,8 @@ KNOWN = re.compile(
             r"nemo\.lightning\.io\.artifact\.file\.(?:Path|File|Dir|DirOrString)Artifact",
             r"nemo\.lightning\.io\.artifact\.hf_auto\.from_pretrained",
             r"nemo\.lightning\.io\.pl\.TrainerContext",
-            _CORE + r"(?:(?:distributed|optimizer|transformer)(?:\.heterogeneous)?(?:\.\w+_config)?|model_parallel_config)\.[A-Z]\w*Config",
+            _CORE
+            + r"(?:(?:distributed|optimizer|transformer)(?:\.heterogeneous)?(?:\.\w+_config)?|model_parallel_config)\.[A-Z]\w*Config",
             _CORE + r"(?:transformer\.)?enums\.[A-Z]\w*(?:\.[A-Za-z]\w*)?",
             r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.){0,2}(?:[A-Z]\w*(?:Config|Container|Provider\w*)|\w*[LD]oRA)",
             r"megatron\.bridge\.models\.\w+\.\w*_layer_spec",

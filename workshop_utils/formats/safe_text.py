@@ -192,7 +192,9 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
                 if key == "_target_" or (key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)):
-                    known = isinstance(value, str) and (KNOWN.fullmatch(value) or (key == "target" and NEMO1_MODEL.fullmatch(value)))
+                    known = isinstance(value, str) and (
+                        KNOWN.fullmatch(value) or (key == "target" and NEMO1_MODEL.fullmatch(value))
+                    )
                     if not known:
                         found.append((here, plain(str(value), 200)))
                 elif key == "trust_remote_code" and value not in (False, None):
@@ -238,7 +240,9 @@ def _followed(value: Any, objects: dict[str, Any]) -> Any:
 
 def _values(node: Any, objects: dict[str, Any]) -> list[Any]:
     items = node.get("items") if isinstance(node, dict) else None
-    return [_followed(item[-1], objects) for item in items if isinstance(item, list) and item] if isinstance(items, list) else []
+    return (
+        [_followed(item[-1], objects) for item in items if isinstance(item, list) and item] if isinstance(items, list) else []
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

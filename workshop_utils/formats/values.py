@@ -42,7 +42,11 @@ def read_tensor(checkpoint: Checkpoint, tensor: Tensor, layer: int | None = None
     import numpy
 
     first, last = (0, math.inf) if layer is None else (layer, layer + 1)
-    chosen = [chunk for chunk in tensor.chunks if layer is None or (chunk.offsets[0] < last and chunk.offsets[0] + chunk.shape[0] > first)]
+    chosen = [
+        chunk
+        for chunk in tensor.chunks
+        if layer is None or (chunk.offsets[0] < last and chunk.offsets[0] + chunk.shape[0] > first)
+    ]
     values = numpy.empty(tensor.shape if layer is None else (1, *tensor.shape[1:]), dtype(tensor))
     if sum(math.prod(chunk.shape) for chunk in chosen) < values.size:
         raise DamagedCheckpoint(f"{shown(checkpoint.path)}: the chunks of {tensor.name} do not cover it.", tensor.name)
@@ -99,7 +103,9 @@ def _elements(content: bytes, needed: int, tensor: Tensor, where: str) -> bytes:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
             if len(stored) != 1 or stored[0].compress_type != zipfile.ZIP_STORED or stored[0].file_size != needed:
-                raise DamagedCheckpoint(f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index says.", tensor.name)
+                raise DamagedCheckpoint(
+                    f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index says.", tensor.name
+                )
             return archive.read(stored[0])
     # ValueError: a place before the start of the bytes.
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
