@@ -93,7 +93,7 @@ def test_what_is_delivered_is_one_part_that_nemo_itself_loads(train, tiny, name,
     from workshop_utils.nemo_generate import nemo_logits
 
     plan = train(name, 2, f"model.{size}_model_parallel_size=2")
-    assert nemo_archive.member_names(plan.adapter) == ["model_config.yaml", "model_weights.ckpt"]
+    assert [member.stored_name for member in nemo_archive.members(plan.adapter)] == ["model_config.yaml", "model_weights.ckpt"]
     tokens = numpy.random.default_rng(0).integers(3, 250, size=(1, 40))
     base = Path(plan.overrides["model.restore_from_path"])
     changed = numpy.abs(nemo_logits(base, plan.adapter, tokens) - nemo_logits(base, None, tokens)).max()

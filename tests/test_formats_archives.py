@@ -69,7 +69,7 @@ def test_what_is_written_is_read_back_and_always_the_same(root):
     path = nemo_archive.write(root / "a.nemo", CONFIG, b"weights")
     assert nemo_archive.read_config(path) == CONFIG
     assert nemo_archive.read_member(path, "model_weights.ckpt") == b"weights"
-    assert nemo_archive.member_names(path) == ["model_config.yaml", "model_weights.ckpt"]
+    assert [member.stored_name for member in nemo_archive.members(path)] == ["model_config.yaml", "model_weights.ckpt"]
     again = nemo_archive.write(root / "b.nemo", CONFIG, b"weights")
     assert again.read_bytes() == path.read_bytes()
     with tarfile.open(path, "r:") as archive:
@@ -85,7 +85,7 @@ def test_nothing_is_left_when_writing_fails(root):
 def test_the_names_that_nemo_writes(root):
     path = tar(root / "a.nemo", special("./", tarfile.DIRTYPE), *((f"./{name}", content) for name, content in GOOD))
     assert nemo_archive.read_config(path) == CONFIG
-    assert nemo_archive.member_names(path) == ["./model_config.yaml", "./model_weights.ckpt"]
+    assert [member.stored_name for member in nemo_archive.members(path)] == ["./model_config.yaml", "./model_weights.ckpt"]
     with nemo_archive.open_member(path, "model_weights.ckpt") as file:
         assert file.read() == b"weights"
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
-from workshop_utils.formats import nemo_archive, torch_archive
+from workshop_utils.formats import nemo_archive, saved_tensors, torch_archive
 
 
 def saved(value: object) -> io.BytesIO:
@@ -95,13 +95,12 @@ def test_a_lightning_checkpoint():
         "epoch": 3, "pytorch-lightning_version": "2.4.0", "state_dict": state, "hyper_parameters": collections.OrderedDict(a=1),
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.98)}]}],
     }  # fmt: skip
-    found = torch_archive.read_lightning(saved(checkpoint), "x")
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {"layer": (2, 2), "nested.deeper": (3,)}
-    assert (found.version, found.rest["epoch"], found.rest["hyper_parameters"]) == ("2.4.0", 3, {"a": 1})
-    assert found.rest["optimizer_states"][0]["state"][0]["exp_avg"].shape == (2,)
-    assert found.rest["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.98)}]
-    with pytest.raises(DamagedCheckpoint, match="no state_dict"):
-        torch_archive.read_lightning(saved({"a": 1}), "x")
+    found = torch_archive.read_state(saved(checkpoint), "x")
+    shapes = {tensor.name: tensor.shape for tensor in saved_tensors.tensors(found["state_dict"], "x")}
+    assert shapes == {"layer": (2, 2), "nested.deeper": (3,)}
+    assert (found["pytorch-lightning_version"], found["epoch"], found["hyper_parameters"]) == ("2.4.0", 3, {"a": 1})
+    assert found["optimizer_states"][0]["state"][0]["exp_avg"].shape == (2,)
+    assert found["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.98)}]
 
 
 class Mine:
@@ -111,9 +110,9 @@ class Mine:
 
 def test_a_foreign_name_is_reported_and_the_rest_is_read(capsys):
     faults = []
-    found = torch_archive.read_lightning(saved({"state_dict": {"a": torch.ones(2)}, "mine": Mine()}), "x.ckpt", faults.append)
-    assert list(found.tensors) == ["a"]
-    assert repr(found.rest["mine"]) == "__builtin__.print(...)"
+    found = torch_archive.read_state(saved({"state_dict": {"a": torch.ones(2)}, "mine": Mine()}), "x.ckpt", faults.append)
+    assert list(found["state_dict"]) == ["a"]
+    assert repr(found["mine"]) == "__builtin__.print(...)"
     assert [type(fault) for fault in faults] == [UnsafeCheckpoint]
     assert "x.ckpt is a pickle that would call __builtin__.print when it is loaded (__builtin__.print('executed'))" in str(
         faults[0]

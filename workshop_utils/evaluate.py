@@ -104,8 +104,8 @@ def majority_class(train_rows: Sequence[dict], test_rows: Sequence[dict]) -> lis
     return [best] * len(test_rows)
 
 
-def few_shot_prefix(train_rows: Sequence[dict], n: int = EXAMPLES, seed: int = SEED) -> list[dict]:
-    """Turns to put before a question: a sentence that states the schema, then ``n`` training rows with different labels.
+def few_shot_prefix(train_rows: Sequence[dict], seed: int = SEED) -> list[dict]:
+    """Turns to put before a question: a sentence that states the schema, then :data:`EXAMPLES` training rows with different labels.
 
     The sentence opens the first user turn, since not every chat template takes a system message. Rows are drawn at random,
     then chosen one at a time so that each adds as many classes not seen yet as there are.
@@ -116,7 +116,7 @@ def few_shot_prefix(train_rows: Sequence[dict], n: int = EXAMPLES, seed: int = S
     classes = {} if None in labels else _class_fields(labels)
     chosen: list[dict] = []
     seen: Counter = Counter()
-    while rows and len(chosen) < n:
+    while rows and len(chosen) < EXAMPLES:
         row = min(rows, key=lambda row: sum(seen[value] for value in _classes_of(row, classes)))
         rows.remove(row)
         chosen.append(row)

@@ -163,9 +163,9 @@ def compare(
     )
 
 
-def means(values: Mapping[str, Sequence[float]], seed: int = SEED) -> dict[str, Interval]:
+def means(values: Mapping[str, Sequence[float]]) -> dict[str, Interval]:
     """The interval of every metric of :func:`measure`."""
-    return {name: interval(rows, seed) for name, rows in values.items()}
+    return {name: interval(rows) for name, rows in values.items()}
 
 
 class _Words:

@@ -157,11 +157,6 @@ def run_job(module: str, folder: Path, job: dict, checkpoint: Path | str) -> Non
         raise GenerationFailed(f"NeMo could not answer with {paths.shown(checkpoint)} (exit status {code}):\n{tail}")
 
 
-def nemo_generate(bridged: Path | str, adapter: Path | str | None, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
-    """Only the answers of :func:`ask_nemo`."""
-    return ask_nemo(bridged, adapter, prompts, max_new_tokens=max_new_tokens).texts
-
-
 def nemo_logits(bridged: Path | str, adapter: Path | str | None, token_ids: Sequence[Sequence[int]]) -> numpy.ndarray:
     """Only the logits of :func:`ask_nemo`."""
     return ask_nemo(bridged, adapter, token_ids=token_ids).logits

@@ -13,9 +13,9 @@ VARIABLE = "WORKSHOP_DIE_WITH_PARENT"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent(environment: dict[str, str] | None = None) -> None:
-    """Have this process killed when its parent ends, if ``environment`` (default: our own) asks for it."""
-    launcher = (os.environ if environment is None else environment).get(VARIABLE)
+def die_with_parent() -> None:
+    """Have this process killed when its parent ends, if the environment asks for it."""
+    launcher = os.environ.get(VARIABLE)
     if not launcher or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()

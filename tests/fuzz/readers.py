@@ -12,7 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from workshop_utils.errors import CheckpointError, WorkshopError
-from workshop_utils.formats import gguf, huggingface, nemo_archive, restricted_pickle, safe_text, torch_archive, torch_dist
+from workshop_utils.formats import (
+    gguf,
+    huggingface,
+    nemo_archive,
+    restricted_pickle,
+    safe_text,
+    saved_tensors,
+    torch_archive,
+    torch_dist,
+)
 
 FILES = {"__0_0.distcp": 1 << 20, "__0_1.distcp": 1 << 20}
 
@@ -59,7 +68,8 @@ def _visit(value: object, length: int) -> None:
 
 def lightning(data: bytes) -> None:
     """The bytes of a ``.ckpt``, zip and all."""
-    torch_archive.read_lightning(io.BytesIO(data), "a.ckpt", lambda fault: None)
+    state = saved_tensors.read_state(io.BytesIO(data), "a.ckpt", lambda fault: None)
+    saved_tensors.tensors(state.get("state_dict"), "a.ckpt")
 
 
 def tar(data: bytes) -> None:

@@ -11,7 +11,6 @@ from workshop_utils.paths import shown
 
 _BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
 _LEFTOVERS = ("*-unfinished", "*.partial", "*.incomplete", "*.tmp")
-_MOST_FILES = 10_000
 
 
 def check_backend(report: Report, weights: Path) -> None:

@@ -131,6 +131,6 @@ def _check_lengths(report: Report, where: str, tensor: Tensor) -> None:
             )
 
 
-def some(names: list[str], most: int = 4) -> str:
+def some(names: list[str]) -> str:
     """A list of names in words, cut when it is long."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

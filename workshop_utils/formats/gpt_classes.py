@@ -206,8 +206,5 @@ FAMILIES = {
 }
 """Name (the ``model_type`` of Hugging Face) -> family."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {name: fields for family in FAMILIES.values() for name, fields in family.configs.items()}
-"""Configuration class, as ``_target_`` names it -> every field that is read here, with the default of that class."""
-
 BASE = dict(_BASE)
 """The fields of a plain Llama."""

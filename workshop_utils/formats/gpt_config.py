@@ -18,7 +18,7 @@ def family_of(model: Mapping[str, Any], where: str) -> Family:
 
 
 def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Every field of :data:`.gpt_classes.DEFAULTS` for the model described by ``model`` (a ``context/model.yaml``; ``where`` names it).
+    """Every field of :mod:`.gpt_classes` for the model described by ``model`` (a ``context/model.yaml``; ``where`` names it).
 
     Sizes that follow from others are filled in. The rope scaling fields are there only for Llama 3.1 and later.
     Raises :class:`UnsupportedCheckpoint` (another family, or a feature that its family does not have), :class:`UnsafeCheckpoint`

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
+from workshop_utils.errors import UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config
 from workshop_utils.formats.architecture import Architecture, number, size
 from workshop_utils.formats.gpt_classes import BASE, FAMILIES, ROPE_SCALING, Family
@@ -261,12 +261,3 @@ def from_fields(
 
 def _key_of(table: Mapping[str, tuple], value: tuple) -> str | None:
     return next((name for name, stands_for in table.items() if stands_for == value), None)
-
-
-def dtype_of(config: Mapping[str, Any], where: str) -> str:
-    """The dtype that ``precision`` stands for. Raises :class:`DamagedCheckpoint` where it says nothing."""
-    precision = str(config.get("precision"))
-    for prefix, dtype in (("bf16", "bfloat16"), ("16", "float16"), ("32", "float32")):
-        if precision.startswith(prefix):
-            return dtype
-    raise DamagedCheckpoint(f"{where}: precision is {precision!r}.")

@@ -104,11 +104,6 @@ def _members(path: Path, version: tuple[int, ...]) -> tuple[Member, ...]:
     return tuple(files)
 
 
-def member_names(path: Path) -> list[str]:
-    """Names of the files in the archive, as they are stored; errors as :func:`members`."""
-    return [member.stored_name for member in members(path)]
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """``model_config.yaml`` of the archive. Errors as :func:`members`; tags that name Python objects are refused."""
     return safe_text.parse_yaml(read_member(path, CONFIG, safe_text.MAX_BYTES), f"{shown(path)}:{CONFIG}")

@@ -35,7 +35,7 @@ _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
-    """A tensor in such a file: shape, dtype by name, key of its storage (``data/<key>`` in the zip), and its bytes.
+    """A tensor in such a file: shape, dtype by name, and its bytes.
 
     Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the file, ready for
     ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share them: tied weights, or views of one another.
@@ -44,7 +44,6 @@ class SavedTensor:
 
     shape: tuple[int, ...]
     dtype: str
-    storage: str
     start: int | None = None
     length: int | None = None
 
@@ -52,15 +51,6 @@ class SavedTensor:
     def contiguous(self) -> bool:
         """Whether its elements are one range of bytes."""
         return self.start is not None
-
-
-@dataclass(frozen=True)
-class LightningCheckpoint:
-    """A Lightning ``.ckpt``: the tensors of its ``state_dict`` by name, its ``version``, and the plain values of every other key."""
-
-    tensors: dict[str, SavedTensor]
-    version: str | None
-    rest: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +174,9 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
     expected = 1
     for count, step in zip(reversed(shape), reversed(stride), strict=True):
         if count > 1 and step != expected and elements:
-            return SavedTensor(shape, storage.dtype, storage.key)
+            return SavedTensor(shape, storage.dtype)
         expected *= count
-    return SavedTensor(shape, storage.dtype, storage.key, storage.start + offset * item, elements * item)
+    return SavedTensor(shape, storage.dtype, storage.start + offset * item, elements * item)
 
 
 def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Any:
@@ -266,26 +256,6 @@ def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not tensors by name.")
     return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, SavedTensor)}
-
-
-def read_lightning(file: IO[bytes], where: str, report: Report = stop) -> LightningCheckpoint:
-    """The Lightning ``.ckpt`` in ``file``; errors as :func:`read_tensors`. Names of nested state dicts are joined with dots."""
-    state = read_state(file, where, report)
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
-        raise DamagedCheckpoint(f"{where} has no state_dict: it is no checkpoint of Lightning.")
-    version = state.get("pytorch-lightning_version")
-    rest = {key: value for key, value in state.items() if key != "state_dict" and isinstance(key, str)}
-    return LightningCheckpoint(dict(_named(state["state_dict"], "")), version if isinstance(version, str) else None, rest)
-
-
-def _named(state: dict, prefix: str) -> list[tuple[str, SavedTensor]]:
-    found = []
-    for name, value in state.items():
-        if isinstance(value, dict):
-            found += _named(value, f"{prefix}{name}.")
-        elif isinstance(value, SavedTensor):
-            found.append((f"{prefix}{name}", value))
-    return found
 
 
 def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
