@@ -1,6 +1,7 @@
 """The ``workshop`` command. Each sub-command is one module of this package; none of them imports torch or NeMo to show help."""
 
 import argparse
+import functools
 import importlib
 import os
 import pkgutil
@@ -29,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command found in this package."""
     parser = argparse.ArgumentParser("workshop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    # The lines of descriptions and examples are kept as they are written.
+    command = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=command)
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
     return parser

@@ -26,11 +26,7 @@ example:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``bridge`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "bridge",
-        help="make a NeMo 2.0 checkpoint loadable by the script path",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "bridge", help="make a NeMo 2.0 checkpoint loadable by the script path", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("nemo2_dir", metavar="NEMO2_DIR", type=Path, help="directory that holds context/ and weights/")
     choice = parser.add_mutually_exclusive_group()

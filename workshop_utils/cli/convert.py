@@ -31,11 +31,7 @@ example:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``convert`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "convert",
-        help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "convert", help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint")
     parser.add_argument(

@@ -1,6 +1,5 @@
 """``workshop evaluate``: base, two baselines and adapter on the test set."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\
@@ -17,8 +16,7 @@ A model that a server holds (workshop serve, NIM, vLLM) is scored on the same pr
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("evaluate", help="base and adapter on the test set", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("evaluate", help="base and adapter on the test set", description=HELP)
     parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo (without one only the base and its baselines)")
     parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")
     parser.add_argument("--url", help="evaluate what the server at this address holds, through the API of OpenAI")

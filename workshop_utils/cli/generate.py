@@ -1,6 +1,5 @@
 """``workshop generate``: the same prompts to the base and to the adapter, side by side."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\
@@ -16,8 +15,7 @@ the PEFT layout first.
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("generate", help="answers of the base and the adapter, side by side", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("generate", help="answers of the base and the adapter, side by side", description=HELP)
     parser.add_argument("prompt", nargs="*", help="what to ask")
     parser.add_argument("--file", type=Path, help="more prompts: JSON Lines as for training, or one prompt a line in any other file")
     parser.add_argument("--model", help="a Hugging Face model directory, or a name from `workshop models` (default: the chosen model)")

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+HELP = """\
+Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0 distributed checkpoint with
+NeMo's importer. Example: workshop import smollm2-135m-instruct
+"""
+
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser(
-        "import", help="Hugging Face model -> NeMo 2.0 checkpoint",
-        description="Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0 distributed checkpoint "
-        "with NeMo's importer. "
-        "Example: workshop import smollm2-135m-instruct",
-    )  # fmt: skip
+    parser = subparsers.add_parser("import", help="Hugging Face model -> NeMo 2.0 checkpoint", description=HELP)
     parser.add_argument("model", help="a model that `workshop models fetch` got, or a Hugging Face model directory")
     parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME, or models/huggingface/NAME)")
     parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")

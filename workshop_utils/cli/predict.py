@@ -1,6 +1,5 @@
 """``workshop predict``: the rows of a file answered by NeMo, as megatron_gpt_generate does it."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\
@@ -15,8 +14,7 @@ NeMo decodes slowly on a CPU: for many rows use `workshop evaluate`, which answe
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("predict", help="answer a file of rows by the script path", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("predict", help="answer a file of rows by the script path", description=HELP)
     parser.add_argument("--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`")
     parser.add_argument("--out", type=Path, help="where the predictions go (default: runs/predictions/)")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of base and adapter finds")

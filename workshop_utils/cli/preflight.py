@@ -15,7 +15,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="check this machine before anything long starts",
         description=DESCRIPTION,
         epilog="example:\n  workshop preflight",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
 

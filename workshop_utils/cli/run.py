@@ -22,11 +22,7 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``run`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "run",
-        help="run all notebooks, or some, and report what they made",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "run", help="run all notebooks, or some, and report what they made", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of the notebooks to run")
     parser.add_argument("--save-outputs", action="store_true", help="store the outputs of those that pass in notebooks/")

@@ -40,11 +40,7 @@ _SHOWN = 200
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``verify`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "verify",
-        help="is a checkpoint whole, and safe to load?",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "verify", help="is a checkpoint whole, and safe to load?", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint of any format: a directory or a file")
     parser.add_argument("--deep", action="store_true", help="read every value, too")
