@@ -101,6 +101,7 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"packed_sequence": True}, "micro_batch_size must be 1"),
         ({"max_steps": 5}, "nothing would be validated"),
         ({"max_steps": 800, "warmup_steps": 800}, "warmup_steps 800 must be below max_steps 800"),
+        ({"max_steps": 50, "val_check_interval": 10}, r"warmup_steps \(none: the 50 of qwen3_8b\) must be below max_steps 50.* Set warmup_steps=5,"),
         ({"use_modelopt": True}, "quantised"),
         ({"target": "nemo2", "no_merge": True}, "no_merge"),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),
@@ -250,6 +251,11 @@ def test_the_index_knows_the_model():
     assert (found.model, found.config, found.layers, found.hidden) == ("LlamaModel", "Llama32Config1B", 16, 2048)
     assert (found.tensor_parallel_size, found.global_batch_size, found.base) == (1, 128, "meta-llama/Llama-3.2-1B")
     assert index.find("deepseek_v3").pipeline_parallel_size == 5
+    assert found.warmup_steps == 50
+
+
+def test_a_short_run_takes_its_own_warm_up():
+    assert resolve(RecipeOptions(max_steps=50, val_check_interval=10, warmup_steps=0)).options.warmup_steps == 0
 
 
 @pytest.mark.slow

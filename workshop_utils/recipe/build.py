@@ -157,10 +157,6 @@ def _optimizer(resolved: Resolved, optim: "run.Config") -> None:
         optim.config.lr = options.learning_rate
     if options.warmup_steps is not None:
         optim.lr_scheduler.warmup_steps = options.warmup_steps
-    warmup = getattr(optim.lr_scheduler, "warmup_steps", None) or 0
-    if warmup >= options.max_steps:
-        raise WorkshopError(f"{resolved.recipe.name} warms up for {warmup} steps, which must be below max_steps {options.max_steps}, or the learning "
-                            f"rate never gets to its peak. Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
 
 
 def _adapter(resolved: Resolved, peft: "run.Config | None") -> None:

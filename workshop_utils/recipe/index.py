@@ -27,7 +27,8 @@ class Recipe:
 
     ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``schemes`` are the values of
     ``peft_scheme`` that its ``finetune_recipe`` takes; none where it has none. The fields after ``pretrain`` come from the first of
-    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
+    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens, ``warmup_steps`` those over which its
+    learning rate rises.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Recipe:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     seq_length: int | None = None
+    warmup_steps: int | None = None
 
 
 @functools.cache
@@ -162,11 +164,11 @@ def _finetuning(recipe: "run.Partial") -> dict[str, int | str | None]:
         for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     }
     batches = {size: getattr(data, size, None) for size in ("global_batch_size", "micro_batch_size", "seq_length")}
-    base = getattr(resume, "path", None)
+    base, schedule = getattr(resume, "path", None), getattr(getattr(recipe, "optim", None), "lr_scheduler", None)
     return (
         {size.replace("_model_", "_"): value for size, value in sizes.items()}
         | batches
-        | {"base": base and base.removeprefix("nemo://")}
+        | {"base": base and base.removeprefix("nemo://"), "warmup_steps": getattr(schedule, "warmup_steps", None)}
     )
 
 

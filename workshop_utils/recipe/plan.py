@@ -57,13 +57,13 @@ def resolve(options: "RecipeOptions") -> Resolved:
 
     Raises:
         WorkshopError: the recipe does not exist or cannot be fine-tuned, the ranks cannot be divided by the parallel sizes, two
-            profilers are on, a ratio leaves a split empty, or a path has an unknown {placeholder}.
+            profilers are on, the learning rate would never get to its peak, a ratio leaves a split empty, or a path has an unknown {placeholder}.
     """
     recipe = index.find(options.recipe_cls_name)
     options = _completed(options)
     _check_scheme(recipe, options.peft_scheme)
     world, data_parallel = _ranks(options)
-    _check(options)
+    _check(options, recipe)
     output_dir, nemo_ckpt_dir, data_dir = _places(options)
     batch = options.micro_batch_size * options.accumulate_grad_batches * data_parallel
     resolved = Resolved(options, recipe, world, data_parallel, batch, dataset(options), output_dir, nemo_ckpt_dir, data_dir)
@@ -124,8 +124,8 @@ def _ranks(options: "RecipeOptions") -> tuple[int, int]:
     return world, world // model
 
 
-def _check(options: "RecipeOptions") -> None:
-    """What several options say together."""
+def _check(options: "RecipeOptions", recipe: index.Recipe) -> None:
+    """What several options, and the recipe, say together."""
     profilers = [name for name in PROFILERS if getattr(options, name)]
     if len(profilers) > 1:
         raise WorkshopError(f"{' and '.join(profilers)} are both on. Each would measure the others: switch on one profiler.")
@@ -143,9 +143,11 @@ def _check(options: "RecipeOptions") -> None:
     if options.val_check_interval > options.max_steps:
         raise WorkshopError(f"val_check_interval {options.val_check_interval} is above max_steps {options.max_steps}: nothing would be validated, "
                             "and so no checkpoint saved. Lower it.")  # fmt: skip
-    if options.warmup_steps is not None and options.warmup_steps >= options.max_steps:
-        raise WorkshopError(f"warmup_steps {options.warmup_steps} must be below max_steps {options.max_steps}, or the learning rate never gets to "
-                            f"its peak. Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
+    warmup = recipe.warmup_steps if options.warmup_steps is None else options.warmup_steps
+    if warmup and warmup >= options.max_steps:
+        whose = f" (none: the {warmup} of {recipe.name})" if options.warmup_steps is None else f" {warmup}"
+        raise WorkshopError(f"warmup_steps{whose} must be below max_steps {options.max_steps}, or the learning rate never gets to its peak. "
+                            f"Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
     if options.use_modelopt:
         raise WorkshopError(
             "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run with its torch. Leave it out."
