@@ -20,7 +20,7 @@ ALL = tuple(NAMES)
 
 @dataclass(frozen=True)
 class Shape:
-    """A tiny Llama's numbers."""
+    """A tiny Llama's numbers; without a gate, a tiny Nemotron's."""
 
     hidden: int = 32
     heads: int = 4
@@ -28,6 +28,7 @@ class Shape:
     channels: int = 8
     ffn: int = 48
     layers: int = 2
+    gated: bool = True
 
     @property
     def features(self) -> dict[str, tuple[int, int]]:
@@ -35,7 +36,7 @@ class Shape:
         return {
             "attention_qkv": (self.hidden, (self.heads + 2 * self.groups) * self.channels),
             "attention_dense": (attention, self.hidden),
-            "mlp_fc1": (self.hidden, 2 * self.ffn),
+            "mlp_fc1": (self.hidden, (2 if self.gated else 1) * self.ffn),
             "mlp_fc2": (self.ffn, self.hidden),
         }
 
@@ -57,7 +58,7 @@ def config_of(shape: Shape, targets: tuple[str, ...] = ("attention_qkv",), rank:
         "num_attention_heads": shape.heads,
         "num_query_groups": shape.groups,
         "kv_channels": shape.channels,
-        "activation": "fast-swiglu",
+        "activation": "fast-swiglu" if shape.gated else "squared-relu",
         "precision": 32,
         "global_batch_size": 8,
         "tensor_model_parallel_size": 1,
@@ -187,7 +188,8 @@ def add_like_nemo(model, shape: Shape, state: dict[str, torch.Tensor], scale: fl
         for part, module in enumerate((attention.q_proj, attention.k_proj, attention.v_proj)):
             module.register_forward_hook(qkv(layer, part))
         attention.o_proj.register_forward_hook(plain(layer, "attention_dense"))
-        mlp.gate_proj.register_forward_hook(plain(layer, "mlp_fc1", 0, 2))
-        mlp.up_proj.register_forward_hook(plain(layer, "mlp_fc1", 1, 2))
+        halves = (mlp.gate_proj, mlp.up_proj) if shape.gated else (mlp.up_proj,)
+        for part, module in enumerate(halves):
+            module.register_forward_hook(plain(layer, "mlp_fc1", part, len(halves)))
         mlp.down_proj.register_forward_hook(plain(layer, "mlp_fc2"))
     return model

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_samples import ALL, GQA, GQA_HEAD_DIM, MHA, config_of, logits, tensors_of, tiny_llama, write_adapter
+from export_samples import (
+    ALL,
+    GQA,
+    GQA_HEAD_DIM,
+    MHA,
+    Shape,
+    add_like_nemo,
+    config_of,
+    logits,
+    tensors_of,
+    tiny_llama,
+    write_adapter,
+)
 from safetensors.torch import load_file, save_file
 
 from workshop_utils import cli, plots
@@ -128,6 +140,44 @@ def test_qwen_3_for_which_nemo_has_no_exporter(root):
     torch.testing.assert_close(
         model_answers(export(nemo, "hf-merged", root / "m", base_model=str(base))), wanted, atol=5e-4, rtol=1e-4
     )
+
+
+NEMOTRON = Shape(hidden=64, channels=16, ffn=96, gated=False)
+
+
+def test_nemotron_whose_mlp_has_no_gate(root):
+    from tiny_families import make_tiny_family
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_family(root / "base", "nemotron")
+    source = write_adapter(root / "n.nemo", config_of(NEMOTRON, ALL), tensors_of(NEMOTRON, ALL))
+    reference = add_like_nemo(AutoModelForCausalLM.from_pretrained(base).eval(), NEMOTRON, tensors_of(NEMOTRON, ALL), 2.0)
+    wanted = logits(reference)
+    assert (wanted - model_answers(base)).abs().max() > 0.1
+    peft = export(source, "hf-peft", root / "p")
+    assert json.loads((peft / "adapter_config.json").read_text())["target_modules"] == sorted(set(EVERY) - {"gate_proj"})
+    merged = export(source, "hf-merged", root / "m", base_model=str(base))
+    back = export(peft, "nemo", root / "b", reader="nemo", base_model=str(base))
+    for got in (answers(root, peft), model_answers(merged), answers(root, export(back, "hf-peft", root / "p2"))):
+        torch.testing.assert_close(got, wanted, atol=5e-3, rtol=1e-3)
+    proof = prove(source, {"hf-peft": peft, "hf-merged": merged, "nemo": back}, base)
+    assert proof.proven and [form.proven for form in proof.forms] == [True, True, None], proof.table()
+    assert "has no gate" in proof.forms[2].untold
+
+
+def test_what_peft_trained_for_a_base_without_a_gate(root):
+    from tiny_families import make_tiny_family
+
+    base = make_tiny_family(root / "base", "nemotron")
+    source = trained_by_peft(root, ["q_proj", "up_proj"], base)
+    nemo = export(source, "nemo", root / "n", reader="nemo", base_model=str(base))
+    assert read_adapter(nemo).weights[1, "mlp_fc1"].linear_out.shape == (96, 4)
+    torch.testing.assert_close(answers(root, export(nemo, "hf-peft", root / "b")), answers(root, source), atol=5e-4, rtol=1e-4)
+    base_of(root, Shape(hidden=64, channels=16, ffn=96))
+    gated = trained_by_peft(root, ["gate_proj"])
+    make_tiny_family(base, "nemotron")
+    with pytest.raises(DamagedCheckpoint, match="mlp.gate_proj: the MLP of its base has no gate"):
+        read_adapter(gated, base)
 
 
 REFUSED = {

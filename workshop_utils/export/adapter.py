@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.export.qkv import Heads, Order
 from workshop_utils.formats import nemo2
+from workshop_utils.formats.nemo1_config import ACTIVATIONS
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
@@ -43,13 +44,18 @@ class Halves(NamedTuple):
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of the base model that fix the shapes of an adapter."""
+    """The numbers of the base model that fix the shapes of an adapter. ``activation`` is that of the MLP, by NeMo 1's name."""
 
     hidden_size: int
     ffn_hidden_size: int
     num_layers: int
     heads: Heads
-    gated: bool
+    activation: str | None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate: mlp_fc1 is then gate_proj and up_proj, else up_proj alone."""
+        return ACTIVATIONS.get(self.activation, ("", False))[1]
 
     def features(self, target: str) -> tuple[int, int]:
         """Input and output features of the linear layer that ``target`` names, NeMo's or Hugging Face's."""

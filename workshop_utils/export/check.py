@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Largest difference of the update, relative to its largest value: a rounding of each weight to the dtype.
 _TOLERANCE = {"torch.float64": 1e-6, "torch.float32": 1e-5, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
 #: One rounding of a merged weight, relative to that weight, and of its sum in single precision, to the largest of the matrix.
-_ROUNDING = {"torch.float64": 0.0, "torch.float32": 0.0, "torch.float16": 2**-11, "torch.bfloat16": 2**-8}
+_ROUNDING = {"float64": 0.0, "float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 _SUM = 2**-20
 _PROBES = 4
 _SAME = "each module's update equals the trained one"
@@ -72,18 +72,15 @@ def check_merged(directory: Path, base: Path, adapter: LoraAdapter, to: str) -> 
     for tensor in before.tensors:
         if tensor.name in adapted:
             layer, _, module = tensor.name.removeprefix("model.layers.").removesuffix(".weight").partition(".")
-            _same_merged(_read(before, tensor), _read(made, tensors[tensor.name]), {module: None}, apart, int(layer))
+            sides = ({module: _read(*one).float()} for one in ((before, tensor), (made, tensors[tensor.name])))
+            _same_merged(*sides, apart, int(layer), tensors[tensor.name].dtype)
         elif tensor.name in FUSED:
             for layer in range(tensor.shape[0]):
-                parts = dict.fromkeys(MODULES[FUSED[tensor.name]])
-                _same_merged(
-                    _read(before, tensor, layer),
-                    _read(made, tensors[tensor.name], layer),
-                    parts,
-                    apart,
-                    layer,
-                    FUSED[tensor.name],
+                sides = (
+                    cut(_read(*one, layer).float(), FUSED[tensor.name], apart.architecture, "interleaved")
+                    for one in ((before, tensor), (made, tensors[tensor.name]))
                 )
+                _same_merged(*sides, apart, layer, tensors[tensor.name].dtype)
         else:
             now, was = _read(made, tensors[tensor.name]), _read(before, tensor)
             if not (now == was.to(now.dtype)).all():
@@ -180,30 +177,24 @@ def cut(update: Tensor, target: str, sizes: Architecture, order: str) -> dict[st
     elif target == "mlp_fc1" and sizes.gated:
         cut = [update[: sizes.ffn_hidden_size], update[sizes.ffn_hidden_size :]]
     else:
-        return {modules[0]: update}
+        return {modules[-1]: update}  # without a gate, up_proj alone
     return dict(zip(modules, cut, strict=True))
 
 
 def _same_merged(
-    before: Tensor, after: Tensor, parts: Mapping[str, None], apart: LoraAdapter, layer: int, fused: str | None = None
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], apart: LoraAdapter, layer: int, dtype: str
 ) -> None:
-    """Every weight of ``after`` against ``before`` plus what the adapter adds, for the modules ``parts`` of one matrix.
+    """Every weight of ``after`` (Hugging Face's modules of one matrix) against ``before`` plus what the adapter adds; ``dtype``: as stored.
 
     Weight by weight: the update may be smaller than the rounding of the large ones, which would hide that it is wrong.
     """
-    sides = [before.float(), after.float()]
-    if fused:
-        sides = [cut(side, fused, apart.architecture, "interleaved") for side in sides]
-    else:
-        sides = [dict.fromkeys(parts, side) for side in sides]
-    for module in parts:
-        expected = sides[0][module]
+    for module, expected in before.items():
         if (layer, module) in apart.weights:
             a, b = apart.weights[layer, module]
             expected = expected + apart.scale * (b.float() @ a.float())
         if (layer, module) in apart.magnitudes:
             expected = expected * (apart.magnitudes[layer, module].float() / expected.norm(dim=1))[:, None]
-        difference, largest = (expected - sides[1][module]).abs(), expected.abs().max().item()
-        if not (difference <= _ROUNDING[str(after.dtype)] * expected.abs() + _SUM * largest).all():
+        difference, largest = (expected - after[module]).abs(), expected.abs().max().item()
+        if not (difference <= _ROUNDING[dtype] * expected.abs() + _SUM * largest).all():
             off = difference.max().item()
             _fail(_SAME, f"layer {layer}, {module}: a weight is off by {off:.2g} where the largest is {largest:.2g}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.convert import readers, weights
 from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export.adapter import LoraAdapter, as_tensor
-from workshop_utils.export.modules import MODULES, separated, updated
+from workshop_utils.export.modules import MODULES, modules_of, separated, updated
 from workshop_utils.export.qkv import Heads, join, split
 from workshop_utils.formats import huggingface, nemo2, values
 from workshop_utils.formats.safe_text import read_json
@@ -145,7 +145,7 @@ def merged_fused(weight: torch.Tensor, apart: LoraAdapter, layer: int, target: s
     """NeMo's fused ``weight`` ``[out, in]`` of ``target``, rows interleaved, with what ``apart`` adds to its parts; fp32."""
     import torch
 
-    modules = MODULES[target]
+    modules = modules_of(target, apart.architecture)
     if not any((layer, module) in apart.weights for module in modules):
         return weight
     if target == "attention_qkv":
@@ -184,7 +184,8 @@ def _fit_fused(
                 "self_attn.k_proj": heads.groups,
                 "self_attn.v_proj": heads.groups,
             }.get(module)
-            rows = part * heads.channels if part else rows // 2 if module in MODULES["mlp_fc1"] else rows
+            halved = module in MODULES["mlp_fc1"] and apart.architecture.gated
+            rows = part * heads.channels if part else rows // 2 if halved else rows
             _fit(apart, {name: (rows, columns)} if name in shapes else {}, {name: (layer, module)}, base)
 
 

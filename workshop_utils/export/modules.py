@@ -8,11 +8,11 @@ diagonal of blocks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from workshop_utils.errors import UnsupportedAdapter
-from workshop_utils.export.adapter import TARGETS, Halves, LoraAdapter
+from workshop_utils.export.adapter import TARGETS, Architecture, Halves, LoraAdapter
 from workshop_utils.export.qkv import join, split
 from workshop_utils.paths import shown
 
@@ -29,29 +29,30 @@ MODULES = {
 _ORDER = [*MODULES, *(module for modules in MODULES.values() for module in modules)]
 
 
+def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
+    """Hugging Face's modules for ``target`` in a base of ``sizes``, in the order of B's parts; a module of Hugging Face's is itself."""
+    if target == "mlp_fc1" and sizes and not sizes.gated:
+        return ("mlp.up_proj",)
+    return MODULES.get(target, (target,))
+
+
 def hf_modules(adapter: LoraAdapter) -> list[str]:
     """The Hugging Face modules that ``adapter`` adapts."""
-    return [module for target in adapter.targets for module in MODULES.get(target, (target,))]
+    return [module for target in adapter.targets for module in modules_of(target, adapter.architecture)]
 
 
 def separated(adapter: LoraAdapter) -> LoraAdapter:
     """``adapter`` with Hugging Face's modules as targets. The parts of one fused layer share their A: the same tensor.
 
     Raises:
-        UnsupportedAdapter: the base has a plain MLP, which a Llama in Hugging Face's layout does not have.
+        UnsupportedAdapter: the base has an MLP that no family in Hugging Face's layout here has.
     """
     weights, magnitudes = {}, {}
     for (layer, target), (a, b) in adapter.weights.items():
-        if target not in MODULES:
-            weights[layer, target] = Halves(a, b)
-            if (layer, target) in adapter.magnitudes:
-                magnitudes[layer, target] = adapter.magnitudes[layer, target]
-            continue
-        for module, part in zip(MODULES[target], _parts(adapter, target, b), strict=True):
+        for module, part in _parts(adapter, target, b):
             weights[layer, module] = Halves(a, part)
         if (layer, target) in adapter.magnitudes:
-            column = adapter.magnitudes[layer, target][:, None]
-            for module, part in zip(MODULES[target], _parts(adapter, target, column), strict=True):
+            for module, part in _parts(adapter, target, adapter.magnitudes[layer, target][:, None]):
                 magnitudes[layer, module] = part[:, 0]
     return dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes, targets=ordered(weights))
 
@@ -118,16 +119,17 @@ def updated(weight: Tensor, adapter: LoraAdapter, layer: int, module: str) -> Te
     return made
 
 
-def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> tuple[Tensor, ...]:
-    """``rows`` ``[out, n]`` of a fused layer, cut into those of Hugging Face's modules."""
-    if target == "attention_qkv":
-        return split(rows, adapter.architecture.heads, adapter.qkv_order)
-    if target == "mlp_fc1" and not adapter.architecture.gated:
+def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's modules for ``target``, each with its part of ``rows`` ``[out, n]``."""
+    sizes = adapter.architecture
+    if target == "mlp_fc1" and not sizes.gated and sizes.activation != "squared-relu":
         raise UnsupportedAdapter(
-            f"{shown(adapter.source)}: mlp_fc1 with activation {adapter.config.get('activation')!r} has no gate; only gated "
-            "models (fast-swiglu: gate_proj and up_proj) have a form in Hugging Face's layout here."
+            f"{shown(adapter.source)}: mlp_fc1 with activation {sizes.activation!r} has no gate; only gated models (fast-swiglu: gate_proj "
+            "and up_proj) and Nemotron (squared-relu: up_proj) have a form in Hugging Face's layout here."
         )
-    return rows.chunk(len(MODULES[target]))
+    modules = modules_of(target, sizes)
+    parts = split(rows, sizes.heads, adapter.qkv_order) if target == "attention_qkv" else rows.chunk(len(modules))
+    return zip(modules, parts, strict=True)
 
 
 def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
@@ -135,17 +137,17 @@ def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
 
     if (layer, target) in adapter.weights:
         return adapter.weights[layer, target]
-    inputs, _ = adapter.architecture.features(target)
-    parts = [adapter.weights.get((layer, module)) for module in MODULES[target]]
+    inputs, rows = adapter.architecture.features(target)
+    modules = modules_of(target, adapter.architecture)
+    parts = [adapter.weights.get((layer, module)) for module in modules]
     there = [halves for halves in parts if halves]
     like = next(iter(adapter.weights.values())).linear_out
     if not there:
-        rows = sum(adapter.architecture.features(module)[1] for module in MODULES[target])
         return Halves(like.new_zeros(adapter.rank, inputs), like.new_zeros(rows, adapter.rank))
     shared = all(torch.equal(halves.linear_in, there[0].linear_in) for halves in there)
     a = there[0].linear_in if shared else torch.cat([halves.linear_in for halves in there])
     blocks, at = [], 0
-    for module, halves in zip(MODULES[target], parts, strict=True):
+    for module, halves in zip(modules, parts, strict=True):
         block = like.new_zeros(adapter.architecture.features(module)[1], a.shape[0])
         if halves:
             width = halves.linear_out.shape[1]
@@ -162,7 +164,9 @@ def ordered(places: Iterable[tuple[int, str]]) -> tuple[str, ...]:
     return tuple(sorted({target for _, target in places}, key=_ORDER.index))
 
 
-def synthetic_config(adapter_dim: int, alpha: float, targets: Iterable[str], base: str, architecture) -> dict:
+def synthetic_config(
+    adapter_dim: int, alpha: float, targets: Iterable[str], base: str, architecture: Architecture | None
+) -> dict:
     """The fields of NeMo's ``model_config.yaml`` that describe an adapter which another program wrote."""
     nemo_targets = [target for target in TARGETS.values() if {target, *MODULES[target]} & set(targets)]
     lora = {"variant": "nemo", "target_modules": nemo_targets, "adapter_dim": adapter_dim, "alpha": alpha}
@@ -173,6 +177,6 @@ def synthetic_config(adapter_dim: int, alpha: float, targets: Iterable[str], bas
     sizes = {
         "num_layers": architecture.num_layers, "hidden_size": architecture.hidden_size, "ffn_hidden_size": architecture.ffn_hidden_size,
         "num_attention_heads": heads.attention, "num_query_groups": heads.groups, "kv_channels": heads.channels,
-        "activation": "fast-swiglu" if architecture.gated else "gelu",
+        "activation": architecture.activation,
     }  # fmt: skip
     return sizes | config | {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}

@@ -20,6 +20,7 @@ from workshop_utils.export.modules import of_one_rank, synthetic_config
 from workshop_utils.export.qkv import Heads
 from workshop_utils.formats import gpt_config, nemo2, values
 from workshop_utils.formats.architecture import number
+from workshop_utils.formats.nemo1_config import ACTIVATIONS
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
@@ -50,10 +51,7 @@ def read(source: Path) -> LoraAdapter:
     fields = gpt_config.read_fields(found.model, where)
     if fields["num_moe_experts"]:
         raise UnsupportedAdapter(f"{shown(source)}: its base is a mixture of experts, whose adapters cannot be exported here.")
-    architecture = Architecture(
-        fields["hidden_size"], fields["ffn_hidden_size"], fields["num_layers"],
-        Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]), fields["gated_linear_unit"],
-    )  # fmt: skip
+    architecture = base_architecture(fields)
     layers = _layers(source, architecture.num_layers)
     weights, magnitudes = {}, {}
     for (layer, target), parts in sorted(layers.items()):
@@ -88,6 +86,18 @@ def read(source: Path) -> LoraAdapter:
     made = of_one_rank(adapter)
     made.config.update(synthetic_config(made.rank, made.alpha, targets, base, architecture))
     return made
+
+
+def base_architecture(fields: Mapping[str, Any]) -> Architecture:
+    """The sizes in ``fields`` (of :func:`workshop_utils.formats.gpt_config.read_fields`)."""
+    function = fields["activation_func"], fields["gated_linear_unit"]
+    return Architecture(
+        fields["hidden_size"],
+        fields["ffn_hidden_size"],
+        fields["num_layers"],
+        Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]),
+        next((name for name, stands_for in ACTIVATIONS.items() if stands_for == function), None),
+    )
 
 
 def _notes(kind: str, rank: int, targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
+from workshop_utils.export import nemo2_adapter
 from workshop_utils.export.adapter import PEFT_CONFIG, Architecture, Halves, LoraAdapter, as_tensor, fingerprint
 from workshop_utils.export.modules import MODULES, of_one_rank, ordered, synthetic_config
 from workshop_utils.export.qkv import Heads
 from workshop_utils.formats import gpt_config, huggingface, values
-from workshop_utils.formats.architecture import Architecture as BaseSizes
 from workshop_utils.formats.architecture import number, size
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.paths import shown
@@ -65,7 +65,7 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
         if lacking:
             raise DamagedCheckpoint(f"{shown(source)}: layer {layer}, {module}: lora {lacking[0]} is missing, or is too many.")
     recorded = config.get("base_model_name_or_path")
-    architecture = _architecture(base or Path(recorded if isinstance(recorded, str) else ""))
+    architecture = base_architecture(base or Path(recorded if isinstance(recorded, str) else ""))
     adapter = LoraAdapter(
         source=source,
         sha256=fingerprint(source / PEFT_CONFIG, *huggingface.weight_files(source, "adapter_model", "adapter_model")),
@@ -96,17 +96,15 @@ def _refuse(source: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def _architecture(base: Path) -> Architecture | None:
+def base_architecture(base: Path) -> Architecture | None:
     """The sizes in the configuration of the model directory ``base`` (Hugging Face or NeMo 2.0), or None where there is none."""
-    sizes: BaseSizes | None = None
-    if (base / "config.json").is_file():
-        sizes = huggingface.architecture(read_json(base / "config.json"))
-    elif (base / "context" / "model.yaml").is_file():
-        file = base / "context" / "model.yaml"
-        sizes = gpt_config.architecture(gpt_config.read_fields(read_yaml(file), shown(file)))
+    if (file := base / "context" / "model.yaml").is_file():
+        return nemo2_adapter.base_architecture(gpt_config.read_fields(read_yaml(file), shown(file)))
+    sizes = huggingface.architecture(read_json(base / "config.json")) if (base / "config.json").is_file() else None
     if sizes is None:
         return None
-    return Architecture(sizes.hidden, sizes.ffn, sizes.layers, Heads(sizes.heads, sizes.groups, sizes.head_dim), gated=True)
+    activation = "squared-relu" if sizes.family == "Nemotron" else "fast-swiglu"
+    return Architecture(sizes.hidden, sizes.ffn, sizes.layers, Heads(sizes.heads, sizes.groups, sizes.head_dim), activation)
 
 
 def _check_shapes(adapter: LoraAdapter) -> None:
@@ -114,6 +112,8 @@ def _check_shapes(adapter: LoraAdapter) -> None:
         place = f"{shown(adapter.source)}: layer {layer}, {module}"
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
             raise DamagedCheckpoint(f"{place}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: no [r, in] and [out, r].")
+        if module == "mlp.gate_proj" and adapter.architecture and not adapter.architecture.gated:
+            raise DamagedCheckpoint(f"{place}: the MLP of its base has no gate.")
         found = a.shape[1], b.shape[0]
         wanted = adapter.architecture.features(module) if adapter.architecture else found
         if found != wanted:

@@ -26,9 +26,10 @@ from workshop_utils import paths
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
 from workshop_utils.export import merge
-from workshop_utils.export.adapter import Architecture, LoraAdapter, as_tensor, find_adapter, read_adapter
+from workshop_utils.export.adapter import LoraAdapter, as_tensor, find_adapter, read_adapter
 from workshop_utils.export.check import cut
 from workshop_utils.export.modules import MODULES
+from workshop_utils.export.peft_adapter import base_architecture
 from workshop_utils.formats import huggingface, nemo_archive, values
 from workshop_utils.paths import shown
 
@@ -282,6 +283,8 @@ def _as_nemo_converts(path: Path, base: Path) -> Any:
         raise UnsupportedAdapter(
             f"NeMo's converter takes hidden_size / heads for the head size; this model's is {config['kv_channels']}"
         )
+    if config.get("activation") == "squared-relu" and "mlp_fc1" in config["peft"]["lora_tuning"]["target_modules"]:
+        raise UnsupportedAdapter("NeMo's converter halves mlp_fc1 into gate and up, and this model has no gate")
     with tempfile.TemporaryDirectory() as folder:
         _converter().convert_lora_nemo_to_canonical(str(path), folder, hf_format=True)
         return _with_peft(Path(folder), base)
@@ -315,15 +318,7 @@ def _as_torch_dist(directory: Path, base: Path) -> PreTrainedModel:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(state, storage_reader=reader, no_dist=True)
     model = _load(base)
-    config = model.config
-    heads = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
-    sizes = Architecture(
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers, merge.Heads(*heads), gated=True
-    )
+    sizes = base_architecture(base)
     for name, stacked in state.items():
         for layer, weight in enumerate(stacked):
             for module, rows in cut(weight.float(), merge.FUSED[name], sizes, "interleaved").items():

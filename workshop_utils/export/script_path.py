@@ -31,7 +31,6 @@ _GROUPS_OF_TARGETS = {
     "mlp": ("mlp_fc1", "mlp_fc2"),
     "all": tuple(TARGETS.values()),
 }
-_GATED_ACTIVATIONS = ("fast-swiglu", "fast-geglu", "fast-reglu", "swiglu", "geglu", "reglu")
 _KEY = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:self_attention|mlp)\.adapter_layer\.(\w+)\.(linear_in|linear_out)\.weight")
 _ANY_ADAPTER = re.compile(r".*\.adapter_layer\.(\w+)\..*")
 
@@ -153,7 +152,7 @@ def _architecture(source: Path, config: dict[str, Any]) -> Architecture:
         ffn_hidden_size=_number(source, config, "ffn_hidden_size", default=4 * hidden),
         num_layers=_number(source, config, "num_layers"),
         heads=Heads(heads, groups, _number(source, config, "kv_channels", default=hidden // heads)),
-        gated=config.get("activation") in _GATED_ACTIVATIONS,
+        activation=str(config.get("activation")),
     )
 
 
