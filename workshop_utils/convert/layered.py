@@ -1,6 +1,7 @@
 """Weights in one file for each rank, every layer under a name of its own, as tensors of the stacked form.
 
-The names of the files: :mod:`workshop_utils.formats.rank_files`. Nothing is put together here: a layer, an expert or a rank's slice becomes one chunk of the stacked tensor, at its offset.
+The names of the files: :mod:`workshop_utils.formats.rank_files`. Nothing is put together here: a layer, an expert or a rank's slice
+becomes one chunk of the stacked tensor, at its offset.
 """
 
 import dataclasses
@@ -64,10 +65,7 @@ def read(files: Files, fields: dict, ranks: dict[tuple[int, int], str], prefix: 
 
 def _locate(name: str, expected: dict[str, Weight], first_layer: int, where: str) -> tuple[str, tuple[int, ...]] | None:
     """Name in the stacked form and place on its stacked axes; None for what is no weight of its own."""
-    stacked, at = stacked_name(name)
-    if stacked not in expected:
-        # Without Transformer Engine the norm of a dense layer is a module of its own.
-        stacked = stacked.replace("decoder.layers.pre_mlp_layernorm.", "decoder.layers.mlp.linear_fc1.layer_norm_")
+    stacked, at = stacked_name(name, expected)
     if stacked in expected:
         return stacked, (at[0] + first_layer, *at[1:]) if at else at
     if name == OUTPUT or name.endswith("rotary_pos_emb.inv_freq"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from workshop_utils.doctor import layers
 from workshop_utils.doctor.report import Report
-from workshop_utils.doctor.shapes import sane_layers, without_local_norms, without_prefix
+from workshop_utils.doctor.shapes import sane_layers, without_prefix
 from workshop_utils.formats.megatron_layout import EMBEDDING, OUTPUT, layout, stacked_name
 from workshop_utils.formats.tensor import Tensor
 
@@ -77,8 +77,7 @@ def _check_stage(
     expected = layout(dict(fields), rows * tensor_parallel)
     seen: dict[str, set[int]] = {}
     for name, tensor in found.items():
-        kind, place = stacked_name(name)
-        kind = without_local_norms(kind, expected)
+        kind, place = stacked_name(name, expected)
         weight = expected.get(kind)
         if weight is None:
             continue

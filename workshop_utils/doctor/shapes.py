@@ -11,11 +11,6 @@ from workshop_utils.formats.megatron_layout import EMBEDDING, OUTPUT, layout, st
 from workshop_utils.formats.tensor import Tensor
 
 _PREFIX = re.compile(r"^(?:module\.|model\.)*(?=decoder\.|embedding\.|output_layer\.)")
-#: Without Transformer Engine the norms are modules of their own.
-_LOCAL_NORMS = {
-    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
-    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
-}
 _HALF = {"float16", "bfloat16"}
 _MOST_LAYERS = 10_000
 
@@ -41,8 +36,7 @@ def check_megatron(report: Report, where: str, tensors: Iterable[Tensor], fields
     expected = layout(dict(fields), rows)
     seen: dict[str, set[int]] = {}
     for name, tensor in found.items():
-        kind, place = stacked_name(name)
-        kind = without_local_norms(kind, expected)
+        kind, place = stacked_name(name, expected)
         weight = expected.get(kind)
         if weight is None:
             if not (kind == OUTPUT and fields["share_embeddings_and_output_weights"]) and "rotary" not in kind:
@@ -59,14 +53,6 @@ def check_megatron(report: Report, where: str, tensors: Iterable[Tensor], fields
             f"{where}: {tensor} has {rows:,} rows, but {config} states a vocabulary of {fields['vocab_size']:,}.", tensor
         )
     report.checked.append(f"every tensor and every layer that {config} asks for is there, in its shape")
-
-
-def without_local_norms(kind: str, expected: Mapping[str, Any]) -> str:
-    """The name that ``expected`` has for ``kind``, which may come from a model without Transformer Engine."""
-    for local, fused in _LOCAL_NORMS.items():
-        if kind.startswith(local) and kind not in expected:
-            return kind.replace(local, fused)
-    return kind
 
 
 def _compare(report: Report, where: str, tensor: Tensor, shape: tuple[int, ...], config: str) -> None:

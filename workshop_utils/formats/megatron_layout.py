@@ -7,6 +7,7 @@ Source: ``sharded_state_dict`` in ``megatron/core/transformer/{mlp,attention,moe
 """
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,19 +76,24 @@ def _feed_forward(fields: dict[str, Any], block: str) -> dict[str, Weight]:
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^mlp\.experts\.local_experts\.(\d+)\.(.+)$")
+_NORMS = {
+    "decoder.layers.input_layernorm.": "decoder.layers.self_attention.linear_qkv.layer_norm_",
+    "decoder.layers.pre_mlp_layernorm.": "decoder.layers.mlp.linear_fc1.layer_norm_",
+}
 
 
-def stacked_name(name: str) -> tuple[str, tuple[int, ...]]:
+def stacked_name(name: str, expected: Container[str] = ()) -> tuple[str, tuple[int, ...]]:
     """Name in the stacked form, and place on its stacked axes, of the tensor ``name`` of one layer (and expert), without prefix.
 
-    ``decoder.layers.7.mlp.linear_fc1.weight`` -> (``decoder.layers.mlp.linear_fc1.weight``, (7,)).
+    ``decoder.layers.7.mlp.linear_fc1.weight`` -> (``decoder.layers.mlp.linear_fc1.weight``, (7,)). A norm of a model without Transformer
+    Engine, a module of its own, gets the name that it has in ``expected`` (of :func:`layout`).
     """
-    layer = _LAYER.match(name)
-    if not layer:
-        return name, ()
-    # Without Transformer Engine the norms are modules of their own (see nemo_cpu).
-    rest = layer[2].replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-    expert = _EXPERT.match(rest)
-    if expert:
-        return f"decoder.layers.mlp.experts.experts.{expert[2]}", (int(layer[1]), int(expert[1]))
-    return f"decoder.layers.{rest}", (int(layer[1]),)
+    found, place = name, ()
+    if layer := _LAYER.match(name):
+        found, place = f"decoder.layers.{layer[2]}", (int(layer[1]),)
+        if expert := _EXPERT.match(layer[2]):
+            found, place = f"decoder.layers.mlp.experts.experts.{expert[2]}", (*place, int(expert[1]))
+    for own, fused in _NORMS.items():
+        if found.startswith(own) and found not in expected:
+            found = found.replace(own, fused)
+    return found, place
