@@ -26,6 +26,11 @@ def family(name: str) -> str:
     return f"{name[: found.start(1)]}*{name[found.end(1) :]}" if found else name
 
 
+def without_number(name: str) -> str:
+    """The name as if the layer had no number: ``model.layers.7.mlp.up_proj.weight`` -> ``model.layers.mlp.up_proj.weight``."""
+    return family(name).replace(".*", "", 1)
+
+
 def place(tensor: Tensor, chunk: Chunk) -> str:
     """Name of the tensor that ``chunk`` belongs to, with its layer where the name alone does not tell it."""
     if not is_stacked(tensor.name) or not chunk.shape:

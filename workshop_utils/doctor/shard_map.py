@@ -1,13 +1,11 @@
 """Which file of a checkpoint holds what, layer by layer."""
 
 import math
-import re
 from dataclasses import dataclass
 
+from workshop_utils.doctor import layers
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
-
-_NUMBERED = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,16 @@ def shard_map(checkpoint: Checkpoint) -> ShardMap:
             held = cells.setdefault(chunk.file, {})
             for layer, elements in _layers(tensor, chunk):
                 held[layer] = held.get(layer, 0) + elements * DTYPE_BYTES.get(tensor.dtype, 0)
-    layers = sorted({layer for held in cells.values() for layer in held if layer is not None})
-    return ShardMap(tuple(sorted(cells)), tuple(layers), cells)
+    found = sorted({layer for held in cells.values() for layer in held if layer is not None})
+    return ShardMap(tuple(sorted(cells)), tuple(found), cells)
 
 
 def _layers(tensor: Tensor, chunk: Chunk) -> list[tuple[int | None, int]]:
     """(layer, elements) of ``chunk``. NeMo 2.0 stacks all layers on the first axis, the other formats number them in the name."""
     elements = math.prod(chunk.shape)
-    if numbered := _NUMBERED.search(tensor.name):
-        return [(int(numbered[1]), elements)]
-    if ".layers." in tensor.name and chunk.shape:
+    if (numbered := layers.number(tensor.name)) is not None:
+        return [(numbered, elements)]
+    if layers.is_stacked(tensor.name) and chunk.shape:
         first, count = chunk.offsets[0], chunk.shape[0]
         return [(layer, elements // count) for layer in range(first, first + count)]
     return [(None, elements)]

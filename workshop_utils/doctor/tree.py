@@ -1,24 +1,22 @@
 """The tensors of a checkpoint as a tree: names split at their dots, the layers of one kind together, sizes added up."""
 
 import html
-import re
 from collections.abc import Iterator, Mapping
 
 from workshop_utils import terminal
+from workshop_utils.doctor import layers
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.formats.tensor import Tensor
 
 MAX_DEPTH = 20
 """Longer names are not split further."""
 
-_LAYER_NUMBER = re.compile(r"((?:^|\.)(?:layers|h|blocks|blk))\.\d+(?=\.)")
-
 
 def by_module(checkpoint: Checkpoint) -> dict[str, int]:
     """Elements of each module, all layers together, the largest first: ``{"mlp.linear_fc1": 106168320, ...}``."""
     counts: dict[str, int] = {}
     for tensor in checkpoint.tensors:
-        module = _without_layer(tensor.name).rpartition(".")[0] or tensor.name
+        module = layers.without_number(tensor.name).rpartition(".")[0] or tensor.name
         name = ".".join(module.split(".")[-2:])
         counts[name] = counts.get(name, 0) + tensor.elements
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
@@ -47,15 +45,11 @@ class Tree:
         return as_text(self._checkpoint)
 
 
-def _without_layer(name: str) -> str:
-    return _LAYER_NUMBER.sub(r"\1", name)
-
-
 def _tree(checkpoint: Checkpoint) -> dict:
     """Nested dictionaries; a leaf is the list of the tensors that have this name but for the layer's number."""
     top: dict = {}
     for tensor in checkpoint.tensors:
-        *branches, leaf = _without_layer(tensor.name).split(".", MAX_DEPTH)
+        *branches, leaf = layers.without_number(tensor.name).split(".", MAX_DEPTH)
         here = top
         for branch in branches:
             # The slash keeps a module apart from a tensor of the same name.
