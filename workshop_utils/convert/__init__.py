@@ -7,15 +7,13 @@ tensor (:mod:`.weights`). Only Hugging Face models need NeMo itself, in a proces
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils import paths
-from workshop_utils.errors import OutputExists, UnsupportedCheckpoint, WorkshopError
+from workshop_utils.errors import OutputExists, UnsupportedCheckpoint
 from workshop_utils.paths import shown
 
 FORMATS = ("nemo2", "nemo1")
@@ -106,6 +104,7 @@ def _from_huggingface(
 ) -> Conversion:
     """By NeMo's importer, in a process of its own: Lightning refuses NeMo's strategy in a notebook's kernel."""
     from workshop_utils.import_checkpoint import check
+    from workshop_utils.subcommand import run_quietly
 
     check(source.resolve())
     steps = ["Hugging Face: imported by NeMo to NeMo 2.0"]
@@ -114,7 +113,7 @@ def _from_huggingface(
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         made = Path(folder) / "nemo2"
-        _import(source, made, trust)
+        run_quietly("import", str(source), "--out", str(made), *(["--trust"] if trust else []))
         if to == "nemo2" and dtype is None and tokenizer is None:
             with paths.new_directory(target) as part:
                 for child in made.iterdir():
@@ -124,20 +123,3 @@ def _from_huggingface(
         tokenizer = source if tokenizer is None and target.suffix == ".nemo" else tokenizer
         done = _convert(made, target, to, tokenizer, dtype, dry_run=False, temporary=True)
     return Conversion(target, (*steps, *done.notes))
-
-
-def _import(source: Path, target: Path, trust: bool) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "import",
-        str(source),
-        "--out",
-        str(target),
-        *(["--trust"] if trust else []),
-    ]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise WorkshopError(f"NeMo could not import {shown(source)}:\n{tail}")

@@ -89,7 +89,7 @@ def _pack(source: Source, archive: ArchiveWriter, what: How, dtype: str | None) 
     with weights.progress(sum(sizes.values()), "packing") as bar:
         for name in sizes:
             with source.files.open(name) as opened, archive.member(f"{NEMO1_WEIGHTS}/{name}") as written:
-                shutil.copyfileobj(weights.Counted(opened, bar), written)
+                shutil.copyfileobj(weights.counted(opened, bar), written)
     return list(source.tensors.values()), list(source.objects.values())
 
 

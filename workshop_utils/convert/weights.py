@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
+from workshop_utils.convert import DTYPES as FLOATS
 from workshop_utils.convert.source import Source
 from workshop_utils.formats import torch_dist_writer, values
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
@@ -18,9 +19,7 @@ from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
     import torch
-
-FLOATS = ("float32", "bfloat16", "float16")
-"""The dtypes that weights can be converted to."""
+    from tqdm import tqdm
 
 FILE = "__0_0.distcp"
 """Name of the one file that is written, as the first process of a save would call it."""
@@ -74,7 +73,7 @@ def place(source: Source, what: How, directory: Path, target: Path, prefix: str,
         with progress(sum(sizes.values()), "copying") as bar:
             for name in sizes:
                 with source.files.open(name) as opened, (directory / name).open("wb") as written:
-                    shutil.copyfileobj(Counted(opened, bar), written)
+                    shutil.copyfileobj(counted(opened, bar), written)
     write_index(source, tensors, objects, directory, prefix)
 
 
@@ -143,20 +142,14 @@ def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torc
     return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)
 
 
-class Counted:
-    """A file that tells a progress bar what is read of it."""
+def counted(file: IO[bytes], bar: tqdm) -> IO[bytes]:
+    """``file``, which tells ``bar`` what is read of it."""
+    from tqdm.utils import CallbackIOWrapper
 
-    def __init__(self, file: IO[bytes], bar: Any) -> None:
-        self._file, self._bar = file, bar
-
-    def read(self, size: int) -> bytes:
-        """As of any file."""
-        block = self._file.read(size)
-        self._bar.update(len(block))
-        return block
+    return CallbackIOWrapper(bar.update, file, "read")
 
 
-def progress(total: int, what: str):
+def progress(total: int, what: str) -> tqdm:
     """A progress bar over ``total`` bytes; only for what takes a while."""
     from tqdm.auto import tqdm
 
