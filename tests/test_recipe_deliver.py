@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from workshop_utils.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
-from workshop_utils.recipe import deliver, options, plan
+from workshop_utils.export import job
+from workshop_utils.recipe import choose_checkpoint, deliver, options, plan
 
 
 def resolved(output_dir, **changes):
@@ -157,13 +158,25 @@ def test_a_full_fine_tune_for_transformers(nemo2_trained, bridged_tiny, tmp_path
 
 
 @pytest.mark.slow
-def test_a_wrong_adapter_is_caught(nemo2_trained, bridged_tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["hf_peft", "merged"])
+def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(nemo2_trained, bridged_tiny, tmp_path, monkeypatch, form):
     """The exporter writes the adapter of another run: right in form, wrong in what it computes."""
-    from workshop_utils import export
-
     other = next((nemo2_trained / "canonical_lora" / "checkpoints").glob("*-last"))
-    right = export.export
-    monkeypatch.setattr(export, "export", lambda adapter, *args, **options: right(other, *args, **options))
+    right, settings = job.export_adapter, trained(nemo2_trained, "lora", bridged_tiny, tmp_path)
+    monkeypatch.setattr(job, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options))
+    with pytest.raises(ConformanceFailed, match="its logits differ .* It was not kept"):
+        deliver.export(settings, form)
+    assert not list((tmp_path / "exports").iterdir())
+    monkeypatch.undo()
+    made = deliver.export(settings, form)
+    before = choose_checkpoint.files_of(made) if form == "merged" else [path.read_bytes() for path in sorted(made.iterdir())]
+    monkeypatch.setattr(job, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options))
+    with pytest.raises(OutputExists, match="made from another adapter.* Move it away, or replace it with --overwrite"):
+        deliver.export(settings, form)
     with pytest.raises(ConformanceFailed, match="It was not kept"):
-        deliver.export(trained(nemo2_trained, "lora", bridged_tiny, tmp_path), "hf_peft")
-    assert not list((tmp_path / "exports").glob("*.hf_peft"))
+        deliver.export(settings, form, overwrite=True)
+    after = choose_checkpoint.files_of(made) if form == "merged" else [path.read_bytes() for path in sorted(made.iterdir())]
+    assert after == before and list((tmp_path / "exports").iterdir()) == [made]
+    (made / "notes.md").write_text("somebody else's")
+    with pytest.raises(OutputExists, match="holds 'notes.md', which no export wrote: it is not replaced. Move it away.$"):
+        deliver.export(settings, form, overwrite=True)

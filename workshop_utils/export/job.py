@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from workshop_utils.paths import shown
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
 DTYPES = ("float32", "bfloat16", "float16")
 _CARD = "README.md"
+ELSEWHERE = "Choose another --out"
+"""Of the errors about what stands where an export would go; :mod:`workshop_utils.recipe.deliver` has no such option, and says it otherwise."""
 _PEFT_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md")
 _MERGED_FILES = re.compile(r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights")
 _BASES = {"hf-merged": Kind.HUGGINGFACE, "nemo2-merged": Kind.NEMO2}
@@ -55,6 +57,7 @@ class _Job:
     check: bool
     base: Path | None = None
     dtype: str | None = None
+    accept: Callable[[Path], None] | None = None
 
     def card(self) -> str:
         """The model card."""
@@ -73,8 +76,12 @@ def export_adapter(
     trust: bool = False,
     dtype: str | None = None,
     check: bool = True,
+    accept: Callable[[Path], None] | None = None,
 ) -> Export:
-    """The same as :func:`workshop_utils.export.export`, with everything there is to say about what was made."""
+    """The same as :func:`workshop_utils.export.export`, with everything there is to say about what was made.
+
+    ``accept`` gets the export before it has its name, or the one that is to be reused, and raises a WorkshopError to refuse it.
+    """
     if to not in TARGETS or reader not in ("trtllm", "nemo") or dtype not in (None, *DTYPES):
         raise WorkshopError(
             f"Cannot export to {to!r} for reader {reader!r} as {dtype!r}: to is one of {', '.join(TARGETS)}, reader is trtllm or nemo, dtype "
@@ -105,7 +112,7 @@ def export_adapter(
     written = of_dtype(written, dtype) if dtype and to not in _BASES else written
     recorded = base.name if base else base_model or lora.base
     record = make_record(written, to, reader if to == "nemo" else None, recorded, dtype)
-    job = _Job(lora, written, record, name, overwrite, results, check, base, dtype)
+    job = _Job(lora, written, record, name, overwrite, results, check, base, dtype, accept)
     return (
         _to_nemo(job, _nemo_target(name, reader, out))
         if to == "nemo"
@@ -157,7 +164,7 @@ def _to_directory(job: _Job, target: Path) -> Export:
     _refuse_foreign_directory(target)
     _refuse_source(job.read, target)
     if job.base and target.exists() and (job.base.resolve() == target.resolve()):
-        raise OutputExists(f"{shown(target)} is the base itself. Choose another --out.")
+        raise OutputExists(f"{shown(target)} is the base itself. {ELSEWHERE}.")
     kept = _reusable(job, target)
     reused = kept is not None
     if not reused:
@@ -178,9 +185,14 @@ def _to_directory(job: _Job, target: Path) -> Export:
 
 
 def _kept(job: _Job, path: Path) -> list[str]:
-    """The rules that the export at ``path`` keeps; nothing is looked at without ``check``."""
-    if not job.check:
-        return []
+    """The rules that the export at ``path`` keeps; without ``check`` only ``accept`` looks."""
+    rules = _rules(job, path) if job.check else []
+    if job.accept:
+        job.accept(path)
+    return rules
+
+
+def _rules(job: _Job, path: Path) -> list[str]:
     if job.record.to == "nemo":
         return check_nemo(path, job.read, job.record)
     return (
@@ -201,7 +213,7 @@ def _reusable(job: _Job, target: Path) -> list[str] | None:
     except (WorkshopError, OSError, ValueError) as error:
         if job.overwrite:
             return None
-        raise OutputExists(f"{shown(target)} exists. {error} Choose another --out, or replace it with --overwrite.") from error
+        raise OutputExists(f"{shown(target)} exists. {error} {ELSEWHERE}, or replace it with --overwrite.") from error
 
 
 def _check_existing(job: _Job, target: Path) -> list[str]:
@@ -222,26 +234,22 @@ def _refuse_second_nemo(target: Path) -> None:
     """NIM takes a directory as one adapter and wants exactly one ``.nemo`` in it."""
     others = [path for path in target.parent.glob("*.nemo") if path.name != target.name]
     if others:
-        raise OutputExists(
-            f"NIM wants exactly one .nemo a directory, and {shown(others[0])} is there already. Choose another --out."
-        )
+        raise OutputExists(f"NIM wants exactly one .nemo a directory, and {shown(others[0])} is there already. {ELSEWHERE}.")
 
 
 def _refuse_foreign_directory(target: Path) -> None:
     """A whole directory is replaced, so nothing of somebody else's may be in it, overwrite or not: only what an export wrote."""
     if target.exists() and not target.is_dir():
-        raise OutputExists(f"{shown(target)} is a file; this export is a directory. Choose another --out.")
+        raise OutputExists(f"{shown(target)} is a file; this export is a directory. {ELSEWHERE}.")
     merged = (target / hf_peft.RECORD).is_file() and not (target / hf_peft.CONFIG).exists()
     known = _MERGED_FILES if merged else _PEFT_FILES
     foreign = sorted(path.name for path in target.iterdir() if not known.fullmatch(path.name)) if target.exists() else []
     if foreign:
-        raise OutputExists(
-            f"{shown(target)} holds {foreign[0]!r}, which no export wrote: it is not replaced. Choose another --out."
-        )
+        raise OutputExists(f"{shown(target)} holds {foreign[0]!r}, which no export wrote: it is not replaced. {ELSEWHERE}.")
 
 
 def _refuse_source(adapter: LoraAdapter, target: Path) -> None:
     if target.suffix == ".nemo" and target.is_dir():
-        raise OutputExists(f"{shown(target)} is a directory. Choose another --out.")
+        raise OutputExists(f"{shown(target)} is a directory. {ELSEWHERE}.")
     if target.exists() and adapter.source.resolve().is_relative_to(target.resolve()):
-        raise OutputExists(f"{shown(target)} is, or holds, the adapter that is exported. Choose another --out.")
+        raise OutputExists(f"{shown(target)} is, or holds, the adapter that is exported. {ELSEWHERE}.")

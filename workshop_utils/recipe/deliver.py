@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils import paths
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import ConformanceFailed, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.export import job
 from workshop_utils.formats.safe_text import read_json
 from workshop_utils.formats.summary import Kind, dtypes
 from workshop_utils.nemo_generate import run_job
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from workshop_utils.recipe.plan import Resolved
 
 FORMS = ("hf_peft", "merged", "hf_model")
+TO = {"hf_peft": "hf-peft", "merged": "nemo2-merged"}
+"""What :mod:`workshop_utils.export` calls them."""
 RECORD = "workshop_export.json"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of two logits, as a part of the largest logit, by the dtype of the exported weights."""
@@ -72,8 +75,8 @@ def export(
         raise UnsupportedAdapter(f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 model as it is. For Hugging Face "
                                  "leave no_merge out and set target: hf.")  # fmt: skip
     folder = resolved.output_dir / "exports"
-    job = _Export(chosen, base, folder, overwrite, options.trust, options.hf_model_id)
-    return {"hf_peft": job.hf_peft, "merged": job.merged, "hf_model": job.hf_model}[form]()
+    way_out = _Export(chosen, base, folder, overwrite, options.trust, options.hf_model_id)
+    return {"hf_peft": way_out.hf_peft, "merged": way_out.merged, "hf_model": way_out.hf_model}[form]()
 
 
 class _Export:
@@ -90,26 +93,35 @@ class _Export:
 
     def hf_peft(self) -> Path:
         """The adapter alone."""
-        from workshop_utils.export import export as export_adapter
-
-        target = self.place("hf_peft")
-        with self.huggingface_base() as base, self.kept_if_right(target) as end:
-            export_adapter(
-                self.checkpoint, "hf-peft", target, base_model=self.hf_model_id, overwrite=self.overwrite, trust=self.trust
+        with self.huggingface_base() as base:
+            return self.exported(
+                "hf_peft", self.hf_model_id, "float32", lambda made: huggingface_logits(base, self.token_ids, made)
             )
-            self.compare(target, huggingface_logits(base, self.token_ids, target), "float32", end)
-        return target
 
     def merged(self) -> Path:
         """Adapter and base in one NeMo 2.0 checkpoint."""
-        from workshop_utils.export import export as export_adapter
 
-        target = self.place("merged")
-        with self.kept_if_right(target) as end:
-            export_adapter(
-                self.checkpoint, "nemo2-merged", target, base_model=str(self.base), overwrite=self.overwrite, trust=self.trust
-            )
-            self.compare(target, nemo_logits(target, self.token_ids, self.trust), self.dtype, end)
+        def logits(made: Path) -> numpy.ndarray:
+            # A view: a checkpoint that still has the name of an unfinished one is refused.
+            with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
+                for part in made.iterdir():
+                    (Path(view) / part.name).symlink_to(part.resolve())
+                return nemo_logits(Path(view), self.token_ids, self.trust)
+
+        return self.exported("merged", str(self.base), self.dtype, logits)
+
+    def exported(self, form: str, base_model: str, dtype: str, logits: Callable[[Path], numpy.ndarray]) -> Path:
+        """What :mod:`workshop_utils.export` makes of the adapter. Its ``logits`` are compared before it gets its name."""
+        target = self.place(form)
+
+        def accept(made: Path) -> None:
+            self.compare(target, logits(made), dtype, "" if made == target else _GONE)
+
+        try:
+            job.export_adapter(self.checkpoint, TO[form], target, base_model=base_model, overwrite=self.overwrite,
+                               trust=self.trust, accept=accept)  # fmt: skip
+        except OutputExists as error:
+            raise OutputExists(str(error).replace(job.ELSEWHERE, "Move it away")) from error
         return target
 
     def hf_model(self) -> Path:
@@ -153,7 +165,7 @@ class _Export:
         apart, allowed = abs(found[..., :rows] - expected).max(), TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
         if not apart <= allowed:
             raise ConformanceFailed(f"{shown(target)}: its logits differ from those that NeMo computes from {shown(self.checkpoint)} by up to "
-                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. {end}")  # fmt: skip
+                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. {end}".rstrip())  # fmt: skip
         print(f"{shown(target)}: re-loaded; its logits differ from NeMo's by at most {apart:.1e} (allowed: {allowed:.1e})")
 
     def reusable(self, target: Path, mark: dict) -> bool:
@@ -168,19 +180,6 @@ class _Export:
             fix = "--overwrite replaces it" if ours else "Move it away"
             raise OutputExists(f"{shown(target)} is {what}. It was left as it is. {fix}.")
         return False
-
-    @contextlib.contextmanager
-    def kept_if_right(self, target: Path) -> Iterator[str]:
-        """Take a new export away again if its logits are wrong; gives what the error is to say about it."""
-        import shutil
-
-        end = _LEFT if target.exists() and not self.overwrite else _GONE
-        try:
-            yield end
-        except ConformanceFailed:
-            if end is _GONE:
-                shutil.rmtree(target, ignore_errors=True)
-            raise
 
     @contextlib.contextmanager
     def huggingface_base(self) -> Iterator[Path]:
