@@ -83,6 +83,33 @@ def test_every_form_computes_what_nemo_computes(trained, bridged_tiny, tmp_path,
     assert proof.proven, proof.table()
 
 
+def test_a_nemotron_whose_mlp_has_no_gate(tmp_path):
+    from nemo2_trains import write_data
+    from peft import PeftModel
+    from tiny_families import make_tiny_family
+
+    hf, base = make_tiny_family(tmp_path / "tiny", "nemotron"), tmp_path / "nemo2"
+    subprocess.run([sys.executable, "-m", "workshop_utils", "import", hf, "--out", base], check=True, capture_output=True)
+    write_data(tmp_path / "data")
+    schemes = ("lora", "dora")
+    nemo("nemo2_trains.py", base, tmp_path, *schemes)
+    adapters = [next((tmp_path / scheme / "checkpoints").glob("*-last")) for scheme in schemes]
+    merged = [export(path, "nemo2-merged", tmp_path / f"merged{at}", base_model=base) for at, path in enumerate(adapters)]
+    nemo("nemo2_logits.py", tmp_path / "logits.npz", base, *adapters, *merged)
+    found = numpy.load(tmp_path / "logits.npz")
+    for at, adapter in enumerate(adapters):
+        wanted, tokens = found[str(at + 1)][..., :VOCABULARY], found["tokens"]
+        effect = numpy.abs(wanted - found["0"][..., :VOCABULARY]).max()
+        assert effect > 0.05
+        made = export(adapter, "hf-peft", tmp_path / f"peft{at}")
+        assert "gate_proj" not in (made / "adapter_config.json").read_text()
+        with_peft = PeftModel.from_pretrained(load(hf), str(made)).eval()
+        for got in (answers(with_peft, tokens), found[str(at + 3)][..., :VOCABULARY]):
+            assert numpy.abs(got - wanted).max() < 2e-3 * effect
+        proof = prove(adapter, {"hf-peft": made, "nemo2-merged": merged[at]}, hf)
+        assert proof.proven, proof.table()
+
+
 def test_canonical_lora_says_why_its_rank_grew(trained, tmp_path):
     _, adapters, _, _ = trained
     adapter = read_adapter(adapters["canonical_lora"])

@@ -136,19 +136,29 @@ def base_note(report: Report, base: str | None) -> None:
         report.note(f"the base model is recorded as {base}, which is not here.")
 
 
-def _peft_rank(module: str, config: Mapping[str, Any]) -> int | None:
-    """``r``, or what ``rank_pattern`` says for ``module``; None where that cannot be told.
+def of_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
+    """What the table ``name`` (``rank_pattern``, ``alpha_pattern``) gives ``module``, else ``default``.
 
-    PEFT matches the keys of ``rank_pattern`` as regular expressions against the end of a name. Those of a stranger may run for ever:
-    only plain names are looked at here.
+    PEFT's rule: a key matches the end of the module's name. It takes keys as regular expressions; those of a stranger may run for ever, so
+    only plain names are looked at. Raises :class:`UnsupportedAdapter` for another key.
     """
-    pattern = config.get("rank_pattern")
-    for key, rank in pattern.items() if isinstance(pattern, Mapping) else ():
-        if not re.fullmatch(r"[\w.]+", key):
-            return None
-        if module == key or module.endswith(f".{key}"):
-            return rank if type(rank) is int else None
-    return size(config, "r")
+    pattern = config.get(name)
+    for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
+        plain = str(key).removeprefix("^").removeprefix("base_model.model.").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise UnsupportedAdapter(f"adapter_config.json: the key {key!r} of {name} is a pattern; only plain names are read.")
+        if module == plain or module.endswith(f".{plain}"):
+            return value
+    return default
+
+
+def _peft_rank(module: str, config: Mapping[str, Any]) -> int | None:
+    """The rank that is stated for ``module``; None where that cannot be told."""
+    try:
+        rank = of_pattern(config, "rank_pattern", module, size(config, "r"))
+    except UnsupportedAdapter:
+        return None
+    return rank if type(rank) is int else None
 
 
 def _peft_layers(report: Report, where: str, tensors: list[Tensor], picked: Any) -> None:

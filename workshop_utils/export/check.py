@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 #: Largest difference of the update, relative to its largest value: a rounding of each weight to the dtype.
 _TOLERANCE = {"torch.float64": 1e-6, "torch.float32": 1e-5, "torch.float16": 4e-3, "torch.bfloat16": 3e-2}
-#: One rounding of a merged weight, relative to that weight, and of its sum in single precision, to the largest of the matrix.
-_ROUNDING = {"float64": 0.0, "float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
-_SUM = 2**-20
+ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8}
+"""The largest difference that one rounding to the dtype makes: of a merged model, relative to the weight itself."""
+SUM = 2**-20
+"""And that of the sum, in single precision and made in another order, relative to the largest weight of the matrix."""
 _PROBES = 4
 _SAME = "each module's update equals the trained one"
 _REST = "every other tensor is the base's"
@@ -181,9 +182,7 @@ def cut(update: Tensor, target: str, sizes: Architecture, order: str) -> dict[st
     return dict(zip(modules, cut, strict=True))
 
 
-def _same_merged(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], apart: LoraAdapter, layer: int, dtype: str
-) -> None:
+def _same_merged(before: Mapping[str, Tensor], after: Mapping[str, Tensor], apart: LoraAdapter, layer: int, dtype: str) -> None:
     """Every weight of ``after`` (Hugging Face's modules of one matrix) against ``before`` plus what the adapter adds; ``dtype``: as stored.
 
     Weight by weight: the update may be smaller than the rounding of the large ones, which would hide that it is wrong.
@@ -195,6 +194,6 @@ def _same_merged(
         if (layer, module) in apart.magnitudes:
             expected = expected * (apart.magnitudes[layer, module].float() / expected.norm(dim=1))[:, None]
         difference, largest = (expected - after[module]).abs(), expected.abs().max().item()
-        if not (difference <= _ROUNDING[dtype] * expected.abs() + _SUM * largest).all():
+        if not (difference <= ROUNDING.get(dtype, 0.0) * expected.abs() + SUM * largest).all():
             off = difference.max().item()
             _fail(_SAME, f"layer {layer}, {module}: a weight is off by {off:.2g} where the largest is {largest:.2g}")

@@ -77,7 +77,7 @@ def tensors_for(adapter: LoraAdapter) -> dict[str, Tensor]:
 
 
 def write_hf_peft(adapter: LoraAdapter, directory: Path, record: Record) -> None:
-    """Write the two files PEFT reads, and the export's record, into the existing ``directory``.
+    """Write the two files PEFT reads into the existing ``directory``.
 
     Raises:
         UnsupportedAdapter: see :func:`tensors_for`.
@@ -86,4 +86,3 @@ def write_hf_peft(adapter: LoraAdapter, directory: Path, record: Record) -> None
 
     save_file(tensors_for(adapter), directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps(config_for(adapter, record), indent=2) + "\n", encoding="utf-8")
-    (directory / RECORD).write_text(json.dumps(record.as_dict(), indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from workshop_utils.convert import readers, weights
 from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export.adapter import LoraAdapter, as_tensor
 from workshop_utils.export.modules import MODULES, modules_of, separated, updated
+from workshop_utils.export.nemo2_adapter import LAYERS
 from workshop_utils.export.qkv import Heads, join, split
 from workshop_utils.formats import huggingface, nemo2, values
 from workshop_utils.formats.safe_text import read_json
@@ -30,12 +31,7 @@ _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64
                 "int16": "I16", "int8": "I8", "bool": "BOOL"}  # fmt: skip
 _COPIED = (".json", ".txt", ".model", ".jinja")
 #: Names of the linear layers in a NeMo 2.0 checkpoint, which stacks the layers of the model, and the targets that they are.
-FUSED = {
-    "module.decoder.layers.self_attention.linear_qkv.weight": "attention_qkv",
-    "module.decoder.layers.self_attention.linear_proj.weight": "attention_dense",
-    "module.decoder.layers.mlp.linear_fc1.weight": "mlp_fc1",
-    "module.decoder.layers.mlp.linear_fc2.weight": "mlp_fc2",
-}
+FUSED = {f"module.decoder.layers.{name}.weight": target for name, target in LAYERS.items()}
 
 
 def base_directory(base: Path | str | None, to: str) -> Path:
@@ -67,6 +63,8 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
         UnsupportedAdapter: the base is another model, or quantised.
         DamagedCheckpoint: see :func:`workshop_utils.formats.values.read_tensor`.
     """
+    import torch
+
     checkpoint, apart = huggingface.describe(base), separated(adapter)
     config = read_json(base / "config.json")
     if "quantization_config" in config:
@@ -78,7 +76,7 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
         weight = as_tensor(values.read_tensor(checkpoint, tensor))
         wanted = _wanted(tensor, dtype)
         found = updated(weight, apart, *places[tensor.name]) if tensor.name in places else weight
-        return found.to(_torch(wanted))
+        return found.to(getattr(torch, wanted))
 
     parts: dict[str, list[Tensor]] = {}
     with weights.progress(checkpoint.nbytes, "merging") as bar:
@@ -196,12 +194,6 @@ def _part(file: str) -> str:
 
 def _wanted(tensor: Tensor, dtype: str | None) -> str:
     return dtype if dtype and tensor.dtype in weights.FLOATS else tensor.dtype
-
-
-def _torch(dtype: str) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype)
 
 
 def _write_safetensors(

@@ -13,24 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.errors import UnsupportedAdapter
-from workshop_utils.export.adapter import TARGETS, LoraAdapter
+from workshop_utils.export.adapter import LoraAdapter
 from workshop_utils.export.modules import MODULES
 from workshop_utils.export.qkv import reorder
 from workshop_utils.export.record import Record
-from workshop_utils.export.script_path import read_state
+from workshop_utils.export.script_path import read_state, short_key
 from workshop_utils.formats import nemo_archive
 from workshop_utils.paths import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMES = {target: name for name, target in TARGETS.items()}
-
-
-def key(layer: int, target: str, half: str) -> str:
-    """NeMo's name of a tensor: ``half`` is ``linear_in`` or ``linear_out``, ``layer`` counts from 0."""
-    block = "mlp" if target.startswith("mlp") else "self_attention"
-    return f"model.decoder.layers.{layer}.{block}.adapter_layer.{_NAMES[target]}.{half}.weight"
+PREFIX = "model.decoder."
+"""Of NeMo's names of the tensors."""
 
 
 def refuse_for_trtllm(adapter: LoraAdapter) -> None:
@@ -71,8 +66,8 @@ def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
         if record.alpha_baked_in and adapter.scale != 1:
             # In single precision, so that half-precision weights are rounded once.
             linear_out = (linear_out.float() * adapter.scale).to(linear_out.dtype)
-        state[key(layer, target, "linear_in")] = linear_in.clone().contiguous()
-        state[key(layer, target, "linear_out")] = linear_out.clone().contiguous()
+        for half, tensor in (("linear_in", linear_in), ("linear_out", linear_out)):
+            state[PREFIX + short_key(layer, target, half)] = tensor.clone().contiguous()
     return state
 
 

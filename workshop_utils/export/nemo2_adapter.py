@@ -26,7 +26,8 @@ from workshop_utils.paths import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-_TARGETS = {
+#: NeMo 2.0's names of the linear layers, and the targets that they are.
+LAYERS = {
     "self_attention.linear_qkv": "attention_qkv",
     "self_attention.linear_proj": "attention_dense",
     "mlp.linear_fc1": "mlp_fc1",
@@ -65,10 +66,10 @@ def read(source: Path) -> LoraAdapter:
             "the same answers. Train with LoRA, or without linear_qkv among the targets."
         )
     recorded = found.adapter.get("model_ckpt_path")
-    rank = min(parts.linear_in.shape[0] for parts in weights.values()) if kind != "CanonicalLoRA" else _rank(layers)
+    rank = min(tensor.shape[0] for parts in layers.values() for name, tensor in parts.items() if name.endswith("linear_in"))
     # NeMo records a checkpoint, or the weights/ in it.
     base = Path(recorded.removesuffix("/").removesuffix("/weights")).name if isinstance(recorded, str) else ""
-    targets = tuple(target for target in _TARGETS.values() if any(target == its for _, its in weights))
+    targets = tuple(target for target in LAYERS.values() if any(target == its for _, its in weights))
     adapter = LoraAdapter(
         source=source,
         sha256=fingerprint(source / "context" / "model.yaml", *(source / "weights" / name for name in found.files)),
@@ -139,8 +140,8 @@ def _layers(source: Path, count: int) -> dict[tuple[int, str], Parts]:
     found: dict[tuple[int, str], Parts] = {}
     for tensor in checkpoint.tensors:
         match = _KEY.fullmatch(tensor.name)
-        if not match or match[2] not in _TARGETS:
-            raise UnsupportedAdapter(f"{shown(source)}: {tensor.name} is no adapter of {', '.join(_TARGETS)}.")
+        if not match or match[2] not in LAYERS:
+            raise UnsupportedAdapter(f"{shown(source)}: {tensor.name} is no adapter of {', '.join(LAYERS)}.")
         name = f"{match[3]}.{match[4]}" if match[3] else match[4]
         values_of_all = as_tensor(values.read_tensor(checkpoint, tensor))
         if match[1] is None and (not tensor.shape or tensor.shape[0] != count):
@@ -149,7 +150,7 @@ def _layers(source: Path, count: int) -> dict[tuple[int, str], Parts]:
             )
         rows = {int(match[1]): values_of_all} if match[1] else dict(enumerate(values_of_all))
         for layer, row in rows.items():
-            found.setdefault((layer, _TARGETS[match[2]]), {})[name.removesuffix(".weight")] = row
+            found.setdefault((layer, LAYERS[match[2]]), {})[name.removesuffix(".weight")] = row
     if not found:
         raise NotACheckpoint(f"{shown(source)} holds no adapter.")
     return found
@@ -167,10 +168,6 @@ def _halves(source: Path, layer: int, target: str, parts: Parts) -> Halves:
     if len(halves) == 1:
         return halves[0]
     return Halves(torch.cat([a for a, _ in halves]), torch.block_diag(*(b for _, b in halves)))
-
-
-def _rank(layers: Mapping[tuple[int, str], Parts]) -> int:
-    return min(tensor.shape[0] for parts in layers.values() for name, tensor in parts.items() if name.endswith("linear_in"))
 
 
 def _check_shapes(

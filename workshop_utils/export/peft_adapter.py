@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.doctor.adapters import of_pattern
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
 from workshop_utils.export import nemo2_adapter
 from workshop_utils.export.adapter import PEFT_CONFIG, Architecture, Halves, LoraAdapter, as_tensor, fingerprint
@@ -133,13 +134,13 @@ def _of_one_scale(adapter: LoraAdapter, config: Mapping[str, Any]) -> LoraAdapte
     """``adapter`` at one rank and scale, from what ``config`` says of each module."""
     scales = {}
     for (layer, module), (a, _) in adapter.weights.items():
-        rank = a.shape[0]
-        stated = _of_pattern(config, "rank_pattern", layer, module, size(config, "r"))
+        rank, name = a.shape[0], f"model.layers.{layer}.{module}"
+        stated = of_pattern(config, "rank_pattern", name, size(config, "r"))
         if stated != rank:
             raise DamagedCheckpoint(
                 f"{shown(adapter.source)}: layer {layer}, {module} has rank {rank}, but {PEFT_CONFIG} says {stated}."
             )
-        alpha = _of_pattern(config, "alpha_pattern", layer, module, number(config, "lora_alpha"))
+        alpha = of_pattern(config, "alpha_pattern", name, number(config, "lora_alpha"))
         if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
             raise DamagedCheckpoint(
                 f"{shown(adapter.source)}: lora_alpha of {module} in {PEFT_CONFIG} is {alpha!r}; it must be a positive number."
@@ -162,19 +163,3 @@ def _of_one_scale(adapter: LoraAdapter, config: Mapping[str, Any]) -> LoraAdapte
         notes += ("its modules had different scales: multiplied into B",)
     made = of_one_rank(dataclasses.replace(adapter, weights=weights, rank=max(ranks), alpha=alpha))
     return dataclasses.replace(made, alpha=alpha, notes=notes)
-
-
-def _of_pattern(config: Mapping[str, Any], name: str, layer: int, module: str, default: Any) -> Any:
-    """What the pattern ``name`` gives the module, by PEFT's rule: a key matches the end of the module's name.
-
-    PEFT takes keys as regular expressions; those of a stranger may run for ever, so only plain names are looked at.
-    """
-    pattern = config.get(name)
-    full = f"model.layers.{layer}.{module}"
-    for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-        plain = key.removeprefix("^").removeprefix("base_model.model.").replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise UnsupportedAdapter(f"{PEFT_CONFIG}: the key {key!r} of {name} is a pattern; only plain names are read.")
-        if full == plain or full.endswith(f".{plain}"):
-            return value
-    return default

@@ -27,7 +27,7 @@ from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
 from workshop_utils.export import merge
 from workshop_utils.export.adapter import LoraAdapter, as_tensor, find_adapter, read_adapter
-from workshop_utils.export.check import cut
+from workshop_utils.export.check import ROUNDING, SUM, cut
 from workshop_utils.export.modules import MODULES
 from workshop_utils.export.peft_adapter import base_architecture
 from workshop_utils.formats import huggingface, nemo_archive, values
@@ -43,10 +43,6 @@ PROMPTS = (
     "Return a JSON object with the keys category and priority.",
     "Once upon a time",
 )
-_SUM = 2**-20
-"""Largest difference of a weight, relative to the largest weight of its matrix: the sum, in single precision, made in another order."""
-_ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8}
-"""And that of one rounding to the dtype: of a merged model, relative to the weight itself; of an adapter, to the largest update."""
 
 
 @dataclass(frozen=True)
@@ -202,14 +198,14 @@ def _prove_one(
     merged = not path.is_file() and not (path / "adapter_config.json").is_file()
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    rounding = _ROUNDING.get(form.dtype, 0.0)
+    rounding = ROUNDING.get(form.dtype, 0.0)
     layers, fits = [0.0] * truth.layers, True
     for layer, module, before, after in truth.weights():
         difference = (_parameter(model, layer, module).data.float() - after).abs()
         largest = (after - before).abs().max()
-        # A has its rounding, and so has B; each is added up over the rank.
+        # Of an adapter, relative to the largest update: A has its rounding, and so has B; each is added up over the rank.
         allowed = rounding * after.abs() if merged else 4 * rounding * largest
-        fits &= bool((difference <= allowed + _SUM * after.abs().max()).all())
+        fits &= bool((difference <= allowed + SUM * after.abs().max()).all())
         share = difference.max() / largest if largest else difference.max()
         layers[layer] = max(layers[layer], share.item())
     same = [bool(pair) for one, other in zip(found, wanted, strict=True) for pair in one.argmax(-1) == other.argmax(-1)]
