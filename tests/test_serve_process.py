@@ -119,6 +119,13 @@ def test_addresses_that_are_not_ours(folder, host, capsys):
     assert ("anybody there can use this server" in error) == (host != "127.0.0.1")
 
 
+def test_the_id_of_the_base_is_what_its_directory_is_called(folder, tmp_path, monkeypatch):
+    (tmp_path / "linked").symlink_to(folder / "tiny")
+    assert Service(tmp_path / "linked").name == "linked"
+    monkeypatch.chdir(folder / "tiny")
+    assert Service(".").name == "tiny"
+
+
 def test_wrong_bases(folder, tmp_path):
     (tmp_path / "nemo2" / "context").mkdir(parents=True)
     (tmp_path / "nemo2" / "context" / "model.yaml").write_text("config: {}\n")

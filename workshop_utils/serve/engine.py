@@ -321,9 +321,5 @@ def _left_padded(values: torch.Tensor, size: int, dimension: int) -> torch.Tenso
     """``values`` with zeros in front along ``dimension``, ``size`` long there."""
     import torch
 
-    missing = size - values.shape[dimension]
-    if not missing:
-        return values
-    shape = list(values.shape)
-    shape[dimension] = missing
-    return torch.cat([values.new_zeros(shape), values], dim=dimension)
+    later = values.ndim - 1 - dimension
+    return torch.nn.functional.pad(values, (*(0, 0) * later, size - values.shape[dimension], 0))

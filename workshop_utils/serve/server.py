@@ -10,8 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +60,9 @@ class Service:
             raise NotACheckpoint(
                 f"{shown(self.store)} is no directory: make it (mkdir -p), and put each adapter in a directory of its own there."
             )
-        self.name, self.limits, self._refresh, self._trust = self.base.resolve().name, limits or Limits(), refresh, trust
+        # As the directory is called here, which may be a link: one into the cache of Hugging Face leads to a hash.
+        self.name = Path(os.path.abspath(self.base)).name
+        self.limits, self._refresh, self._trust = limits or Limits(), refresh, trust
         self.max_length, self.max_batch = self.limits.max_length, self.limits.max_batch
         self.engine: Engine | None = None
         self.ready = self._closed = False
@@ -256,23 +256,9 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
         WorkshopError: it did not get ready; the message ends with what it wrote last.
     """
     Service(base, store, Limits(**limits))  # what is wrong with these is said here, at once
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "serve",
-        "--base",
-        str(base),
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--refresh",
-        str(refresh),
-    ]
-    command += ["--store", str(store)] if store else []
-    command += [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    command += ["--trust"] if trust else []
+    options = {"base": base, "store": store, "host": host, "port": port, "refresh": refresh, **limits}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    command = [sys.executable, "-m", "workshop_utils", "serve", *words, *(["--trust"] if trust else [])]
     environment = os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
     with tempfile.NamedTemporaryFile("w", prefix="workshop-serve-", suffix=".log", delete=False) as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -296,8 +282,9 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
 
 
 def _answers(url: str) -> bool:
+    import httpx
+
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
+        return httpx.get(url, trust_env=False, timeout=5).is_success
+    except httpx.TransportError:
         return False
