@@ -76,7 +76,7 @@ def test_fresh_and_another_run_keep_the_earlier_one(planned, capsys):
     finetune.finetune(plan, progress=False)
     finetune.finetune(planned(), progress=False, fresh=True)
     assert (plan.run_dir.with_name("run.1") / "checkpoints" / plan.adapter.name).exists()
-    finetune.finetune(planned("", "trainer.max_steps=4"), progress=False)
+    finetune.finetune(planned("", "trainer.max_steps=40"), progress=False)
     assert (plan.run_dir.with_name("run.2") / "checkpoints" / plan.adapter.name).exists()
     assert capsys.readouterr().out.count("The earlier run is kept as") == 2
 

@@ -66,6 +66,45 @@ def test_the_fingerprint_follows_what_decides_the_outcome(root, base):
     assert first != make_plan([f"model.restore_from_path={base}"]).fingerprint()
 
 
+def test_the_fingerprint_follows_the_rows_of_ones_own_files(root, base):
+    """And NeMo's index of them, which it never renews, stands with the run."""
+    file = root / "rows.jsonl"
+    words = [f"model.restore_from_path={base}", *(f"model.data.{part}_ds.file_names=[{file}]" for part in ("train", "validation"))]
+    found = []
+    for answer in ("yes", "no"):
+        file.write_text(f'{{"input": "a", "output": "{answer}"}}\n')
+        plan = make_plan(words)
+        found.append(plan.fingerprint())
+    assert found[0] != found[1]
+    assert plan.config.model.data.train_ds.index_mapping_dir == str(plan.run_dir / "workshop" / "index")
+
+
+@pytest.mark.parametrize("name", ["my run's", "läuf", "2026", "a.b"])
+def test_a_run_may_have_any_name_that_a_folder_can_have(root, base, name):
+    plan = make_plan([f"model.restore_from_path={base}"], name=name)
+    assert plan.adapter == root / "runs" / "finetune" / name / "checkpoints" / f"{name}.nemo"
+    assert (plan.config.exp_manager.name, plan.config.model.data.train_ds.file_names) == (name, [str(plan.data[0].path)])
+
+
+@pytest.mark.parametrize("override, said", [
+    ("exp_manager.name=../../x", "is no name for a run"),
+    ("exp_manager.name=.", "is no name for a run"),
+    ("++exp_manager.name=x", "say where the run goes"),
+    ("exp_manager.explicit_log_dir=/tmp/x", "say where the run goes"),
+    ("~trainer.max_steps", "is not an override"),
+])  # fmt: skip
+def test_where_a_run_goes_is_certain(root, base, override, said):
+    with pytest.raises(WorkshopError, match=said):
+        make_plan([f"model.restore_from_path={base}", override])
+
+
+def test_two_sources_of_rows_and_no_process_are_refused(root, base):
+    with pytest.raises(WorkshopError, match="Both --data and model.data.train_ds.file_names"):
+        make_plan([f"model.restore_from_path={base}", "model.data.train_ds.file_names=[a]"], data=root / "x")
+    with pytest.raises(WorkshopError, match="nproc-per-node is 0"):
+        make_plan([f"model.restore_from_path={base}"], nproc_per_node=0)
+
+
 def test_processes_share_the_cores_and_inherit_the_patches(root, base, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     plan = make_plan([f"model.restore_from_path={base}"], nproc_per_node=64)

@@ -1,8 +1,10 @@
 """What is found before NeMo is imported: batch arithmetic, parallel sizes, data, settings; and the counts against NeMo's own."""
 
+import io
 import json
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import yaml
@@ -57,6 +59,29 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["model.global_batch_size=4"], 1, "Set model.global_batch_size=8"),
     (["model.micro_batch_size=0"], 1, "micro_batch_size is 0; it has to be a whole number of at least 1"),
     ([], 2, "global_batch_size 8 is no multiple of micro batch 8 x 2 data-parallel copies"),
+    (["model.micro_batch_size=x"], 1, "model.micro_batch_size is 'x'; it has to be a whole number"),
+    (["model.data.validation_ds.global_batch_size=3"], 1, "Set model.data.validation_ds.global_batch_size=8"),
+    (["trainer.num_nodes=2"], 1, "starts torchrun on this machine alone"),
+    (["trainer.max_steps=abc"], 1, "max_steps is 'abc'; it has to be a whole number of at least 1"),
+    (["trainer.max_steps=2.5"], 1, "max_steps is 2.5; it has to be a whole number"),
+    (["trainer.max_steps=-1"], 1, "max_steps is -1; it has to be a whole number"),
+    (["trainer.max_steps="], 1, "max_steps is ''; it has to be a whole number"),
+    (["trainer.max_steps=9"], 1, "val_check_interval is 17, but there are 9 steps: no checkpoint would be kept. Set trainer.val_check_interval=3"),
+    (["trainer.val_check_interval=1.5"], 1, "val_check_interval is 1.5; it has to be a whole number, or a part"),
+    (["trainer.limit_val_batches=all"], 1, "limit_val_batches is 'all'"),
+    (["model.optim.lr=nan"], 1, "model.optim.lr is nan; it has to be a number above 0"),
+    (["model.answer_only_loss=maybe"], 1, "answer_only_loss is 'maybe'; it has to be true or false"),
+    (["model.peft.lora_tuning=null"], 1, "lora_tuning is None; it has keys of its own, for example model.peft.lora_tuning.variant"),
+    (["trainer=5"], 1, "trainer is 5; it has keys of its own"),
+    (["model.resume_from_checkpoint=x"], 1, "reads it nowhere"),
+    (["model.data.train_ds.max_seq_length=0"], 1, "max_seq_length is 0"),
+    (["model.data.train_ds.truncation_method=middle"], 1, "truncation_method is 'middle'; it has to be left or right"),
+    (["model.data.train_ds.prompt_template=5"], 1, "prompt_template is 5; it has to be a text"),
+    (["model.data.train_ds.concat_sampling_probabilities=[a]"], 1, "is ['a']; it has to be a list of numbers"),
+    (["model.data.train_ds.concat_sampling_probabilities=[-1]"], 1, "shares that are not below 0"),
+    (["model.peft.lora_tuning.target_modules=attention_qkv"], 1, "it has to be a list of texts"),
+    (["model.peft.peft_scheme=ia3", "model.peft.ia3_tuning.layer_selection=[7]"], 1, "ia3_tuning.layer_selection is [7]; layers are numbered"),
+    (["model.tensor_model_parallel_size=2", "model.peft.lora_tuning.adapter_dim=3"], 2, "adapter_dim 3 is no multiple of"),
     (["model.tensor_model_parallel_size=2"], 1, "TP 2 x PP 1 x CP 1 needs a multiple of 2"),
     (["model.tensor_model_parallel_size=4"], 4, "size 4 does not divide the 2 key/value groups. Possible below it: [1, 2]"),
     (["model.pipeline_model_parallel_size=3"], 3, "size 3 does not divide the 4 layers"),
@@ -92,6 +117,26 @@ def test_what_would_fail_is_said_before(plan, overrides, processes, said):
     assert any(said in problem for problem in found.problems), found.problems
     with pytest.raises(WorkshopError, match="this run would fail"):
         found.require()
+
+
+def test_a_value_from_another_key_is_told_once(plan):
+    found = plan("model.data.train_ds.max_seq_length=long")
+    assert found.problems == ["model.data.train_ds.max_seq_length is 'long'; it has to be a whole number of at least 1."]
+
+
+def test_the_adapter_to_go_on_from_is_of_the_same_kind(plan, monkeypatch, tmp_path):
+    adapter = tmp_path / "a.nemo"
+    described = yaml.safe_dump({"peft": {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": 8}}}).encode()
+    with tarfile.open(adapter, "w") as archive:
+        member = tarfile.TarInfo("model_config.yaml")
+        member.size = len(described)
+        archive.addfile(member, io.BytesIO(described))
+    monkeypatch.setattr("workshop_utils.finetune.plan.require_sound", lambda *_: None)
+    start = f"model.peft.restore_from_path={adapter}"
+    assert "has rank 8; model.peft.lora_tuning.adapter_dim is 32. Set it to 8." in plan(start).problems[0]
+    assert plan(start, "model.peft.lora_tuning.adapter_dim=8").problems == []
+    assert "is of the scheme lora" in plan(start, "model.peft.peft_scheme=none").problems[0]
+    assert "is a directory" in plan(f"model.peft.restore_from_path={tmp_path}").problems[0]
 
 
 def test_packed_rows_need_transformer_engine_and_trust(plan, base, tmp_path):
@@ -165,6 +210,16 @@ def test_hydra_set_up_by_somebody_else_is_left_as_it_was(tmp_path):
         assert list(steps) == list(range(8))
 
 
+def test_interpolations_that_lead_nowhere():
+    with pytest.raises(WorkshopError, match=r"trainer.max_steps: Interpolation key 'model.nope' not found"):
+        configuration.compose(SCRIPT, ["trainer.max_steps=${model.nope}"])
+
+
+@pytest.mark.parametrize("value", ["/a/b", "läuf", "my run's", "1234", "null", "x=y,z", " lead", "1e5", "[a]"])
+def test_a_value_is_read_back_by_hydra(value):
+    assert configuration.compose(SCRIPT, [f"exp_manager.name={configuration.plain(value)}"]).exp_manager.name == value
+
+
 def test_added_keys_are_let_through():
     assert configuration.compose(SCRIPT, ["+model.brand_new=3"]).model.brand_new == 3
 
@@ -176,15 +231,29 @@ def test_rows_that_are_cut_and_rows_that_repeat_are_warned_of(plan, base, tmp_pa
     assert any("repeats 16 rows" in line or "is the training file itself" in line for line in found.warnings)
 
 
-def test_a_bad_row_is_named(plan, tmp_path):
+@pytest.fixture
+def with_files(plan, base):
+    """A function from the files of train_ds and of validation_ds, and more overrides, to the plan."""
+    def made(train: list, validation: list, *more: str):
+        names = [f"model.data.{part}.file_names={json.dumps(list(map(str, files)))}" for part, files in
+                 (("train_ds", train), ("validation_ds", validation))]  # fmt: skip
+        return make_plan([f"model.restore_from_path={base}", *names, *more])
+
+    return made
+
+
+def test_a_bad_row_is_named(with_files, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"input": "a", "output": "b"}\n{"input": 3, "output": "b"}\n')
-    found = plan(f"model.data.train_ds.file_names=[{tmp_path}/bad.jsonl]", f"model.data.validation_ds.file_names=[{tmp_path}/no.jsonl]")
+    found = with_files([tmp_path / "bad.jsonl"], [tmp_path / "no.jsonl"]).preflight
     assert "bad.jsonl, line 2: the template needs a text in 'input'" in found.problems[0]
     assert "no.jsonl does not exist" in found.problems[1]
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"", "holds no rows"), (b"[1]\n", "a list, not an object"), (b"{\n", "not JSON"), (b"\xff\n", "not JSON in UTF-8"),
+    (b"", "holds no rows"), (b"[1]\n", "a list, not an object"), (b"{\n", "not JSON"), (b"\xff\n", "is not UTF-8 text"),
+    ('\ufeff{"input": "a", "output": "b"}\n'.encode(), "line 1: not JSON .*BOM"), ('{"input": "a", "output": "b"}\n'.encode("utf-16"), "not UTF-8 text"),
+    (b'{"input": "a", "output": "b"}\n\n{"input": "a", "output": "b"}\n', "line 2: not JSON"), (b"[" * 100_000, "not JSON that can be read"),
+    (b'{"input": %s, "output": "b"}\n' % (b"9" * 5000), "not JSON that can be read"), (b'{"input": "\\ud800", "output": "b"}\n', "surrogate"),
 ])  # fmt: skip
 def test_files_that_are_no_rows(base, tmp_path, content, said):
     (tmp_path / "x.jsonl").write_bytes(content)

@@ -6,6 +6,7 @@ token for token, what the model sees later when a server renders the same conver
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,27 +25,43 @@ def read_rows(path: Path) -> list[dict]:
     Raises:
         DataError: names the file, the line and the field that is wrong.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{paths.shown(path)} does not exist.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     rows = [_checked_row(line, f"{paths.shown(path)}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # fmt: skip
+            for number, line in enumerate(lines(path), 1) if line.strip()]  # fmt: skip
     if not rows:
         raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
     return rows
 
 
-def _checked_row(line: str, where: str) -> dict:
+def lines(path: Path) -> list[str]:
+    """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no readable file of UTF-8 text."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{paths.shown(path)} {'is not a file' if path.exists() else 'does not exist'}.")
+    try:
+        return path.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise DataError(f"{paths.shown(path)} cannot be read: {error.strerror}.") from None
+
+
+def json_object(line: str, where: str) -> dict:
+    """The object in ``line``. Raises :class:`DataError`, beginning with ``where``, if there is none, or one that no tokenizer takes."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON that can be read ({error}).") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__}, not an object with `messages`, or `input` and `output`.")
+    if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
+        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character. Take it out.")
+    return row
+
+
+def _checked_row(line: str, where: str) -> dict:
+    row = json_object(line, where)
     if "messages" not in row:
         if not {"input", "output"} <= row.keys():
             raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {', '.join(sorted(row)) or 'nothing'}.")

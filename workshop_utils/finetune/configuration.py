@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _LOCK = threading.Lock()
 
+
 def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     """The configuration of ``script`` (``conf/NAME_config.yaml`` beside it) with ``overrides``.
 
@@ -25,6 +26,8 @@ def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     defaults = Path(script).resolve().parent / "conf" / f"{Path(script).stem}_config.yaml"
     if not defaults.is_file():
@@ -35,8 +38,10 @@ def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(defaults.parent), version_base=None):
-                return hydra_compose(defaults.stem, overrides=list(overrides))
-        except HydraException as error:
+                config = hydra_compose(defaults.stem, overrides=list(overrides))
+                OmegaConf.to_container(config, resolve=True)
+                return config
+        except (HydraException, OmegaConfBaseException) as error:
             raise WorkshopError(_explained(error, defaults)) from None
         finally:
             if kept is not None:
@@ -81,5 +86,15 @@ def _explained(error: Exception, defaults: Path) -> str:
         offer = f" Did you mean {meant}?" if meant else ""
         return f"{key} is no key of {defaults.stem.removesuffix('_config')}.{offer} To add a key that its defaults lack, write +{key}=..."
     if override := getattr(error, "override", None):
-        return f"{override!r} cannot be read as an override ({text.splitlines()[0]}). Quote it for the shell: 'key=[value]'."
-    return text.splitlines()[0]
+        return (f"{override!r} cannot be read as an override. Hydra wants quotes around a value with other than plain characters, and the "
+                "shell around the whole: 'key=\"value\"', 'key=[\"value\"]'.")  # fmt: skip
+    # OmegaConf says the key in a line of its own.
+    key = re.search(r"full_key: (\S+)", text)
+    return f"{key[1]}: {text.splitlines()[0]}" if key else text.splitlines()[0][:300]
+
+
+def plain(value: str) -> str:
+    """``value`` as Hydra's grammar reads it back as this very text: quoted, unless it is a path or a name of plain characters."""
+    if re.fullmatch(r"[A-Za-z_./][\w./+-]*", value, re.ASCII) and value.lower() not in ("true", "false", "null", "nan", "inf"):
+        return value
+    return "'" + value.replace("'", "\\'") + "'"

@@ -4,14 +4,13 @@ Source of the rules: ``nemo/collections/nlp/data/language_modeling/megatron/gpt_
 is cut at its ``{fields}``, each piece is tokenised by itself, and what is too long is taken from the truncation fields first.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from workshop_utils import paths
+from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError
 
@@ -121,25 +120,17 @@ def _key(row: dict, template: Template) -> tuple[str, ...]:
 
 
 def _rows(path: Path, template: Template) -> Iterator[dict]:
-    if not path.is_file():
-        raise DataError(f"{paths.shown(path)} does not exist.")
-    found = False
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                found = True
-                yield _row(line, template, f"{paths.shown(path)}, line {number}")
-    if not found:
+    lines = chat_data.lines(path)
+    while lines and not lines[-1]:
+        lines.pop()  # as NeMo does; in between it fails on an empty line
+    if not lines:
         raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
+    for number, line in enumerate(lines, 1):
+        yield _row(line, template, f"{paths.shown(path)}, line {number}")
 
 
-def _row(line: bytes, template: Template, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: not JSON in UTF-8 ({error}).") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object.")
+def _row(line: str, template: Template, where: str) -> dict:
+    row = chat_data.json_object(line, where)
     for field in template.fields:
         if not isinstance(row.get(field), str):
             has = ", ".join(sorted(row)) or "nothing"

@@ -59,7 +59,7 @@ def finetune(plan: Plan, progress: bool = True, fresh: bool = False) -> Path:
         with lock.acquire(blocking=False):
             if not fresh and (done := _identical(plan)):
                 return done
-            prepare(plan, fresh)
+            prepare(plan, fresh or not plan.config.exp_manager.resume_if_exists)
             return _train(plan, progress)
     except Timeout:
         raise WorkshopError(f"Another process is training in {paths.shown(plan.run_dir)}. Wait, or give the run another --name.") from None

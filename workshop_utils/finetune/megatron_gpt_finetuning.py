@@ -22,6 +22,7 @@ def train(cfg) -> None:
 
     trainer = MegatronLMPPTrainerBuilder(cfg).create_trainer()
     exp_manager(trainer, cfg.exp_manager)
+    go_on_with_the_rows_that_are_left(trainer)
     model_cfg = MegatronGPTSFTModel.merge_cfg_with(cfg.model.restore_from_path, cfg)
     model = MegatronGPTSFTModel.restore_from(cfg.model.restore_from_path, model_cfg, trainer=trainer)
     scheme = PEFT_CONFIG_MAP[cfg.model.peft.peft_scheme]
@@ -30,6 +31,25 @@ def train(cfg) -> None:
     elif scheme is not None:
         model.add_adapter(scheme(model_cfg))
     trainer.fit(model)
+
+
+def go_on_with_the_rows_that_are_left(trainer) -> None:
+    """Have a resumed run count as an uninterrupted one. NeMo's sampler deals out only the rows that the checkpoint has not seen;
+    Lightning 2.4 counts the steps made before as part of that epoch, would end it early and begin the rows again, and wants a
+    validation within it (``fit_loop.py``, ``training_epoch_loop.py``).
+    """
+    from lightning.pytorch import Callback
+
+    class RowsLeft(Callback):
+        """Nothing of the epoch has been fetched yet; validation goes by the steps since the first start."""
+
+        def on_train_start(self, trainer, module):
+            """The checkpoint's counts are in place now."""
+            trainer.fit_loop.epoch_loop.batch_progress.current.reset()
+
+    trainer.callbacks.append(RowsLeft())
+    if isinstance(trainer.val_check_interval, int):
+        trainer.check_val_every_n_epoch = None
 
 
 main = hydra_runner(config_path="conf", config_name="megatron_gpt_finetuning_config")(train)

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
-from workshop_utils.finetune.configuration import compose
+from workshop_utils.finetune.configuration import compose, plain
 from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
@@ -41,6 +42,7 @@ RECIPE = {
 }
 """What the workshop trains with when nothing else is said; measured in notebooks 05 and 06."""
 
+PARTS = ("train_ds", "validation_ds", "test_ds")
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
@@ -87,13 +89,14 @@ class Plan:
     def fingerprint(self) -> dict:
         """What decides the outcome: overrides, script, data and base. Equal fingerprints, equal runs on one machine."""
         base = Path(self.overrides["model.restore_from_path"])
+        files = [Path(name) for part in PARTS for name in self.config.model.data[part].get("file_names") or []]
         described = base / "model_config.yaml" if base.is_dir() else base
         weights = base / "model_weights" / ".metadata"
         return {
             "overrides": {key: paths.shown(value) if os.path.isabs(value) else value for key, value in self.overrides.items()
                           if not key.startswith("model.data.") or not key.endswith("file_names")},
             "script": paths.shown(script_path()),
-            "data": [sha256(rendered.path) for rendered in self.data],
+            "data": [sha256(path) for path in files if path.is_file()],
             "base": [sha256(path) for path in (described, weights) if path.is_file() and path.stat().st_size < 1 << 30],
         }  # fmt: skip
 
@@ -127,28 +130,35 @@ def make_plan(
     What else would go wrong stands in the plan's ``preflight``; :func:`.launch.finetune` refuses to start then.
     """
     given = parse_overrides(overrides)
-    base = given.get("model.restore_from_path")
-    if not base:
-        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
-    base = Path(base).resolve()
-    check_loadable(base)
-    require_sound(base, trust, SCRIPT_PATH_BASES)
+    base = base_of(given, trust)
+    own_files = "model.data.train_ds.file_names" in given
+    if own_files and (data or validation):
+        raise WorkshopError("Both --data and model.data.train_ds.file_names are given: leave one of them out.")
+    if nproc_per_node < 1:
+        raise WorkshopError(f"--nproc-per-node is {nproc_per_node}; it has to be at least 1.")
     device = choose_device()
     run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
     tokenizer = _tokenizer(base, described)
-    rendered = [] if "model.data.train_ds.file_names" in given else _render(tokenizer, run_dir, data, validation)
+    rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
     settings = {**RECIPE, **machine_settings(device, nproc_per_node, given.get("model.peft.peft_scheme", "")), **_files(rendered)}
-    settings |= {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
-    settings |= given | {"model.restore_from_path": str(base)}
-    settings = {key: str(value) for key, value in settings.items()}
+    place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
+    ours = place | {"model.restore_from_path": str(base)}
+    if own_files:
+        # Beside the rows NeMo would find the index of an earlier content, and take it; it is a pickle, too.
+        keys = [f"model.data.{part}.index_mapping_dir" for part in PARTS]
+        ours |= {key: str(notes(run_dir) / "index") for key in keys if key not in given}
+    settings = {key: str(value) for key, value in (settings | place | given | ours).items()}
     script = script_path()
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
-    words = [f"{marks[key]}{key}={value}" for key, value in settings.items()]
+    words = [f"{marks[key]}{key}={plain(value) if key in ours else value}" for key, value in settings.items()]
     config = compose(script, words)
     require_sound_loads(config, base, trust)
-    checked = preflight(config, architecture(described), nproc_per_node, run_dir, tokenizer, device)
+    if (config.exp_manager.exp_dir, config.exp_manager.name, config.exp_manager.explicit_log_dir) != (str(run_dir.parent), run_dir.name, None):
+        raise WorkshopError("exp_manager.exp_dir and exp_manager.name say where the run goes: give them once, as plain key=value without + or "
+                            "${}, and no explicit_log_dir.")  # fmt: skip
+    checked = preflight(config, compose(SCRIPT, []), architecture(described), nproc_per_node, run_dir, tokenizer, device)
     return Plan(
         torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node, checked.tokens_per_step), settings, run_dir, device,
         config, checked, rendered,
@@ -171,7 +181,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
     parsed = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key:
+        if not equals or not key or key.startswith("~"):
             raise WorkshopError(f"{text!r} is not an override: write key=value, for example trainer.max_steps=50.")
         parsed[key] = value
     return parsed
@@ -196,6 +206,23 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     if OmegaConf.select(config, "model.data.train_ds.packed_sequence") and not trust:
         raise DataError("model.data.train_ds.packed_sequence: NeMo reads packed rows as a pickle, which can run code. If the file is your "
                         "own, add --trust.")  # fmt: skip
+
+
+def base_of(given: dict[str, str], trust: bool) -> Path:
+    """The base that ``given`` names, verified.
+
+    Raises:
+        WorkshopError: there is none.
+        NotACheckpoint: the script path cannot load it.
+        CheckpointError: it is unsafe or damaged, without ``trust``.
+    """
+    base = given.get("model.restore_from_path")
+    if not base:
+        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
+    base = Path(_unquoted(base)).resolve()
+    check_loadable(base)
+    require_sound(base, trust, SCRIPT_PATH_BASES)
+    return base
 
 
 def check_loadable(base: Path) -> None:
@@ -269,8 +296,17 @@ def training_environment(run_dir: Path, nproc_per_node: int = 1, tokens_per_step
 
 
 def _run_dir(given: dict[str, str], name: str) -> Path:
-    parent = Path(given.get("exp_manager.exp_dir", paths.runs_dir() / "finetune"))
-    return parent.resolve() / given.get("exp_manager.name", name)
+    said = {key: _unquoted(value) for key, value in given.items() if value != "null"}
+    parent, name = Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune"), said.get("exp_manager.name") or name
+    if not re.fullmatch(r"\w[\w.+ '-]*", name):
+        raise WorkshopError(f"{name!r} is no name for a run, which becomes a folder and a file: use letters, digits, - _ and dots "
+                            "(--name, exp_manager.name).")  # fmt: skip
+    return parent.resolve() / name
+
+
+def _unquoted(value: str) -> str:
+    """``value`` without the quotes that Hydra would take off."""
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
 def _render(tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, validation: Path | None) -> list[chat_data.Rendered]:
@@ -292,9 +328,9 @@ def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
         return {}
     train, validation = rendered
     return {
-        "model.data.train_ds.file_names": json.dumps([str(train.path)]),
+        "model.data.train_ds.file_names": json.dumps([str(train.path)], ensure_ascii=False),
         "model.data.train_ds.concat_sampling_probabilities": "[1.0]",
-        "model.data.validation_ds.file_names": json.dumps([str(validation.path)]),
+        "model.data.validation_ds.file_names": json.dumps([str(validation.path)], ensure_ascii=False),
         "model.data.validation_ds.names": "[validation]",
     }
 

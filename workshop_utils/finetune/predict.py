@@ -8,14 +8,12 @@ from pathlib import Path
 from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import choose_device
-from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import TrainingFailed, WorkshopError
 
-from .configuration import compose
+from .configuration import compose, plain
 from .launch import failure_cause, run_logged
 from .plan import (
-    SCRIPT_PATH_BASES,
-    check_loadable,
+    base_of,
     machine_settings,
     parse_overrides,
     require_sound_loads,
@@ -39,13 +37,8 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         TrainingFailed: NeMo failed; with the cause from its log.
     """
     given = parse_overrides(list(overrides))
-    base = given.get("model.restore_from_path")
-    if not base:
-        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
-    base = Path(base).resolve()
-    check_loadable(base)
+    base = base_of(given, trust)
     adapter = given.get("model.peft.restore_from_path", "null")
-    require_sound(base, trust, SCRIPT_PATH_BASES)
     if data is None and "model.data.test_ds.file_names" not in given:
         raise WorkshopError("Nothing to answer: give --data FILE.jsonl, or model.data.test_ds.file_names=[FILE.jsonl].")
     with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
@@ -55,8 +48,8 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         if data is not None:
             rendered = chat_data.render_file(data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl")
             settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)])}
-        settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers")}
-        words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": str(base)}).items()]
+        settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers"), "model.data.test_ds.index_mapping_dir": str(folder)}
+        words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": plain(str(base))}).items()]
         require_sound_loads(compose(SCRIPT, words), base, trust)
         log = paths.runs_dir() / "predictions" / "torchrun.log"
         if run_logged(torchrun(SCRIPT, words), training_environment(folder), log):

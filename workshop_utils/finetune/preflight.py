@@ -12,8 +12,9 @@ from workshop_utils import paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device
 from workshop_utils.errors import DataError, WorkshopError
-from workshop_utils.finetune import data_check, estimate
+from workshop_utils.finetune import data_check, estimate, value_check
 from workshop_utils.formats.architecture import Architecture
+from workshop_utils.formats.nemo_archive import read_config
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,13 +46,20 @@ class Preflight:
             raise WorkshopError("\n".join(["this run would fail:", *(f"  - {problem}" for problem in self.problems)]))
 
 
-def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, run_dir: Path, tokenizer: ChatTokenizer | None,
-              device: Device) -> Preflight:  # fmt: skip
-    """Check ``config``, the composed configuration of the script, against the base's ``sizes`` and this machine.
+def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture | None, processes: int, run_dir: Path,
+              tokenizer: ChatTokenizer | None, device: Device) -> Preflight:  # fmt: skip
+    """Check ``config``, the composed configuration of the script, against its ``defaults``, the base's ``sizes`` and this machine.
 
     ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) rows are not counted, and a fact says so.
     """
+    from omegaconf import OmegaConf
+
     found = Preflight()
+    found.problems += value_check.wrong_values(OmegaConf.to_container(config, resolve=True), OmegaConf.to_container(config),
+                                               OmegaConf.to_container(defaults, resolve=True))  # fmt: skip
+    if found.problems:
+        return found
+    found.problems += steps(config, found.warnings)
     found.problems += batches(config, processes, found.facts)
     found.problems += adapter(config, sizes)
     found.problems += parallel(config, sizes)
@@ -67,6 +75,18 @@ def preflight(config: "DictConfig", sizes: Architecture | None, processes: int, 
     return found
 
 
+def steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:
+    """Validation, and the end of the warm-up, have to come up before the last step."""
+    trainer, model = config.trainer, config.model
+    if type(trainer.val_check_interval) is int and trainer.val_check_interval > trainer.max_steps:
+        yield (f"trainer.val_check_interval is {trainer.val_check_interval}, but there are {trainer.max_steps} steps: no checkpoint would be "
+               f"kept. Set trainer.val_check_interval={max(1, trainer.max_steps // 3)}.")  # fmt: skip
+    if model.get("resume_from_checkpoint"):
+        yield "model.resume_from_checkpoint: NeMo 2.4.1 reads it nowhere. Leave it out: the same command goes on from its last checkpoint."
+    if (warmup := (model.optim.get("sched") or {}).get("warmup_steps")) and warmup >= trainer.max_steps:
+        warnings.append(f"model.optim.sched.warmup_steps is {warmup}, but there are {trainer.max_steps} steps: model.optim.lr is never reached.")
+
+
 def batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator[str]:
     """Processes, model-parallel sizes and batch sizes have to divide each other."""
     model, trainer = config.model, config.trainer
@@ -74,25 +94,22 @@ def batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator[
         yield f"trainer.devices is {trainer.devices} but torchrun starts {processes} processes. Give --nproc-per-node={trainer.devices}."
     names = {"tensor_model_parallel_size": "TP", "pipeline_model_parallel_size": "PP", "context_parallel_size": "CP"}
     parts = {short: model.get(name, 1) for name, short in names.items()}
-    numbers = {"model.micro_batch_size": model.micro_batch_size, "model.global_batch_size": model.global_batch_size,
-               "trainer.num_nodes": trainer.num_nodes, **{f"model.{name}": parts[short] for name, short in names.items()}}  # fmt: skip
-    wrong = [f"{key} is {value!r}; it has to be a whole number of at least 1." for key, value in numbers.items()
-             if type(value) is not int or value < 1]  # fmt: skip
-    if wrong:
-        yield from wrong
-        return
-    world, split = processes * trainer.num_nodes, parts["TP"] * parts["PP"] * parts["CP"]
+    if trainer.num_nodes != 1:
+        yield f"trainer.num_nodes is {trainer.num_nodes}; this command starts torchrun on this machine alone. Leave it out."
+    world, split = processes, parts["TP"] * parts["PP"] * parts["CP"]
     product = " x ".join(f"{short} {size}" for short, size in parts.items())
     if world % split:
         yield f"{world} processes cannot be shared out: {product} needs a multiple of {split}. Start more, or lower these sizes."
         return
     copies = world // split
+    for where, settings in (("model", model), *((f"model.data.{part}", model.data[part]) for part in ("train_ds", "validation_ds"))):
+        micro, whole = settings.micro_batch_size, settings.global_batch_size
+        if whole % (micro * copies):
+            nearest = max(1, round(whole / (micro * copies))) * micro * copies
+            yield (f"{where}.global_batch_size {whole} is no multiple of micro batch {micro} x {copies} data-parallel copies. "
+                   f"Set {where}.global_batch_size={nearest}, or another {where}.micro_batch_size.")  # fmt: skip
+            return
     micro, whole = model.micro_batch_size, model.global_batch_size
-    if whole % (micro * copies):
-        nearest = max(1, round(whole / (micro * copies))) * micro * copies
-        yield (f"model.global_batch_size {whole} is no multiple of micro batch {micro} x {copies} data-parallel copies. "
-               f"Set model.global_batch_size={nearest}, or another model.micro_batch_size.")  # fmt: skip
-        return
     facts.append(f"batch: {whole} rows = {micro} a micro batch x {whole // (micro * copies)} accumulated x {copies} data-parallel ({product})")
 
 
@@ -104,14 +121,17 @@ def parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
         yield "model.context_parallel_size: Megatron-Core splits the context only through Transformer Engine, which is not installed."
     if model.get("sequence_parallel") and tensor == 1:
         yield "model.sequence_parallel needs model.tensor_model_parallel_size above 1."
+    rank = model.peft.lora_tuning.adapter_dim
+    if model.peft.peft_scheme == "lora" and rank % tensor:
+        yield f"model.peft.lora_tuning.adapter_dim {rank} is no multiple of model.tensor_model_parallel_size {tensor}, which shares it out."
     if not sizes:
         return
     for what, number in (("attention heads", sizes.heads), ("key/value groups", sizes.groups), ("FFN columns", sizes.ffn)):
-        if type(tensor) is int and tensor > 0 and number % tensor:
+        if number % tensor:
             fits = [size for size in range(1, tensor) if sizes.heads % size == 0 and sizes.groups % size == 0]
             yield f"model.tensor_model_parallel_size {tensor} does not divide the {number} {what}. Possible below it: {fits}."
             break
-    if type(pipeline) is int and pipeline > 0 and sizes.layers % pipeline:
+    if sizes.layers % pipeline:
         yield f"model.pipeline_model_parallel_size {pipeline} does not divide the {sizes.layers} layers."
 
 
@@ -143,6 +163,13 @@ def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
     peft = config.model.peft
     if peft.peft_scheme not in SCHEMES:
         yield f"model.peft.peft_scheme is {peft.peft_scheme!r}; there are {', '.join(SCHEMES)}."
+        return
+    if peft.restore_from_path:
+        yield from _to_go_on_from(Path(peft.restore_from_path), peft)
+    section = {"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}.get(peft.peft_scheme)
+    chosen = peft[section].layer_selection if section else None
+    if chosen is not None and sizes and (not chosen or not all(1 <= number <= sizes.layers for number in chosen)):
+        yield f"model.peft.{section}.layer_selection is {list(chosen)}; layers are numbered from 1 to {sizes.layers}."
     if peft.peft_scheme != "lora":
         return
     lora = peft.lora_tuning
@@ -150,15 +177,23 @@ def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
     if unknown or not lora.target_modules:
         yield (f"model.peft.lora_tuning.target_modules names {', '.join(map(str, unknown)) or 'nothing'}; there are {', '.join(MODULES)}. "
                "Hugging Face's names (q_proj, ...) are those of the exported adapter.")  # fmt: skip
-    for name in ("adapter_dim", "alpha"):
-        value = lora[name]
-        if type(value) not in (int, float) or value <= 0 or (name == "adapter_dim" and type(value) is not int):
-            yield f"model.peft.lora_tuning.{name} is {value!r}; it has to be a number above 0."
-    if not 0 <= lora.adapter_dropout < 1:
-        yield f"model.peft.lora_tuning.adapter_dropout is {lora.adapter_dropout}; it has to be at least 0 and below 1."
-    chosen = lora.layer_selection
-    if chosen is not None and sizes and (not chosen or not all(type(n) is int and 1 <= n <= sizes.layers for n in chosen)):
-        yield f"model.peft.lora_tuning.layer_selection is {list(chosen)}; layers are numbered from 1 to {sizes.layers}."
+
+
+def _to_go_on_from(source: Path, peft: "DictConfig") -> Iterator[str]:
+    """The adapter that training begins with has to be of the same scheme and rank."""
+    where = f"model.peft.restore_from_path: {paths.shown(source)}"
+    if not source.is_file():
+        yield f"{where} is a directory. Give the .nemo that a training wrote."
+        return
+    theirs = (read_config(source).get("peft") or {}) if source.suffix == ".nemo" else {}
+    if (scheme := theirs.get("peft_scheme", peft.peft_scheme)) != peft.peft_scheme:
+        yield f"{where} is of the scheme {scheme}. Set model.peft.peft_scheme={scheme}, or leave it out."
+    elif peft.peft_scheme == "none" or (source.suffix == ".nemo" and not theirs):
+        yield f"{where} would be loaded as an adapter, and is none or is given to a full fine-tuning. Leave it out, or take it as the base."
+    for section in ("lora_tuning", "adapter_tuning"):
+        rank = (theirs.get(section) or {}).get("adapter_dim") if section.startswith(peft.peft_scheme) else None
+        if rank is not None and rank != peft[section].adapter_dim:
+            yield f"{where} has rank {rank}; model.peft.{section}.adapter_dim is {peft[section].adapter_dim}. Set it to {rank}."
 
 
 def template(config: "DictConfig") -> data_check.Template:
@@ -217,17 +252,19 @@ def _data(config: "DictConfig", tokenizer: ChatTokenizer | None, found: Prefligh
 
 def _mixture(config: "DictConfig", files: dict[str, list[str]]) -> Iterator[str]:
     """Sampling probabilities and names have to match the files."""
-    train, checks = files.get("train_ds", []), files.get("validation_ds", [])
+    train = files.get("train_ds", [])
     shares = config.model.data.train_ds.concat_sampling_probabilities
     if len(train) > 1 or shares is not None:
         if shares is None or len(shares) != len(train):
             even = ",".join([f"{1 / len(train):.3g}"] * len(train)) if train else ""
             yield f"model.data.train_ds.concat_sampling_probabilities needs one share for each of {len(train)} files, for instance [{even}]."
         elif abs(sum(shares) - 1) > 1e-3 or min(shares) < 0:
-            yield f"model.data.train_ds.concat_sampling_probabilities adds up to {sum(shares):g}; it has to be 1."
-    names = config.model.data.validation_ds.names
-    if names is not None and checks and len(names) != len(checks):
-        yield f"model.data.validation_ds.names has {len(names)} names for {len(checks)} files."
+            yield (f"model.data.train_ds.concat_sampling_probabilities is {list(shares)} and adds up to {sum(shares):g}; it has to be 1, "
+                   "of shares that are not below 0.")  # fmt: skip
+    for part in ("validation_ds", "test_ds"):
+        names, of = config.model.data[part].names, files.get(part, [])
+        if names is not None and of and (len(names) != len(of) or len(set(names)) != len(of)):
+            yield f"model.data.{part}.names has {len(set(names))} names for {len(of)} files."
 
 
 def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_check.Counted], run_dir: Path, found: Preflight) -> None:
