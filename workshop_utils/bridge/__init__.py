@@ -20,10 +20,8 @@ from workshop_utils.bridge import config, view
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsupportedCheckpoint
 from workshop_utils.formats import nemo2
+from workshop_utils.formats.nemo1 import VIEW as MARKER
 from workshop_utils.formats.summary import Kind
-
-MARKER = "bridge.json"
-"""File at the top of a view that tells which checkpoint it shows."""
 
 
 def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool = False, trust: bool = False) -> Path:

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 
 from workshop_utils.formats import torch_dist_writer
+from workshop_utils.formats.nemo1 import SHARDED as WEIGHTS
 from workshop_utils.formats.nemo2 import Nemo2Checkpoint
 from workshop_utils.paths import shown
 
 NAME_NEMO2, NAME_SCRIPT_PATH = "module.", "model."
-WEIGHTS = "model_weights"
 
 
 def fingerprint(checkpoint: Nemo2Checkpoint, config: dict[str, Any]) -> str:

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable
 from typing import IO
 
-from workshop_utils.convert.source import Files
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.megatron_layout import EMBEDDING, OUTPUT, Weight, layout, stacked_name
 from workshop_utils.formats.rank_files import sizes
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor

@@ -14,9 +14,10 @@ from typing import IO, Any
 
 from workshop_utils.bridge import config as bridge_config
 from workshop_utils.convert import layered
-from workshop_utils.convert.source import Files, Source, Tokenizer
+from workshop_utils.convert.source import Source, Tokenizer
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, saved_tensors, torch_dist
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.gpt_classes import BASE, ROPE_SCALING
 from workshop_utils.formats.megatron_layout import EMBEDDING
 from workshop_utils.formats.rank_files import megatron_rank_files

@@ -1,25 +1,24 @@
 """One reader for each format that can be converted: what lies at a path, as a :class:`.source.Source`."""
 
 from pathlib import Path
-from typing import Any
 
 from workshop_utils.bridge import config as bridge_config
 from workshop_utils.convert import layered, megatron, tokenizers
-from workshop_utils.convert.source import Files, Source, Tokenizer
+from workshop_utils.convert.source import Source, Tokenizer
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import (
     gpt_config,
+    nemo1,
     nemo1_config,
     nemo2,
-    nemo_archive,
-    restricted_pickle,
     saved_tensors,
     torch_dist,
     zarr_directory,
 )
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.rank_files import rank_files
-from workshop_utils.formats.safe_text import read_json, read_yaml
+from workshop_utils.formats.safe_text import read_json
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 
@@ -76,22 +75,21 @@ def _nemo2(path: Path, tokenizer: Tokenizer | None) -> Source:
 
 def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
     """A ``.nemo`` archive, or a directory with the same files."""
-    if path.is_file():
-        names = [member.name for member in nemo_archive.members(path)]
-        config, where = nemo_archive.read_config(path), f"{shown(path)}:model_config.yaml"
-    else:
-        names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-        config, where = read_yaml(path / "model_config.yaml"), shown(path / "model_config.yaml")
+    files = Files(path)
+    names = files.sizes()
+    config, where = nemo1.read_config(files), files.where(nemo1.CONFIG)
     fields, family = nemo1_config.read_fields(config, where)
     ranks = rank_files(names)
-    if f"model_weights/{torch_dist.INDEX}" in names:
-        files = Files(path, "model_weights/") if path.is_file() else Files(path / "model_weights")
-        index = _sharded(path, files)
+    if f"{nemo1.SHARDED}/{torch_dist.INDEX}" in names:
+        files = files.below(nemo1.SHARDED)
+        backend = "torch_dist" if files.are_members else read_json(files.place / "metadata.json").get("sharded_backend")
+        if backend != "torch_dist":
+            raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend!r}; {ZARR}")
+        index = files.read_index()
         tensors = {name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")}
         objects = {name: entry for name, entry in index.objects.items() if name.startswith("model.")}
     elif ranks:
-        files, objects = Files(path), {}
-        tensors = layered.read(files, fields, ranks, "model.", saved_tensors.read)
+        tensors, objects = layered.read(files, fields, ranks, "model.", saved_tensors.read), {}
     else:
         raise DamagedCheckpoint(f"{shown(path)} has no weights: neither model_weights.ckpt nor model_weights/.metadata.")
     rows, dtype = bridge_config.check_tensors(tensors, "model.", fields, shown(path), "model_config.yaml")
@@ -108,13 +106,3 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
         files=files,
         tokenizer=tokenizer or tokenizers.of_nemo1(config, path, where),
     )
-
-
-def _sharded(path: Path, files: Files) -> torch_dist.Index:
-    if not files.are_members:
-        backend: dict[str, Any] = read_json(files.place / "metadata.json")
-        if backend.get("sharded_backend") != "torch_dist":
-            raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend.get('sharded_backend')!r}; {ZARR}")
-        return torch_dist.read_directory(files.place)
-    data = nemo_archive.read_member(path, files.inside + torch_dist.INDEX, restricted_pickle.MAX_BYTES)
-    return torch_dist.read_index(data, f"{shown(path)}:model_weights", files.sizes())

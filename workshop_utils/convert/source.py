@@ -1,48 +1,14 @@
 """What a checkpoint holds, whatever its format: one description that every target can be written from."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from workshop_utils.formats import nemo_archive, torch_dist
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.gpt_classes import Family
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.formats.torch_dist import StoredObject
-
-
-@dataclass(frozen=True)
-class Files:
-    """The files that hold the weights: those of the directory ``place``, or the members below ``inside`` of the archive ``place``."""
-
-    place: Path
-    inside: str = ""
-
-    @property
-    def are_members(self) -> bool:
-        """Whether they lie in an archive."""
-        return self.place.is_file()
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file by name."""
-        if not self.are_members:
-            return torch_dist.file_sizes(self.place)
-        return {
-            member.name.removeprefix(self.inside): member.size
-            for member in nemo_archive.members(self.place)
-            if member.name.startswith(self.inside)
-        }
-
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
-        """The file ``name``, open for reading where it lies."""
-        if not self.are_members:
-            with (self.place / name).open("rb") as file:
-                yield file
-            return
-        with nemo_archive.open_member(self.place, self.inside + name) as file:
-            yield file
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,19 @@ from typing import Any
 
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError
-from workshop_utils.formats import nemo_archive, restricted_pickle, torch_archive, torch_dist, values
+from workshop_utils.formats import nemo1, restricted_pickle, torch_archive, torch_dist, values
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
-SHARDED = "model_weights/"
+SHARDED = f"{nemo1.SHARDED}/"
 
 
 def archived_index(checkpoint: Checkpoint) -> torch_dist.Index | None:
     """The index inside the ``.nemo`` archive of ``checkpoint``, or None where it is not sharded. Faults were told by its reader."""
-    sizes = {member.name: member.size for member in nemo_archive.members(checkpoint.path)}
-    if SHARDED + torch_dist.INDEX not in sizes:
-        return None
-    data = nemo_archive.read_member(checkpoint.path, SHARDED + torch_dist.INDEX, restricted_pickle.MAX_BYTES)
-    inside = {name.removeprefix(SHARDED): size for name, size in sizes.items() if name.startswith(SHARDED)}
-    return torch_dist.read_index(data, f"{shown(checkpoint.path)}:model_weights", inside, lambda fault: None)
+    files = Files(checkpoint.path, SHARDED)
+    return files.read_index(lambda fault: None) if torch_dist.INDEX in files.sizes() else None
 
 
 def check_common(report: Report, checkpoint: Checkpoint, prefix: str = "") -> None:

@@ -10,7 +10,8 @@ from workshop_utils.doctor import adapters, companions, pickles, places, ranks, 
 from workshop_utils.doctor import manifest as manifests
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsupportedCheckpoint
-from workshop_utils.formats import gpt_config, nemo1_config, nemo_archive, torch_dist
+from workshop_utils.formats import gpt_config, nemo1, nemo1_config, nemo_archive, torch_dist
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Checkpoint, Kind
@@ -156,7 +157,7 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
 
 def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     path, where = checkpoint.path, shown(checkpoint.path)
-    config = nemo_archive.read_config(path) if path.is_file() else read_yaml(path / nemo_archive.CONFIG)
+    config = nemo1.read_config(Files(path))
     described = f"{where}:{nemo_archive.CONFIG}"
     companions.check_targets(report, described, config)
     if path.is_file():

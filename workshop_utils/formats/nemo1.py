@@ -9,12 +9,11 @@
 Source: ``NLPSaveRestoreConnector`` (``nemo/collections/nlp/parts/nlp_overrides.py``, NeMo 2.4.1).
 """
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint
 from workshop_utils.formats import (
@@ -23,7 +22,6 @@ from workshop_utils.formats import (
     lora_tensors,
     nemo1_config,
     nemo_archive,
-    restricted_pickle,
     safe_text,
     saved_tensors,
     tokenizer_files,
@@ -31,6 +29,7 @@ from workshop_utils.formats import (
     zarr_directory,
 )
 from workshop_utils.formats.architecture import Architecture
+from workshop_utils.formats.files import Files
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.nemo_archive import CONFIG, WEIGHTS
 from workshop_utils.formats.rank_files import rank_files
@@ -62,9 +61,10 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 
     Raises :class:`NotACheckpoint` (no archive), :class:`UnsafeCheckpoint` and :class:`DamagedCheckpoint`.
     """
-    parts = _Archive(path) if path.is_file() else _Directory(path)
-    config = parts.config()
-    tensors, parallel, notes = _tensors(parts, config, report)
+    files = Files(path)
+    sizes, config = files.sizes(), read_config(files)
+    ranks = rank_files(sizes)
+    tensors, parallel, notes = _tensors(files, sizes, ranks, config, report)
     view = _view(path) if path.is_dir() and (path / VIEW).is_file() else None
     adapter = None if view else _adapter(config, tensors, parallel)
     ours = config.get("workshop")
@@ -72,136 +72,69 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     made_for = ours.get("reader")
     if made_for:
         notes += (f"q, k, v rows: {ours.get('qkv_order')}; alpha baked in: {ours.get('alpha_baked_in')}",)
-    notes += foreign_names.note(config, parts.where(CONFIG))
+    notes += foreign_names.note(config, files.where(CONFIG))
     version = config.get("nemo_version")
     return Checkpoint(
         path=path,
-        kind=Kind.BRIDGED_VIEW if view else parts.kind(adapter),
+        kind=Kind.BRIDGED_VIEW if view else _kind(files, adapter),
         detail=None,
         architecture=_architecture(config, tensors, parallel[0], ours.get("family")),
-        nbytes=parts.weights_bytes(),
+        nbytes=sum(size for name, size in sizes.items() if name.startswith(f"{SHARDED}/") or name in ranks.values()),
         tensors=tensors,
         tokenizer=_tokenizer(config),
         adapter=adapter,
         notes=((view,) if view else ()) + notes,
         version=f"NeMo {version}" if isinstance(version, str) else None,
-        folder=parts.folder,
+        folder="" if files.are_members or ranks else SHARDED,
         parallel=parallel,
         made_for=str(made_for) if made_for else None,
     )
 
 
-class _Parts:
-    """The files of a checkpoint, ``files``: name -> bytes."""
-
-    files: dict[str, int]
-
-    def weights_bytes(self) -> int:
-        """Bytes of the files of the weights."""
-        weights = set(rank_files(self.files).values())
-        return sum(size for name, size in self.files.items() if name.startswith(f"{SHARDED}/") or name in weights)
+def read_config(files: Files) -> dict[str, Any]:
+    """``model_config.yaml``. Errors as :func:`.nemo_archive.read_config` and :func:`.safe_text.read_yaml`."""
+    return nemo_archive.read_config(files.place) if files.are_members else safe_text.read_yaml(files.place / CONFIG)
 
 
-class _Archive(_Parts):
-    """The members of a ``.nemo``; nothing is unpacked."""
-
-    folder = ""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = {member.name: member.size for member in nemo_archive.members(path)}
-
-    def kind(self, adapter: Adapter | None) -> Kind:
-        """What the archive is; ``adapter`` is None for a whole model."""
-        return Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
-
-    def config(self) -> dict[str, Any]:
-        """``model_config.yaml``. Errors as :func:`nemo_archive.read_config`."""
-        return nemo_archive.read_config(self.path)
-
-    def where(self, name: str) -> str:
-        """The member ``name`` as messages call it."""
-        return f"{shown(self.path)}:{name}"
-
-    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """The member ``name``, open for reading. Errors as :func:`nemo_archive.open_member`."""
-        return nemo_archive.open_member(self.path, name)
-
-    def read(self, name: str) -> bytes:
-        """The bytes of the member ``name``. Errors as :func:`nemo_archive.read_member`."""
-        return nemo_archive.read_member(self.path, name, restricted_pickle.MAX_BYTES)
-
-
-class _Directory(_Parts):
-    """The files of an unpacked ``.nemo``."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(_below(path))}
-        self.folder = "" if rank_files(self.files) else SHARDED
-
-    def kind(self, adapter: Adapter | None) -> Kind:
-        """What the directory is, with an adapter or without."""
+def _kind(files: Files, adapter: Adapter | None) -> Kind:
+    if not files.are_members:
         return Kind.NEMO1_DIRECTORY
-
-    def config(self) -> dict[str, Any]:
-        """``model_config.yaml``. Errors as :func:`safe_text.read_yaml`."""
-        return safe_text.read_yaml(self.path / CONFIG)
-
-    def where(self, name: str) -> str:
-        """The file ``name`` as messages call it."""
-        return shown(self.path / name)
-
-    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """The file ``name``, open for reading."""
-        return (self.path / name).open("rb")
-
-    def read(self, name: str) -> bytes:
-        """The bytes of the file ``name``. Errors as :func:`restricted_pickle.read_bytes`."""
-        return restricted_pickle.read_bytes(self.path / name)
-
-
-def _below(path: Path) -> Iterator[Path]:
-    """The files in ``path`` and in the directories in it, and in those: zarr has one for each tensor."""
-    for pattern in ("*", "*/*", f"{SHARDED}/*/*"):
-        yield from (file for file in path.glob(pattern) if file.is_file())
+    return Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
 
 
 def _tensors(
-    parts: _Archive | _Directory, config: Mapping[str, Any], report: Report
+    files: Files,
+    sizes: Mapping[str, int],
+    ranks: Mapping[tuple[int, int], str],
+    config: Mapping[str, Any],
+    report: Report,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The tensors, the tensor- and pipeline-parallel sizes of parts that were not merged, and notes."""
-    if WEIGHTS in parts.files:
-        with parts.open(WEIGHTS) as file:
-            return tuple(saved_tensors.read(file, parts.where(WEIGHTS), WEIGHTS, report)), (1, 1), ()
-    if f"{SHARDED}/{torch_dist.INDEX}" in parts.files:
-        return _sharded(parts, report), (1, 1), ()
-    if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in parts.files):
-        files = {name.partition("/")[2]: size for name, size in parts.files.items() if name.startswith(f"{SHARDED}/")}
-        found = zarr_directory.read(files, lambda name: parts.read(f"{SHARDED}/{name}"), parts.where(SHARDED), report)
-        return tuple(_moved(tensor, parts) for tensor in found.values()), (1, 1), (zarr_directory.WAY_OUT,)
-    ranks = rank_files(parts.files)
+    if WEIGHTS in sizes:
+        with files.open(WEIGHTS) as file:
+            return tuple(saved_tensors.read(file, files.where(WEIGHTS), WEIGHTS, report)), (1, 1), ()
+    sharded = files.below(SHARDED)
+    if f"{SHARDED}/{torch_dist.INDEX}" in sizes:
+        found = sharded.read_index(report).tensors.values()
+        return tuple(_moved(tensor, files) for tensor in found if not tensor.name.startswith("optimizer")), (1, 1), ()
+    if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in sizes):
+        found = zarr_directory.read(sharded.sizes(), sharded.read, sharded.where(), report).values()
+        return tuple(_moved(tensor, files) for tensor in found), (1, 1), (zarr_directory.WAY_OUT,)
     if not ranks:
-        raise DamagedCheckpoint(f"{shown(parts.path)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor mp_rank_00/.")
-    return _ranks(parts, ranks, config, report)
+        raise DamagedCheckpoint(f"{shown(files.place)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor mp_rank_00/.")
+    return _ranks(files, ranks, config, report)
 
 
-def _sharded(parts: _Archive | _Directory, report: Report) -> tuple[Tensor, ...]:
-    files = {name.partition("/")[2]: size for name, size in parts.files.items() if name.startswith(f"{SHARDED}/")}
-    index = torch_dist.read_index(parts.read(f"{SHARDED}/{torch_dist.INDEX}"), parts.where(SHARDED), files, report)
-    return tuple(_moved(tensor, parts) for tensor in index.tensors.values() if not tensor.name.startswith("optimizer"))
-
-
-def _moved(tensor: Tensor, parts: _Archive | _Directory) -> Tensor:
+def _moved(tensor: Tensor, files: Files) -> Tensor:
     """``tensor`` with the files of its chunks as members of the archive; in a directory they are relative to ``folder``."""
-    if parts.folder:
+    if not files.are_members:
         return tensor
     chunks = tuple(dataclasses.replace(chunk, file=f"{SHARDED}/{chunk.file}") for chunk in tensor.chunks)
     return dataclasses.replace(tensor, chunks=chunks)
 
 
 def _ranks(
-    parts: _Archive | _Directory, ranks: Mapping[tuple[int, int], str], config: Mapping[str, Any], report: Report
+    files: Files, ranks: Mapping[tuple[int, int], str], config: Mapping[str, Any], report: Report
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The pieces that each rank holds; names come once for each rank, and the file tells which."""
     sizes = tuple(
@@ -210,20 +143,20 @@ def _ranks(
     )
     if sizes[0] * sizes[1] > MAX_RANKS:
         raise DamagedCheckpoint(
-            f"{shown(parts.path)} claims parallel sizes {sizes[0]:,} and {sizes[1]:,}; no model has so many parts."
+            f"{shown(files.place)} claims parallel sizes {sizes[0]:,} and {sizes[1]:,}; no model has so many parts."
         )
     for rank in ((tensor, pipeline) for tensor in range(sizes[0]) for pipeline in range(sizes[1])):
         if rank not in ranks:
             report(
                 DamagedCheckpoint(
-                    f"{shown(parts.path)} lacks the part of tensor-parallel rank {rank[0]}, pipeline-parallel rank {rank[1]}."
+                    f"{shown(files.place)} lacks the part of tensor-parallel rank {rank[0]}, pipeline-parallel rank {rank[1]}."
                 )
             )
     found: list[Tensor] = []
     for name in sorted(ranks.values()):
         try:
-            with parts.open(name) as file:
-                found += saved_tensors.read(file, parts.where(name), name, report)
+            with files.open(name) as file:
+                found += saved_tensors.read(file, files.where(name), name, report)
         except CheckpointError as fault:
             report(fault)
     note = (
