@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from export_samples import ALL, Shape, config_of, tensors_of, write_adapter
 
 from workshop_utils.conform import judge
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedAdapter
@@ -108,6 +109,10 @@ def test_a_nemotron_whose_mlp_has_no_gate(tmp_path):
             assert numpy.abs(got - wanted).max() < 2e-3 * effect
         proof = prove(adapter, {"hf-peft": made, "nemo2-merged": merged[at]}, hf)
         assert proof.proven, proof.table()
+    for wrong in (Shape(hidden=64, channels=16, ffn=96), Shape(hidden=64, channels=16, ffn=96, groups=4, gated=False)):
+        other = write_adapter(tmp_path / "o.nemo", config_of(wrong, ALL), tensors_of(wrong, ALL))
+        with pytest.raises(UnsupportedAdapter, match="is not the base of"):
+            export(other, "nemo2-merged", tmp_path / "no", base_model=base)
 
 
 def test_canonical_lora_says_why_its_rank_grew(trained, tmp_path):

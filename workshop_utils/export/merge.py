@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils.convert import readers, weights
 from workshop_utils.errors import UnsupportedAdapter
+from workshop_utils.export import nemo2_adapter
 from workshop_utils.export.adapter import LoraAdapter, as_tensor
 from workshop_utils.export.modules import MODULES, modules_of, separated, updated
-from workshop_utils.export.nemo2_adapter import LAYERS
 from workshop_utils.export.qkv import Heads, join, split
 from workshop_utils.formats import huggingface, nemo2, values
 from workshop_utils.formats.safe_text import read_json
@@ -31,7 +31,7 @@ _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64
                 "int16": "I16", "int8": "I8", "bool": "BOOL"}  # fmt: skip
 _COPIED = (".json", ".txt", ".model", ".jinja")
 #: Names of the linear layers in a NeMo 2.0 checkpoint, which stacks the layers of the model, and the targets that they are.
-FUSED = {f"module.decoder.layers.{name}.weight": target for name, target in LAYERS.items()}
+FUSED = {f"module.decoder.layers.{name}.weight": target for name, target in nemo2_adapter.LAYERS.items()}
 
 
 def base_directory(base: Path | str | None, to: str) -> Path:
@@ -102,19 +102,16 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
     import torch
 
     source, checkpoint, apart = readers.read(base), nemo2.describe(base), separated(adapter)
-    fields = source.fields
-    heads = Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"])
-    names = {module: name for name, target in FUSED.items() for module in MODULES[target]}
+    sizes = nemo2_adapter.base_architecture(source.fields)
+    # An mlp_fc1 with a gate and one without have not even up_proj in common.
+    targets = [target for target in MODULES if target != "mlp_fc1" or sizes.gated == apart.architecture.gated]
     shapes = {
-        f"{name}#{layer}": tensor.shape[1:]
-        for name, tensor in source.tensors.items()
-        if name in FUSED
-        for layer in range(tensor.shape[0])
+        f"{module} of layer {layer}": sizes.features(module)[::-1]
+        for target in targets
+        for module in modules_of(target, sizes)
+        for layer in range(sizes.num_layers)
     }
-    places: dict[str, list[str]] = {}
-    for layer, module in apart.weights:
-        places.setdefault(f"{names[module]}#{layer}", []).append(module)
-    _fit_fused(apart, shapes, places, heads, base)
+    _fit(apart, shapes, {f"{module} of layer {layer}": (layer, module) for layer, module in apart.weights}, base)
 
     def change(tensor: Tensor, chunk: Chunk, held: torch.Tensor) -> torch.Tensor:
         """The ``chunk`` of the base, layer by layer, with what the adapter adds to that part of each."""
@@ -127,7 +124,7 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
         for at, layer in enumerate(layers):
             # A part of a matrix says nothing of the length of its rows (DoRA), nor where a head begins.
             weight = held[at] if whole else as_tensor(values.read_tensor(checkpoint, tensor, layer))
-            merged = merged_fused(weight, apart, layer, FUSED[tensor.name], heads)
+            merged = merged_fused(weight, apart, layer, FUSED[tensor.name], sizes.heads)
             rows.append(merged.to(held.dtype) if whole else merged.to(held.dtype)[region])
         return torch.stack(rows)
 
@@ -168,23 +165,6 @@ def _fit(apart: LoraAdapter, shapes: dict[str, tuple[int, ...]], places: dict[st
                 f"{shown(base)} is not the base of {shown(apart.source)}: the adapter is for {name} {list(wanted)}; {has}. Give --base "
                 f"the model that it was trained on{f' ({apart.base})' if apart.base else ''}."
             )
-
-
-def _fit_fused(
-    apart: LoraAdapter, shapes: dict[str, tuple[int, ...]], places: dict[str, list[str]], heads: Heads, base: Path
-) -> None:
-    for name, modules in places.items():
-        layer = int(name.rpartition("#")[2])
-        for module in modules:
-            rows, columns = shapes.get(name, (0, 0))
-            part = {
-                "self_attn.q_proj": heads.attention,
-                "self_attn.k_proj": heads.groups,
-                "self_attn.v_proj": heads.groups,
-            }.get(module)
-            halved = module in MODULES["mlp_fc1"] and apart.architecture.gated
-            rows = part * heads.channels if part else rows // 2 if halved else rows
-            _fit(apart, {name: (rows, columns)} if name in shapes else {}, {name: (layer, module)}, base)
 
 
 def _part(file: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from workshop_utils.device import gpu_name
 from workshop_utils.errors import NimFailed, WorkshopError
 from workshop_utils.nim.store import MAX_RANK
 
@@ -161,7 +162,7 @@ def preflight(nim: Nim, environment: Mapping[str, str]) -> None:
     missing = []
     if not shutil.which("docker"):
         missing.append("docker is not installed: https://docs.docker.com/engine/install")
-    if not environment.get("DOCKER_HOST") and not _has_gpu():
+    if not environment.get("DOCKER_HOST") and not gpu_name():
         missing.append(
             "no NVIDIA GPU is found (nvidia-smi -L lists none), and a NIM needs one. To learn without: workshop serve"
         )
@@ -221,10 +222,3 @@ def _advice(text: str) -> str:
 
 def _docker(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run(["docker", *words], check=False, capture_output=True, text=True, errors="replace")
-
-
-def _has_gpu() -> bool:
-    if not shutil.which("nvidia-smi"):
-        return False
-    done = subprocess.run(["nvidia-smi", "-L"], check=False, capture_output=True, text=True)
-    return done.returncode == 0 and "GPU" in done.stdout
