@@ -51,6 +51,17 @@ def test_flags_can_be_switched_on_and_off(capsys):
     assert dry_run(capsys, "--no_merge", "--merge")["no_merge"] is False
 
 
+def test_what_would_record_nothing_is_said(capsys):
+    short = ["recipe", "--preset", "cpu", "--dry-run", "--val_check_interval", "5", "--enable_speed_monitor", "--enable_pytorch_profiler"]
+    assert main([*short, "--max_steps", "10"]) == 0
+    assert capsys.readouterr().err == (
+        "note: enable_speed_monitor records nothing in a run of fewer than 11 steps; max_steps is 10.\n"
+    )
+    assert main([*short, "--max_steps", "9"]) == 0
+    assert "note: enable_pytorch_profiler records nothing in a run of fewer than 10 steps" in capsys.readouterr().err
+    assert main([*short, "--max_steps", "11"]) == 0 and not capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", options.names())
 def test_every_option_is_one_of_the_command_line(name, capsys):
     if isinstance(options.default(name), bool):

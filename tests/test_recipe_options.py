@@ -102,6 +102,8 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"max_steps": 5}, "nothing would be validated"),
         ({"max_steps": 800, "warmup_steps": 800}, "warmup_steps 800 must be below max_steps 800"),
         ({"max_steps": 50, "val_check_interval": 10}, r"warmup_steps \(none: the 50 of qwen3_8b\) must be below max_steps 50.* Set warmup_steps=5,"),
+        ({"peft_scheme": "dora"}, r"tensor_parallel_size 8: NeMo .* Set tensor_parallel_size=1 .* lora_target_modules=linear_qkv"),
+        ({"peft_scheme": "dora", "lora_target_modules": ("linear_qkv", "linear_fc1")}, "magnitudes of linear_fc1 in the order of the ranks"),
         ({"use_modelopt": True}, "quantised"),
         ({"target": "nemo2", "no_merge": True}, "no_merge"),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),
@@ -252,6 +254,11 @@ def test_the_index_knows_the_model():
     assert (found.tensor_parallel_size, found.global_batch_size, found.base) == (1, 128, "meta-llama/Llama-3.2-1B")
     assert index.find("deepseek_v3").pipeline_parallel_size == 5
     assert found.warmup_steps == 50
+
+
+def test_dora_with_tensor_parallelism_where_nemo_saves_it_right():
+    assert resolve(RecipeOptions(peft_scheme="dora", lora_target_modules=("linear_qkv",))).data_parallel_size == 1
+    assert resolve(RecipeOptions(peft_scheme="dora", tensor_parallel_size=1, pipeline_parallel_size=8)).world_size == 8
 
 
 def test_a_short_run_takes_its_own_warm_up():

@@ -155,6 +155,16 @@ def test_lora_is_trained_recorded_and_not_trained_twice(tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_what_watches_a_run_records(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = job.train(settled(tiny, output_dir=str(tmp_path / "out"), max_steps=12, use_wandb=True, enable_pytorch_profiler=True))
+    (trace,) = (result.run_dir / "trace" / "device").glob("*.json")
+    assert any("ProfilerStep" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    (logged,) = result.run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert b"reduced_train_loss" in logged.read_bytes()
+
+
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(tiny, tmp_path):
     one = losses(job.train(settled(tiny, output_dir=str(tmp_path / "one"), **FULL)))
     for name, changes, tolerance in (("tp", {"tensor_parallel_size": 2}, 1e-4), ("pp", {"pipeline_parallel_size": 2}, 1e-4),

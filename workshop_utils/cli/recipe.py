@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 HELP = """\
@@ -82,13 +83,15 @@ def _metavar(name: str) -> str:
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
     from workshop_utils.recipe import index, options
-    from workshop_utils.recipe.plan import resolve
+    from workshop_utils.recipe.plan import notices, resolve
 
     _refuse_unknown(args)
     if args.list or args.options:
         print(index.table() if args.list else options.table())
         return 0
     resolved = resolve(gather(args))
+    for line in notices(resolved):
+        print(f"note: {line}", file=sys.stderr)
     if args.dry_run or args.resolve:
         from workshop_utils.recipe.plan import shown_values
 

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
 
 PROFILED_STEPS = (5, 10)
 """First and last step that a profiler looks at: the ones before warm up."""
+TRACE = "trace"  # folder of the run
+SPEED_WINDOW = 10  # steps that the speed is the mean of
+LEAST_STEPS = {
+    "enable_nsys_callback": PROFILED_STEPS[1],
+    "enable_pytorch_profiler": PROFILED_STEPS[1],
+    "enable_speed_monitor": SPEED_WINDOW + 1,
+}
+"""Options that record nothing at all in a shorter run: a profiler writes when it stops, the speed is logged when its window is full."""
 
 
 def checkpoints(name: str) -> "run.Config":
@@ -49,7 +57,7 @@ def callbacks(options: RecipeOptions, run_dir: Path) -> list["run.Config"]:
     if options.enable_megatron_progress_bar:
         found.append(run.Config(nemo.MegatronProgressBar, log_interval=options.log_every_n_steps))
     if options.enable_speed_monitor:
-        found.append(run.Config(nemo.SpeedMonitor, window_size=10, time_unit="seconds"))
+        found.append(run.Config(nemo.SpeedMonitor, window_size=SPEED_WINDOW, time_unit="seconds"))
     if options.enable_memory_monitor:
         found.append(run.Config(nemo.MemoryMonitor))
     if options.enable_runtime_estimator:
@@ -57,8 +65,8 @@ def callbacks(options: RecipeOptions, run_dir: Path) -> list["run.Config"]:
     if options.enable_nsys_callback:
         found.append(run.Config(nemo.NsysCallback, start_step=first, end_step=last))
     if options.enable_pytorch_profiler:
-        trace = run_dir / "trace"
-        found.append(run.Config(nemo.PytorchProfilerCallback, start_step=first, end_step=last, trace_dir=str(trace)))
+        trace = str(run_dir / TRACE)
+        found.append(run.Config(nemo.PytorchProfilerCallback, start_step=first, end_step=last, trace_dir=trace))
     if options.enable_memory_profile:
         found.append(run.Config(nemo.MemoryProfileCallback, dir=str(run_dir / "mem_profile")))
     return found

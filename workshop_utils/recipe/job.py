@@ -25,6 +25,7 @@ from workshop_utils.finetune.events import read_events
 from workshop_utils.finetune.plan import training_environment
 from workshop_utils.recipe import choose_checkpoint
 from workshop_utils.recipe.build import on_cpu, require_possible
+from workshop_utils.recipe.callbacks import TRACE
 from workshop_utils.recipe.plan import RUN, Resolved
 from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
@@ -176,7 +177,10 @@ def _run(job: Job, progress: bool) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }
     if options.use_wandb:
-        environment = {name: value for name, value in environment.items() if name not in ("WANDB_MODE", "WANDB_DISABLED")}
+        off = {"WANDB_MODE": "disabled", "WANDB_DISABLED": "true"}.items()  # our defaults; WANDB_MODE=offline of a person stays
+        environment = dict(environment.items() - off)
+    if options.enable_pytorch_profiler:
+        (job.run_dir / TRACE).mkdir(exist_ok=True)  # NeMo asks for it
     if job.device == "cpu":
         environment["WORKSHOP_DEVICE"] = "cpu"
     began = time.monotonic()

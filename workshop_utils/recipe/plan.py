@@ -148,6 +148,13 @@ def _check(options: "RecipeOptions", recipe: index.Recipe) -> None:
         whose = f" (none: the {warmup} of {recipe.name})" if options.warmup_steps is None else f" {warmup}"
         raise WorkshopError(f"warmup_steps{whose} must be below max_steps {options.max_steps}, or the learning rate never gets to its peak. "
                             f"Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
+    only_qkv = all(name.endswith("linear_qkv") for name in options.lora_target_modules or [""])
+    if options.peft_scheme == "dora" and options.tensor_parallel_size > 1 and not only_qkv:
+        # `DoRALinear._get_weight_norm` and `ParallelLinearDoRAAdapter.sharded_state_dict` of nemo/collections/llm/peft/dora.py
+        raise WorkshopError(f"peft_scheme is dora and tensor_parallel_size {options.tensor_parallel_size}: NeMo {index.nemo_version()} takes the norm of linear_proj "
+                            "and linear_fc2 from each rank's columns alone, and saves the magnitudes of linear_fc1 in the order of the ranks, so that the "
+                            "adapter would compute something else once it is loaded. Set tensor_parallel_size=1 (pipeline_parallel_size may be more), "
+                            "lora_target_modules=linear_qkv, or peft_scheme=lora.")  # fmt: skip
     if options.use_modelopt:
         raise WorkshopError(
             "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run with its torch. Leave it out."
@@ -191,6 +198,18 @@ def _filled(options: "RecipeOptions", option: str, known: dict[str, str]) -> Pat
     if unknown := [name for name in used if name not in known]:
         raise WorkshopError(f"{option} is {template!r}: {{{unknown[0]}}} is unknown. There are {', '.join(known)}.")
     return Path(os.path.abspath(os.path.expanduser(template.format(**known))))
+
+
+def notices(resolved: Resolved) -> list[str]:
+    """What is allowed and yet not what was meant, a sentence each."""
+    from workshop_utils.recipe.callbacks import LEAST_STEPS
+
+    options = resolved.options
+    return [
+        f"{name} records nothing in a run of fewer than {least} steps; max_steps is {options.max_steps}."
+        for name, least in LEAST_STEPS.items()
+        if getattr(options, name) and options.max_steps < least
+    ]
 
 
 def shown_values(resolved: Resolved) -> str:
