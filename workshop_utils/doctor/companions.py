@@ -6,7 +6,7 @@ from typing import Any
 
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
-from workshop_utils.formats import safe_text, tokenizer_files
+from workshop_utils.formats import nemo2, safe_text, tokenizer_files
 from workshop_utils.paths import shown
 
 _BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
@@ -44,10 +44,8 @@ def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> 
 
 def check_tokenizer(report: Report, context: Path, model: Mapping[str, Any]) -> None:
     """The tokenizer that ``model.yaml`` names lies in ``context``, when it is no name on the Hub."""
-    described = model.get("tokenizer")
-    name = described.get("pretrained_model_name") or described.get("model_path") if isinstance(described, Mapping) else None
-    name = name.get("attr") if isinstance(name, Mapping) else name
-    if not isinstance(name, str) or not name:
+    name = nemo2.tokenizer_name(model)
+    if name is None:
         report.untold.append("whether its tokenizer is there: context/model.yaml names none")
         return
     found = context / name

@@ -11,6 +11,7 @@ from workshop_utils.doctor import manifest as manifests
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1, nemo1_config, nemo_archive, torch_dist
+from workshop_utils.formats.architecture import section, text
 from workshop_utils.formats.files import Files
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.safe_text import read_json, read_yaml
@@ -141,18 +142,15 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     config = shown(context / "model.yaml")
     fields = _fields(report, lambda: gpt_config.read_fields(model, config))
     if checkpoint.kind is Kind.NEMO2_ADAPTER:
-        transform = model.get("model_transform")
-        rank = transform.get("dim") if isinstance(transform, Mapping) else None
+        rank = section(model, "model_transform").get("dim")
         adapters.check_nemo2(report, where, checkpoint.tensors, fields, rank)
         adapters.base_note(report, checkpoint.adapter.base)
     elif fields:
         shapes.check_megatron(report, where, checkpoint.tensors, fields, config)
     else:
         shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
-    stated = model.get("config")
-    stated = stated.get("params_dtype") if isinstance(stated, Mapping) else None
-    stated = str(stated.get("_target_")).removeprefix("torch.") if isinstance(stated, Mapping) else None
-    shapes.check_dtypes(report, where, checkpoint.tensors, stated)
+    stated = text(section(section(model, "config"), "params_dtype"), "_target_")
+    shapes.check_dtypes(report, where, checkpoint.tensors, stated.removeprefix("torch.") if stated else None)
 
 
 def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:

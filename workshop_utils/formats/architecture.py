@@ -28,6 +28,18 @@ class Architecture:
     qk_norm: bool = False
 
 
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping ``config[name]``, or an empty one."""
+    value = config.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def text(config: Mapping[str, Any], name: str) -> str | None:
+    """The text ``config[name]``, or None where there is none."""
+    value = config.get(name)
+    return value if isinstance(value, str) else None
+
+
 def size(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
     """The positive whole number ``config[name]``, or ``default`` where there is none."""
     value = config.get(name)

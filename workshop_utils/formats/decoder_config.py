@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from workshop_utils.formats.architecture import Architecture, number, size
+from workshop_utils.formats.gpt_classes import ROPE_SCALING
 
 FAMILIES = {
     "llama": "Llama", "llama_nemotron": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen": "Qwen2", "qwen2": "Qwen2",
@@ -18,8 +19,6 @@ FAMILIES = {
 """Name in a configuration -> family: modules of NeMo and Megatron-Bridge, ``model_type`` of transformers, GGUF's architecture.
 
 Qwen2 stands for Qwen 2 and Qwen 2.5, which differ in nothing that a configuration says."""
-
-ROPE_SCALING = ("scale_factor", "low_freq_factor", "high_freq_factor", "old_context_len")
 
 
 def family_of_target(target: Any) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
 from workshop_utils.formats import lora_tensors, safe_text, saved_tensors, tokenizer_files
-from workshop_utils.formats.architecture import Architecture, number, size
+from workshop_utils.formats.architecture import Architecture, number, section, size, text
 from workshop_utils.formats.decoder_config import FAMILIES
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_json
@@ -86,8 +86,8 @@ def _code(path: Path) -> tuple[str, ...]:
 
 
 def _quantisation(config: Mapping[str, Any]) -> tuple[str, ...]:
-    described = config.get("quantization_config")
-    return (f"quantised: {described.get('quant_method')}",) if isinstance(described, Mapping) else ()
+    described = section(config, "quantization_config")
+    return (f"quantised: {described.get('quant_method')}",) if described else ()
 
 
 def read_safetensors(path: Path, report: Report = stop) -> list[Tensor]:
@@ -239,8 +239,7 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 def adapter(config: Mapping[str, Any]) -> Adapter:
     """The settings in an ``adapter_config.json``. A base that is not a path may be a name on the Hub: ``base_is_here`` is None."""
-    base, targets = config.get("base_model_name_or_path"), config.get("target_modules")
-    base = base if isinstance(base, str) and base else None
+    base, targets = text(config, "base_model_name_or_path") or None, config.get("target_modules")
     looks_local = base is not None and (os.path.isabs(base) or base.startswith(".") or os.path.isdir(base))
     return Adapter(
         rank=size(config, "r"),

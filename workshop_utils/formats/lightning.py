@@ -13,6 +13,7 @@ from typing import Any
 
 from workshop_utils.errors import CheckpointError, NotACheckpoint
 from workshop_utils.formats import decoder_config, lora_tensors, nemo1_config, saved_tensors
+from workshop_utils.formats.architecture import section
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
@@ -36,7 +37,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
     version = state.get(VERSION)
-    by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in _mapping(state.get("callbacks")))
+    by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in section(state, "callbacks"))
     config, from_beside = configuration(path, state) if by_nemo else (_stated(state), ())
     return Checkpoint(
         path=path,
@@ -53,7 +54,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 
 
 def _stated(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _mapping(_mapping(state.get("hyper_parameters")).get("cfg"))
+    return section(section(state, "hyper_parameters"), "cfg")
 
 
 def configuration(path: Path, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
@@ -66,13 +67,9 @@ def configuration(path: Path, state: Mapping[str, Any]) -> tuple[Mapping[str, An
         return stated, ()
     for file in sorted(path.resolve().parent.parent.glob("version_*/hparams.yaml"), reverse=True):
         with contextlib.suppress(CheckpointError):
-            if config := _mapping(read_yaml(file).get("cfg")):
+            if config := section(read_yaml(file), "cfg"):
                 return config, (f"architecture and LoRA settings from {shown(file)}",)
     return {}, ()
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def notes(state: Mapping[str, Any]) -> list[str]:
@@ -88,7 +85,7 @@ def notes(state: Mapping[str, Any]) -> list[str]:
         # OmegaConf's come as their class alone.
         names = ", ".join(str(name) for name in list(hyper)[:20]) if isinstance(hyper, Mapping) else str(hyper)
         found.append(f"hyper-parameters, never instantiated here: {names}")
-    if callbacks := _mapping(state.get("callbacks")):
+    if callbacks := section(state, "callbacks"):
         names = sorted({str(name).partition("{")[0] for name in callbacks})
         found.append(f"state of callbacks: {', '.join(names[:10])}")
     return found

@@ -20,14 +20,14 @@ from workshop_utils.formats import (
     foreign_names,
     lightning,
     lora_tensors,
-    safe_text,
     saved_tensors,
     torch_dist,
     zarr_directory,
 )
-from workshop_utils.formats.architecture import Architecture, number, size
+from workshop_utils.formats.architecture import Architecture, number, section, size, text
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.rank_files import MEGATRON_STATE, megatron_rank_files
+from workshop_utils.formats.rank_files import sizes as rank_sizes
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
@@ -66,8 +66,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     name = str(backend.get("sharded_backend", "torch_dist"))
     notes: tuple[str, ...] = ()
     if name == "zarr":
-        files = {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.glob("**/*")) if file.is_file()}
-        stored = zarr_directory.read(files, lambda file: safe_text.read_bytes(path / file), shown(path), report)
+        stored, files = zarr_directory.read_directory(path, report)
         notes += (zarr_directory.WAY_OUT,)
     else:
         stored, files = torch_dist.read_directory(path, report).tensors, torch_dist.file_sizes(path)
@@ -83,7 +82,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     notes += _state_notes(state)
     if len(stored) > len(tensors):
         notes += (f"{len(stored) - len(tensors)} tensors of optimizer state beside the weights",)
-    run, args = _run_config(path), _plain(state.get("args"))
+    run, args = _run_config(path), section(state, "args")
     notes += foreign_names.note(run, path / RUN_CONFIG)
     return Checkpoint(
         path=path,
@@ -116,19 +115,13 @@ def _common(path: Path, report: Report) -> Mapping[str, Any]:
         return {}
 
 
-def _plain(args: Any) -> Mapping[str, Any]:
-    """The attributes of an argparse.Namespace as the restricted reader gives them."""
-    return args if isinstance(args, Mapping) else {}
-
-
 def _run_config(path: Path) -> Mapping[str, Any]:
     return read_yaml(path / RUN_CONFIG) if (path / RUN_CONFIG).is_file() else {}
 
 
 def _architecture(run: Mapping[str, Any], args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Architecture | None:
     """From run_config.yaml's ``model`` or from the arguments."""
-    config = run.get("model")
-    config = config if isinstance(config, Mapping) else args
+    config = section(run, "model") or args
     embedding = next((tensor for name, tensor in tensors.items() if name.endswith("embedding.word_embeddings.weight")), None)
     sizes = decoder_config.megatron_core(config, tensors, embedding.shape[0] if embedding and embedding.shape else None)
     if sizes is None:
@@ -138,8 +131,7 @@ def _architecture(run: Mapping[str, Any], args: Mapping[str, Any], tensors: Mapp
 
 
 def _tokenizer(path: Path, run: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
-    described = run.get("tokenizer")
-    described = described if isinstance(described, Mapping) else args
+    described = section(run, "tokenizer") or args
     kind = described.get("tokenizer_type")
     name = described.get("tokenizer_model") or described.get("vocab_file")
     here = " (a copy is in tokenizer/)" if (path / "tokenizer").is_dir() else ""
@@ -151,10 +143,7 @@ def _adapter(run: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter |
     lora = lora_tensors.find(tensors.values())
     if lora is None or not all(".adapter." in name for name in tensors):
         return None
-    peft, checkpoint = run.get("peft"), run.get("checkpoint")
-    peft = peft if isinstance(peft, Mapping) else {}
-    base = checkpoint.get("pretrained_checkpoint") if isinstance(checkpoint, Mapping) else None
-    base = base if isinstance(base, str) else None
+    peft, base = section(run, "peft"), text(section(run, "checkpoint"), "pretrained_checkpoint")
     return Adapter(
         rank=lora.rank or size(peft, "dim"),
         alpha=number(peft, "alpha"),
@@ -202,7 +191,7 @@ def _rank_files(path: Path) -> dict[tuple[int, int], Path]:
 
 def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], Path], report: Report) -> Checkpoint:
     """The old form: the pieces that each rank holds; names come once for each rank, and the file tells which."""
-    sizes = tuple(1 + max(rank[axis] for rank in ranks) for axis in range(2))
+    sizes = rank_sizes(ranks)
     if sizes[0] * sizes[1] != len(ranks):
         report(
             DamagedCheckpoint(
@@ -221,7 +210,7 @@ def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], Path], report: R
         part = str(file.relative_to(path))
         for key in sorted(key for key in state if isinstance(key, str) and re.fullmatch(r"model\d*", key)):
             tensors += saved_tensors.tensors(state[key], part)
-    args = _plain(state.get("args"))
+    args = section(state, "args")
     note = (
         f"the old form, one file for each of {len(ranks)} ranks (tensor-parallel size {sizes[0]}, pipeline-parallel size {sizes[1]}): shapes "
         "are those of the parts, and what every rank holds is listed and counted for each"

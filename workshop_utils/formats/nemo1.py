@@ -28,7 +28,7 @@ from workshop_utils.formats import (
     torch_dist,
     zarr_directory,
 )
-from workshop_utils.formats.architecture import Architecture
+from workshop_utils.formats.architecture import Architecture, section, text
 from workshop_utils.formats.files import Files
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.nemo_archive import CONFIG, WEIGHTS
@@ -67,8 +67,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     tensors, parallel, notes = _tensors(files, sizes, ranks, config, report)
     view = _view(path) if path.is_dir() and (path / VIEW).is_file() else None
     adapter = None if view else _adapter(config, tensors, parallel)
-    ours = config.get("workshop")
-    ours = ours if isinstance(ours, Mapping) else {}
+    ours = section(config, "workshop")
     made_for = ours.get("reader")
     if made_for:
         notes += (f"q, k, v rows: {ours.get('qkv_order')}; alpha baked in: {ours.get('alpha_baked_in')}",)
@@ -180,8 +179,7 @@ def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...], parallel: t
     if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
         return None
     lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
-    base = config.get("restore_from_path")
-    base = base if isinstance(base, str) else None
+    base = text(config, "restore_from_path")
     found = stated or Adapter(None, None, (), base, Path(base).exists() if base else None, variant="not LoRA")
     if lora is None:
         return found
@@ -196,7 +194,6 @@ def _view(path: Path) -> str:
 
 def _tokenizer(config: Mapping[str, Any]) -> str | None:
     described = nemo1_config.tokenizer(config)
-    kind = config.get("tokenizer")
-    folder = Path(str(kind.get("type"))) if isinstance(kind, Mapping) else None
-    count = tokenizer_files.vocabulary(folder) if folder and folder.is_dir() else None
+    folder = text(section(config, "tokenizer"), "type")
+    count = tokenizer_files.vocabulary(Path(folder)) if folder and Path(folder).is_dir() else None
     return f"{described}, {count:,} tokens" if count else described

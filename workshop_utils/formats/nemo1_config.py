@@ -10,7 +10,7 @@ from typing import Any
 
 from workshop_utils.errors import UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config
-from workshop_utils.formats.architecture import Architecture, number, size
+from workshop_utils.formats.architecture import Architecture, number, section, size, text
 from workshop_utils.formats.gpt_classes import BASE, FAMILIES, ROPE_SCALING, Family
 from workshop_utils.formats.summary import Adapter
 
@@ -41,8 +41,7 @@ def adapter(config: Mapping[str, Any]) -> Adapter | None:
     lora = peft.get("lora_tuning") if isinstance(peft, Mapping) and peft.get("peft_scheme") == "lora" else None
     if not isinstance(lora, Mapping):
         return None
-    base = config.get("restore_from_path")
-    base = base if isinstance(base, str) else None
+    base = text(config, "restore_from_path")
     targets = lora.get("target_modules")
     return Adapter(
         rank=size(lora, "adapter_dim"),
@@ -158,8 +157,7 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
 
 
 def _family(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Family:
-    ours = config.get("workshop")
-    named = ours.get("family") if isinstance(ours, Mapping) else None
+    named = text(section(config, "workshop"), "family")
     return FAMILIES[named] if named in FAMILIES else family_of_features(fields)
 
 

@@ -22,12 +22,11 @@ from workshop_utils.formats import (
     foreign_names,
     gpt_config,
     lora_tensors,
-    safe_text,
     tokenizer_files,
     torch_dist,
     zarr_directory,
 )
-from workshop_utils.formats.architecture import Architecture, number
+from workshop_utils.formats.architecture import Architecture, number, section, text
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
@@ -97,16 +96,14 @@ def locate(path: Path) -> Path:
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
     """Describe the NeMo 2.0 directory ``path``, also one of zarr; errors and faults as :func:`read`."""
-    _refuse_half_written(path)
-    is_zarr = read_json(path / "weights" / "metadata.json").get("sharded_backend") == "zarr"
-    found = _read_zarr(path, report) if is_zarr else read(path, report)
+    found = _read(path, report, ("torch_dist", "zarr"))
     tensors = found.model_tensors()
     architecture, notes = _architecture(found, tensors, report)
-    notes += (zarr_directory.WAY_OUT,) if is_zarr else ()
+    backend = found.backend["sharded_backend"]
+    notes += (zarr_directory.WAY_OUT,) if backend == "zarr" else ()
     if optimizer := len(found.tensors) - len(tensors):
         notes += (f"{optimizer} tensors of optimizer state beside the weights",)
     notes += foreign_names.note(found.model, path / "context" / "model.yaml")
-    backend = found.backend["sharded_backend"]
     return Checkpoint(
         path=path,
         kind=Kind.NEMO2_ADAPTER if found.is_adapter else Kind.NEMO2,
@@ -114,7 +111,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         architecture=architecture,
         nbytes=found.nbytes,
         tensors=tuple(tensors.values()),
-        tokenizer=_tokenizer(path / "context", found.model.get("tokenizer")),
+        tokenizer=_tokenizer(path / "context", found.model),
         adapter=_adapter(found, tensors) if found.is_adapter else None,
         notes=notes,
         version=f"{backend} {found.backend.get('sharded_backend_version')}",
@@ -128,8 +125,7 @@ def _architecture(
     """The sizes of a family that can be converted, with the defaults of its class; of any other as ``model.yaml`` states them."""
     embedding = tensors.get("module.embedding.word_embeddings.weight")
     rows = embedding.shape[0] if embedding and embedding.shape else None
-    config = found.model.get("config")
-    config, notes = config if isinstance(config, Mapping) else {}, ()
+    config, notes = section(found.model, "config"), ()
     try:
         fields = gpt_config.read_fields(found.model, shown(found.path / "context" / "model.yaml"))
         sizes = gpt_config.architecture(fields, rows)
@@ -143,15 +139,23 @@ def _architecture(
     return decoder_config.named(sizes, family, fields), notes
 
 
-def _tokenizer(context: Path, described: Any) -> str | None:
-    if not isinstance(described, Mapping):
-        return None
+def tokenizer_name(model: Mapping[str, Any]) -> str | None:
+    """The directory or file below ``context/``, or the repository on the Hub, that ``model`` (a ``model.yaml``) names as its tokenizer."""
+    described = section(model, "tokenizer")
     name = described.get("pretrained_model_name") or described.get("model_path")
+    # NeMo's wrapper around a string that was no path when the checkpoint was written.
     name = name.get("attr") if isinstance(name, Mapping) else name
+    return name if isinstance(name, str) and name else None
+
+
+def _tokenizer(context: Path, model: Mapping[str, Any]) -> str | None:
+    described, name = section(model, "tokenizer"), tokenizer_name(model)
+    if not described:
+        return None
     kind = f"{str(described.get('_target_')).rpartition('.')[2]}: {name}"
     folder = context / str(name)
     # The name may also be one on the Hub, or lead out of the checkpoint.
-    inside = isinstance(name, str) and folder.is_dir() and folder.resolve().is_relative_to(context.resolve())
+    inside = name and folder.is_dir() and folder.resolve().is_relative_to(context.resolve())
     count = tokenizer_files.vocabulary(folder) if inside else None
     return f"{kind}, {count:,} tokens" if count else kind
 
@@ -159,10 +163,7 @@ def _tokenizer(context: Path, described: Any) -> str | None:
 def _adapter(found: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
     """Rank and targets as the tensors have them; alpha and kind as ``model_transform`` has them."""
     lora = lora_tensors.find(tensors.values())
-    transform = found.model.get("model_transform")
-    transform = transform if isinstance(transform, Mapping) else {}
-    base = found.adapter.get("model_ckpt_path")
-    base = base if isinstance(base, str) else None
+    transform, base = section(found.model, "model_transform"), text(found.adapter, "model_ckpt_path")
     variant = str(transform.get("_target_", "LoRA")).rpartition(".")[2] or "LoRA"
     return Adapter(
         rank=lora.rank if lora else None,
@@ -174,47 +175,40 @@ def _adapter(found: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
     )
 
 
-def _read_zarr(path: Path, report: Report) -> Nemo2Checkpoint:
-    """As :func:`read`, for a directory that Megatron-Core wrote as zarr."""
-    weights = path / "weights"
-    files = {str(file.relative_to(weights)): file.stat().st_size for file in sorted(weights.glob("**/*")) if file.is_file()}
-    adapter_file = weights / "adapter_metadata.json"
-    return Nemo2Checkpoint(
-        path=path,
-        model=read_yaml(path / "context" / "model.yaml"),
-        backend=read_json(weights / "metadata.json"),
-        adapter=read_json(adapter_file) if adapter_file.exists() else None,
-        tensors=zarr_directory.read(files, lambda name: safe_text.read_bytes(weights / name), shown(weights), report),
-        objects={},
-        files=files,
-    )
-
-
 def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
     """Read the NeMo 2.0 checkpoint directory ``path``; of the weights only the index is read. A fault of one tensor goes to ``report``.
 
     Raises :class:`NotACheckpoint` (something else), :class:`DamagedCheckpoint` (files missing, cut off or contradictory),
     :class:`UnsafeCheckpoint` (the index would run code or leaves the directory) and :class:`UnsupportedCheckpoint` (zarr).
     """
-    path = locate(path)
+    return _read(locate(path), report, ("torch_dist",))
+
+
+def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpoint:
+    """As :func:`read`, for a directory that one of ``backends`` wrote."""
     weights = path / "weights"
     _refuse_half_written(path)
     backend = read_json(weights / "metadata.json")
-    if backend.get("sharded_backend") != "torch_dist":
+    if backend.get("sharded_backend") not in backends:
         raise UnsupportedCheckpoint(
             f"{shown(weights / 'metadata.json')}: sharded_backend is {backend.get('sharded_backend')!r}; only torch_dist can be "
             f"read. {zarr_directory.WAY_OUT}."
         )
     adapter_file = weights / "adapter_metadata.json"
-    index = torch_dist.read_directory(weights, report)
+    if backend["sharded_backend"] == "zarr":
+        tensors, files = zarr_directory.read_directory(weights, report)
+        objects = {}
+    else:
+        index = torch_dist.read_directory(weights, report)
+        tensors, objects, files = index.tensors, index.objects, torch_dist.file_sizes(weights)
     return Nemo2Checkpoint(
         path=path,
         model=read_yaml(path / "context" / "model.yaml"),
         backend=backend,
         adapter=read_json(adapter_file) if adapter_file.exists() else None,
-        tensors=index.tensors,
-        objects=index.objects,
-        files=torch_dist.file_sizes(weights),
+        tensors=tensors,
+        objects=objects,
+        files=files,
     )
 
 

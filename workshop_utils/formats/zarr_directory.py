@@ -9,11 +9,13 @@ Source: ``megatron/core/dist_checkpointing/strategies/zarr.py`` (0.13) and the z
 import math
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint
 from workshop_utils.formats.findings import Report, stop
-from workshop_utils.formats.safe_text import parse_json
+from workshop_utils.formats.safe_text import parse_json, read_bytes
 from workshop_utils.formats.tensor import Chunk, Tensor
+from workshop_utils.paths import shown
 
 WAY_OUT = (
     "zarr is deprecated: Megatron-Core 0.16 and later cannot read it. Load and save the checkpoint once with NeMo 2.0 on Megatron-Core "
@@ -45,6 +47,12 @@ def read(files: Mapping[str, int], content: Callable[[str], bytes], where: str, 
             except CheckpointError as fault:
                 report(fault)
     return found
+
+
+def read_directory(weights: Path, report: Report = stop) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of :func:`read` of the directory ``weights``, and name -> bytes of its files."""
+    files = {str(file.relative_to(weights)): file.stat().st_size for file in sorted(weights.glob("**/*")) if file.is_file()}
+    return read(files, lambda name: read_bytes(weights / name), shown(weights), report), files
 
 
 def _tensor(name: str, described: dict, chunks: list[str], files: Mapping[str, int], where: str) -> Tensor:
