@@ -11,6 +11,7 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune import failure_cause, make_plan, run_logged
 from workshop_utils.finetune.plan import SCRIPT, parse_overrides, script_path
+from workshop_utils.finetune.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,36 @@ def test_two_sources_of_rows_and_no_process_are_refused(root, base):
         make_plan([f"model.restore_from_path={base}", "model.data.train_ds.file_names=[a]"], data=root / "x")
     with pytest.raises(WorkshopError, match="nproc-per-node is 0"):
         make_plan([f"model.restore_from_path={base}"], nproc_per_node=0)
+
+
+def test_a_place_where_nothing_can_be_made_is_told(root, base):
+    (root / "file").touch()
+    problem, = make_plan([f"model.restore_from_path={base}", f"exp_manager.exp_dir={root}/file/x"]).preflight.problems
+    assert "exp_manager.exp_dir: file is no folder" in problem
+    shutil.rmtree(root / "runs")
+    (root / "runs").touch()
+    with pytest.raises(WorkshopError, match="runs/finetune/data/tiny-lora cannot be written"):
+        make_plan([f"model.restore_from_path={base}"])
+
+
+@pytest.mark.parametrize("override, said", [
+    ("model.data.test_ds.tokens_to_generate=-3", "tokens_to_generate is -3; it has to be a whole number of at least 1"),
+    ("inference.top_k=x", "inference.top_k is 'x'"),
+    ("model.micro_batch_size=3", "model.global_batch_size 4 is no multiple of model.micro_batch_size 3"),
+    ("model.tensor_model_parallel_size=2", "predictions are made by one process"),
+    ("model.data.test_ds.file_names=[no.jsonl]", "Both --data and"),
+])  # fmt: skip
+def test_predictions_that_cannot_be_made_are_refused_at_once(root, base, override, said):
+    with pytest.raises(WorkshopError, match=said):
+        predict([f"model.restore_from_path={base}", override], data=root / "data" / "tickets" / "train.jsonl")
+
+
+def test_files_of_predictions_are_looked_at_first(root, base):
+    words = [f"model.restore_from_path={base}", "model.data.test_ds.file_names=[no.jsonl]"]
+    with pytest.raises(WorkshopError, match="no.jsonl does not exist"):
+        predict(words)
+    with pytest.raises(WorkshopError, match="--out: .* is a directory"):
+        predict(words, out=root)
 
 
 def test_processes_share_the_cores_and_inherit_the_patches(root, base, monkeypatch):

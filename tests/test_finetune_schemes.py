@@ -15,6 +15,7 @@ from tiny_model import write_rows
 from workshop_utils import finetune
 from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export import export
+from workshop_utils.export.adapter import read_adapter
 from workshop_utils.finetune.predict import predict
 
 pytestmark = pytest.mark.slow
@@ -133,6 +134,16 @@ def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
     assert [found[step] for step in range(1, 91)] == right
     validated = [event["step"] for event in finetune.read_events(plan.events) if event["event"] == "validation"]
     assert validated == [30, 60, 90]
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_nemo_is_finished(tiny):
+    plan, _ = train(tiny, "late")
+    made = read_adapter(plan.adapter).weights
+    plan.adapter.unlink()
+    plan.record.write_text(json.dumps(json.loads(plan.record.read_text()) | {"status": "running"}))
+    finetune.finetune(plan, progress=False)
+    found = read_adapter(plan.adapter).weights
+    assert all((one == other).all() for place in made for one, other in zip(made[place], found[place], strict=True))
 
 
 @pytest.mark.parametrize("limit, size, said", [

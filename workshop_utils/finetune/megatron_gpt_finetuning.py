@@ -43,9 +43,17 @@ def go_on_with_the_rows_that_are_left(trainer) -> None:
     class RowsLeft(Callback):
         """Nothing of the epoch has been fetched yet; validation goes by the steps since the first start."""
 
+        begun = False
+
         def on_train_start(self, trainer, module):
             """The checkpoint's counts are in place now."""
+            self.begun = True
             trainer.fit_loop.epoch_loop.batch_progress.current.reset()
+
+        def on_fit_end(self, trainer, module):
+            """Where the checkpoint is that of the last step, Lightning skips training and its end, in which NeMo writes the ``.nemo``."""
+            if not self.begun:
+                trainer.checkpoint_callback.on_train_end(trainer, module)
 
     trainer.callbacks.append(RowsLeft())
     if isinstance(trainer.val_check_interval, int):

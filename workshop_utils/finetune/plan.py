@@ -319,8 +319,11 @@ def _render(tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, v
     if tokenizer is None:
         raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
     files = paths.runs_dir() / "finetune" / "data" / run_dir.name
-    return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
-            (("train", train), ("validation", Path(validation)))]  # fmt: skip
+    try:
+        return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
+                (("train", train), ("validation", Path(validation)))]  # fmt: skip
+    except OSError as error:
+        raise WorkshopError(f"{paths.shown(files)} cannot be written: {error.strerror}. Make room, or set WORKSHOP_ROOT.") from None
 
 
 def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:

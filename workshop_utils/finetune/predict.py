@@ -2,14 +2,16 @@
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import choose_device
-from workshop_utils.errors import TrainingFailed, WorkshopError
+from workshop_utils.errors import DataError, TrainingFailed, WorkshopError
 
+from . import value_check
 from .configuration import compose, plain
 from .launch import failure_cause, run_logged
 from .plan import (
@@ -20,6 +22,10 @@ from .plan import (
     torchrun,
     training_environment,
 )
+from .preflight import Preflight
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SCRIPT = Path(__file__).with_name("megatron_gpt_generate.py")
 
@@ -39,6 +45,10 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
     given = parse_overrides(list(overrides))
     base = base_of(given, trust)
     adapter = given.get("model.peft.restore_from_path", "null")
+    if out and Path(out).is_dir():
+        raise WorkshopError(f"--out: {paths.shown(out)} is a directory. Give a file.")
+    if data and "model.data.test_ds.file_names" in given:
+        raise WorkshopError("Both --data and model.data.test_ds.file_names are given: leave one of them out.")
     if data is None and "model.data.test_ds.file_names" not in given:
         raise WorkshopError("Nothing to answer: give --data FILE.jsonl, or model.data.test_ds.file_names=[FILE.jsonl].")
     with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
@@ -50,7 +60,9 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
             settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)])}
         settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers"), "model.data.test_ds.index_mapping_dir": str(folder)}
         words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": plain(str(base))}).items()]
-        require_sound_loads(compose(SCRIPT, words), base, trust)
+        config = compose(SCRIPT, words)
+        require_sound_loads(config, base, trust)
+        Preflight(problems=list(_problems(config))).require()
         log = paths.runs_dir() / "predictions" / "torchrun.log"
         if run_logged(torchrun(SCRIPT, words), training_environment(folder), log):
             raise TrainingFailed(f"{failure_cause(log)}\nThe whole log: {paths.shown(log)}")
@@ -59,7 +71,30 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         source = "base" if adapter == "null" else Path(adapter).stem
         target = out or paths.runs_dir() / "predictions" / f"{source}-{Path(data).stem if data else 'test'}.jsonl"
         made = "".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl")))
-        return paths.write_text(Path(target), made)
+        try:
+            return paths.write_text(Path(target), made)
+        except OSError as error:
+            raise WorkshopError(f"{paths.shown(target)} cannot be written: {error.strerror}. Give another --out.") from None
+
+
+def _problems(config: "DictConfig") -> Iterator[str]:
+    """What would fail after half a minute of imports."""
+    if wrong := list(value_check.wrong_values(config, compose(SCRIPT, []))):
+        yield from wrong
+        return
+    model, test = config.model, config.model.data.test_ds
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if model[key] != 1:
+            yield f"model.{key} is {model[key]}; predictions are made by one process. Leave it out."
+    if test.global_batch_size % test.micro_batch_size:
+        yield f"model.global_batch_size {test.global_batch_size} is no multiple of model.micro_batch_size {test.micro_batch_size}."
+    if (adapter := model.peft.restore_from_path) and not Path(adapter).is_file():
+        yield f"model.peft.restore_from_path: {paths.shown(adapter)} is a directory. Give the .nemo that a training wrote."
+    for name in test.file_names:
+        try:
+            chat_data.lines(Path(name))
+        except DataError as error:
+            yield str(error)
 
 
 def _tokenizer(base: Path) -> Path:

@@ -52,13 +52,10 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
 
     ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) rows are not counted, and a fact says so.
     """
-    from omegaconf import OmegaConf
-
-    found = Preflight()
-    found.problems += value_check.wrong_values(OmegaConf.to_container(config, resolve=True), OmegaConf.to_container(config),
-                                               OmegaConf.to_container(defaults, resolve=True))  # fmt: skip
+    found = Preflight(problems=list(value_check.wrong_values(config, defaults)))
     if found.problems:
         return found
+    found.problems += place(run_dir)
     found.problems += steps(config, found.warnings)
     found.problems += batches(config, processes, found.facts)
     found.problems += adapter(config, sizes)
@@ -73,6 +70,13 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
     if sizes and counted and not found.problems:
         _resources(config, sizes, counted, run_dir, found)
     return found
+
+
+def place(run_dir: Path) -> Iterator[str]:
+    """Something can be made where the run goes."""
+    parent = _existing(run_dir.parent)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        yield f"exp_manager.exp_dir: {paths.shown(parent)} is {'no folder' if not parent.is_dir() else 'not writable'}. Give another place."
 
 
 def steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:

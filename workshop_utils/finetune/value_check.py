@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 LEAST = {
     "devices": 1, "num_nodes": 1, "max_steps": 1, "log_every_n_steps": 1, "micro_batch_size": 1, "global_batch_size": 1,
@@ -23,11 +26,15 @@ NULL = ("gradient_clip_val", "max_epochs", "truncation_field", "warmup_steps", "
 OWN_CHECK = ("precision", "peft_scheme")
 
 
-def wrong_values(given: dict[str, Any], written: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A sentence for each value of ``given`` that is of another kind than in ``defaults``, or that no run can have.
+def wrong_values(config: "DictConfig", defaults: "DictConfig") -> Iterator[str]:
+    """A sentence for each value of ``config`` that is of another kind than in ``defaults``, or that no run can have."""
+    from omegaconf import OmegaConf
 
-    ``written`` is ``given`` with its interpolations: a value that is taken from another key is judged there.
-    """
+    return _wrong(OmegaConf.to_container(config, resolve=True), OmegaConf.to_container(config), OmegaConf.to_container(defaults, resolve=True))
+
+
+def _wrong(given: dict[str, Any], written: dict[str, Any], defaults: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """``written`` is ``given`` with its interpolations: a value that is taken from another key is judged there."""
     for name, value in given.items():
         if str(written[name]).startswith("${"):
             continue
@@ -35,7 +42,7 @@ def wrong_values(given: dict[str, Any], written: dict[str, Any], defaults: dict[
         if isinstance(default, dict) and not isinstance(value, dict):
             yield f"{prefix}{name} is {value!r}; it has keys of its own, for example {prefix}{name}.{next(iter(default))}."
         elif isinstance(value, dict):
-            yield from wrong_values(value, written[name], default if isinstance(default, dict) else {}, f"{prefix}{name}.")
+            yield from _wrong(value, written[name], default if isinstance(default, dict) else {}, f"{prefix}{name}.")
         elif name not in OWN_CHECK and (wanted := _wanted(name, value, default)):
             yield f"{prefix}{name} is {value!r}; it has to be {wanted}."
 
