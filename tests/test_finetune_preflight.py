@@ -1,10 +1,13 @@
 """What is found before NeMo is imported: batch arithmetic, parallel sizes, data, settings; and the counts against NeMo's own."""
 
+import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,7 +15,7 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError, WorkshopError
-from workshop_utils.finetune import configuration, data_check, make_plan
+from workshop_utils.finetune import configuration, data_check, make_plan, preflight
 from workshop_utils.finetune.data_check import Template
 from workshop_utils.finetune.plan import SCRIPT
 
@@ -91,6 +94,9 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["trainer.precision=bf16-true"], 1, "trainer.precision is 'bf16-true'; there are 32, 32-true"),
     (["model.megatron_amp_O2=true"], 1, "megatron_amp_O2 works with bf16 alone; trainer.precision is 32"),
     (["model.megatron_amp_O2=true", "trainer.precision=16-mixed"], 1, "megatron_amp_O2 works with bf16 alone"),
+    (["model.optim.name=adamx"], 1, "model.optim.name is adamx. Did you mean adamax? There are sgd, adam,"),
+    (["model.optim.sched.name=CosineAnealing"], 1, "model.optim.sched.name is CosineAnealing. Did you mean CosineAnnealing?"),
+    (["model.optim.name=lamb"], 1, "optim.name is lamb, which needs a GPU and Apex. Leave it out"),
     (["model.optim.name=fused_adam"], 1, "optim.name is fused_adam, which needs a GPU and Apex. Leave it out"),
     (["model.optim.name=mcore_distributed_optim"], 1, "mcore_distributed_optim, which needs a GPU. Leave it out"),
     (["trainer.accelerator=gpu"], 1, "accelerator is gpu, but this plan is for the CPU (WORKSHOP_DEVICE=cpu)"),
@@ -117,6 +123,17 @@ def test_what_would_fail_is_said_before(plan, overrides, processes, said):
     assert any(said in problem for problem in found.problems), found.problems
     with pytest.raises(WorkshopError, match="this run would fail"):
         found.require()
+
+
+def test_the_optimizers_and_schedules_are_those_of_nemo():
+    optim = Path(importlib.util.find_spec("nemo").origin).parent / "core" / "optim"
+    key = r"""^ {4}['"](\w+)['"]: |AVAILABLE_\w+\[['"](\w+)['"]\]"""
+    optimizers, schedulers = (
+        {one or other for one, other in re.findall(key, (optim / file).read_text().split("__all__ =")[0], re.MULTILINE)}
+        for file in ("optimizers.py", "lr_scheduler.py")
+    )
+    assert optimizers | {"mcore_distributed_optim"} == set(preflight.OPTIMIZERS)
+    assert schedulers == set(preflight.SCHEDULERS)
 
 
 def test_a_value_from_another_key_is_told_once(plan):

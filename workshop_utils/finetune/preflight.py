@@ -1,5 +1,6 @@
 """Everything that can be known to go wrong before NeMo is imported: arithmetic, files, settings. Takes under two seconds."""
 
+import difflib
 import importlib.util
 import os
 import shutil
@@ -25,7 +26,16 @@ MODULES = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", *estimate.T
 PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 """What ``torch_dtype_from_precision`` (NeMo 2.4.1) takes; "bf16" means bf16-mixed there."""
 
-GPU_OPTIMIZERS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim")
+GPU_OPTIMIZERS = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", "mcore_distributed_optim", "lamb")
+OPTIMIZERS = ("sgd", "adam", "adamw", "adadelta", "adamax", "adagrad", "rmsprop", "rprop", "novograd", "adafactor", "adan", *GPU_OPTIMIZERS)
+"""What ``nemo/core/optim/optimizers.py`` (NeMo 2.4.1) knows, and Megatron-Core's own, which the model handles itself."""
+
+SCHEDULERS = (
+    "WarmupPolicy", "WarmupHoldPolicy", "SquareAnnealing", "CosineAnnealing", "NoamAnnealing", "NoamHoldAnnealing", "WarmupAnnealing",
+    "InverseSquareRootAnnealing", "T5InverseSquareRootAnnealing", "SquareRootAnnealing", "PolynomialDecayAnnealing",
+    "PolynomialHoldDecayAnnealing", "StepLR", "ExponentialLR", "ReduceLROnPlateau", "CyclicLR",
+)  # fmt: skip
+"""``AVAILABLE_SCHEDULERS`` of ``nemo/core/optim/lr_scheduler.py`` (NeMo 2.4.1)."""
 
 
 @dataclass
@@ -57,6 +67,7 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
         return found
     found.problems += place(run_dir)
     found.problems += steps(config, found.warnings)
+    found.problems += optimization(config.model.optim)
     found.problems += batches(config, processes, found.facts)
     found.problems += adapter(config, sizes)
     found.problems += parallel(config, sizes)
@@ -89,6 +100,16 @@ def steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:
         yield "model.resume_from_checkpoint: NeMo 2.4.1 reads it nowhere. Leave it out: the same command goes on from its last checkpoint."
     if (warmup := (model.optim.get("sched") or {}).get("warmup_steps")) and warmup >= trainer.max_steps:
         warnings.append(f"model.optim.sched.warmup_steps is {warmup}, but there are {trainer.max_steps} steps: model.optim.lr is never reached.")
+
+
+def optimization(optim: "DictConfig") -> Iterator[str]:
+    """NeMo knows the optimizer and the schedule by name."""
+    schedule = (optim.get("sched") or {}).get("name")
+    for key, name, known in (("name", optim.name, OPTIMIZERS), ("sched.name", schedule, SCHEDULERS)):
+        if name is not None and name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            yield f"model.optim.{key} is {name}.{meant} There are {', '.join(known)}."
 
 
 def batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator[str]:
@@ -153,8 +174,9 @@ def hardware(config: "DictConfig", device: Device, facts: list[str]) -> Iterator
         yield f"model.megatron_amp_O2 works with bf16 alone; trainer.precision is {kind}. Set trainer.precision=bf16-mixed, or leave O2 out."
     elif half:
         facts.append("precision: weights in bf16, for the optimizer a copy in fp32 of those that are trained (O2)")
-    if optimizer in GPU_OPTIMIZERS and (accelerator == "cpu" or ("fused" in optimizer and importlib.util.find_spec("apex") is None)):
-        yield f"model.optim.name is {optimizer}, which needs a GPU{' and Apex' * ('fused' in optimizer)}. Leave it out: adamw is taken, the same sums."
+    apex = optimizer != "mcore_distributed_optim" and importlib.util.find_spec("apex") is None
+    if optimizer in GPU_OPTIMIZERS and (accelerator == "cpu" or apex):
+        yield f"model.optim.name is {optimizer}, which needs a GPU{' and Apex' * apex}. Leave it out: adamw is taken{', the same sums' * ('adam' in optimizer)}."
     if config.model.get("fsdp"):
         yield "model.fsdp: sharding by FSDP is for GPUs, and the workshop has not tried it. Leave it out."
     if config.model.data.train_ds.get("packed_sequence") and importlib.util.find_spec("transformer_engine") is None:
