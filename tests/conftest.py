@@ -1,7 +1,16 @@
 """Fixtures that more than one module of tests uses."""
 
+import signal
+
 import checkpoint_samples
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_can_be_sent():
+    """A shell lets a job in the background ignore SIGINT, and its children with it: `make test &` would not see Ctrl-C work."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
