@@ -1,28 +1,30 @@
-"""An export and a staging that are told to stop half-way: nothing half-written is left, visible or hidden."""
+"""Commands that are told to stop half-way: nothing half-written is left, visible or hidden."""
 
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from export_samples import GQA, config_of, tensors_of, write_adapter
+from tiny_model import make_tiny_model
 
 from workshop_utils.export import export
 
-#: The command, with a stop in the middle: when something is written and has no name yet.
+#: The command, with a stop in the middle: all is written and has no name yet.
 DRIVER = """
-import shutil, sys, time
+import os, sys, time
 from workshop_utils.cli import main
-from workshop_utils.export import job
 
-real = shutil.copyfile
+real = os.replace
 
 def half(*words):
+    os.replace = real
     print("half", flush=True)
     time.sleep(60)
 
-job.model_card = half
-shutil.copyfile = lambda *words: (real(*words), half())
+os.replace = half
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -65,7 +67,30 @@ def test_an_export_that_replaces_one(root):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_bridge_and_a_conversion(root, number, originals):
+    source = shutil.copytree(originals / "plain", root / "plain")
+    assert interrupted(root, number, "bridge", source, "--out", root / "out" / "new") == 130
+    assert interrupted(root, number, "convert", source, root / "out" / "new", "--to", "nemo1") == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_staging(root, number):
     made = export(root / "a.nemo", "hf-peft", root / "made")
     (root / "store").mkdir()
     assert interrupted(root, number, "nim", "stage", made, "--name", "a", "--store", root / "store") == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_import_in_a_process_of_its_own(root, number):
+    """The process is NeMo's, and is asked to stop, too."""
+    model = make_tiny_model(root / "model")
+    before = contents(root)
+    command = [sys.executable, "-m", "workshop_utils", "convert", str(model), str(root / "new"), "--to", "nemo2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not any(root.rglob("*.partial")):
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted", errors
+    assert contents(root) == before

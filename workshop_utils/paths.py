@@ -65,14 +65,23 @@ def new_directory(target: Path) -> Iterator[Path]:
         if target.is_symlink() or target.is_file():
             target.unlink()
         elif target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, old / "was")
-            os.replace(made, target)
-            shutil.rmtree(old)
+            _replace_directory(target, made)
             return
         os.replace(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _replace_directory(target: Path, made: Path) -> None:
+    """Two renames, since a directory with something in it cannot be renamed over; the first is taken back if the second fails."""
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    try:
+        os.replace(target, old / "was")
+        os.replace(made, target)
+    finally:
+        if not target.exists():
+            os.replace(old / "was", target)
+        shutil.rmtree(old)
 
 
 @contextlib.contextmanager

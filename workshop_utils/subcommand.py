@@ -9,12 +9,14 @@ from workshop_utils import nemo_cpu, orphans
 from workshop_utils.errors import WorkshopError
 
 _LOG_LINES = 15
+_PATIENCE = 10
+"""Seconds that an interrupted command has to remove what it has half-written."""
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 """Beginnings of what torchrun tells a worker. The command is no worker, and would wait for the others."""
 
 
 def run_quietly(*arguments: str) -> None:
-    """Run ``workshop ARGUMENTS``; what it printed is shown only if it fails. It ends with this process.
+    """Run ``workshop ARGUMENTS``; what it printed is shown only if it fails. It ends with this process; at Ctrl-C it cleans up first.
 
     Raises:
         WorkshopError: it failed; with what it wrote last.
@@ -23,7 +25,19 @@ def run_quietly(*arguments: str) -> None:
     environment[orphans.VARIABLE] = str(os.getpid())
     nemo_cpu.inherit(environment)
     command = [sys.executable, "-m", "workshop_utils", *arguments]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
-    if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-_LOG_LINES:])
+    # A session of its own: a terminal's Ctrl-C would reach it beside our signal, and the second one would interrupt its cleaning up.
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, errors = process.communicate()
+        except KeyboardInterrupt:
+            process.terminate()
+            try:
+                process.communicate(timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    if process.returncode:
+        tail = "\n".join((printed + errors).splitlines()[-_LOG_LINES:])
         raise WorkshopError(f"`workshop {' '.join(arguments)}` failed:\n{tail}")

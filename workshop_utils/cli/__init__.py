@@ -5,6 +5,7 @@ import functools
 import importlib
 import os
 import pkgutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "takes_overrides", False):
         build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
     args.rest = rest
+    if getattr(args, "sigterm_as_ctrl_c", False):  # set by commands that remove what is half-written, or stop what they started
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet_environment(os.environ)
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:

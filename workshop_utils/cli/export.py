@@ -59,16 +59,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and print what was made: files and sizes, row order, reader."""
-    import signal
-
     from workshop_utils.export.job import export_adapter
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written is removed
     made = export_adapter(
         args.adapter, args.to, args.out, args.reader, args.base, args.name, args.overwrite,
         trust=args.trust, dtype=args.dtype, check=args.check,

@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     action.add_argument(
         "--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed"
     )
-    action.set_defaults(run=_stage)
+    action.set_defaults(run=_stage, sigterm_as_ctrl_c=True)
 
     action = actions.add_parser("run", help="start a NIM and wait until it serves")
     _add_options(action, gpus="all")
@@ -113,15 +113,12 @@ def _nim(args: argparse.Namespace):
 
 
 def _stage(args: argparse.Namespace) -> int:
-    import signal
-
     from workshop_utils.errors import WorkshopError
     from workshop_utils.nim import stage
     from workshop_utils.paths import shown
 
     if args.max_lora_rank < 1:
         raise WorkshopError(f"--max-lora-rank is {args.max_lora_rank}; it has to be above 0.")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half-written is removed
     staged = stage(args.adapter, args.name, args.store, args.base, args.max_lora_rank, args.reader, args.trust)
     for warning in staged.warnings:
         print(f"warning: {warning}", file=sys.stderr)

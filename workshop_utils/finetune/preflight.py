@@ -68,6 +68,7 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
     found.problems += place(run_dir)
     found.problems += steps(config, found.warnings)
     found.problems += optimization(config.model.optim)
+    found.problems += monitors(config)
     found.problems += batches(config, processes, found.facts)
     found.problems += adapter(config, sizes)
     found.problems += parallel(config, sizes)
@@ -110,6 +111,23 @@ def optimization(optim: "DictConfig") -> Iterator[str]:
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
             meant = f" Did you mean {near[0]}?" if near else ""
             yield f"model.optim.{key} is {name}.{meant} There are {', '.join(known)}."
+
+
+def monitors(config: "DictConfig") -> Iterator[str]:
+    """What checkpoints and early stopping go by has to be among what the script logs.
+
+    ``MegatronGPTSFTModel.inference_epoch_end`` and ``_determine_log_key`` of NeMo 2.4.1. Else the first validation fails, and early
+    stopping, which is not strict, never comes.
+    """
+    data = config.model.data.validation_ds
+    metrics = {"loss", data.metric.name}
+    known = ["val_loss", *sorted(f"validation_{metric}" for metric in metrics), "reduced_train_loss"]
+    of_one_file = tuple(f"validation_{metric}_" for metric in metrics)
+    for callback, create in (("checkpoint_callback_params", "create_checkpoint_callback"), ("early_stopping_callback_params", "create_early_stopping_callback")):
+        monitor = config.exp_manager[callback].monitor
+        if config.exp_manager[create] and monitor not in known and not str(monitor).startswith(of_one_file):
+            yield (f"exp_manager.{callback}.monitor is {monitor}, which the script does not log. There are {', '.join(known)}, and "
+                   f"{of_one_file[0]}NAME for one of several validation files.")  # fmt: skip
 
 
 def batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator[str]:
