@@ -144,17 +144,49 @@ def test_processes_share_the_cores_and_inherit_the_patches(root, base, monkeypat
     assert "--nproc_per_node=64" in plan.command
 
 
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """``NEMO_PATH`` with a script, and with defaults that differ from ours as those of NeMo v2.4.1 do."""
+    monkeypatch.setenv("NEMO_PATH", str(tmp_path / "clone"))
+    script = tmp_path / "clone/examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py"
+    defaults = shutil.copytree(SCRIPT.parent / "conf", script.parent / "conf") / "megatron_gpt_finetuning_config.yaml"
+    text = defaults.read_text().replace("peft_scheme: lora ", "peft_scheme: adapter ").replace("  limit_val_batches: 1.0\n", "")
+    defaults.write_text(text)
+    script.touch()
+    return script
+
+
 def test_nemo_path_runs_the_clones_script(root, base, tmp_path, monkeypatch):
     assert script_path() == SCRIPT
     monkeypatch.setenv("NEMO_PATH", str(tmp_path))
     with pytest.raises(WorkshopError, match="NEMO_PATH is .* does not exist"):
         script_path()
-    script = tmp_path / "examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py"
-    shutil.copytree(SCRIPT.parent / "conf", script.parent / "conf")
-    script.touch()
-    assert script_path() == script
+
+
+def test_a_clones_defaults_may_lack_our_keys(root, base, clone):
+    assert script_path() == clone
     command = make_plan([f"model.restore_from_path={base}", "trainer.max_steps=3"]).command
-    assert "trainer.max_steps=3" in command and "++trainer.limit_val_batches=6" in command, "its defaults may lack our keys"
+    assert "trainer.max_steps=3" in command and "++trainer.limit_val_batches=6" in command
+
+
+def test_rendered_rows_are_glued_without_a_blank(root, base, clone, monkeypatch):
+    """NeMo strips the blanks of each value: the template alone says what stands between prompt and answer, in every script."""
+    for _ in range(2):
+        data = make_plan([f"model.restore_from_path={base}"]).config.model.data
+        assert {data[part].prompt_template for part in ("train_ds", "validation_ds", "test_ds")} == {"{input}{output}"}
+        monkeypatch.delenv("NEMO_PATH", raising=False)
+
+
+def test_own_files_leave_a_clones_defaults_alone(root, base, clone):
+    """And what Apex is needed for is told by the scheme that the clone's defaults name."""
+    file = root / "rows.jsonl"
+    file.write_text('{"input": "a", "output": "b"}\n')
+    words = [f"model.data.{part}_ds.file_names=[{file}]" for part in ("train", "validation")]
+    plan = make_plan([f"model.restore_from_path={base}", *words])
+    model = plan.config.model
+    assert (model.peft.peft_scheme, model.peft.adapter_tuning.norm_type, model.peft.lora_tuning.alpha) == ("adapter", "layernorm", 32)
+    assert (model.data.train_ds.prompt_template, model.data.train_ds.max_seq_length, model.optim.sched.warmup_steps) == ("{input} {output}", 2048, 50)
+    assert "model.optim.lr" not in plan.overrides
 
 
 @pytest.mark.parametrize("overrides, error, said", [

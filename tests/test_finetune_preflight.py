@@ -195,6 +195,11 @@ def test_the_command_line_of_the_container_is_taken_as_it_is(base, tmp_path, mon
     said = [fact for fact in made.preflight.facts if fact.startswith("cpu: trainer.accelerator=cpu and model.optim.name=adamw in place of")]
     assert len(said) == (device == "cpu")
     assert any("(O2)" in fact for fact in made.preflight.facts)
+    model = made.config.model
+    assert (model.peft.lora_tuning.alpha, model.data.train_ds.max_seq_length, made.config.trainer.limit_val_batches) == (32, 2048, 1.0)
+    assert (model.data.train_ds.prompt_template, model.data.validation_ds.prompt_template) == ("{input} {output}", "{input} {output}")
+    assert (model.optim.sched.warmup_steps, model.optim.weight_decay) == (50, 0.01)
+    assert made.preflight.warnings == ["model.optim.sched.warmup_steps is 50, but there are 50 steps: model.optim.lr is never reached."]
 
 
 @pytest.mark.parametrize("override, meant", [

@@ -104,7 +104,7 @@ def test_two_files_in_proportion(tiny):
         tiny, "two", f"model.data.train_ds.file_names={names}", f"model.data.validation_ds.file_names={names}",
         "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]", "model.data.validation_ds.names=[one,two]",
         "model.data.train_ds.label_key=reply", "model.data.train_ds.truncation_field=question",
-        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'",
+        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'", "model.optim.sched.warmup_steps=2",
     )  # fmt: skip
     assert losses[-1] < losses[0]
 

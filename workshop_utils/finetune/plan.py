@@ -40,7 +40,11 @@ RECIPE = {
     "model.optim.sched.warmup_steps": 8,
     "model.data.train_ds.max_seq_length": 512,
 }
-"""What the workshop trains with when nothing else is said; measured in notebooks 05 and 06."""
+"""What the workshop trains its rendered rows with when nothing else is said; measured in notebooks 05 and 06. With files of one's own
+in ``model.data.train_ds.file_names`` the command line is NeMo's, and the script's defaults hold."""
+
+RENDERED_TEMPLATE = "'{input}{output}'"
+"""How rows of :func:`workshop_utils.chat_data.render_file` are glued, as an override; validation and test follow train_ds."""
 
 PARTS = ("train_ds", "validation_ds", "test_ds")
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
@@ -117,6 +121,9 @@ def make_plan(
 ) -> Plan:
     """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and this machine's settings.
 
+    The recipe is for rows that are rendered here (``data``, or the tickets): where ``overrides`` name ``model.data.train_ds.file_names``,
+    the script's own defaults take its place.
+
     The base, and the adapter that ``model.peft.restore_from_path`` names, are verified first (:mod:`workshop_utils.doctor.verify`);
     with ``trust`` what is found wrong is only printed.
 
@@ -141,7 +148,10 @@ def make_plan(
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
     tokenizer = _tokenizer(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
-    settings = {**RECIPE, **machine_settings(device, nproc_per_node, given.get("model.peft.peft_scheme", "")), **_files(rendered)}
+    script = script_path()
+    recipe = {} if own_files else RECIPE
+    scheme = (recipe | given).get("model.peft.peft_scheme") or compose(script, []).model.peft.peft_scheme
+    settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
     place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     ours = place | {"model.restore_from_path": str(base)}
     if own_files:
@@ -149,7 +159,6 @@ def make_plan(
         keys = [f"model.data.{part}.index_mapping_dir" for part in PARTS]
         ours |= {key: str(notes(run_dir) / "index") for key in keys if key not in given}
     settings = {key: str(value) for key, value in (settings | place | given | ours).items()}
-    script = script_path()
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
     words = [f"{marks[key]}{key}={plain(value) if key in ours else value}" for key, value in settings.items()]
@@ -332,6 +341,8 @@ def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
     train, validation = rendered
     return {
         "model.data.train_ds.file_names": json.dumps([str(train.path)], ensure_ascii=False),
+        # The rendered input ends where the answer begins; a blank between them is no part of the chat template.
+        "model.data.train_ds.prompt_template": RENDERED_TEMPLATE,
         "model.data.train_ds.concat_sampling_probabilities": "[1.0]",
         "model.data.validation_ds.file_names": json.dumps([str(validation.path)], ensure_ascii=False),
         "model.data.validation_ds.names": "[validation]",

@@ -15,6 +15,7 @@ from . import value_check
 from .configuration import compose, plain
 from .launch import failure_cause, run_logged
 from .plan import (
+    RENDERED_TEMPLATE,
     base_of,
     machine_settings,
     parse_overrides,
@@ -57,7 +58,8 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         settings.pop("model.optim.name", None)
         if data is not None:
             rendered = chat_data.render_file(data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl")
-            settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)])}
+            settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)]), "model.data.test_ds.prompt_template": RENDERED_TEMPLATE,
+                         "model.data.test_ds.tokens_to_generate": "48"}  # fmt: skip
         settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers"), "model.data.test_ds.index_mapping_dir": str(folder)}
         words = [f"{key}={value}" for key, value in (settings | given | {"model.restore_from_path": plain(str(base))}).items()]
         config = compose(SCRIPT, words)
