@@ -311,37 +311,43 @@ RATIO = st.decimals("0.01", "0.99", places=2).map(float)
 
 @settings(deadline=None)
 @given(st.integers(1, 400), RATIO, RATIO)
-def test_sizes_are_exact_or_refused(rows, train, validation):
+def test_sizes_are_exact_or_refused(rows, train, test):
     from decimal import ROUND_HALF_UP, Decimal
 
     def share(count, ratio):
         return int((count * Decimal(str(ratio))).quantize(Decimal(1), ROUND_HALF_UP))
 
-    wanted = {"training": share(rows, train)}
-    wanted["validation"] = share(rows - wanted["training"], validation)
-    wanted["test"] = rows - wanted["training"] - wanted["validation"]
+    training = share(rows, train)
+    tested = share(rows - training, test)
+    wanted = {"training": training, "validation": rows - training - tested, "test": tested}
     if min(wanted.values()) > 0:
-        assert splits.sizes(rows, train, validation) == wanted
+        assert splits.sizes(rows, train, test) == wanted
     else:
         with pytest.raises(DataError, match="none may be empty"):
-            splits.sizes(rows, train, validation)
+            splits.sizes(rows, train, test)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=150), RATIO, RATIO, st.integers(0, 5))
-def test_a_division_is_exact_disjoint_complete_and_repeatable(numbers, train, validation, seed):
+def test_a_division_is_exact_disjoint_complete_and_repeatable(numbers, train, test, seed):
     keys = [str(number) for number in numbers]
     try:
-        made = splits.divide(keys, train, validation, seed)
+        made = splits.divide(keys, train, test, seed)
     except DataError as error:
         assert "none may be empty" in str(error) or "input that no other row has" in str(error)
         return
-    assert {name: len(rows) for name, rows in made.rows.items()} == splits.sizes(len(keys), train, validation)
+    assert {name: len(rows) for name, rows in made.rows.items()} == splits.sizes(len(keys), train, test)
     assert sorted(row for rows in made.rows.values() for row in rows) == list(range(len(keys)))
     inputs = [{keys[row] for row in rows} for rows in made.rows.values()]
     assert not (inputs[0] & inputs[1] or inputs[0] & inputs[2] or inputs[1] & inputs[2])
     assert made.repeated == sum(count for count in Counter(keys).values() if count > 1)
-    assert made == splits.divide(keys, train, validation, seed)
+    assert made == splits.divide(keys, train, test, seed)
+
+
+def test_the_second_ratio_is_the_share_of_the_test_set(made, tmp_path):
+    """As in the reference, where it is the ``test_size`` of the rows that training leaves."""
+    made(table(100), train_split_ratio=0.8, val_test_split_ratio=0.25, **TEMPLATES)
+    assert {name: len(rows) for name, rows in rows_of(tmp_path / "out").items()} == {"training": 80, "validation": 15, "test": 5}
 
 
 def test_another_seed_divides_otherwise():

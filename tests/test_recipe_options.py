@@ -70,6 +70,11 @@ def test_what_belongs_to_the_default_data_set_is_not_applied_to_another():
     assert found.data_dir == Path("datasets/someone_other/default/train=90%-val=5%-test=5%").absolute()
 
 
+def test_the_name_of_the_data_says_the_shares():
+    found = resolve(RecipeOptions(hfdc_train_split_ratio=0.8, hfdc_val_test_split_ratio=0.25))
+    assert found.data_dir.name == "train=80%-val=15%-test=5%"
+
+
 @pytest.mark.parametrize(
     ("given", "data_parallel", "batch"),
     [

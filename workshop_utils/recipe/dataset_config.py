@@ -38,8 +38,8 @@ class HFDatasetConfig:
     ``dataset_name`` is a data set of the Hugging Face Hub (``dataset_config`` its configuration, ``load_kwargs={"revision": ...}`` its
     version), a file (.jsonl, .json, .csv, .tsv, .parquet, .arrow), a folder of such files, or one that ``save_to_disk`` wrote.
 
-    ``split`` is divided: ``train_split_ratio`` of its rows for training, ``val_test_split_ratio`` of the rest for validation, the others
-    for test, drawn with ``seed``. Three names with slashes, ``train/validation/test``, take the data set's own splits as they are.
+    ``split`` is divided: ``train_split_ratio`` of its rows for training, ``val_test_split_ratio`` of the rest for test, the others for
+    validation, drawn with ``seed``. Three names with slashes, ``train/validation/test``, take the data set's own splits as they are.
 
     A row becomes a prompt by ``input_template`` and an answer by ``output_template`` (see :mod:`.row_templates`; ``field_mapping`` gives a
     field of a template another column). Without templates the columns ``messages`` (rendered with the model's chat template) or

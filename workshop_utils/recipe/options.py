@@ -127,7 +127,7 @@ class RecipeOptions:
     hfdc_split: str = _option("train", DATA, "which split is divided into training, validation and test")
     hfdc_train_split_ratio: float = _option(0.9, DATA, "share of the rows for training", low=0, high=1)
     hfdc_val_test_split_ratio: float = _option(
-        0.5, DATA, "share of the remaining rows for validation; the others are the test set", low=0, high=1
+        0.5, DATA, "share of the remaining rows for the test set; the others are for validation", low=0, high=1
     )
     hfdc_input_template: str | None = _option(
         None, DATA, r"prompt with {fields}; \n is a new line; none: from the columns that the data set has"

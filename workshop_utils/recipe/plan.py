@@ -169,8 +169,8 @@ def _places(options: "RecipeOptions") -> tuple[Path, Path, Path]:
     train, rest = options.hfdc_train_split_ratio, 1 - options.hfdc_train_split_ratio
     shares = {
         "train": train,
-        "val": rest * options.hfdc_val_test_split_ratio,
-        "test": rest * (1 - options.hfdc_val_test_split_ratio),
+        "val": rest * (1 - options.hfdc_val_test_split_ratio),
+        "test": rest * options.hfdc_val_test_split_ratio,
     }
     known = {"hf_model_id": _as_folder(options.hf_model_id)}
     output_dir = _filled(options, "output_dir", known)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MARKER = ".data_ready"
 NOTHING_BETWEEN, ONE_SPACE = "{input}{output}", "{input} {output}"
 TIMEOUT = 3600.0  # seconds
-_FORMAT = 1  # of what is written; another one invalidates caches
+_FORMAT = 2  # of what is written; another one invalidates caches
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _ROWS_A_PROCESS = 2000  # starting a process takes as long as preparing about so many rows
 _REASONS = {"converter": "the converter returned None", "null": "a column is null", "empty": "the answer is empty"}

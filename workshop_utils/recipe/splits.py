@@ -28,8 +28,9 @@ def key(text: str) -> str:
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def sizes(rows: int, train_ratio: float, validation_ratio: float) -> dict[str, int]:
-    """Rows of each split: ``train_ratio`` of ``rows``, and ``validation_ratio`` of the rest; halves are rounded up. The sum is ``rows``.
+def sizes(rows: int, train_ratio: float, test_ratio: float) -> dict[str, int]:
+    """Rows of each split: ``train_ratio`` of ``rows`` for training, and ``test_ratio`` of the rest for test; halves are rounded up. The
+    others are for validation, so the sum is ``rows``.
 
     Raises :class:`DataError` when one would be empty, with the number of rows it takes.
     """
@@ -40,8 +41,8 @@ def sizes(rows: int, train_ratio: float, validation_ratio: float) -> dict[str, i
 
     def divide(count: int) -> dict[str, int]:
         training = share(count, train_ratio)
-        validation = share(count - training, validation_ratio)
-        return dict(zip(NAMES, (training, validation, count - training - validation), strict=True))
+        test = share(count - training, test_ratio)
+        return dict(zip(NAMES, (training, count - training - test, test), strict=True))
 
     made = divide(rows)
     if all(made.values()):
@@ -49,12 +50,12 @@ def sizes(rows: int, train_ratio: float, validation_ratio: float) -> dict[str, i
     enough = next((count for count in range(rows + 1, max(1000, 10 * rows)) if all(divide(count).values())), None)
     said = f"{enough} rows would do" if enough else "no number of rows near this one does"
     raise DataError(
-        f"{rows} rows with train_split_ratio {train_ratio:g} and val_test_split_ratio {validation_ratio:g} make "
+        f"{rows} rows with train_split_ratio {train_ratio:g} and val_test_split_ratio {test_ratio:g} make "
         f"{', '.join(f'{count} {name}' for name, count in made.items())} rows: none may be empty. With these ratios {said}; or change the ratios."
     )
 
 
-def divide(keys: Sequence[str], train_ratio: float, validation_ratio: float, seed: int) -> Division:
+def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int) -> Division:
     """Divide rows at random, the same way for the same ``seed``. ``keys`` are their inputs' :func:`key`, one a row.
 
     Rows whose key occurs more than once all go to training: validation and test are drawn from the others, so the sizes stay exact,
@@ -62,7 +63,7 @@ def divide(keys: Sequence[str], train_ratio: float, validation_ratio: float, see
 
     Raises :class:`DataError` when a split would be empty or too few rows have an input of their own.
     """
-    wanted = sizes(len(keys), train_ratio, validation_ratio)
+    wanted = sizes(len(keys), train_ratio, test_ratio)
     times = Counter(keys)
     single = [row for row, one in enumerate(keys) if times[one] == 1]
     held_out = wanted["validation"] + wanted["test"]
