@@ -6,6 +6,7 @@ No NIM runs here. A program called docker on the PATH writes down its arguments 
 import http.server
 import json
 import os
+import shlex
 import stat
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from workshop_utils.cli import main
 from workshop_utils.errors import NimFailed, WorkshopError
+from workshop_utils.nim import compose as compose_file
 from workshop_utils.nim import docker, readiness
 from workshop_utils.nim.compose import as_yaml, compose
 from workshop_utils.nim.docker import Nim
@@ -115,17 +117,18 @@ def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server
     assert f"NGC_API_KEY={KEY}" in (fake / "environment").read_text()
 
 
-def test_the_printed_command_is_the_command_and_starts_nothing(fake, capsys):
+@pytest.mark.parametrize("store", ["store", "a b $x", "new/$(id)"])
+def test_the_printed_command_is_the_command_and_starts_nothing(fake, capsys, store):
     import subprocess
 
-    store = Path("a b $x")
-    store.mkdir()
-    assert main(["nim", "run", "--image", IMAGE, "--store", str(store), "--cache", "cache", "--print"]) == 0
+    assert main(["nim", "run", "--image", IMAGE, "--store", store, "--cache", "a/cache", "--print"]) == 0
     text = capsys.readouterr().out
     assert KEY not in text
     assert not (fake / "calls").exists()
+    assert not Path("a").exists()
     subprocess.run(["sh", "-c", text], check=True, capture_output=True)
-    expected = docker.command(Nim(IMAGE, store, Path("cache")))
+    assert Path("a/cache").is_dir() and Path(store).is_dir()  # docker would have made them root's
+    expected = docker.command(Nim(IMAGE, Path(store), Path("a/cache")))
     assert (fake / "calls").read_text().strip() == " ".join(expected[1:])
 
 
@@ -275,13 +278,56 @@ def test_compose_says_what_docker_run_says(tmp_path, monkeypatch):
     assert KEY not in text
     assert "*id" not in text
     assert service["environment"][0] == "NGC_API_KEY"
-    assert service["volumes"][0]["source"] == f"{tmp_path}/a$$b/cache"
+    mounts = service["volumes"]
+    assert mounts[0]["source"] == f"{tmp_path}/a$$b/cache"
+    # The fields of the long form in the reference; that directory is never made as root's.
+    assert all(mount.keys() <= {"type", "source", "target", "read_only", "bind"} for mount in mounts)
+    assert [mount["bind"] for mount in mounts] == [{"create_host_path": False}] * 2
+    assert [(mount["target"], mount.get("read_only", False)) for mount in mounts] == [("/opt/nim/.cache", False), ("/opt/nim/loras", True)]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["deploy"]["resources"]["reservations"]["devices"] == [
         {"driver": "nvidia", "capabilities": ["gpu"], "count": "all"}
     ]
     words = docker.command(one)
     assert [word for word in words if word.startswith("NIM_")] == service["environment"][1:]
+    for field, option in (("image", -1), ("container_name", "--name"), ("user", "-u"), ("shm_size", "--shm-size")):
+        assert service[field] == words[option if isinstance(option, int) else words.index(option) + 1]
+
+
+def test_the_compose_file_says_what_to_do_first(tmp_path, capsys, monkeypatch):
+    import subprocess
+
+    monkeypatch.chdir(tmp_path)
+    cache = "c\n- x"  # a line break does not end the comment
+    assert main(["nim", "compose", "--image", IMAGE, "--store", "a $b", "--cache", "cache"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "mkdir" in line)
+    subprocess.run(["sh", "-c", line.removeprefix("#")], check=True)
+    assert (tmp_path / "a $b").is_dir() and (tmp_path / "cache").is_dir()
+    one = nim(tmp_path, cache=tmp_path / cache)
+    assert yaml.safe_load(compose_file.header(one) + as_yaml(compose(one))) == yaml.safe_load(as_yaml(compose(one)))
+
+
+def test_the_manifest_says_how_to_make_secrets_and_fill_the_store(capsys):
+    assert main(["nim", "kubernetes", "--image", IMAGE, "--port", "9000", "--name", "one"]) == 0
+    text = capsys.readouterr().out
+    objects = list(yaml.safe_load_all(text))
+    assert objects[3]["spec"]["ports"] == [{"name": "http", "port": 9000, "targetPort": "http"}]
+    lines = [shlex.split(line.removeprefix("#")) for line in text.splitlines() if line.startswith("#   kubectl")]
+    pod = objects[2]["spec"]["template"]["spec"]
+    made = {words[4]: words for words in lines if words[1:3] == ["create", "secret"]}
+    assert made.keys() == {pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"], pod["imagePullSecrets"][0]["name"]}
+    assert "--docker-username=$oauthtoken" in made["ngc-registry"]
+    copier = json.loads(next(word.partition("=")[2] for words in lines for word in words if word.startswith("--overrides")))
+    check(copier | {"kind": "Pod", "metadata": {"name": "one-fill"}})
+    assert copier["spec"]["volumes"] == [volume for volume in pod["volumes"] if volume["name"] == "store"]
+    assert copier["spec"]["securityContext"] == pod["securityContext"]
+
+
+@pytest.mark.parametrize("option", ["--store", "--cache"])
+def test_a_manifest_has_claims_and_no_directories(option, capsys):
+    with pytest.raises(SystemExit):
+        main(["nim", "kubernetes", "--image", IMAGE, option, "runs/store"])
+    assert f"arguments: {option} runs/store" in capsys.readouterr().err
 
 
 def test_the_manifest_refers_to_secrets_and_probes_and_asks_for_a_gpu(tmp_path):

@@ -8,7 +8,7 @@ DESCRIPTION = """\
 Serve adapters with an NVIDIA NIM: put them where it looks, start it, wait until it is ready.
 
   stage         put an adapter into the store, in place of an older one of that name
-  run           start the NIM's container and wait until it serves (--print: show the docker command, and start nothing)
+  run           start the NIM's container and wait until it serves (--print: show the command, and start nothing)
   compose       write a Docker Compose file
   kubernetes    write a Kubernetes manifest, checked against the schemas of Kubernetes
 
@@ -64,37 +64,39 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="how long to wait (default: 3600: the first start downloads the model)",
     )
     action.add_argument(
-        "--print", "--dry-run", dest="only_print", action="store_true", help="print the docker command and do nothing"
+        "--print", "--dry-run", dest="only_print", action="store_true", help="print the command for a shell and do nothing"
     )
     action.set_defaults(run=_run)
 
     for name, gpus, run in (("compose", "all", _compose), ("kubernetes", "1", _kubernetes)):
         action = actions.add_parser(
-            name, help=f"write a {'Docker Compose file' if name == 'compose' else 'Kubernetes manifest'}"
-        )
-        _add_options(action, gpus)
+            name, allow_abbrev=False, help=f"write a {'Docker Compose file' if name == 'compose' else 'Kubernetes manifest'}"
+        )  # else --store would be --store-size
+        _add_options(action, gpus, on_this_machine=name == "compose")
         action.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: print it)")
         action.set_defaults(run=run)
     action.add_argument("--cache-size", default="100Gi", metavar="SIZE", help="volume for the model (default: 100Gi)")
     action.add_argument("--store-size", default="10Gi", metavar="SIZE", help="volume for the adapters (default: 10Gi)")
 
 
-def _add_options(action: argparse.ArgumentParser, gpus: str) -> None:
+def _add_options(action: argparse.ArgumentParser, gpus: str, on_this_machine: bool = True) -> None:
     action.add_argument("--image", required=True, help="the NIM's image with a tag or digest; :latest is refused")
-    action.add_argument(
-        "--store", type=Path, default=Path("store"), metavar="DIR", help="the directory of the adapters (default: store)"
-    )
-    action.add_argument(
-        "--cache",
-        type=Path,
-        default=Path.home() / ".cache" / "nim",
-        metavar="DIR",
-        help="keeps the downloaded model (default: ~/.cache/nim)",
-    )
+    if on_this_machine:
+        action.add_argument(
+            "--store", type=Path, default=Path("store"), metavar="DIR", help="the directory of the adapters (default: store)"
+        )
+        action.add_argument(
+            "--cache",
+            type=Path,
+            default=Path.home() / ".cache" / "nim",
+            metavar="DIR",
+            help="keeps the downloaded model (default: ~/.cache/nim)",
+        )
     action.add_argument(
         "--name", default="workshop-nim", help="name of the container, or of the objects (default: workshop-nim)"
     )
-    action.add_argument("--port", type=int, default=8000, help="port on this machine's loopback address (default: 8000)")
+    where = "on this machine's loopback address" if on_this_machine else "of the Service"
+    action.add_argument("--port", type=int, default=8000, help=f"port {where} (default: 8000)")
     action.add_argument("--gpus", default=gpus, help=f"a number, all, or device=0,1 (default: {gpus})")
     action.add_argument("--shm-size", default="16GB", metavar="SIZE", help="shared memory (default: 16GB)")
     action.add_argument("--refresh", type=int, default=60, metavar="SECONDS", help="NIM_PEFT_REFRESH_INTERVAL (default: 60)")
@@ -109,7 +111,8 @@ def _nim(args: argparse.Namespace):
 
     from workshop_utils.nim.docker import Nim
 
-    return Nim(**{field.name: getattr(args, field.name) for field in fields(Nim)})
+    names = {field.name for field in fields(Nim)}
+    return Nim(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def _stage(args: argparse.Namespace) -> int:
@@ -142,7 +145,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.timeout > 0:
         raise WorkshopError(f"--timeout is {args.timeout}; it has to be above 0.")
     if args.only_print:
-        print(docker.as_shell(docker.command(nim)))
+        print(docker.script(nim))
         return 0
     docker.preflight(nim, os.environ)
     docker.start(nim)
@@ -172,16 +175,18 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from workshop_utils.nim.compose import as_yaml, compose
+    from workshop_utils.nim.compose import as_yaml, compose, header
 
-    return _write(as_yaml(compose(_nim(args))), args.out)
+    nim = _nim(args)
+    return _write(header(nim) + as_yaml(compose(nim)), args.out)
 
 
 def _kubernetes(args: argparse.Namespace) -> int:
     from workshop_utils.nim.compose import as_yaml
-    from workshop_utils.nim.kubernetes import manifest
+    from workshop_utils.nim.kubernetes import header, manifest
 
-    return _write(as_yaml(*manifest(_nim(args), args.cache_size, args.store_size)), args.out)
+    nim = _nim(args)
+    return _write(header(nim) + as_yaml(*manifest(nim, args.cache_size, args.store_size)), args.out)
 
 
 def _write(text: str, out: Path | None) -> int:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from workshop_utils.device import gpu_name
@@ -51,8 +51,8 @@ class Nim:
     """
 
     image: str
-    store: Path
-    cache: Path
+    store: Path = Path("store")
+    cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "nim")
     name: str = "workshop-nim"
     port: int = PORT
     gpus: str = "all"
@@ -75,25 +75,25 @@ class Nim:
             raise WorkshopError(
                 f"--gpus is {self.gpus!r}; give all, a number, or device=0,1 (indices or UUIDs of `nvidia-smi -L`)."
             )
-        for field, most in (
+        for name, most in (
             ("port", 65535),
             ("refresh", None),
             ("max_lora_rank", None),
             ("max_gpu_loras", None),
             ("max_cpu_loras", None),
         ):
-            value = getattr(self, field)
+            value = getattr(self, name)
             if value < 1 or (most and value > most):
                 raise WorkshopError(
-                    f"--{field.replace('_', '-')} is {value}; it has to be {f'between 1 and {most}' if most else 'above 0'}."
+                    f"--{name.replace('_', '-')} is {value}; it has to be {f'between 1 and {most}' if most else 'above 0'}."
                 )
         if self.max_cpu_loras < self.max_gpu_loras:
             raise WorkshopError(
                 f"--max-cpu-loras {self.max_cpu_loras} is below --max-gpu-loras {self.max_gpu_loras}: every adapter on the GPU is in host memory, too."
             )
-        for field in ("store", "cache"):
-            if ":" in str(getattr(self, field)):
-                raise WorkshopError(f"--{field} is {getattr(self, field)}: docker cannot mount a path with a colon.")
+        for name in ("store", "cache"):
+            if ":" in str(getattr(self, name)):
+                raise WorkshopError(f"--{name} is {getattr(self, name)}: docker cannot mount a path with a colon.")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -143,18 +143,24 @@ def command(nim: Nim) -> list[str]:
     ]  # fmt: skip
 
 
-def as_shell(words: list[str]) -> str:
-    """:func:`command`'s words for a shell, one option a line; the current directory, the home and the user are left to it."""
+def script(nim: Nim) -> str:
+    """:func:`command` for a shell, one option a line, after the directories: docker would make those that are missing, as root's.
 
-    def quoted(word: str) -> str:
-        for name, place in (("PWD", Path.cwd()), ("HOME", Path.home())):
-            if word.startswith(f"{place}/"):
-                return f'"${name}"/{shlex.quote(word.removeprefix(f"{place}/"))}'
-        return shlex.quote(word)
-
+    The current directory, the home and the user are left to the shell.
+    """
+    words = command(nim)
     options = zip(words[3:-1:2], words[4:-1:2], strict=True)
-    lines = [f'{option} "$(id -u)"' if option == "-u" else f"{option} {quoted(value)}" for option, value in options]
-    return " \\\n  ".join([shlex.join(words[:3]), *lines, quoted(words[-1])])
+    lines = [f'{option} "$(id -u)"' if option == "-u" else f"{option} {_quoted(value)}" for option, value in options]
+    made = " ".join(_quoted(str(directory.resolve())) for directory in (nim.cache, nim.store))
+    return f"mkdir -p {made}\n" + " \\\n  ".join([shlex.join(words[:3]), *lines, _quoted(words[-1])])
+
+
+def _quoted(word: str) -> str:
+    """``word`` for a shell, which finds the current directory and the home itself."""
+    for name, place in (("PWD", Path.cwd()), ("HOME", Path.home())):
+        if word.startswith(f"{place}/"):
+            return f'"${name}"/{shlex.quote(word.removeprefix(f"{place}/"))}'
+    return shlex.quote(word)
 
 
 def preflight(nim: Nim, environment: Mapping[str, str]) -> None:

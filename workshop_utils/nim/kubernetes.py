@@ -1,23 +1,30 @@
-"""A NIM as Kubernetes objects: a claim for the cache, one for the adapters, a Deployment, a Service. The key stays in a Secret."""
+"""A NIM as Kubernetes objects: a claim for the cache, one for the adapters, a Deployment, a Service. The key stays in a Secret.
+
+The objects are checked against the schemas of Kubernetes; no cluster has run them here.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nim.compose import as_comments
 from workshop_utils.nim.docker import CACHE, KEY, PORT, STORE, Nim
 
 SECRET, PULL_SECRET = "ngc-api", "ngc-registry"
+_USER = 1000
+"""The user and the group of the pods, as in NIM's Helm chart; the volumes are writable for them."""
+_COPIER = "busybox:1.37.0"
 _QUANTITY = re.compile(r"[1-9]\d*(Ki|Mi|Gi|Ti|K|M|G|T)")
 
 
 def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> list[dict[str, Any]]:
     """The objects, checked against the schemas of Kubernetes (:func:`check`).
 
-    The two Secrets are referred to and not written, so that no key is in a file:
-    ``kubectl create secret generic ngc-api --from-literal=NGC_API_KEY=...`` and
-    ``kubectl create secret docker-registry ngc-registry --docker-server=nvcr.io --docker-username='$oauthtoken' --docker-password=...``.
+    The two Secrets are referred to and not written, so that no key is in a file; :func:`header` says how to make them. ``nim.port`` is
+    that of the Service; ``nim.store`` and ``nim.cache`` are claims here.
 
     Raises:
         WorkshopError: a size is no quantity, or ``nim.gpus`` is no number.
@@ -47,12 +54,29 @@ def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> l
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": nim.name, "labels": label},
-            "spec": {"selector": label, "ports": [{"name": "http", "port": PORT, "targetPort": "http"}]},
+            "spec": {"selector": label, "ports": [{"name": "http", "port": nim.port, "targetPort": "http"}]},
         },
     ]
     for one in objects:
         check(one)
     return objects
+
+
+def header(nim: Nim) -> str:
+    """What has to be done beside ``kubectl apply``, as comments of YAML: the Secrets, and the adapters into their claim."""
+    pod = f"{nim.name}-fill"
+    overrides = json.dumps({"apiVersion": "v1", "spec": _copier(nim)}, separators=(",", ":"))
+    return as_comments(
+        "First, the key: for the NIM, and for its image. It stays in the cluster.",
+        f'  kubectl create secret generic {SECRET} --from-literal={KEY}="${KEY}"',
+        f"  kubectl create secret docker-registry {PULL_SECRET} --docker-server=nvcr.io --docker-username='$oauthtoken' --docker-password=\"${KEY}\"",
+        "Then this file: kubectl apply -f THIS_FILE",
+        "Then the adapters, each directory of a store (workshop nim stage), by a pod that may write where the NIM only reads:",
+        f"  kubectl run {pod} --image={_COPIER} --restart=Never --overrides='{overrides}'",
+        f"  kubectl wait --for=condition=Ready pod/{pod}",
+        f"  kubectl cp store/NAME {pod}:/store/NAME",
+        f"  kubectl delete pod {pod} --grace-period=1",
+    )
 
 
 def check(document: dict[str, Any]) -> None:
@@ -72,6 +96,16 @@ def _claim(name: str, label: dict[str, str], size: str) -> dict[str, Any]:
         "kind": "PersistentVolumeClaim",
         "metadata": {"name": name, "labels": label},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}},
+    }
+
+
+def _copier(nim: Nim) -> dict[str, Any]:
+    """A pod that keeps the claim of the adapters open for ``kubectl cp``."""
+    mount = {"name": "store", "mountPath": "/store"}
+    return {
+        "securityContext": {"fsGroup": _USER, "runAsUser": _USER, "runAsNonRoot": True},
+        "containers": [{"name": "fill", "image": _COPIER, "command": ["sleep", "3600"], "volumeMounts": [mount]}],
+        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": f"{nim.name}-store"}}],
     }
 
 
@@ -96,8 +130,7 @@ def _pod(nim: Nim) -> dict[str, Any]:
     }
     return {
         "imagePullSecrets": [{"name": PULL_SECRET}],
-        # As in the Helm chart of NIM: the volumes have to be writable for this group.
-        "securityContext": {"fsGroup": 1000, "runAsUser": 1000, "runAsNonRoot": True},
+        "securityContext": {"fsGroup": _USER, "runAsUser": _USER, "runAsNonRoot": True},
         "containers": [container],
         "volumes": [
             {"name": "cache", "persistentVolumeClaim": {"claimName": f"{nim.name}-cache"}},
