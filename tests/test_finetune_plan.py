@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune import failure_cause, make_plan, run_logged
+from workshop_utils.finetune.fingerprint import of_base
 from workshop_utils.finetune.plan import SCRIPT, parse_overrides, script_path
 from workshop_utils.finetune.predict import predict
 
@@ -65,6 +67,53 @@ def test_the_fingerprint_follows_what_decides_the_outcome(root, base):
     assert first != make_plan([f"model.restore_from_path={base}", "model.optim.lr=1e-4"]).fingerprint()
     write_rows(root / "data" / "tickets" / "train.jsonl", 17)
     assert first != make_plan([f"model.restore_from_path={base}"]).fingerprint()
+
+
+def test_the_fingerprint_follows_the_weights(root, base, tmp_path):
+    """Others of the same shape, in a linked directory as `workshop bridge` leaves it, or in an archive of any size."""
+    own = tmp_path / "own"
+    weights = shutil.copytree(base / "model_weights", tmp_path / "stored")
+    own.mkdir()
+    shutil.copy(base / "model_config.yaml", own)
+    (own / "model_weights").mkdir()
+    for file in weights.iterdir():
+        (own / "model_weights" / file.name).symlink_to(file)
+    file, = weights.glob("*.distcp")
+
+    def found():
+        return make_plan([f"model.restore_from_path={own}"], trust=True).fingerprint()
+
+    first = found()
+    assert first == found() and "own/model_weights/.metadata" in first["base"]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert found() != first
+
+
+def test_a_large_file_is_told_by_a_sample_in_no_time(tmp_path):
+    file = tmp_path / "large.nemo"
+    with file.open("wb") as stream:
+        stream.truncate(1 << 31)
+    began = time.process_time()
+    found = {of_base(file)["large.nemo"]}
+    assert time.process_time() - began < 0.2
+    for place in (0, (1 << 31) * 7 // 15, (1 << 31) - 1):
+        with file.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"x")
+        found.add(of_base(file)["large.nemo"])
+    assert len(found) == 4
+
+
+def test_the_fingerprint_follows_the_adapter_to_go_on_from(root, base, monkeypatch):
+    monkeypatch.setattr("workshop_utils.finetune.plan.require_sound", lambda *_: None)
+    adapter = root / "a.ckpt"
+    found = []
+    for content in (b"a", b"b"):
+        adapter.write_bytes(content)
+        found.append(make_plan([f"model.restore_from_path={base}", f"model.peft.restore_from_path={adapter}"]).fingerprint())
+    assert found[0] != found[1]
 
 
 def test_the_fingerprint_follows_the_rows_of_ones_own_files(root, base):

@@ -1,6 +1,5 @@
 """From a few settings to the exact torchrun command: defaults of this machine and this data set, then the user's overrides."""
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune.configuration import compose, plain
+from workshop_utils.finetune.fingerprint import of_base, sha256
 from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
@@ -91,17 +91,16 @@ class Plan:
         return self.config.model.seed
 
     def fingerprint(self) -> dict:
-        """What decides the outcome: overrides, script, data and base. Equal fingerprints, equal runs on one machine."""
-        base = Path(self.overrides["model.restore_from_path"])
+        """What decides the outcome: overrides, script, data, base and the adapter to go on from. Equal fingerprints, equal runs on one machine."""
         files = [Path(name) for part in PARTS for name in self.config.model.data[part].get("file_names") or []]
-        described = base / "model_config.yaml" if base.is_dir() else base
-        weights = base / "model_weights" / ".metadata"
+        adapter = self.config.model.peft.restore_from_path
         return {
             "overrides": {key: paths.shown(value) if os.path.isabs(value) else value for key, value in self.overrides.items()
                           if not key.startswith("model.data.") or not key.endswith("file_names")},
             "script": paths.shown(script_path()),
             "data": [sha256(path) for path in files if path.is_file()],
-            "base": [sha256(path) for path in (described, weights) if path.is_file() and path.stat().st_size < 1 << 30],
+            "base": of_base(Path(self.overrides["model.restore_from_path"])),
+            "adapter": sha256(Path(adapter)) if adapter and Path(adapter).is_file() else None,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -177,12 +176,6 @@ def make_plan(
 def notes(run_dir: Path) -> Path:
     """Where a run's log, events and record stand: in a folder, since NeMo's exp_manager moves *files* of an earlier start away."""
     return run_dir / "workshop"
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, str]:
