@@ -4,15 +4,19 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune import failure_cause, make_plan, run_logged
+from workshop_utils.finetune.configuration import compose
 from workshop_utils.finetune.fingerprint import of_base
 from workshop_utils.finetune.plan import SCRIPT, parse_overrides, script_path
+from workshop_utils.finetune.predict import SCRIPT as PREDICT_SCRIPT
 from workshop_utils.finetune.predict import predict
 
 
@@ -171,10 +175,77 @@ def test_a_place_where_nothing_can_be_made_is_told(root, base):
     ("model.micro_batch_size=3", "model.global_batch_size 4 is no multiple of model.micro_batch_size 3"),
     ("model.tensor_model_parallel_size=2", "predictions are made by one process"),
     ("model.data.test_ds.file_names=[no.jsonl]", "Both --data and"),
+    ("model.data.test_ds.names=[a,b]", "names has 2 names for 1 files"),
+    ("server=true", "server is true, but `workshop predict` answers a file. `workshop serve` answers over HTTP"),
+    ("web_server=true", "`workshop serve` answers over HTTP"),
+    ("model.peft.restore_from_ckpt.checkpoint_dir=x", "restore_from_ckpt needs checkpoint_dir and checkpoint_name"),
 ])  # fmt: skip
 def test_predictions_that_cannot_be_made_are_refused_at_once(root, base, override, said):
     with pytest.raises(WorkshopError, match=said):
         predict([f"model.restore_from_path={base}", override], data=root / "data" / "tickets" / "train.jsonl")
+
+
+@pytest.fixture
+def answered(root, monkeypatch):
+    """NeMo is not started; what would have been composed from the command line is kept here."""
+    seen = []
+
+    def run(command, environment, log):
+        config = compose(PREDICT_SCRIPT, command[command.index(str(PREDICT_SCRIPT)) + 1 :])
+        seen.append(config)
+        for name in config.model.data.test_ds.names:
+            Path(f"{config.model.data.test_ds.output_file_path_prefix}_test_{name}_inputs_preds_labels.jsonl").write_text("{}\n")
+        return 0
+
+    monkeypatch.setattr("workshop_utils.finetune.predict.run_logged", run)
+    monkeypatch.setattr("workshop_utils.finetune.plan.require_sound", lambda *_: None)
+    return seen
+
+
+GENERATE = [  # as NeMo's megatron_gpt_generate.py documents it, and a few of its defaults as a script writes them out
+    "model.restore_from_path={base}", "model.peft.restore_from_path=null", "trainer.devices=1",
+    "model.data.test_ds.file_names=[{root}/one.jsonl, {root}/two.jsonl]", "model.data.test_ds.names=['one', 'two']",
+    "model.data.test_ds.global_batch_size=4", "model.data.test_ds.micro_batch_size=4", "model.data.test_ds.tokens_to_generate=30",
+    "inference.greedy=True", "inference.outfile_path='{root}/answers.jsonl'", "exp_manager.exp_dir={root}/x", "server=False", "port=5555",
+    "web_server=False", "model.peft.lora_tuning.adapter_dim=8", "model.peft.adapter_tuning.adapter_dim=8", "model.peft.p_tuning.virtual_tokens=4",
+    "model.peft.ia3_tuning.layer_selection=null",
+]  # fmt: skip
+
+
+def test_nemos_documented_command_of_generation(root, base, answered):
+    for name in ("one", "two"):
+        (root / f"{name}.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    made = predict([word.format(root=root, base=base) for word in GENERATE])
+    assert (made, made.read_text()) == (root / "answers.jsonl", "{}\n{}\n")
+    test = answered[0].model.data.test_ds
+    assert (test.prompt_template, test.tokens_to_generate, answered[0].inference.greedy) == ("{input} {output}", 30, True)
+    with pytest.raises(WorkshopError, match="Both --out and inference.outfile_path"):
+        predict([word.format(root=root, base=base) for word in GENERATE], out=root / "else.jsonl")
+
+
+def test_rows_are_taken_as_the_adapter_learned_them(root, base, answered):
+    """NeMo's defaults do so, too. Rows that are rendered here have a template of their own."""
+    folder = root / "run" / "checkpoints"
+    (folder.parent / "version_0").mkdir(parents=True)
+    folder.mkdir()
+    peft = {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": 6, "alpha": 12, "target_modules": ["mlp"], "variant": "nemo"}}
+    rows = {"prompt_template": "Q: {question} A: {answer}", "label_key": "answer", "truncation_field": "question", "add_bos": True}
+    (folder.parent / "version_0" / "hparams.yaml").write_text(yaml.safe_dump({"cfg": {"peft": peft, "data": {"train_ds": rows}}}))
+    torch.save({"state_dict": {}}, folder / "a=1.ckpt")
+    (root / "q.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    words = [f"model.restore_from_path={base}", f"model.peft.restore_from_ckpt.checkpoint_dir={folder}",
+             "model.peft.restore_from_ckpt.checkpoint_name='a=1.ckpt'"]  # fmt: skip
+    predict([*words, f"model.data.test_ds.file_names=[{root}/q.jsonl]"])
+    predict(words, data=root / "data" / "tickets" / "train.jsonl")
+    own, rendered = (config.model for config in answered)
+    assert {key: own.data.test_ds[key] for key in rows} == rows
+    assert (rendered.data.test_ds.prompt_template, rendered.data.test_ds.label_key) == ("{input}{output}", "output")
+    for model in (own, rendered):
+        lora = model.peft.lora_tuning
+        assert (lora.adapter_dim, lora.alpha, lora.target_modules) == (6, 12, ["mlp"])
+    (folder / "a=1.ckpt").unlink()
+    with pytest.raises(WorkshopError, match="a=1.ckpt is no file. Give the .ckpt of an adapter"):
+        predict(words, data=root / "data" / "tickets" / "train.jsonl")
 
 
 def test_files_of_predictions_are_looked_at_first(root, base):

@@ -238,3 +238,15 @@ def test_predictions(tiny, adapted):
     assert [row["label"] for row in rows] == [f"it is {n}" for n in range(5)]
     assert all({"input", "pred", "label"} <= row.keys() for row in rows)
     assert file.name == ("lora-test.jsonl" if adapted else "base-test.jsonl")
+
+
+def test_a_lightning_checkpoint_answers_as_the_nemo_of_its_run(tiny):
+    """The last step is the best here."""
+    plan, _ = train(tiny, "lora")
+    checkpoint, = plan.adapter.parent.glob("*-last.ckpt")
+    words = [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8"]
+    said = [f"model.peft.restore_from_ckpt.checkpoint_dir={checkpoint.parent}", f"model.peft.restore_from_ckpt.checkpoint_name='{checkpoint.name}'"]
+    rows = write_rows(tiny / "test.jsonl", 5)
+    answers = [predict([*words, *more], rows, tiny / f"{number}.jsonl").read_text()
+               for number, more in enumerate(([f"model.peft.restore_from_path={plan.adapter}"], said, []))]  # fmt: skip
+    assert answers[0] == answers[1] != answers[2]

@@ -197,11 +197,16 @@ def test_a_directory_of_two_formats(root, originals, other):
     *((run, key) for run in (make_plan, predict)
       for key in ("++model.restore_from_path", "model.peft.restore_from_path", "++model.peft.restore_from_path")),
     (make_plan, "+exp_manager.resume_from_checkpoint"),
+    (predict, "model.peft.restore_from_ckpt"),
 ])  # fmt: skip
 def test_other_spellings_of_what_is_loaded(root, base, evil_base, run, key):
     rows = write_rows(root / "train.jsonl")
     with pytest.raises(WorkshopError, match=r"exec|ends up as"):
-        run([f"model.restore_from_path={base}", f"{key}='{evil_base}'"], data=rows)
+        words = [f"{key}='{evil_base}'"]
+        if key.endswith("ckpt"):
+            torch.save({"state_dict": {}, "pytorch-lightning_version": "2.4.0", "a": Evil()}, root / "a.ckpt")
+            words = [f"{key}.checkpoint_dir={root}", f"{key}.checkpoint_name=a.ckpt"]
+        run([f"model.restore_from_path={base}", *words], data=rows)
 
 
 def test_a_module_that_peft_would_import(root):

@@ -205,9 +205,30 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     for key in ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint"):
         if path := OmegaConf.select(config, key):
             require_sound(path, trust)
+    if path := lightning_checkpoint(config):
+        require_sound(path, trust, (Kind.LIGHTNING,))
     if OmegaConf.select(config, "model.data.train_ds.packed_sequence") and not trust:
         raise DataError("model.data.train_ds.packed_sequence: NeMo reads packed rows as a pickle, which can run code. If the file is your "
                         "own, add --trust.")  # fmt: skip
+
+
+def lightning_checkpoint(config: "DictConfig") -> Path | None:
+    """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything.
+
+    Raises:
+        WorkshopError: one of its two keys is missing, ``model.peft.restore_from_path`` is given as well, or it is no file.
+    """
+    peft = config.model.peft
+    where = peft.get("restore_from_ckpt") or {}
+    folder, name = where.get("checkpoint_dir"), where.get("checkpoint_name")
+    if not folder and not name:
+        return None
+    if not folder or not name or peft.restore_from_path:
+        raise WorkshopError("model.peft.restore_from_ckpt needs checkpoint_dir and checkpoint_name, and no model.peft.restore_from_path beside them.")
+    if not (path := Path(folder) / name).is_file():
+        raise WorkshopError(f"model.peft.restore_from_ckpt: {paths.shown(path)} is no file. Give the .ckpt of an adapter's training; where the "
+                            "whole model was trained, give its .nemo as model.restore_from_path.")  # fmt: skip
+    return path.resolve()
 
 
 def base_of(given: dict[str, str], trust: bool) -> Path:
