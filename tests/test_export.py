@@ -28,6 +28,7 @@ from export_samples import (
 from safetensors.torch import load_file
 
 from workshop_utils.cli import export as command
+from workshop_utils.conform import judge
 from workshop_utils.errors import WorkshopError
 from workshop_utils.export import export
 from workshop_utils.export.adapter import read_adapter
@@ -219,6 +220,35 @@ def test_the_dtype_is_kept(root, dtype):
     source = make(root, dtype=dtype)
     assert all(tensor.dtype == dtype for tensor in read_nemo(export(source, "nemo"))[1].values())
     assert all(tensor.dtype == dtype for tensor in load_file(export(source, "hf-peft") / "adapter_model.safetensors").values())
+
+
+@pytest.mark.parametrize("to, readers", [("hf-peft", ("peft", "vllm", "trtllm", "nim1", "nim2")), ("nemo", ("trtllm", "nim1"))])
+def test_an_export_is_judged_for_every_reader_that_it_names(root, to, readers):
+    made = export_adapter(make(root), to)
+    assert made.record.for_servers
+    for reader in readers:
+        found = judge(made.path, reader, RANK)
+        assert found.conforms
+        assert {rule.rule for rule in found.rules if not rule.rule.startswith("the form")} <= set(made.rules)
+
+
+@pytest.mark.parametrize("to, only", [("nemo", "TensorRT-LLM's .nemo reader"), ("hf-peft", "Hugging Face PEFT")])
+def test_double_precision_is_for_readers_that_take_it(root, to, only):
+    wide = export_adapter(make(root, dtype=torch.float64), to)
+    assert wide.record.reader.startswith(f"{only} (") and "--dtype bfloat16" in wide.record.reader
+    assert export_adapter(root / "runs" / "one", to, root / "b", dtype="bfloat16").record.for_servers
+
+
+@pytest.mark.parametrize(
+    "rank, words",
+    [(16, []), (17, ["--max-lora-rank 32"]), (33, ["--max-lora-rank 64", "NIM_MAX_LORA_RANK=33"]), (600, ["no rank above 512", "RANK=600"])],
+)
+def test_a_rank_above_a_server_s_default_is_noted(root, rank, words):
+    source = write_adapter(root / "a.nemo", config_of(GQA, rank=rank), tensors_of(GQA, rank=rank))
+    notes = export_adapter(source, "hf-peft").notes
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))
+    assert not any("vLLM" in note for note in export_adapter(source, "nemo").notes)  # which reads no .nemo
 
 
 def test_baking_a_scale_that_is_no_power_of_two_in_bfloat16(root):

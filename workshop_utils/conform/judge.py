@@ -10,6 +10,7 @@ from workshop_utils.formats import nemo2
 from workshop_utils.formats.identify import identify
 from workshop_utils.paths import shown
 
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Reader -> forms it takes, its largest rank by default, and what is not known about it.
 READERS: dict[str, tuple[tuple[str, ...], int | None, tuple[str, ...]]] = {
     "trtllm": (("nemo", "hf-peft"), None, ("the largest rank is fixed when an engine is built: give it with --max-rank",)),
@@ -69,6 +70,18 @@ def judge(path: Path | str, reader: str, max_rank: int | None = None) -> Judgeme
     else:
         peft.check(found, adapter, max_rank or usual)
     return found
+
+
+def rank_notes(rank: int, form: str) -> list[str]:
+    """How to start the servers that take ``form`` and whose largest rank is below ``rank`` unless they are told otherwise."""
+    notes = []
+    if form == "hf-peft" and rank > READERS["vllm"][1]:
+        enough = next((size for size in _VLLM_RANKS if size >= rank), None)
+        way = f"start it with --max-lora-rank {enough}" if enough else f"it takes no rank above {_VLLM_RANKS[-1]}"
+        notes.append(f"rank {rank} is above vLLM's default of {READERS['vllm'][1]}: {way}")
+    if rank > READERS["nim2"][1]:
+        notes.append(f"rank {rank} may be above NIM's largest ({READERS['nim2'][1]} in a published profile): start it with NIM_MAX_LORA_RANK={rank}")
+    return notes
 
 
 def _adapter_at(found: Judgement, path: Path) -> Path | None:

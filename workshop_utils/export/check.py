@@ -40,19 +40,22 @@ def check_nemo(path: Path, adapter: LoraAdapter, record: Record) -> list[str]:
     Raises:
         ConformanceFailed: a rule is broken; the message names the rule and the key.
     """
-    held = _held(judge(path, "trtllm" if record.alpha_baked_in else "nemo"))
+    # NIM's list is TensorRT-LLM's and that of the store.
+    reader = "nim1" if record.for_servers else "trtllm" if record.alpha_baked_in else "nemo"
+    held = _held(judge(path, reader, record.rank))
     written = _read_back(path)
     # TensorRT-LLM applies no scale at all; NeMo the one in the configuration.
     return [*held, *_same_updates(written, adapter, 1.0 if record.alpha_baked_in else written.scale)]
 
 
-def check_hf_peft(directory: Path, adapter: LoraAdapter) -> list[str]:
-    """Judge the PEFT adapter in ``directory``, an export of ``adapter``, and return the rules it keeps.
+def check_hf_peft(directory: Path, adapter: LoraAdapter, record: Record) -> list[str]:
+    """Judge the PEFT adapter in ``directory``, an export of ``adapter`` for the readers in ``record``, and return the rules it keeps.
 
     Raises:
         ConformanceFailed: a rule is broken; the message names the rule and the key.
     """
-    held = _held(judge(directory, "peft"))
+    # NIM 2's list is PEFT's, TensorRT-LLM's, vLLM's and that of the store.
+    held = _held(judge(directory, "nim2" if record.for_servers else "peft", record.rank))
     written = _read_back(directory)
     return [*held, *_same_updates(written, adapter, written.scale)]
 

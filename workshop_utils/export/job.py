@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from workshop_utils import paths
+from workshop_utils.conform.judge import rank_notes
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft, merge
@@ -62,6 +63,10 @@ class _Job:
     def card(self) -> str:
         """The model card."""
         return model_card(self.adapter, self.record, self.name, self.results)
+
+    def notes(self) -> tuple[str, ...]:
+        """What reading the adapter changed, and what a server has to be started with."""
+        return (*self.adapter.notes, *(rank_notes(self.record.rank, self.record.to) if self.record.for_servers else ()))
 
 
 def export_adapter(
@@ -156,7 +161,7 @@ def _to_nemo(job: _Job, target: Path) -> Export:
             new_card.write_text(job.card(), encoding="utf-8")
     elif job.results or not card.exists():
         paths.write_text(card, job.card())
-    return Export(target, (target, card), job.record, tuple(kept), reused, job.adapter.notes)
+    return Export(target, (target, card), job.record, tuple(kept), reused, job.notes())
 
 
 def _to_directory(job: _Job, target: Path) -> Export:
@@ -181,7 +186,7 @@ def _to_directory(job: _Job, target: Path) -> Export:
     elif job.results or not (target / _CARD).exists():
         paths.write_text(target / _CARD, job.card())
     files = tuple(sorted(file for file in target.rglob("*") if file.is_file()))
-    return Export(target, files, job.record, tuple(kept), reused, job.adapter.notes)
+    return Export(target, files, job.record, tuple(kept), reused, job.notes())
 
 
 def _kept(job: _Job, path: Path) -> list[str]:
@@ -196,7 +201,7 @@ def _rules(job: _Job, path: Path) -> list[str]:
     if job.record.to == "nemo":
         return check_nemo(path, job.read, job.record)
     return (
-        check_hf_peft(path, job.read) if job.record.to == "hf-peft" else check_merged(path, job.base, job.read, job.record.to)
+        check_hf_peft(path, job.read, job.record) if job.record.to == "hf-peft" else check_merged(path, job.base, job.read, job.record.to)
     )
 
 

@@ -43,6 +43,11 @@ class Record:
     exporter: str
     dtype: str | None = None
 
+    @property
+    def for_servers(self) -> bool:
+        """Whether vLLM and NIM are among the readers."""
+        return self.reader in (READERS["hf-peft", None], READERS["nemo", "trtllm"])
+
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for YAML and JSON; a dtype only where one was asked for."""
         return {name: value for name, value in asdict(self).items() if name != "dtype" or value}
@@ -56,9 +61,7 @@ def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dt
     }[reader]
     return Record(
         to=to,
-        reader="Hugging Face PEFT (vLLM and NIM take no DoRA: merge it for them)"
-        if to == "hf-peft" and adapter.magnitudes
-        else READERS[to, reader],
+        reader=_fewer_readers(adapter, to, reader) or READERS[to, reader],
         qkv_order=order,
         alpha_baked_in=reader == "trtllm",
         rank=adapter.rank,
@@ -69,3 +72,15 @@ def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dt
         exporter=f"nemo-lora-workshop {__version__}",
         dtype=dtype,
     )
+
+
+def _fewer_readers(adapter: LoraAdapter, to: str, reader: str | None) -> str | None:
+    """Who reads ``adapter`` where not all of :data:`READERS` do, and what to do about it."""
+    wide = any(str(half.dtype) == "torch.float64" for halves in adapter.weights.values() for half in halves)
+    if to == "hf-peft" and adapter.magnitudes:
+        return "Hugging Face PEFT (vLLM and NIM take no DoRA: merge it for them)"
+    if to == "hf-peft" and wide:
+        return "Hugging Face PEFT (vLLM and NIM may take no float64: export it for them with --dtype bfloat16)"
+    if reader == "trtllm" and wide:
+        return "TensorRT-LLM's .nemo reader (lora_manager.py), which casts it (NIM may take no float64: export it for NIM with --dtype bfloat16)"
+    return None
