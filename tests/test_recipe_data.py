@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_model import CHAT_TEMPLATE
 
 from workshop_utils.errors import DataError, OutputExists
-from workshop_utils.recipe import row_templates, splits
+from workshop_utils.recipe import prepare_data, row_templates, splits
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
 from workshop_utils.recipe.prepare_data import MARKER, NOTHING_BETWEEN, ONE_SPACE, load_prepared, prepare, require_whole_batch
 
@@ -401,11 +401,13 @@ def test_leaks_between_own_splits_are_dropped_and_counted(tmp_path):
 # Reuse
 
 
-def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny):
+def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny, monkeypatch):
     file = jsonl(tmp_path / "rows.jsonl", table())
     converter = tmp_path / "mine.py"
     converter.write_text(CONVERTERS)
     config = HFDatasetConfig(str(file), **TEMPLATES)
+    folder = _folder(tmp_path / "folder")
+    jsonl(folder / "test.jsonl", table())
 
     def reused(config, tokenizer=None, length=2048):
         return prepare(config, tmp_path / "out", tokenizer, length, progress=False).reused
@@ -417,6 +419,8 @@ def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny):
         replace(config, input_template="{question}"), replace(config, output_template="{answer}."), replace(config, seed=7),
         replace(config, train_split_ratio=0.8), replace(config, val_test_split_ratio=0.25),
         HFDatasetConfig(str(file), input_template="{q}", output_template="{answer}", field_mapping={"q": "question"}),
+        replace(config, dataset_name=str(folder)), replace(config, dataset_name=str(folder), split="test"),
+        replace(config, load_kwargs={"verification_mode": "no_checks"}), replace(config, dataset_name=str(jsonl(tmp_path / "copy.jsonl", table()))),
         HFDatasetConfig(str(file), custom_converter=f"{converter}:good"),
     ):  # fmt: skip
         assert not reused(changed), changed
@@ -427,6 +431,8 @@ def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny):
     assert rows_of(tmp_path / "out")["test"][0]["output"].endswith("?")
     assert not reused(changed, tiny)
     assert not reused(changed, tiny, 64)
+    monkeypatch.setattr(prepare_data, "_FORMAT", prepare_data._FORMAT - 1)
+    assert not reused(changed, tiny, 64), "rows of an earlier format"
 
 
 def test_content_decides_not_name_and_time(tmp_path):
