@@ -9,6 +9,7 @@ from tiny_model import write_rows
 from workshop_utils import finetune
 from workshop_utils.export.adapter import read_adapter
 from workshop_utils.formats import nemo_archive
+from workshop_utils.formats.identify import identify
 
 pytestmark = pytest.mark.slow
 
@@ -98,3 +99,13 @@ def test_what_is_delivered_is_one_part_that_nemo_itself_loads(train, tiny, name,
     base = Path(plan.overrides["model.restore_from_path"])
     changed = numpy.abs(nemo_logits(base, plan.adapter, tokens) - nemo_logits(base, None, tokens)).max()
     assert changed > 0.05
+
+
+def test_full_fine_tuning_split_over_two_is_delivered_whole(train):
+    """NeMo writes a distributed checkpoint then, which any number of processes reads."""
+    settings = ["model.peft.peft_scheme=none", "model.optim.lr=1e-3"]
+    split, whole = train("full-split", 2, "model.tensor_model_parallel_size=2", *settings), train("full", 1, *settings)
+    assert numpy.abs(losses(split) - losses(whole)).max() < 1e-3
+    found, right = identify(split.adapter), identify(whole.adapter)
+    assert {tensor.name: tensor.shape for tensor in found.tensors} == {tensor.name: tensor.shape for tensor in right.tensors}
+    assert (found.parameters, found.parallel) == (right.parameters, (1, 1))

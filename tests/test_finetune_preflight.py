@@ -90,6 +90,8 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["model.pipeline_model_parallel_size=3"], 3, "size 3 does not divide the 4 layers"),
     (["trainer.devices=4"], 2, "Give --nproc-per-node=4"),
     (["+model.context_parallel_size=2"], 2, "only through Transformer Engine"),
+    (["model.peft.peft_scheme=ia3", "model.tensor_model_parallel_size=2"], 2, "peft_scheme=ia3 with tensor- or pipeline-parallel size above 1"),
+    (["model.peft.peft_scheme=ptuning", "model.pipeline_model_parallel_size=2"], 2, "only those of lora are put together"),
     (["model.sequence_parallel=true"], 1, "sequence_parallel needs"),
     (["trainer.precision=bf16-true"], 1, "trainer.precision is 'bf16-true'; there are 32, 32-true"),
     (["model.megatron_amp_O2=true"], 1, "megatron_amp_O2 works with bf16 alone; trainer.precision is 32"),
@@ -144,19 +146,46 @@ def test_a_value_from_another_key_is_told_once(plan):
     assert found.problems == ["model.data.train_ds.max_seq_length is 'long'; it has to be a whole number of at least 1."]
 
 
-def test_the_adapter_to_go_on_from_is_of_the_same_kind(plan, monkeypatch, tmp_path):
-    adapter = tmp_path / "a.nemo"
-    described = yaml.safe_dump({"peft": {"peft_scheme": "lora", "lora_tuning": {"adapter_dim": 8}}}).encode()
-    with tarfile.open(adapter, "w") as archive:
-        member = tarfile.TarInfo("model_config.yaml")
-        member.size = len(described)
-        archive.addfile(member, io.BytesIO(described))
+@pytest.fixture
+def written(plan, monkeypatch, tmp_path):
+    """A function from LoRA settings and the names of weight files to the override that goes on from such an adapter."""
     monkeypatch.setattr("workshop_utils.finetune.plan.require_sound", lambda *_: None)
-    start = f"model.peft.restore_from_path={adapter}"
-    assert "has rank 8; model.peft.lora_tuning.adapter_dim is 32. Set it to 8." in plan(start).problems[0]
-    assert plan(start, "model.peft.lora_tuning.adapter_dim=8").problems == []
+
+    def write(lora: dict, *weights: str) -> str:
+        described = yaml.safe_dump({"peft": {"peft_scheme": "lora", "lora_tuning": lora}}).encode()
+        with tarfile.open(tmp_path / "a.nemo", "w") as archive:
+            for name, content in (("model_config.yaml", described), *((file, b"") for file in weights)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return f"model.peft.restore_from_path={tmp_path / 'a.nemo'}"
+
+    return write
+
+
+def test_the_adapter_to_go_on_from_is_of_the_same_kind(plan, written, tmp_path):
+    start = written({"adapter_dim": 8, "target_modules": ["attention_dense", "attention_qkv"], "layer_selection": None})
+    same = ["model.peft.lora_tuning.adapter_dim=8", "model.peft.lora_tuning.target_modules=[attention]"]
+    assert plan(start, *same).problems == []
+    found = plan(start, same[1]).problems
+    assert len(found) == 1 and "has rank 8; model.peft.lora_tuning.adapter_dim is 32. Set it to 8." in found[0]
+    found = plan(start, same[0]).problems
+    assert len(found) == 1 and "has modules [attention_dense, attention_qkv]; model.peft.lora_tuning.target_modules is ['attention_qkv']" in found[0]
+    found = plan(start, *same, "model.peft.lora_tuning.layer_selection=[2]").problems
+    assert len(found) == 1 and "has layers null; model.peft.lora_tuning.layer_selection is [2]. Set it to null." in found[0]
     assert "is of the scheme lora" in plan(start, "model.peft.peft_scheme=none").problems[0]
     assert "is a directory" in plan(f"model.peft.restore_from_path={tmp_path}").problems[0]
+
+
+def test_the_adapter_to_go_on_from_is_split_as_the_run(plan, written):
+    """NeMo 2.4.1 looks for mp_rank_00/ in it where the run is split, after a minute of imports."""
+    split = "model.tensor_model_parallel_size=2"
+    found = plan(written({}, "model_weights.ckpt"), split, "model.micro_batch_size=4", processes=2).problems
+    assert len(found) == 1 and "holds the weights of TP 1 x PP 1; NeMo looks for those of TP 2 x PP 1. Set model.tensor_model_parallel_size=1" in found[0]
+    parts = written({}, *(f"mp_rank_0{rank}/model_weights.ckpt" for rank in (0, 1)))
+    assert plan(parts, split, "model.micro_batch_size=4", processes=2).problems == []
+    found = plan(parts).problems
+    assert len(found) == 1 and "or put its parts together: workshop export a.nemo --to nemo --reader nemo" in found[0]
 
 
 def test_packed_rows_need_transformer_engine_and_trust(plan, base, tmp_path):

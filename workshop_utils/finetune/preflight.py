@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,13 +15,16 @@ from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device
 from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.finetune import data_check, estimate, value_check
+from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.architecture import Architecture
-from workshop_utils.formats.nemo_archive import read_config
+from workshop_utils.formats.rank_files import rank_files
+from workshop_utils.formats.rank_files import sizes as sizes_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SCHEMES = ("lora", "ptuning", "adapter", "ia3", "none")
+SECTIONS = {"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}
 MODULES = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", *estimate.TARGETS)
 
 PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
@@ -164,8 +168,11 @@ def parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
         yield "model.context_parallel_size: Megatron-Core splits the context only through Transformer Engine, which is not installed."
     if model.get("sequence_parallel") and tensor == 1:
         yield "model.sequence_parallel needs model.tensor_model_parallel_size above 1."
-    rank = model.peft.lora_tuning.adapter_dim
-    if model.peft.peft_scheme == "lora" and rank % tensor:
+    rank, scheme = model.peft.lora_tuning.adapter_dim, model.peft.peft_scheme
+    if tensor * pipeline > 1 and scheme in SCHEMES and scheme not in ("lora", "none"):
+        yield (f"model.peft.peft_scheme={scheme} with tensor- or pipeline-parallel size above 1: NeMo writes a part for each rank, and only those "
+               "of lora are put together. Leave the sizes at 1 (more processes are data-parallel then), or take lora.")  # fmt: skip
+    if scheme == "lora" and rank % tensor:
         yield f"model.peft.lora_tuning.adapter_dim {rank} is no multiple of model.tensor_model_parallel_size {tensor}, which shares it out."
     if not sizes:
         return
@@ -209,8 +216,8 @@ def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
         yield f"model.peft.peft_scheme is {peft.peft_scheme!r}; there are {', '.join(SCHEMES)}."
         return
     if peft.restore_from_path:
-        yield from _to_go_on_from(Path(peft.restore_from_path), peft)
-    section = {"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}.get(peft.peft_scheme)
+        yield from _to_go_on_from(Path(peft.restore_from_path), config.model)
+    section = SECTIONS.get(peft.peft_scheme)
     chosen = peft[section].layer_selection if section else None
     if chosen is not None and sizes and (not chosen or not all(1 <= number <= sizes.layers for number in chosen)):
         yield f"model.peft.{section}.layer_selection is {list(chosen)}; layers are numbered from 1 to {sizes.layers}."
@@ -223,21 +230,35 @@ def adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
                "Hugging Face's names (q_proj, ...) are those of the exported adapter.")  # fmt: skip
 
 
-def _to_go_on_from(source: Path, peft: "DictConfig") -> Iterator[str]:
-    """The adapter that training begins with has to be of the same scheme and rank."""
-    where = f"model.peft.restore_from_path: {paths.shown(source)}"
+def _to_go_on_from(source: Path, model: "DictConfig") -> Iterator[str]:
+    """The adapter that training begins with has to be of the same scheme, rank, modules and layers, and split over as many ranks."""
+    where, peft = f"model.peft.restore_from_path: {paths.shown(source)}", model.peft
     if not source.is_file():
         yield f"{where} is a directory. Give the .nemo that a training wrote."
         return
-    theirs = (read_config(source).get("peft") or {}) if source.suffix == ".nemo" else {}
+    theirs = (nemo_archive.read_config(source).get("peft") or {}) if source.suffix == ".nemo" else {}
     if (scheme := theirs.get("peft_scheme", peft.peft_scheme)) != peft.peft_scheme:
         yield f"{where} is of the scheme {scheme}. Set model.peft.peft_scheme={scheme}, or leave it out."
     elif peft.peft_scheme == "none" or (source.suffix == ".nemo" and not theirs):
         yield f"{where} would be loaded as an adapter, and is none or is given to a full fine-tuning. Leave it out, or take it as the base."
-    for section in ("lora_tuning", "adapter_tuning"):
-        rank = (theirs.get(section) or {}).get("adapter_dim") if section.startswith(peft.peft_scheme) else None
-        if rank is not None and rank != peft[section].adapter_dim:
-            yield f"{where} has rank {rank}; model.peft.{section}.adapter_dim is {peft[section].adapter_dim}. Set it to {rank}."
+    elif section := SECTIONS.get(peft.peft_scheme):
+        settings = theirs.get(section) or {}
+        for key, what in (("adapter_dim", "rank"), ("target_modules", "modules"), ("layer_selection", "layers")):
+            his, ours = settings.get(key), peft[section].get(key)
+            if key in settings and _resolved(his) != _resolved(ours):
+                said = json.dumps(his).replace('"', "")
+                yield f"{where} has {what} {said}; model.peft.{section}.{key} is {ours}. Set it to {said}."
+    if source.suffix == ".nemo" and (files := rank_files(member.name for member in nemo_archive.members(source))):
+        split, wanted = sizes_of(files), (model.tensor_model_parallel_size, model.pipeline_model_parallel_size)
+        if split != wanted:
+            merge = f", or put its parts together: workshop export {paths.shown(source)} --to nemo --reader nemo" if wanted == (1, 1) else ""
+            yield (f"{where} holds the weights of TP {split[0]} x PP {split[1]}; NeMo looks for those of TP {wanted[0]} x PP {wanted[1]}. Set "
+                   f"model.tensor_model_parallel_size={split[0]} and model.pipeline_model_parallel_size={split[1]}{merge}.")  # fmt: skip
+
+
+def _resolved(value: Any) -> Any:
+    """``value`` of a key of an adapter's settings as it counts: a list in any order, with groups of modules resolved."""
+    return value if value is None or isinstance(value, int) else sorted(estimate.lora_modules(list(value)))
 
 
 def template(config: "DictConfig") -> data_check.Template:
