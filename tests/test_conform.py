@@ -239,6 +239,11 @@ PEFT_FAULTS = {
     "no rank": ({"r": "absent"}, None, "r is a positive whole number"),
     "no alpha": ({"lora_alpha": "absent"}, None, "lora_alpha is a positive number"),
     "no base": ({"base_model_name_or_path": None}, None, "--base ID"),
+    "absolute base": ({"base_model_name_or_path": "/home/somebody/llama"}, None, "a place on the machine of the training"),
+    "relative base": ({"base_model_name_or_path": "../models/llama"}, None, "a place on the machine"),
+    "base in folders": ({"base_model_name_or_path": "models/huggingface/llama"}, None, "--base ID"),
+    "base in the home": ({"base_model_name_or_path": "~/llama"}, None, "a place on the machine"),
+    "base on a drive": ({"base_model_name_or_path": "C:\\llama"}, None, "a place on the machine"),
     "bias": ({"bias": "all"}, None, "bias is 'none'"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, None, "merge it into its base"),
     "dora": ({"use_dora": True}, None, "servers take no DoRA"),
@@ -262,6 +267,13 @@ def test_a_broken_peft_adapter(root, exported, fault, reader):
     config, tensors, words = PEFT_FAULTS[fault]
     text = broken(judge(peft_copy(root, exported, config, tensors), reader))
     assert words in text, text
+
+
+@pytest.mark.parametrize("base, notes", [("meta-llama/Llama-3.2-1B-Instruct", 0), ("tiny-llama", 1)])
+def test_an_id_without_an_organisation_is_noted(root, exported, base, notes):
+    found = judge(peft_copy(root, exported, {"base_model_name_or_path": base}), "peft")
+    assert found.conforms
+    assert sum("without an organisation" in note for note in found.notes) == notes
 
 
 def test_the_layers_that_were_picked(root, exported):

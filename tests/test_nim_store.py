@@ -169,6 +169,34 @@ def test_rank_and_base_are_warned_about(forms, tmp_path):
     assert stage(forms["peft"], "b", tmp_path, base="some/Tiny-Llama", max_rank=4).warnings == ()
 
 
+def test_without_a_base_the_store_s_adapters_are_compared(forms, tmp_path):
+    first = stage(forms["peft"], "a", tmp_path)
+    assert (first.warnings, len(first.notes)) == ((), 1)
+    assert "trained on tiny-llama" in first.notes[0] and "--base" in first.notes[0]
+    assert stage(forms["peft"], "a", tmp_path).notes == first.notes  # itself is no other
+    again = stage(forms["nemo"], "b", tmp_path)
+    assert (again.warnings, again.notes) == ((), ())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.nemo").write_text("no archive")
+    elsewhere = export(forms["raw"], "hf-peft", tmp_path.parent / "elsewhere", base_model="org/other-llama")
+    found = stage(elsewhere, "c", tmp_path)
+    assert found.notes == ()
+    (warning,) = found.warnings
+    assert all(word in warning for word in ("other-llama", "a in this store on tiny-llama", "one base"))
+
+
+@pytest.mark.parametrize("form", ["peft", "nemo"])
+def test_another_dtype_than_the_base_s_is_warned_about(forms, tmp_path, form):
+    from export_samples import tiny_llama
+
+    model = tiny_llama(GQA)
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype) / "tiny-llama")
+    assert stage(forms[form], "a", tmp_path / "store", base=tmp_path / "torch.float32" / "tiny-llama").warnings == ()
+    (warning,) = stage(forms[form], "a", tmp_path / "store", base=tmp_path / "torch.bfloat16" / "tiny-llama").warnings
+    assert "its weights are float32" in warning and "--dtype bfloat16" in warning
+
+
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", 64), ("num_hidden_layers", 1)])
 def test_a_base_of_other_sizes_is_refused(forms, tmp_path, field, value):
     from export_samples import tiny_llama
@@ -193,7 +221,9 @@ def test_the_command_says_what_it_did(forms, tmp_path, capsys):
     assert main(words) == 0
     assert "left as it is" in capsys.readouterr().out
     assert main(["nim", "stage", str(forms["peft"]), "--name", "a", "--store", str(tmp_path)]) == 0
-    assert "replaces" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "replaces" in said.out
+    assert "note: it was trained on tiny-llama; not compared" in said.err
     assert main(["nim", "stage", str(forms["raw"]), "--name", "a", "--store", str(tmp_path)]) == 1
     assert main([*words, "--max-lora-rank", "0"]) == 1
     assert "Traceback" not in capsys.readouterr().err

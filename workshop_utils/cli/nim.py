@@ -41,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--store", required=True, type=Path, metavar="DIR", help="the directory of all adapters; made where missing"
     )
     action.add_argument(
-        "--base", metavar="MODEL", help="the model that is served, a directory or its id: another base is warned about"
+        "--base",
+        metavar="MODEL",
+        help="the model that is served, a directory or its id: another base, or dtype, is warned about (default: compare the store's)",
     )
     action.add_argument(
         "--max-lora-rank", type=int, default=32, metavar="N", help="NIM_MAX_LORA_RANK of the server (default: 32)"
@@ -125,6 +127,8 @@ def _stage(args: argparse.Namespace) -> int:
     staged = stage(args.adapter, args.name, args.store, args.base, args.max_lora_rank, args.reader, args.trust)
     for warning in staged.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    for note in staged.notes:
+        print(f"note: {note}", file=sys.stderr)
     said = {
         "added": "new",
         "replaced": "replaces an older one",

@@ -12,6 +12,7 @@ from workshop_utils.conform.rules import TRAINED, Judgement, check_rank, check_s
 from workshop_utils.doctor.adapters import check_peft
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
+from workshop_utils.export.base_id import is_hub_id, is_place
 from workshop_utils.formats import huggingface
 from workshop_utils.formats.architecture import number, size
 from workshop_utils.formats.safe_text import read_json
@@ -84,7 +85,10 @@ def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, aga
     )
     base = config.get("base_model_name_or_path")
     fault = None if isinstance(base, str) and base else "base_model_name_or_path is empty; --base ID records it"
-    found.check(f"{_CONFIG} names the base", fault, f"name it: {again} --base ID")
+    if not fault and is_place(base):
+        fault = f"base_model_name_or_path is {base!r}, a place on the machine of the training"
+    if found.check(f"{_CONFIG} names the base", fault, f"name it: {again} --base ID") and not is_hub_id(base):
+        found.note(f"base_model_name_or_path is {base!r}, without an organisation: the Hub has no such id")
     exact("bias", "none", fix="merge it into its base with PEFT (merge_and_unload): a server adds no bias")
     merged = found.again("hf-merged", "--base DIR")
     if served:

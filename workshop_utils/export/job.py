@@ -14,6 +14,7 @@ from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft, merge
 from workshop_utils.export.adapter import NAME, NAME_RULE, LoraAdapter, find_adapter, read_adapter
+from workshop_utils.export.base_id import base_id, of_directory
 from workshop_utils.export.check import check_hf_peft, check_merged, check_nemo
 from workshop_utils.export.model_card import model_card
 from workshop_utils.export.modules import fused, of_dtype, separated
@@ -115,7 +116,7 @@ def export_adapter(
         refuse_for_trtllm(lora)
     written = fused(lora) if to == "nemo" else separated(lora)
     written = of_dtype(written, dtype) if dtype and to not in _BASES else written
-    recorded = base.name if base else base_model or lora.base
+    recorded = of_directory(base, lora.base) if base else base_id(base_model or lora.base)
     record = make_record(written, to, reader if to == "nemo" else None, recorded, dtype)
     job = _Job(lora, written, record, name, overwrite, results, check, base, dtype, accept)
     return (

@@ -34,6 +34,12 @@ class Model:
     format: str
     files: dict[str, str]
 
+    @property
+    def hub_id(self) -> str | None:
+        """The model's id on the Hub, where it comes from there, or where its licence stands on its page there."""
+        page = self.address if self.source == "huggingface" else self.licence_url.removeprefix("https://huggingface.co/")
+        return page if page.count("/") == 1 else None
+
 
 def catalogue() -> dict[str, Model]:
     """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an entry is wrong."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ from workshop_utils import paths
 from workshop_utils.conform import judge
 from workshop_utils.doctor import layers
 from workshop_utils.doctor.verify import require_sound
-from workshop_utils.errors import ConformanceFailed, UnsupportedAdapter, WorkshopError
+from workshop_utils.errors import CheckpointError, ConformanceFailed, UnsupportedAdapter, WorkshopError
 from workshop_utils.export.adapter import NAME, NAME_RULE, find_adapter
+from workshop_utils.export.base_id import same_base
 from workshop_utils.formats import nemo2
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.identify import identify
@@ -29,13 +32,16 @@ _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mode
 
 @dataclass(frozen=True)
 class Staged:
-    """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a server may refuse, and the fix."""
+    """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a server may refuse or answer wrongly, and
+    the fix; ``notes`` what was not compared.
+    """
 
     path: Path
     name: str
     change: Literal["added", "replaced", "unchanged"]
     rank: int | None
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def stage(
@@ -55,7 +61,8 @@ def stage(
     Args:
         adapter: a PEFT directory, or a ``.nemo`` for TensorRT-LLM (see :func:`workshop_utils.export.export`) or its directory.
         name: the model's id in the API.
-        base: the model that will be served, a directory or its id; told apart from the adapter's own base, with a warning.
+        base: the model that will be served, a directory or its id; a warning where the adapter's own base is another, or the dtype of
+            the directory's weights. Without it the bases that the other adapters of the store record are compared: one NIM has one.
         max_rank: ``NIM_MAX_LORA_RANK`` of the server; a warning when the adapter's rank is above it.
         reader: whose rules: those of NIM 1.x or 2.x (see :mod:`workshop_utils.conform`).
         trust: what is unsound in the adapter is printed and not raised.
@@ -73,17 +80,18 @@ def stage(
     require_sound(adapter, trust)
     described = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
-    warnings = [*_rank_warnings(rank, max_rank), *_base_warnings(described, base)]
+    about_base, notes = _compare_with_base(described, base) if base else _compare_with_store(described, store, name)
+    warnings = (*_rank_warnings(rank, max_rank), *about_base)
     files = _files(described.path, name)
     existed = target.exists()
     if existed and _same(target, files):
-        return Staged(target, name, "unchanged", rank, tuple(warnings))
+        return Staged(target, name, "unchanged", rank, warnings, notes)
     if existed and adapter.resolve().is_relative_to(target.resolve()):
         raise WorkshopError(f"{shown(adapter)} is the adapter in the store itself. Stage it from where it was exported to.")
     with paths.new_directory(target) as part:
         for copied, source in files.items():
             shutil.copyfile(source, part / copied)
-    return Staged(target, name, "replaced" if existed else "added", rank, tuple(warnings))
+    return Staged(target, name, "replaced" if existed else "added", rank, warnings, notes)
 
 
 def names(store: Path | str) -> list[str]:
@@ -135,19 +143,51 @@ def _rank_warnings(rank: int | None, max_rank: int) -> list[str]:
     ]
 
 
-def _base_warnings(adapter: Checkpoint, base: Path | str | None) -> list[str]:
-    """Other names are a warning, since one model has many; other sizes never work."""
-    if base is None:
-        return []
+def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str], tuple[str, ...]]:
+    """Warnings, and no notes. Other names are a warning, since one model has many; other sizes never work."""
+    warnings, trained = [], _recorded(adapter)
+    served = os.path.abspath(base) if Path(base).is_dir() else str(base)
     if (Path(base) / "config.json").is_file():
-        _refuse_other_sizes(adapter, identify(base).architecture, Path(base))
-    recorded = (adapter.adapter.base or "") if adapter.adapter else ""
-    served, trained = Path(base).name, Path(recorded).name.removesuffix(".nemo")
-    if served.casefold() == trained.casefold():
-        return []
-    return [
-        f"it was trained on {trained or 'a base that it does not name'}, and would be served on {served}: on another base it answers nonsense."
-    ]
+        model = identify(base)
+        _refuse_other_sizes(adapter, model.architecture, Path(base))
+        if adapter.dtype != model.dtype:
+            warnings.append(
+                f"its weights are {adapter.dtype}, those of {shown(base)} {model.dtype}: some servers then answer like the base. "
+                f"Export it with --dtype {model.dtype}, or serve the base as {adapter.dtype}."
+            )
+    if not same_base(served, trained):
+        warnings.append(f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on another base it answers nonsense.")
+    return warnings, ()
+
+
+def _compare_with_store(adapter: Checkpoint, store: Path, name: str) -> tuple[list[str], tuple[str, ...]]:
+    """A warning where an adapter of ``store`` other than ``name`` records another base, a note where none records any."""
+    trained, others = _recorded(adapter), {other: base for other, base in _bases(store).items() if other != name}
+    if not trained or not others:
+        return [], (f"it was trained on {_last(trained)}; not compared with the NIM's model: give --base",)
+    other = next((other for other, base in others.items() if not same_base(base, trained)), None)
+    if other is None:
+        return [], ()
+    return [f"it was trained on {_last(trained)}, but {other} in this store on {_last(others[other])}: a NIM serves the adapters of one base."], ()
+
+
+def _bases(store: Path) -> dict[str, str]:
+    """The bases that the adapters in ``store`` record, by name; one that cannot be read records none."""
+    found = {}
+    for name in names(store):
+        with contextlib.suppress(CheckpointError, OSError):
+            archives = sorted((store / name).glob("*.nemo"))
+            found[name] = _recorded(identify(archives[0] if archives else store / name))
+    return {name: base for name, base in found.items() if base}
+
+
+def _recorded(adapter: Checkpoint) -> str:
+    return (adapter.adapter.base or "") if adapter.adapter else ""
+
+
+def _last(base: str) -> str:
+    """``base`` in a message: a model's name, not the path to it."""
+    return Path(base).name.removesuffix(".nemo") or "a base that it does not name"
 
 
 def _refuse_other_sizes(adapter: Checkpoint, base: Architecture | None, served: Path) -> None:
