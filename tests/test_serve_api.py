@@ -3,12 +3,15 @@
 import asyncio
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import quote, urlsplit
 
 import openai
 import pytest
@@ -242,6 +245,48 @@ def test_completions_that_are_refused(url, change):
 def test_unknown_models(url, name):
     status, answer, _ = post(url, {"model": name, "messages": HELLO})
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "model_not_found", "model")
+
+
+@pytest.fixture
+def touched(monkeypatch):
+    """Names that the file system is asked for while ``touched.on`` is set, by any thread: by events of Python, and where it raises none."""
+
+    class Touched(list):
+        on = False
+
+        def take(self, *values) -> None:
+            self.extend(os.fsdecode(value) for value in values if self.on and isinstance(value, (str, bytes, os.PathLike)))
+
+    found = Touched()
+    # A hook cannot be taken away again. Those of http.client have the request that the test sends.
+    sys.addaudithook(lambda event, values: found.on and not event.startswith(("http.client", "socket")) and found.take(event, *values))
+    for name in ("stat", "lstat", "access", "readlink"):
+        asked = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path, *rest, asked=asked, **more: (found.take(path), asked(path, *rest, **more))[1])
+    yield found
+    found.on = False
+
+
+def test_no_word_of_a_request_reaches_the_file_system(url, folder, touched):
+    word = "canary-of-this-test"
+    touched.on = True
+    Path(f"/tmp/{word}/stat").exists()
+    with pytest.raises(OSError, match=word):
+        Path(f"{word}/open").read_text()
+    assert {f"/tmp/{word}/stat", f"{word}/open"} <= set(touched)  # it sees what it is to see
+    touched.clear()
+    headers = {"Authorization": f"Bearer {KEY}"}
+    for name in (word, f"../{word}", f"/etc/{word}", f"{folder}/store/{word}", f"peft/../{word}", f"~/{word}", f"file:///{word}", f"{word}\x00"):
+        assert post(url, {"model": name, "messages": HELLO})[0] == 404
+        assert post(url, {"model": name, "prompt": name}, path="/v1/completions")[0] == 404
+        assert request(url, "GET", f"/v1/models/{quote(name, safe='')}", None, headers)[0] == 404
+        assert request(url, "GET", f"/{quote(name)}", None, headers)[0] == 404
+        more = {"stop": name, "user": name, "max_tokens": 2}
+        for model in MODELS:
+            assert post(url, {"model": model, "messages": [{"role": "user", "content": name, "name": word}], **more})[0] in (200, 400)
+            assert post(url, {"model": model, "prompt": name, **more}, path="/v1/completions")[0] == 200
+    touched.on = False
+    assert not [name for name in touched if word in name or str(folder) in name]
 
 
 def test_other_routes(url):
