@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError, WorkshopError
-from workshop_utils.finetune import configuration, data_check, make_plan, preflight
+from workshop_utils.finetune import configuration, data_check, estimate, make_plan, preflight
 from workshop_utils.finetune.data_check import Template
 from workshop_utils.finetune.plan import SCRIPT
 
@@ -128,6 +129,53 @@ def test_what_would_fail_is_said_before(plan, overrides, processes, said):
     assert any(said in problem for problem in found.problems), found.problems
     with pytest.raises(WorkshopError, match="this run would fail"):
         found.require()
+
+
+def fact(found, name: str) -> str:
+    one, = (line for line in found.facts if line.startswith(f"{name}: "))
+    return one
+
+
+WEIGHTS = 4 * (64 * 16 * 12 + 3 * 64 * 128) + 512 * 64
+"""Of SIZES: attention, a feed-forward with a gate, embeddings that are tied."""
+
+
+@pytest.mark.parametrize("scheme, count", [
+    ("lora", 4 * 32 * (64 + 128)), ("adapter", 4 * 2 * (2 * 64 * 32 + 2 * 64)), ("ia3", 4 * (2 * 32 + 128)),
+    ("ptuning", 10 * 1024 + 1025 * 1024 + 1025 * 64), ("none", WEIGHTS),
+])  # fmt: skip
+def test_what_a_run_needs(plan, monkeypatch, scheme, count):
+    """The schemes' own counts against NeMo are in test_finetune_schemes.py."""
+    monkeypatch.setattr(estimate, "operations_per_second", lambda: 1e7)
+    found = plan(f"model.peft.peft_scheme={scheme}", "trainer.max_steps=20", "trainer.val_check_interval=10")
+    assert fact(found, "trainable").startswith(f"trainable: {count:,} of {WEIGHTS:,} weights")
+    # Weights; a gradient and two moments of what is trained; activations of a micro batch and two copies of its logits.
+    length = max(int(re.search(r"longest (\d+)", line)[1]) for line in found.facts if "longest" in line)
+    activations = 4 * 8 * length * 64 * (34 + 5 * 4 * length / 64) * 2 + 2 * 4 * 8 * length * 512
+    assert fact(found, "memory").startswith(f"memory: about {(4 * WEIGHTS + 16 * count + activations) / 1e9:.1f} GB")
+    assert fact(found, "disk").startswith(f"disk: about {(2 * 12 + 4) * count / 1e6:,.0f} MB for 2 checkpoints")
+    train, validation = (float(re.search(r"([\d]+) tokens a row", line)[1]) for line in found.facts if "tokens a row" in line)
+    operations = (4 * WEIGHTS + 2 * count) * 20 * 8 * train + 2 * WEIGHTS * 2 * 3 * validation
+    minutes = float(re.search(r"about ([\d.]+) min for 20 steps", fact(found, "time"))[1])
+    assert minutes == pytest.approx(operations / 1e7 / 60, rel=0.05)
+
+
+@pytest.mark.parametrize("top, kept", [(1, 2), (2, 3), (0, 1), (-1, 6)])
+def test_the_checkpoints_that_are_kept_need_room(plan, monkeypatch, top, kept):
+    words = [f"exp_manager.checkpoint_callback_params.save_top_k={top}", "trainer.max_steps=50", "trainer.val_check_interval=10"]
+    size = (12 * kept + 4) * 4 * 32 * (64 + 128)
+    for free in (size, size - 1):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda place, free=free: type("Usage", (), {"free": free}))
+        found = plan(*words)
+        assert fact(found, "disk") == f"disk: about {size / 1e6:,.0f} MB for {kept} checkpoints and the .nemo"
+        assert [problem for problem in found.problems if "MB are needed on disk" in problem] == found.problems
+        assert len(found.problems) == (free < size)
+
+
+def test_the_speed_of_a_machine_is_that_of_its_best_moment(monkeypatch):
+    ticks = iter([0, 9, 10, 12, 20, 21, 30, 35, 40, 48])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    assert estimate.operations_per_second() == 2 * 1024**3
 
 
 def test_the_optimizers_and_schedules_are_those_of_nemo():
@@ -317,12 +365,55 @@ def test_files_that_are_no_rows(base, tmp_path, content, said):
 
 
 def test_a_large_file_is_sampled_and_says_so(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_check, "WHOLE", 11)
     monkeypatch.setattr(data_check, "SAMPLE", 5)
     tokenizer = ChatTokenizer(yaml.safe_load((base / "model_config.yaml").read_text())["tokenizer"]["type"])
     (tmp_path / "x.jsonl").write_text('{"input": "a", "output": "b"}\n' * 12)
     found = data_check.count(tmp_path / "x.jsonl", Template("{input}{output}", "output", (), 64, 1), tokenizer)
     assert (found.rows, found.sampled) == (12, 5)
-    assert "12 rows" in str(found) and "of a sample of 5" in str(found)
+    assert "12 rows" in str(found) and "of a sample of 5; the other rows are not read" in str(found)
+
+
+def test_a_hundred_thousand_rows_take_no_longer(base, tmp_path):
+    """Processor time, so that a busy machine does not matter; every row parsed took four times the bound."""
+    tokenizer = ChatTokenizer(yaml.safe_load((base / "model_config.yaml").read_text())["tokenizer"]["type"])
+    rule = Template("{input} {output}", "output", ("input",), 512, 1)
+    files = [tmp_path / f"{name}.jsonl" for name in ("train", "validation")]
+    for number, file in enumerate(files):
+        row = json.dumps({"input": "{} " + "some words " * 20, "output": "an answer"}).replace("{}", "%d", 1)
+        file.write_text("".join(row % (2 * n + number) + "\n" for n in range(100_000 - number)) + (row % 0 + "\n") * number)
+    began = time.process_time()
+    counted = [data_check.count(file, rule, tokenizer) for file in files]
+    assert data_check.common_rows(*files, rule) == 1
+    assert time.process_time() - began < 4
+    assert {one.rows for one in counted} == {100_000}
+
+
+@pytest.fixture
+def archive(base, tmp_path):
+    """The base as a .nemo, as far as planning looks at it."""
+    with tarfile.open(tmp_path / "base.nemo", "w") as made:
+        for file in sorted(base.rglob("*")):
+            made.add(file, file.relative_to(base), recursive=False)
+    return tmp_path / "base.nemo"
+
+
+def test_the_rows_for_a_nemo_base_are_read(plan, archive, tmp_path):
+    """Its tokenizer is inside: tokens are not counted, but everything else about the files is found."""
+    good = '{"input": "a", "output": "b"}\n'
+    (tmp_path / "good.jsonl").write_text(good * 3)
+
+    def found(train: str):
+        (tmp_path / "t.jsonl").write_text(train)
+        return make_plan([f"model.restore_from_path={archive}", f"model.data.train_ds.file_names=[{tmp_path}/t.jsonl]",
+                          f"model.data.validation_ds.file_names=[{tmp_path}/good.jsonl]"], trust=True).preflight  # fmt: skip
+
+    sound = found(good)
+    assert sound.problems == [] and "t.jsonl: 1 rows; tokens are not counted, the tokenizer is inside the .nemo" in sound.facts
+    assert any("repeats 3 rows of t.jsonl" in warning for warning in sound.warnings)
+    assert any(fact.startswith("memory: at most about ") for fact in sound.facts) and not any(fact.startswith("time:") for fact in sound.facts)
+    for content, said in (("{", "t.jsonl, line 1: not JSON"), ('{"question": "a"}\n', "the template needs a text in 'input'")):
+        assert any(said in problem for problem in found(content).problems)
 
 
 NEMO = """

@@ -17,6 +17,7 @@ from workshop_utils.errors import UnsupportedAdapter
 from workshop_utils.export import export
 from workshop_utils.export.adapter import read_adapter
 from workshop_utils.finetune.predict import predict
+from workshop_utils.formats.identify import identify
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +73,10 @@ def test_it_trains(tiny, name):
     assert plan.adapter.exists()
     assert len(losses) == (4 if name == "early-stop" else 12)
     assert losses[-1] < losses[0]
+    if name != "full":  # whose norms are left out of the estimate
+        told, = (int(fact.split()[1].replace(",", "")) for fact in plan.preflight.facts if fact.startswith("trainable: "))
+        table = 10 * 64 if name == "ptuning" else 0  # what the encoder says, kept for inference
+        assert identify(plan.adapter).parameters == told + table
 
 
 def test_one_layer_alone_is_trained_and_cannot_be_exported(tiny):

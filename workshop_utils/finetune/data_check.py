@@ -14,8 +14,11 @@ from workshop_utils import chat_data, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.errors import DataError
 
-SAMPLE = 10_000
-"""Rows of a larger file are not all tokenised: this many, drawn at random, stand for it."""
+WHOLE = 10_000
+"""Files of up to so many rows are read whole."""
+
+SAMPLE = 2_000
+"""Of a larger file so many lines, drawn at random, are read as rows and stand for it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Template:
 
 @dataclass(frozen=True)
 class Counted:
-    """``rows`` of the file, and of the ``sampled`` ones: tokens (mean, longest), how many are too long, how many lose answer tokens."""
+    """``rows`` of the file, and of the ``sampled`` ones: tokens (mean, longest), how many are too long, how many lose answer tokens.
+
+    Without a tokenizer the tokens are 0.
+    """
 
     path: Path
     rows: int
@@ -51,8 +57,9 @@ class Counted:
     answers_cut: int
 
     def __str__(self) -> str:
-        of = f" (of a sample of {self.sampled:,})" if self.sampled < self.rows else ""
-        return f"{paths.shown(self.path)}: {self.rows:,} rows; {self.mean_tokens:.0f} tokens a row, longest {self.longest:,}{of}"
+        of = f" (of a sample of {self.sampled:,}; the other rows are not read)" if self.sampled < self.rows else ""
+        tokens = f"{self.mean_tokens:.0f} tokens a row, longest {self.longest:,}" if self.longest else "tokens are not counted"
+        return f"{paths.shown(self.path)}: {self.rows:,} rows; {tokens}{of}"
 
 
 def check_template(template: Template) -> Iterator[str]:
@@ -72,24 +79,25 @@ def check_template(template: Template) -> Iterator[str]:
         yield f"{where} holds characters outside ASCII, which NeMo garbles. Put them into the rows, or write \\u escapes."
 
 
-def count(path: Path, template: Template, tokenizer: ChatTokenizer) -> Counted:
-    """Read ``path`` and count what NeMo would see.
+def count(path: Path, template: Template, tokenizer: ChatTokenizer | None) -> Counted:
+    """Read ``path`` and count what NeMo would see; of a file of more than ``WHOLE`` rows, a sample.
 
     Raises:
         DataError: a row is no JSON object, lacks a column of the template, or has one that is no text; file, line and field named.
     """
     path = Path(path)
-    rows = list(_rows(path, template))
-    chosen = rows if len(rows) <= SAMPLE else random.Random(0).sample(rows, SAMPLE)
+    total, rows = _rows(path, template)
+    if tokenizer is None:
+        return Counted(path, total, len(rows), 0, 0, 0, 0)
     lengths, answers = [], []
-    pieces = [text for row in chosen for text in _pieces(row, template)]
+    pieces = [text for row in rows for text in _pieces(row, template)]
     counts = iter(tokenizer.count(pieces))
-    for row in chosen:
+    for row in rows:
         found = [next(counts) for _ in _pieces(row, template)]
         lengths.append(sum(found) + template.extra)
         answers.append(_answer_is_cut(found, lengths[-1] - template.max_seq_length, template))
     longer = sum(length > template.max_seq_length for length in lengths)
-    return Counted(path, len(rows), len(chosen), sum(lengths) / len(lengths), max(lengths), longer, sum(answers))
+    return Counted(path, total, len(rows), sum(lengths) / len(lengths), max(lengths), longer, sum(answers))
 
 
 def _answer_is_cut(sizes: list[int], over: int, template: Template) -> bool:
@@ -110,23 +118,35 @@ def _answer_is_cut(sizes: list[int], over: int, template: Template) -> bool:
 
 
 def common_rows(first: Path, second: Path, template: Template) -> int:
-    """Rows of ``second`` that stand in ``first`` as well, answer included."""
-    seen = {_key(row, template) for row in _rows(first, template)}
-    return sum(_key(row, template) in seen for row in _rows(second, template))
+    """Rows of ``second`` that stand in ``first`` as well, answer included. Where one of them has more than ``WHOLE`` rows, their lines are
+    compared as they are written.
+    """
+    one, other = _lines(first), _lines(second)
+    if max(len(one), len(other)) > WHOLE:
+        seen = set(one)
+        return sum(line in seen for line in other)
+    seen = {_key(row, template) for row in _rows(first, template)[1]}
+    return sum(_key(row, template) in seen for row in _rows(second, template)[1])
 
 
 def _key(row: dict, template: Template) -> tuple[str, ...]:
     return tuple(row[field] for field in template.fields)
 
 
-def _rows(path: Path, template: Template) -> Iterator[dict]:
+def _lines(path: Path) -> list[str]:
     lines = chat_data.lines(path)
     while lines and not lines[-1]:
         lines.pop()  # as NeMo does; in between it fails on an empty line
     if not lines:
         raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
-    for number, line in enumerate(lines, 1):
-        yield _row(line, template, f"{paths.shown(path)}, line {number}")
+    return lines
+
+
+def _rows(path: Path, template: Template) -> tuple[int, list[dict]]:
+    """How many rows ``path`` has; all of them, or a sample."""
+    lines = _lines(path)
+    chosen = range(len(lines)) if len(lines) <= WHOLE else sorted(random.Random(0).sample(range(len(lines)), SAMPLE))
+    return len(lines), [_row(lines[number], template, f"{paths.shown(path)}, line {number + 1}") for number in chosen]
 
 
 def _row(line: str, template: Template, where: str) -> dict:

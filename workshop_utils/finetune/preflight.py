@@ -64,7 +64,7 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
               tokenizer: ChatTokenizer | None, device: Device) -> Preflight:  # fmt: skip
     """Check ``config``, the composed configuration of the script, against its ``defaults``, the base's ``sizes`` and this machine.
 
-    ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) rows are not counted, and a fact says so.
+    ``processes`` is ``--nproc_per_node``. Without a ``tokenizer`` (a ``.nemo`` base) tokens are not counted, and a fact says so.
     """
     found = Preflight(problems=list(value_check.wrong_values(config, defaults)))
     if found.problems:
@@ -78,12 +78,12 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
     found.problems += parallel(config, sizes)
     found.problems += hardware(config, device, found.facts)
     counted = _data(config, tokenizer, found)
-    if counted and not found.problems:
+    if tokenizer and counted and not found.problems:
         train = counted[: len(config.model.data.train_ds.file_names)]
         shares = config.model.data.train_ds.concat_sampling_probabilities or [1]
         mean = sum(share * one.mean_tokens for share, one in zip(shares, train, strict=True))
         found.tokens_per_step = mean * config.model.global_batch_size
-    if sizes and counted and not found.problems:
+    if sizes and not found.problems:
         _resources(config, sizes, counted, run_dir, found)
     return found
 
@@ -288,14 +288,13 @@ def _data(config: "DictConfig", tokenizer: ChatTokenizer | None, found: Prefligh
                 found.problems.append(f"model.data.{part}.file_names is missing: give ['FILE.jsonl'], or use --data.")
             continue
         files[part] = list(settings.file_names)
-        if tokenizer is None or settings.get("packed_sequence"):
-            why = "the tokenizer is inside the .nemo" if tokenizer is None else "they are packed"
-            found.facts.append(f"model.data.{part}: rows are not counted, {why}")
+        if settings.get("packed_sequence"):
+            found.facts.append(f"model.data.{part}: rows are not counted, they are packed")
             continue
         for file in files[part]:
             try:
                 counted.append(data_check.count(Path(file), rule, tokenizer))
-                found.facts.append(str(counted[-1]))
+                found.facts.append(f"{counted[-1]}{'' if tokenizer else ', the tokenizer is inside the .nemo'}")
             except DataError as error:
                 found.problems.append(str(error))
     found.problems += _mixture(config, files)
@@ -305,7 +304,7 @@ def _data(config: "DictConfig", tokenizer: ChatTokenizer | None, found: Prefligh
                 f"{paths.shown(one.path)}: {one.truncated:,} of {one.sampled:,} rows are longer than {rule.max_seq_length} tokens and are "
                 f"cut, {one.answers_cut:,} of them in the answer. model.data.train_ds.max_seq_length={one.longest} would hold all."
             )
-    if tokenizer and not found.problems:
+    if not found.problems and not config.model.data.train_ds.get("packed_sequence"):
         for file in files.get("validation_ds", []):
             for train in files.get("train_ds", []):
                 shared = data_check.common_rows(Path(train), Path(file), rule) if Path(train) != Path(file) else -1
@@ -333,22 +332,23 @@ def _mixture(config: "DictConfig", files: dict[str, list[str]]) -> Iterator[str]
 
 
 def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_check.Counted], run_dir: Path, found: Preflight) -> None:
-    """Memory, disk and time of the run beside what this machine has."""
+    """Memory, disk and time of the run beside what this machine has. Where no tokens were counted, memory is that of the longest row."""
     model, trainer = config.model, config.trainer
-    lora = model.peft.lora_tuning
-    if model.peft.peft_scheme == "lora":
-        modules = estimate.lora_modules(list(lora.target_modules))
-        trainable = estimate.lora_parameters(sizes, modules, lora.adapter_dim, len(lora.layer_selection or range(sizes.layers)))
-    elif model.peft.peft_scheme == "none":
-        trainable = estimate.parameters(sizes)
-    else:
-        return
-    length = min(max(one.longest for one in counted), model.data.train_ds.max_seq_length)
-    split = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    guess = estimate.estimate(sizes, trainable, not str(trainer.precision).startswith("32"), model.megatron_amp_O2,
-                              length * model.micro_batch_size, length, found.tokens_per_step or 0, split)  # fmt: skip
+    trainable = estimate.trained(sizes, model.peft)
+    most = model.data.train_ds.max_seq_length
+    length = min(max(one.longest for one in counted), most) if found.tokens_per_step else most
+    rounds, validated = _validations(config, counted)
+    top = config.exp_manager.checkpoint_callback_params.save_top_k
+    kept = (rounds if top < 0 else min(top, rounds)) + 1
+    guess = estimate.estimate(
+        sizes, trainable, not str(trainer.precision).startswith("32"), model.megatron_amp_O2, length * model.micro_batch_size, length,
+        trained_tokens=(found.tokens_per_step or 0) * trainer.max_steps, validated_tokens=validated,
+        split=model.tensor_model_parallel_size * model.pipeline_model_parallel_size, kept_checkpoints=kept,
+    )  # fmt: skip
     found.facts.append(f"trainable: {guess.trainable:,} of {guess.parameters:,} weights ({guess.trainable / guess.parameters:.2%})")
-    found.facts.append(f"memory: about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
+    bound = "" if found.tokens_per_step else "at most "
+    found.facts.append(f"memory: {bound}about {guess.memory / 1e9:.1f} GB a process, plus 2 GB for Python and NeMo")
+    found.facts.append(f"disk: about {guess.disk / 1e6:,.0f} MB for {kept} checkpoints and the .nemo")
     free = shutil.disk_usage(_existing(run_dir)).free
     if free < guess.disk:
         found.problems.append(f"{paths.shown(run_dir)}: about {guess.disk / 1e6:,.0f} MB are needed on disk, {free / 1e6:,.0f} MB are free.")
@@ -356,12 +356,27 @@ def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_che
         _on_cpu(guess, trainer, found)
 
 
+def _validations(config: "DictConfig", counted: list[data_check.Counted]) -> tuple[int, float]:
+    """How often the run validates, and the tokens of all these validations."""
+    trainer, data, batch = config.trainer, config.model.data, config.model.global_batch_size
+    first = len(data.train_ds.file_names)
+    interval = trainer.val_check_interval
+    if type(interval) is not int:
+        interval = max(1, int(interval * sum(one.rows for one in counted[:first]) / batch)) if counted else trainer.max_steps
+    rounds, limit, tokens = max(1, trainer.max_steps // interval), trainer.get("limit_val_batches", 1.0), 0.0
+    for one in counted[first : first + len(data.validation_ds.file_names)]:
+        rows = min(one.rows, limit * batch) if type(limit) is int else limit * one.rows
+        tokens += rounds * rows * one.mean_tokens
+    return rounds, tokens
+
+
 def _on_cpu(guess: estimate.Estimate, trainer: Any, found: Preflight) -> None:
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if guess.memory + 2e9 * trainer.devices > here:
+    if found.tokens_per_step and guess.memory + 2e9 * trainer.devices > here:
         found.warnings.append(f"this machine has {here / 1e9:.0f} GB of memory: lower model.micro_batch_size or max_seq_length.")
-    seconds = trainer.max_steps * guess.operations / estimate.operations_per_second()
-    found.facts.append(f"time: at least {seconds / 60:.1f} min for {trainer.max_steps} steps on these processors, after about 40 s of imports")
+    if found.tokens_per_step:
+        minutes = guess.operations / estimate.operations_per_second() / 60
+        found.facts.append(f"time: about {minutes:.1f} min for {trainer.max_steps} steps on these processors, after about 40 s of imports")
 
 
 def _existing(path: Path) -> Path:
