@@ -1,11 +1,13 @@
 """How a run starts and ends: records, resuming, locks, and no process left behind. The training is a stand-in of some lines."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,6 +18,7 @@ from tiny_model import make_tiny_model, write_rows
 from workshop_utils import finetune
 from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.finetune import launch, run_record
+from workshop_utils.finetune.events import _event_writer
 
 TRAINER = """
 import json, os, sys, time
@@ -105,6 +108,56 @@ def test_an_interrupted_run_is_continued_and_keeps_its_events(planned, capsys):
     assert "ended without a word after step 3: it was killed" in printed
     assert "Continuing from runs/finetune/run/checkpoints/x-last.ckpt." in printed
     assert len(finetune.read_events(plan.events)) == 6
+
+
+def test_a_torn_line_hides_nothing_after_it(planned):
+    """A line cut off by a full disk or a kill: the resumed run's events, its record and its bar go on."""
+    plan = planned("(checkpoints / 'x-last.ckpt').touch(); raise SystemExit(3)", finish=False)
+    with pytest.raises(TrainingFailed):
+        finetune.finetune(plan, progress=False)
+    with plan.events.open("a") as events:
+        events.write('{"event": "step", "st')
+    trainer = SimpleNamespace(is_global_zero=True, global_step=3, max_steps=9)
+    writer = _event_writer(plan.events)
+    writer.on_train_start(trainer, None)
+    writer.on_train_end(trainer, None)
+    assert plan.events.read_text().splitlines()[3] == '{"event": "step", "st'
+    assert [event["event"] for event in finetune.read_events(plan.events)] == ["step"] * 3 + ["start", "end"]
+    with plan.events.open("ab") as events:
+        events.write(b'\xff\n[1]\n{"event": "step", "step": 7}\n')
+    run_record.end(plan, {}, run_record.INTERRUPTED, 1.0, None)
+    assert run_record.read(plan)["steps"] == 7
+
+
+def test_the_bar_follows_the_events(tmp_path, monkeypatch):
+    from tqdm import tqdm
+
+    made = []
+
+    class Kept(tqdm):
+        """Found again in the test, and silent."""
+
+        def __init__(self, **options):
+            super().__init__(file=io.StringIO(), **options)
+            made.append(self)
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Kept)
+    events = tmp_path / "events.jsonl"
+    with launch._bar(events) as show:
+        show()
+        bar, = made
+        assert (bar.n, bar.total, bar.desc) == (0, None, "loading NeMo and the model")
+        lines = [{"event": "start", "step": 0, "max_steps": 12},
+                 {"event": "step", "step": 4, "loss": 1.25, "tokens_per_second": 90.4, "memory": 1_500_000_000}]  # fmt: skip
+        for number, (line, seen) in enumerate(zip(lines, ((0, ""), (4, "90 tokens/s, loss 1.250, 1.5 GB")), strict=True)):
+            with events.open("a") as stream:
+                stream.write(json.dumps(line) + "\n" + '{"ev' * number)
+            show()
+            assert (bar.total, bar.desc, bar.n, bar.postfix or "") == (12, "training: ", *seen)
+        with events.open("a") as stream:
+            stream.write('\n{"event": "step", "step": 5, "loss": null}\n')
+        show()
+        assert (bar.n, bar.postfix) == (5, "")
 
 
 def test_a_run_that_leaves_no_adapter_has_not_finished(planned):

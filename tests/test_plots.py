@@ -47,6 +47,15 @@ def test_training_curves(capsys):
         plots.plot_training(events[:1])
 
 
+def test_the_curve_of_a_resumed_run_has_each_step_once(capsys):
+    again = [{"event": "step", "step": step, "loss": loss} for step, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.0), (4, 1.0))]
+    again.insert(3, {"event": "start", "step": 2})
+    checks = [{"event": "validation", "step": step, "loss": loss} for step, loss in ((2, 3.5), (2, 2.5))]
+    axes, = plots.plot_training(again + checks).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3, 4], [2]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[4, 3, 2, 1], [2.5]]
+
+
 def test_confusion(capsys):
     result = scores()
     axes = plots.plot_confusion(result["majority-class"], "team").axes[0]

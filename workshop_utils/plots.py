@@ -65,13 +65,14 @@ def plot_training(events: Sequence[Mapping]) -> Figure:
     """Training and validation loss, and below them learning rate, tokens a second and memory as far as known, against the step.
 
     Args:
-        events: as :func:`workshop_utils.finetune.events.read_events` returns them; only "step" and "validation" are used.
+        events: as :func:`workshop_utils.finetune.events.read_events` returns them; only "step" and "validation" are used, and of a step
+            that a resumed run made again the last.
 
     Raises:
         ValueError: no training step among the events.
     """
-    steps = [event for event in events if event["event"] == "step" and event.get("loss") is not None]
-    checks = [event for event in events if event["event"] == "validation"]
+    steps, checks = ([one for _, one in sorted({event["step"]: event for event in events if event["event"] == kind}.items())
+                      if one.get("loss") is not None] for kind in ("step", "validation"))  # fmt: skip
     if not steps:
         raise ValueError("no training step among the events")
     below = [line for line in _BELOW_THE_LOSS if any(event.get(line[0]) is not None for event in steps)]

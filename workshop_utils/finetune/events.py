@@ -5,6 +5,7 @@ scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment there is 
 number of tokens of one optimizer step, padding aside, from which a step's tokens a second are made.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -26,8 +27,11 @@ def _event_writer(target: Path):
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("a") as stream:
-                    stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}) + "\n")
+                with target.open("a+b") as stream:
+                    # A full disk, or the end of an earlier start, can have cut the line before.
+                    if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
+                        stream.write(b"\n")
+                    stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}).encode() + b"\n")
 
         def on_train_start(self, trainer, module):
             """Write "start" with the number of steps to do."""
@@ -77,11 +81,9 @@ def _memory() -> int:
 
 
 def read_events(path: Path) -> list[dict]:
-    """The events in ``path`` so far. A line that is still being written is left out."""
+    """The events in ``path`` so far. A line that is still being written, or was cut off, is left out."""
     events = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        try:
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
             events.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return events
+    return [event for event in events if isinstance(event, dict)]
