@@ -90,7 +90,8 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["model.tensor_model_parallel_size=4"], 4, "size 4 does not divide the 2 key/value groups. Possible below it: [1, 2]"),
     (["model.pipeline_model_parallel_size=3"], 3, "size 3 does not divide the 4 layers"),
     (["trainer.devices=4"], 2, "Give --nproc-per-node=4"),
-    (["+model.context_parallel_size=2"], 2, "only through Transformer Engine"),
+    (["model.context_parallel_size=2"], 2, "only through Transformer Engine"),
+    (["++model.context_parallel_size=2"], 2, "only through Transformer Engine"),
     (["model.peft.peft_scheme=ia3", "model.tensor_model_parallel_size=2"], 2, "peft_scheme=ia3 with tensor- or pipeline-parallel size above 1"),
     (["model.peft.peft_scheme=ptuning", "model.pipeline_model_parallel_size=2"], 2, "only those of lora are put together"),
     (["model.sequence_parallel=true"], 1, "sequence_parallel needs"),
@@ -289,6 +290,11 @@ def test_the_command_line_of_the_container_is_taken_as_it_is(base, tmp_path, mon
 def test_the_nearest_key_is_offered(plan, override, meant):
     with pytest.raises(WorkshopError, match=rf"is no key of megatron_gpt_finetuning\. Did you mean {meant}\?"):
         plan(override)
+
+
+def test_a_key_that_is_there_is_not_added():
+    with pytest.raises(WorkshopError, match=r"model.context_parallel_size is a key of megatron_gpt_finetuning already: write .* without \+"):
+        configuration.compose(SCRIPT, ["+model.context_parallel_size=2"])
 
 
 def test_an_override_that_cannot_be_parsed():

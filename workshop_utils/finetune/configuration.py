@@ -85,6 +85,8 @@ def _explained(error: Exception, defaults: Path) -> str:
         meant = nearest(key, keys(OmegaConf.load(defaults)))
         offer = f" Did you mean {meant}?" if meant else ""
         return f"{key} is no key of {defaults.stem.removesuffix('_config')}.{offer} To add a key that its defaults lack, write +{key}=..."
+    if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"{there[1]} is a key of {defaults.stem.removesuffix('_config')} already: write {there[1]}=... without +."
     if override := getattr(error, "override", None):
         return (f"{override!r} cannot be read as an override. Hydra wants quotes around a value with other than plain characters, and the "
                 "shell around the whole: 'key=\"value\"', 'key=[\"value\"]'.")  # fmt: skip
