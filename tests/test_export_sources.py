@@ -1,10 +1,9 @@
 """Adapters of PEFT and of Lightning checkpoints as sources, merged models, and the proof: judged by PEFT and transformers themselves."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import export_memory
 import pytest
 import torch
 from export_samples import (
@@ -446,31 +445,8 @@ def test_the_proof_says_what_it_cannot_load(root):
     assert found.proven
 
 
-MEMORY = """
-import re, sys, torch
-from pathlib import Path
-from workshop_utils.export import export, job, proof
-def held(what):
-    return 1024 * int(re.search(rf"{what}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes what is held now
-before = held("VmRSS")
-export(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), reader="nemo")
-print(held("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("to, largest", [("hf-peft", 4), ("nemo", 4)])
-def test_memory_is_a_small_multiple_of_the_adapter(root, to, largest):
-    """An adapter of 122 MB; its base, with 32 of these 8 layers, would have 27 GB in fp32. The base is nowhere on this machine."""
-    from export_samples import Shape
-
-    shape = Shape(hidden=4096, heads=32, groups=8, channels=128, ffn=11008, layers=8)
-    source = write_adapter(root / "n.nemo", config_of(shape, ALL, rank=64), tensors_of(shape, ALL, rank=64))
-    size = source.stat().st_size
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(source), to, str(root / "out")], check=True, capture_output=True, text=True
-    )
-    used = int(done.stdout)
-    print(f"adapter {size / 1e6:.0f} MB, export to {to}: {used / 1e6:.0f} MB, {used / size:.1f} times")
-    assert used < largest * size
+@pytest.mark.parametrize("to", export_memory.FORMS)
+def test_memory_is_a_small_multiple_of_the_adapter(root, to):
+    found = export_memory.measure(export_memory.adapter(root), to, root / "out")
+    assert found["times_the_adapter"] < 4

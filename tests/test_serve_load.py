@@ -1,6 +1,11 @@
 """Thirty-two clients while an adapter is replaced, one broken and one removed."""
 
+import contextlib
+import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import serve_load
@@ -28,3 +33,14 @@ def test_load_and_faults(tmp_path):
     assert "Traceback" not in server.log.read_text()
     memory = found["resident_mib"]
     assert memory["highest_in_the_last_quarter"] < memory["highest_in_the_first_quarter"] * 1.1
+
+
+@pytest.mark.parametrize("ratio, fails", [(1.49, True), (1.5, False)])
+def test_the_benchmark_fails_where_batching_brings_too_little(tmp_path, monkeypatch, ratio, fails):
+    benchmark = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "serving.py"))
+    main = benchmark["main"]
+    main.__globals__.update(batching=lambda _: {"processor_ratio": ratio}, faults=lambda _: {})
+    monkeypatch.setattr(sys, "argv", ["serving.py", "--output", str(tmp_path / "found.json")])
+    with pytest.raises(SystemExit) if fails else contextlib.nullcontext():
+        main()
+    assert json.loads((tmp_path / "found.json").read_text())["batching"]["processor_ratio"] == ratio
