@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from workshop_utils.cli import main
-from workshop_utils.recipe import options
+from workshop_utils.recipe import index, options
 
 
 def dry_run(capsys, *words):
@@ -35,7 +35,20 @@ def test_command_line_over_yaml_over_preset_over_default(capsys, tmp_path):
     assert (found["max_steps"], found["seed"], found["learning_rate"]) == (99, 5, 3e-4)
     assert (found["lora_dim"], found["max_samples"]) == (32, 16)  # of the preset
     assert found["random_seed"] == 42  # the default
-    assert dry_run(capsys, "--config", str(file), "--max_steps", "900", "--learning_rate", "none")["learning_rate"] is None
+    assert dry_run(capsys, "--config", str(file), "--max_steps", "900", "--learning_rate", "none")["learning_rate"] == 1e-4  # the recipe's
+
+
+def test_what_is_left_to_the_recipe_is_shown_as_its_numbers_and_places(capsys):
+    """Null stands only where there is nothing: in the index there are the recipe's own numbers."""
+    found = dry_run(capsys)
+    own = index.find("qwen3_8b").schemes["lora"]
+    assert own.keys() == {"learning_rate", "warmup_steps", "lora_dim", "lora_alpha", "lora_dropout", "lora_target_modules"}
+    assert {name: found[name] for name in own} == own and found["lora_target_modules"] == ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    assert found["nemo_logs_dir"] == f"{found['output_dir']}/nemo_logs" and found["test_path"] == f"{found['data_dir']}/test.jsonl"
+    assert [name for name, value in found.items() if value is None] == ["hfdc_custom_converter"]
+    full = dry_run(capsys, "--full_ft")
+    assert full["learning_rate"] == index.find("qwen3_8b").schemes["full_ft"]["learning_rate"] and full["lora_dim"] is None
+    assert dry_run(capsys, "--test_path", "mine.jsonl")["test_path"] == "mine.jsonl"
 
 
 def test_the_dry_run_of_a_preset_is_a_configuration_again(capsys, tmp_path):
@@ -126,6 +139,18 @@ def test_a_missing_source_is_found_before_the_import(option, value, monkeypatch,
     monkeypatch.setattr(recipe, "_import", lambda resolved: pytest.fail("imported"))
     assert main(["recipe", "--preset", "cpu", f"--{option}", value]) == 1
     assert value.removeprefix("./") in capsys.readouterr().err
+
+
+def test_several_machines_are_planned_and_not_started(monkeypatch, capsys):
+    from workshop_utils.cli import recipe
+
+    monkeypatch.setattr(recipe, "_import", lambda resolved: pytest.fail("imported"))
+    words = ["recipe", "--preset", "cpu", "--num_nodes", "2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "note: num_nodes is above 1" in capsys.readouterr().err
+    assert main([*words, "all"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: num_nodes is above 1") and "SlurmExecutor" in said
 
 
 def test_phases_run_in_order_and_stop_at_the_first_failure(monkeypatch, capsys):

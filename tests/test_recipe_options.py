@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
 from workshop_utils.recipe import index, options
 from workshop_utils.recipe.options import RecipeOptions, from_file, from_mapping, from_text
-from workshop_utils.recipe.plan import resolve
+from workshop_utils.recipe.plan import LAYERS, notices, resolve
 from workshop_utils.recipe.presets import PRESETS, preset
 
 REFERENCE = {
@@ -111,6 +112,14 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"peft_scheme": "dora", "lora_target_modules": ("linear_qkv", "linear_fc1")}, "magnitudes of linear_fc1 in the order of the ranks"),
         ({"use_modelopt": True}, "quantised"),
         ({"target": "nemo2", "no_merge": True}, "no_merge"),
+        ({"full_ft": True, "no_merge": True}, "no_merge exports an adapter, and a full fine-tune has none"),
+        ({"full_ft": True, "target": "nemo2"}, "its checkpoint is a whole NeMo 2.0 model"),
+        ({"top_k": 5}, r"top_k is 5 and top_p 0\.95: Megatron-Core takes one"),
+        ({"num_tokens_to_generate": 8192}, "num_tokens_to_generate is 8192 .* 8192: no prompt would fit"),
+        ({"lora_target_modules": ("linear_qvk",)}, r"is called linear_qvk\. Did you mean linear_qkv"),
+        ({"lora_target_modules": ("linear_qkv", "*.layers.0.*.q_proj")}, "called q_proj.* Hugging Face's q_proj, k_proj and v_proj together are linear_qkv"),
+        ({"hfdc_custom_converter": "absent.py:row"}, r"hfdc_custom_converter: .*absent\.py does not exist"),
+        ({"hfdc_custom_converter": "row"}, "hfdc_custom_converter is 'row'; write FILE.py:function"),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),
         ({"output_dir": "{"}, "output_dir"),
         ({"hfdc_train_split_ratio": 1.0}, "hfdc_train_split_ratio"),
@@ -122,6 +131,34 @@ def test_batch_arithmetic(given, data_parallel, batch):
 def test_what_cannot_be_is_refused_with_the_reason(given, message):
     with pytest.raises(WorkshopError, match=message):
         resolve(RecipeOptions(**given))
+
+
+@pytest.mark.parametrize("names", [("linear_qkv", "linear_fc1"), ("*.layers.0.*.linear_qkv",), ("*.mlp.*",), ("linear_kv_up_proj",), ("in_proj",)])
+def test_layers_and_patterns_of_layers(names):
+    assert resolve(RecipeOptions(lora_target_modules=names)).options.lora_target_modules == names
+
+
+def test_every_linear_layer_of_the_installed_megatron_core_is_known():
+    """A name that is missing in our list would be refused."""
+    core = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0])
+    made = re.compile(r"self\.(\w*(?:linear|proj|output_layer)\w*) = (?:build_module|tensor_parallel\.ColumnParallelLinear)\(")
+    files = [file for folder in ("transformer", "ssm", "models/gpt", "models/mamba") for file in (core / folder).rglob("*.py")]
+    found = {name for file in files for name in made.findall(file.read_text())}
+    assert "linear_qkv" in found and found <= set(LAYERS)
+
+
+def test_the_default_data_sets_texts_are_the_references():
+    found = resolve(RecipeOptions()).options
+    row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
+    assert found.hfdc_input_template.format(**row) == "### Instruction:\nAdd.\n ### Input:\n1 and 2\n"
+    assert found.hfdc_output_template.format(**row) == "### Response:\n3"
+
+
+def test_what_runs_on_one_process_or_machine_is_said():
+    (note,) = notices(resolve(RecipeOptions()))
+    assert note.startswith("test and export run on one process")
+    assert notices(resolve(RecipeOptions(tensor_parallel_size=1))) == []
+    assert "trains on one machine" in notices(resolve(RecipeOptions(num_nodes=2)))[0]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +200,7 @@ def test_full_fine_tuning_has_two_spellings():
         ("max_step", "max_steps"),
         ("hf-model-id", "hf_model_id"),
         ("global_batch_size", "micro_batch_size x accumulate_grad_batches"),
+        ("model_path", "give that as hf_model_id"),
         (3, "no option"),
     ],
 )
@@ -258,7 +296,7 @@ def test_the_index_knows_the_model():
     assert (found.model, found.config, found.layers, found.hidden) == ("LlamaModel", "Llama32Config1B", 16, 2048)
     assert (found.tensor_parallel_size, found.global_batch_size, found.base) == (1, 128, "meta-llama/Llama-3.2-1B")
     assert index.find("deepseek_v3").pipeline_parallel_size == 5
-    assert found.warmup_steps == 50
+    assert found.schemes["lora"]["warmup_steps"] == 50 and "lora_dim" not in found.schemes["full_ft"]
 
 
 def test_dora_with_tensor_parallelism_where_nemo_saves_it_right():

@@ -83,31 +83,40 @@ def _metavar(name: str) -> str:
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
     from workshop_utils.recipe import index, options
-    from workshop_utils.recipe.plan import notices, resolve
+    from workshop_utils.recipe.plan import resolve, shown_values
 
     _refuse_unknown(args)
     if args.list or args.options:
         print(index.table() if args.list else options.table())
         return 0
     resolved = resolve(gather(args))
+    if not (args.dry_run or args.resolve):
+        return act(args.action, resolved)
+    _print_notices(resolved)
+    print(shown_values(resolved))
+    if args.resolve:
+        print(_nemo_run_configuration(resolved))
+    return 0
+
+
+def _print_notices(resolved) -> None:
+    from workshop_utils.recipe.plan import notices
+
     for line in notices(resolved):
         print(f"note: {line}", file=sys.stderr)
-    if args.dry_run or args.resolve:
-        from workshop_utils.recipe.plan import shown_values
-
-        print(shown_values(resolved))
-        if args.resolve:
-            print(_nemo_run_configuration(resolved))
-        return 0
-    return act(args.action, resolved)
 
 
 def act(action: str, resolved) -> int:
     """Do ``action``, saying what came of each phase; the next begins only when the one before has succeeded."""
+    from workshop_utils.errors import WorkshopError
     from workshop_utils.recipe.build import on_cpu, require_possible
+    from workshop_utils.recipe.plan import ONE_MACHINE
 
     phases = {"train": ("import", "data", "train"), "all": ("import", "data", "train", "test", "export")}.get(action, (action,))
     require_possible(resolved)
+    if "train" in phases and resolved.options.num_nodes > 1:
+        raise WorkshopError(ONE_MACHINE)
+    _print_notices(resolved)
     if on_cpu(resolved):
         os.environ["WORKSHOP_DEVICE"] = "cpu"
     if "data" in phases:

@@ -45,17 +45,19 @@ def finetune_recipe(resolved: Resolved, preview: bool = False) -> "run.Partial":
 
     It starts as NeMo's recipe for ``recipe_cls_name``, which gives the hyper-parameters. Sizes and tokenizer are those of the imported
     base. The global batch is Megatron's: micro batch x accumulation x data parallel. Lightning's accumulation stays 1, so that it is
-    counted once. With ``preview`` base and data may be missing: the model then is as NeMo's recipe has it, without a prompt template.
+    counted once. With ``preview`` base and data may be missing: the model then is as NeMo's recipe has it, without a prompt template;
+    and ``device: auto`` is a GPU, whatever this machine has.
 
     Raises:
         WorkshopError: the device cannot do it, or the base has not been imported.
     """
     from workshop_utils import nemo_cpu
 
-    if on_cpu(resolved):
+    cpu = resolved.options.device == "cpu" if preview else on_cpu(resolved)
+    if cpu:
         os.environ["WORKSHOP_DEVICE"] = "cpu"
+        require_possible(resolved)
     nemo_cpu.apply()
-    require_possible(resolved)
     from nemo.collections.llm import recipes
 
     options = resolved.options
@@ -64,14 +66,14 @@ def finetune_recipe(resolved: Resolved, preview: bool = False) -> "run.Partial":
         peft_scheme="none" if options.full_ft else options.peft_scheme,
     )  # fmt: skip
     recipe.model = _model(resolved, recipe.model, preview)
-    recipe.data = _data(resolved, getattr(recipe.model, "tokenizer", None), preview)
+    recipe.data = _data(resolved, getattr(recipe.model, "tokenizer", None), cpu, preview)
     recipe.tokenizer = "data"
     _trainer(resolved, recipe.trainer)
     _optimizer(resolved, recipe.optim)
     _adapter(resolved, getattr(recipe, "peft", None))
     _log_and_resume(resolved, recipe)
     _precision(resolved, recipe)
-    if on_cpu(resolved):
+    if cpu:
         _for_cpu(recipe)
     return recipe
 
@@ -96,7 +98,7 @@ def _model(resolved: Resolved, of_recipe: "run.Config", preview: bool) -> "run.C
     return model
 
 
-def _data(resolved: Resolved, tokenizer: "run.Config | None", preview: bool) -> "run.Config":
+def _data(resolved: Resolved, tokenizer: "run.Config | None", cpu: bool, preview: bool) -> "run.Config":
     """NeMo's data module on the three files of the data phase: NeMo's own class, so that a checkpoint names nothing of ours.
 
     Only packed rows take :class:`~.data_module.PreparedDataModule`: NeMo's would pack with its default template.
@@ -122,7 +124,7 @@ def _data(resolved: Resolved, tokenizer: "run.Config | None", preview: bool) -> 
         arguments["pad_to_max_length"] = True
         specs = run.Config(PackedSequenceSpecs, packed_sequence_size=options.max_seq_length)
         return run.Config(PreparedDataModule, packed_sequence_specs=specs, **module.__arguments__)
-    if on_cpu(resolved):
+    if cpu:
         # Without Transformer Engine the mask comes with the data, not from the fused kernel.
         arguments["get_attention_mask_from_fusion"] = False
         module.num_workers, module.memmap_workers, module.pin_memory = 0, 1, False

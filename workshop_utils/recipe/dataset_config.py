@@ -91,6 +91,8 @@ class HFDatasetConfig:
             raise DataError(
                 "custom_converter makes input and output itself: leave out input_template, output_template and field_mapping."
             )
+        if isinstance(self.custom_converter, str):
+            _place_of_converter(self.custom_converter)
         if self.field_mapping and self.input_template is None:
             raise DataError("field_mapping names the fields of templates: give input_template and output_template.")
         if templates := self.templates():
@@ -143,14 +145,22 @@ def _mapping(given: Mapping[str, str] | str | None) -> dict[str, str]:
     return dict(given or {})
 
 
+def _place_of_converter(name: str) -> tuple[str, str]:
+    """File or module, and function, of ``name``. Raises :class:`DataError` when it is written otherwise, or the file is not there."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise DataError(f"custom_converter is {name!r}; write FILE.py:function or package.module:function.")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise DataError(f"custom_converter: {paths.shown(place)} does not exist.")
+    return place, attribute
+
+
 def load_converter(name: str) -> Converter:
     """The function that ``FILE.py:name`` or ``package.module:name`` names; the current directory is searched for modules, too.
 
     Its module is run, as any import does. Raises :class:`DataError` when the module or the function cannot be found.
     """
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute.isidentifier():
-        raise DataError(f"custom_converter is {name!r}; write FILE.py:function or package.module:function.")
+    place, attribute = _place_of_converter(name)
     module = _module_of_file(Path(place), name) if place.endswith(".py") else _module(place, name)
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -160,8 +170,6 @@ def load_converter(name: str) -> Converter:
 
 
 def _module_of_file(file: Path, name: str) -> ModuleType:
-    if not file.is_file():
-        raise DataError(f"custom_converter: {paths.shown(file)} does not exist.")
     # Its own name, so that worker processes find the function again by it.
     known = "workshop_converter_" + hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:16]
     if known not in sys.modules:

@@ -18,9 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workshop_utils import nemo_cpu
 from workshop_utils.device import choose_device
@@ -29,6 +29,9 @@ from workshop_utils.errors import DamagedCheckpoint, GenerationFailed, WorkshopE
 from workshop_utils.formats import nemo2, safe_text
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
+
+if TYPE_CHECKING:
+    from workshop_utils.recipe.options import RecipeOptions
 
 ENGINES = ("dynamic", "static")
 _ADAPTER_FILE = "weights/adapter_metadata.json"
@@ -135,6 +138,15 @@ class Model:
         tokens = [int(token) for token in tokens]
         tokens = tokens[: tokens.index(self.tokenizer.eod)] if self.tokenizer.eod in tokens else tokens
         return Answer(request, self.tokenizer.detokenize(tokens, remove_special_tokens=True), tuple(tokens))
+
+
+def of_options(options: RecipeOptions) -> tuple[Sampling, Limits]:
+    """What ``options`` say about both. Raises WorkshopError where two of them contradict each other."""
+    sampling, limits = (kind(**{one.name: getattr(options, one.name) for one in fields(kind)}) for kind in (Sampling, Limits))
+    if sampling.num_tokens_to_generate >= limits.inference_max_seq_length:
+        raise WorkshopError(f"num_tokens_to_generate is {sampling.num_tokens_to_generate} and inference_max_seq_length, which counts the prompt, too, "
+                            f"{limits.inference_max_seq_length}: no prompt would fit. Lower the first, or raise the second.")  # fmt: skip
+    return sampling, limits
 
 
 def base_of(checkpoint: Path, moved_to: Path | None = None) -> Path | None:

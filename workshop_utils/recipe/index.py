@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
@@ -26,9 +26,9 @@ class Recipe:
     """One recipe: a module of ``nemo.collections.llm.recipes``.
 
     ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``schemes`` are the values of
-    ``peft_scheme`` that its ``finetune_recipe`` takes; none where it has none. The fields after ``pretrain`` come from the first of
-    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens, ``warmup_steps`` those over which its
-    learning rate rises.
+    ``peft_scheme`` that its ``finetune_recipe`` takes (none where it has none), each with its own values of the options that may be left
+    to it: ``learning_rate``, ``warmup_steps``, ``lora_dim`` and so on. The fields after ``pretrain`` come from the first of them: ``base``
+    is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Recipe:
     config: str | None
     layers: int | None
     hidden: int | None
-    schemes: tuple[str, ...]
+    schemes: dict[str, dict[str, Any]]
     pretrain: bool
     base: str | None = None
     tensor_parallel_size: int | None = None
@@ -45,13 +45,12 @@ class Recipe:
     global_batch_size: int | None = None
     micro_batch_size: int | None = None
     seq_length: int | None = None
-    warmup_steps: int | None = None
 
 
 @functools.cache
 def recipes() -> dict[str, Recipe]:
     """Every recipe, by name."""
-    return {entry["name"]: Recipe(**entry | {"schemes": tuple(entry["schemes"])}) for entry in _content()["recipes"]}
+    return {entry["name"]: Recipe(**entry) for entry in _content()["recipes"]}
 
 
 def table() -> str:
@@ -138,7 +137,7 @@ def _described(name: str, module: ModuleType) -> Recipe:
         config=config.__fn_or_cls__.__name__ if config is not None else None,
         layers=getattr(config, "num_layers", None),
         hidden=getattr(config, "hidden_size", None),
-        schemes=tuple(built),
+        schemes={scheme: _own(recipe) for scheme, recipe in built.items()},
         pretrain=hasattr(module, "pretrain_recipe"),
         **(_finetuning(first) if first is not None else {}),
     )
@@ -164,14 +163,29 @@ def _finetuning(recipe: "run.Partial") -> dict[str, int | str | None]:
         for size in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     }
     batches = {size: getattr(data, size, None) for size in ("global_batch_size", "micro_batch_size", "seq_length")}
-    base, schedule = getattr(resume, "path", None), getattr(getattr(recipe, "optim", None), "lr_scheduler", None)
+    base = getattr(resume, "path", None)
     return (
         {size.replace("_model_", "_"): value for size, value in sizes.items()}
         | batches
-        | {"base": base and base.removeprefix("nemo://"), "warmup_steps": getattr(schedule, "warmup_steps", None)}
+        | {"base": base and base.removeprefix("nemo://")}
     )
 
 
+def _own(recipe: "run.Partial") -> dict[str, Any]:
+    """What the recipe has for the options that may be left to it; without those that it has nothing for."""
+    import fiddle
+
+    optim, peft = getattr(recipe, "optim", None), fiddle.build(getattr(recipe, "peft", None))  # built: its layers are made by a factory
+    found = {
+        "learning_rate": getattr(getattr(optim, "config", None), "lr", None),
+        "warmup_steps": getattr(getattr(optim, "lr_scheduler", None), "warmup_steps", None),
+        **{f"lora_{name}": getattr(peft, name, None) for name in ("dim", "alpha", "dropout", "target_modules")},
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 if __name__ == "__main__":
-    paths.write_text(FILE, json.dumps(generate(), indent=1) + "\n")
+    made = generate()
+    lines = ",\n".join(json.dumps(one) for one in made["recipes"])  # one a line
+    paths.write_text(FILE, f'{{"nemo": {json.dumps(made["nemo"])}, "recipes": [\n{lines}\n]}}\n')
     print(f"{len(recipes())} recipes")

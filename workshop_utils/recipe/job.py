@@ -26,7 +26,7 @@ from workshop_utils.finetune.plan import training_environment
 from workshop_utils.recipe import choose_checkpoint
 from workshop_utils.recipe.build import on_cpu, require_possible
 from workshop_utils.recipe.callbacks import TRACE
-from workshop_utils.recipe.plan import RUN, Resolved
+from workshop_utils.recipe.plan import ONE_MACHINE, RUN, Resolved
 from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
 WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
@@ -144,8 +144,7 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
 def _require_ready(resolved: Resolved) -> None:
     require_possible(resolved)
     if resolved.options.num_nodes > 1:
-        raise WorkshopError("num_nodes is above 1: NeMo-Run's LocalExecutor starts the processes of one machine. Give finetune_recipe(resolved) "
-                            "of workshop_utils.recipe.build to a SlurmExecutor or another of NeMo-Run's executors.")  # fmt: skip
+        raise WorkshopError(ONE_MACHINE)
     for name in ("training", "validation"):
         file = resolved.data_dir / f"{name}.jsonl"
         if not file.is_file() or not file.stat().st_size:

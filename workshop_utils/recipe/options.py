@@ -62,11 +62,13 @@ class RecipeOptions:
         "the prepared training, validation and test rows",
     )
     # Machines
-    num_nodes: int = _option(1, TRAIN, "machines", low=1)
+    num_nodes: int = _option(1, TRAIN, "machines; more than one is planned and not started: see node_rank", low=1)
     gpus_per_node: int = _option(8, TRAIN, "processes a machine: one a GPU", low=1)
-    node_rank: int = _option(0, TRAIN, "number of this machine, from 0", low=0)
-    tensor_parallel_size: int = _option(8, TRAIN, "ranks that share each layer", low=1)
-    pipeline_parallel_size: int = _option(1, TRAIN, "groups of layers, each on ranks of its own", low=1)
+    node_rank: int = _option(
+        0, TRAIN, "number of this machine, from 0; the command trains on one, several take one of NeMo-Run's executors", low=0
+    )
+    tensor_parallel_size: int = _option(8, TRAIN, "ranks that share each layer in training; test and export run on one process", low=1)
+    pipeline_parallel_size: int = _option(1, TRAIN, "groups of layers, each on ranks of its own, in training; test and export run on one process", low=1)
     context_parallel_size: int = _option(1, TRAIN, "ranks that share each sequence", low=1)
     # Training
     max_steps: int = _option(10000, TRAIN, "optimizer steps", low=1)
@@ -233,8 +235,9 @@ COMPUTED = {
     "global_batch_size": "It is micro_batch_size x accumulate_grad_batches x the data-parallel size: set the first two.",
     "data_parallel_size": "It is num_nodes x gpus_per_node, divided by the tensor-, pipeline- and context-parallel sizes.",
     "world_size": "It is num_nodes x gpus_per_node.",
+    "model_path": "It was the directory of a base that is here already: give that as hf_model_id (output_dir then takes its last part).",
 }
-"""What follows from the options, and how."""
+"""What is no option of its own, and what takes its place."""
 
 
 def table() -> str:

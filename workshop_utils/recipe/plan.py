@@ -1,15 +1,18 @@
 """From options to everything that follows from them: sizes, batches, places. Answers in milliseconds; no torch, no NeMo."""
 
 import dataclasses
+import fnmatch
 import os
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.paths import shown
-from workshop_utils.recipe import index
+from workshop_utils.recipe import engines, index
+from workshop_utils.recipe.options import nearest
 
 if TYPE_CHECKING:
     from workshop_utils.recipe.dataset_config import HFDatasetConfig
@@ -21,10 +24,18 @@ RUN = "nemo_logs"
 PROFILERS = ("enable_nsys_callback", "enable_pytorch_profiler", "enable_memory_profile")
 DOLPHIN = {
     "hfdc_dataset_config": "flan1m-alpaca-uncensored",
-    "hfdc_input_template": "### Instruction:\n{instruction}\n### Input:\n{input}\n",
+    "hfdc_input_template": "### Instruction:\n{instruction}\n ### Input:\n{input}\n",
     "hfdc_output_template": "### Response:\n{output}",
 }
-"""What the default data set needs; another data set brings none of it along."""
+"""What the default data set needs; another data set brings none of it along. The space before the second heading is the reference's."""
+
+LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "linear_q", "linear_kv", "linear_q_proj", "linear_q_down_proj",
+          "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "in_proj", "out_proj", "eh_proj", "output_layer")  # fmt: skip
+"""Megatron-Core's linear layers: of attention and MLP, then of latent attention (DeepSeek), of Mamba, and the last one."""
+ONE_MACHINE = (
+    "num_nodes is above 1, and `workshop recipe` trains on one machine: NeMo-Run's LocalExecutor starts the processes of one. Give "
+    "finetune_recipe(resolved) of workshop_utils.recipe.build to a SlurmExecutor or another of NeMo-Run's executors."
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,19 @@ class Resolved:
         """The run to test or to export: ``nemo_logs_dir``, else the one in ``output_dir``."""
         return Path(self.options.nemo_logs_dir) if self.options.nemo_logs_dir else self.output_dir / RUN
 
+    @property
+    def test_path(self) -> Path:
+        """The rows to test: ``test_path``, else those of ``data_dir``."""
+        return Path(self.options.test_path) if self.options.test_path else self.data_dir / "test.jsonl"
+
 
 def resolve(options: "RecipeOptions") -> Resolved:
     """Check ``options`` against one another and fill in what depends on several.
 
     Raises:
         WorkshopError: the recipe does not exist or cannot be fine-tuned, the ranks cannot be divided by the parallel sizes, two
-            profilers are on, the learning rate would never get to its peak, a ratio leaves a split empty, or a path has an unknown {placeholder}.
+            profilers are on, the learning rate would never get to its peak, a ratio leaves a split empty, no prompt could be answered, a full
+            fine-tune is to be merged, a layer or a converter is not there, or a path has an unknown {placeholder}.
     """
     recipe = index.find(options.recipe_cls_name)
     options = _completed(options)
@@ -126,6 +143,7 @@ def _ranks(options: "RecipeOptions") -> tuple[int, int]:
 
 def _check(options: "RecipeOptions", recipe: index.Recipe) -> None:
     """What several options, and the recipe, say together."""
+    own = recipe.schemes[options.peft_scheme]
     profilers = [name for name in PROFILERS if getattr(options, name)]
     if len(profilers) > 1:
         raise WorkshopError(f"{' and '.join(profilers)} are both on. Each would measure the others: switch on one profiler.")
@@ -143,13 +161,14 @@ def _check(options: "RecipeOptions", recipe: index.Recipe) -> None:
     if options.val_check_interval > options.max_steps:
         raise WorkshopError(f"val_check_interval {options.val_check_interval} is above max_steps {options.max_steps}: nothing would be validated, "
                             "and so no checkpoint saved. Lower it.")  # fmt: skip
-    warmup = recipe.warmup_steps if options.warmup_steps is None else options.warmup_steps
+    warmup = own.get("warmup_steps") if options.warmup_steps is None else options.warmup_steps
     if warmup and warmup >= options.max_steps:
         whose = f" (none: the {warmup} of {recipe.name})" if options.warmup_steps is None else f" {warmup}"
         raise WorkshopError(f"warmup_steps{whose} must be below max_steps {options.max_steps}, or the learning rate never gets to its peak. "
                             f"Set warmup_steps={options.max_steps // 10}, for example.")  # fmt: skip
-    only_qkv = all(name.endswith("linear_qkv") for name in options.lora_target_modules or [""])
-    if options.peft_scheme == "dora" and options.tensor_parallel_size > 1 and not only_qkv:
+    targets = options.lora_target_modules or own.get("lora_target_modules", ())
+    _check_layers(targets)
+    if options.peft_scheme == "dora" and options.tensor_parallel_size > 1 and not all(name.endswith("linear_qkv") for name in targets):
         # `DoRALinear._get_weight_norm` and `ParallelLinearDoRAAdapter.sharded_state_dict` of nemo/collections/llm/peft/dora.py
         raise WorkshopError(f"peft_scheme is dora and tensor_parallel_size {options.tensor_parallel_size}: NeMo {index.nemo_version()} takes the norm of linear_proj "
                             "and linear_fc2 from each rank's columns alone, and saves the magnitudes of linear_fc1 in the order of the ranks, so that the "
@@ -159,10 +178,24 @@ def _check(options: "RecipeOptions", recipe: index.Recipe) -> None:
         raise WorkshopError(
             "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run with its torch. Leave it out."
         )
+    engines.of_options(options)
+    if options.full_ft and (options.no_merge or options.target == "nemo2"):
+        raise WorkshopError(f"{'no_merge exports an adapter' if options.no_merge else 'target: nemo2 merges an adapter into its base'}, and a full "
+                            "fine-tune has none: its checkpoint is a whole NeMo 2.0 model. For Hugging Face leave no_merge out and set target: hf.")  # fmt: skip
     if options.target == "nemo2" and options.no_merge:
         raise WorkshopError(
             "no_merge exports an adapter for Hugging Face; with target: nemo2 the adapter is merged into the base. Choose one of them."
         )
+
+
+def _check_layers(targets: Sequence[str]) -> None:
+    """NeMo leaves out what matches no layer, without a word. ``targets`` are names, or patterns of whole names with ``*``."""
+    for target in targets:
+        word = target.rpartition(".")[2]
+        if not fnmatch.filter(LAYERS, word):
+            raise WorkshopError(f"lora_target_modules: no layer of Megatron-Core is called {word}.{nearest(word, list(LAYERS))} There are {', '.join(LAYERS[:4])} "
+                                f"(and in some models {', '.join(LAYERS[4:])}). Hugging Face's q_proj, k_proj and v_proj together are linear_qkv, o_proj is "
+                                "linear_proj, gate_proj and up_proj together are linear_fc1, down_proj is linear_fc2.")  # fmt: skip
 
 
 def _places(options: "RecipeOptions") -> tuple[Path, Path, Path]:
@@ -205,7 +238,10 @@ def notices(resolved: Resolved) -> list[str]:
     from workshop_utils.recipe.callbacks import LEAST_STEPS
 
     options = resolved.options
-    return [
+    found = [ONE_MACHINE] if options.num_nodes > 1 else []
+    if options.tensor_parallel_size * options.pipeline_parallel_size > 1:
+        found.append("test and export run on one process, whatever the parallel sizes: the whole model has to fit into one GPU, or this machine's memory.")
+    return found + [
         f"{name} records nothing in a run of fewer than {least} steps; max_steps is {options.max_steps}."
         for name, least in LEAST_STEPS.items()
         if getattr(options, name) and options.max_steps < least
@@ -213,7 +249,10 @@ def notices(resolved: Resolved) -> list[str]:
 
 
 def shown_values(resolved: Resolved) -> str:
-    """Every value, ``name: value`` a line, as YAML that is one value a line; sizes and batches first, with what they are made of."""
+    """Every value, ``name: value`` a line, as YAML that is one value a line; sizes and batches first, with what they are made of.
+
+    What the options leave to the recipe is the recipe's number; null stands only where there is none.
+    """
     options = resolved.options
     tp, pp, cp = options.tensor_parallel_size, options.pipeline_parallel_size, options.context_parallel_size
     data_parallel = resolved.data_parallel_size
@@ -223,9 +262,10 @@ def shown_values(resolved: Resolved) -> str:
         f"# global batch = micro {options.micro_batch_size} x accumulation {options.accumulate_grad_batches} x data parallel {data_parallel}",
     ]
     values = {name: getattr(resolved, name) for name in ("world_size", "data_parallel_size", "global_batch_size")}
-    places = {name: shown(getattr(resolved, name)) for name in ("output_dir", "nemo_ckpt_dir", "data_dir")}
-    values |= dataclasses.asdict(options) | places
-    values["lora_target_modules"] = options.lora_target_modules and list(options.lora_target_modules)
+    own = resolved.recipe.schemes[options.peft_scheme]
+    values |= {name: own.get(name) if value is None else value for name, value in dataclasses.asdict(options).items()}
+    values |= {name: shown(getattr(resolved, name)) for name in ("output_dir", "nemo_ckpt_dir", "data_dir", "test_path")}
+    values |= {"nemo_logs_dir": shown(resolved.run_dir), "lora_target_modules": values["lora_target_modules"] and list(values["lora_target_modules"])}
     return "\n".join([*head, *(f"{name}: {_on_one_line(value)}" for name, value in values.items())])
 
 

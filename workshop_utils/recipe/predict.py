@@ -13,7 +13,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,18 +93,13 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
     """
     options = resolved.options
     chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
-    rows = read_test_rows(
-        Path(options.test_path) if options.test_path else resolved.data_dir / "test.jsonl", options.max_samples
-    )
+    rows = read_test_rows(resolved.test_path, options.max_samples)
     own = engines.base_of(chosen, resolved.nemo_ckpt_dir)
     base = (own or resolved.nemo_ckpt_dir) if options.compare_base else None
     if base and not nemo2.looks_like(base):
         raise NotACheckpoint(f"{paths.shown(base)} (nemo_ckpt_dir) is no NeMo 2.0 checkpoint, and the tuned model is to be compared with it. "
                              "Import the base, or switch compare_base off.")  # fmt: skip
-    sampling, limits = (
-        kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
-        for kind in (engines.Sampling, engines.Limits)
-    )
+    sampling, limits = engines.of_options(options)
     folder = resolved.output_dir / "predictions"
 
     def answered(one: Path, name: str, its_base: Path | None = None) -> Predictions:
