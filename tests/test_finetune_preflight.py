@@ -119,6 +119,7 @@ def test_a_sound_run_has_facts_and_no_problem(plan):
     (["model.data.train_ds.truncation_field=context"], 1, None),
     (["model.data.train_ds.truncation_field=question"], 1, "names 'question'; the template has input, output"),
     (["model.data.train_ds.concat_sampling_probabilities=[0.5]"], 1, "adds up to 0.5"),
+    (["model.data.train_ds.concat_sampling_probabilities=null"], 1, "needs one share for each of 1 files, for instance [1]"),
     (["model.data.validation_ds.names=[a,b]"], 1, "has 2 names for 1 files"),
     (["model.data.train_ds.label_key=answer", "model.data.train_ds.prompt_template='{input}{answer}'"], 1, "needs a text in 'answer'; the row has input, output"),
 ])  # fmt: skip

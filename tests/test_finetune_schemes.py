@@ -105,13 +105,16 @@ def test_two_files_in_proportion(tiny):
         rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
         file.write_text("".join(json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n" for row in rows))
     names = json.dumps([str(file) for file in files])
-    _, losses = train(
+    plan, losses = train(
         tiny, "two", f"model.data.train_ds.file_names={names}", f"model.data.validation_ds.file_names={names}",
         "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]", "model.data.validation_ds.names=[one,two]",
         "model.data.train_ds.label_key=reply", "model.data.train_ds.truncation_field=question",
         "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'", "model.optim.sched.warmup_steps=2",
+        "trainer.val_check_interval=0.5", "trainer.max_steps=20",
     )  # fmt: skip
     assert losses[-1] < losses[0]
+    # A part of the run, as the container's command line has it: NeMo's epoch is the whole run, more than twice the rows here.
+    assert [event["step"] for event in finetune.read_events(plan.events) if event["event"] == "validation"] == [10, 20]
 
 
 def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
@@ -140,6 +143,24 @@ def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
     assert [found[step] for step in range(1, 91)] == right
     validated = [event["step"] for event in finetune.read_events(plan.events) if event["event"] == "validation"]
     assert validated == [30, 60, 90]
+
+
+def test_a_killed_worker_is_named_and_the_same_command_finishes(tiny):
+    words = overrides(tiny, "worker", "trainer.max_steps=60", "trainer.val_check_interval=5", "exp_manager.create_early_stopping_callback=false")
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    plan = finetune.make_plan(words, data=tiny / "rows.jsonl")
+    deadline = time.monotonic() + 200
+    while not any(event["step"] > 6 for event in finetune.read_events(plan.events)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    torchrun, = psutil.Process(process.pid).children()
+    worker = next(child for child in torchrun.children() if any(word.endswith("megatron_gpt_finetuning.py") for word in child.cmdline()))
+    worker.kill()
+    assert "was killed (SIGKILL)" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert finetune.finetune(plan, progress=False).exists()
+    starts = [event["step"] for event in finetune.read_events(plan.events) if event["event"] == "start"]
+    assert starts[0] == 0 and 5 <= starts[1] < 60
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_the_nemo_is_finished(tiny):

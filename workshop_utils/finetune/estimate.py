@@ -41,7 +41,11 @@ def trained(sizes: Architecture, peft: Mapping[str, Any]) -> int:
     settings = peft[{"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}[scheme]]
     layers = len(settings["layer_selection"] or range(sizes.layers))
     if scheme == "lora":
-        return lora_parameters(sizes, lora_modules(list(settings["target_modules"])), settings["adapter_dim"], layers)
+        modules = lora_modules(list(settings["target_modules"]))
+        # "canonical" has an A for each of q, k and v, and for gate and up, where "nemo" has one for all.
+        more = {"attention_qkv": 2, "mlp_fc1": 1} if settings["variant"] == "canonical" else {}
+        further = layers * settings["adapter_dim"] * sizes.hidden * sum(more.get(module, 0) for module in modules)
+        return lora_parameters(sizes, modules, settings["adapter_dim"], layers) + further
     if scheme == "adapter":
         return layers * 2 * 2 * sizes.hidden * (settings["adapter_dim"] + (settings["norm_position"] is not None))
     return layers * (2 * sizes.groups * sizes.head_dim + sizes.ffn)

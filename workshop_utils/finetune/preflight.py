@@ -80,7 +80,7 @@ def preflight(config: "DictConfig", defaults: "DictConfig", sizes: Architecture 
     counted = _data(config, tokenizer, found)
     if tokenizer and counted and not found.problems:
         train = counted[: len(config.model.data.train_ds.file_names)]
-        shares = config.model.data.train_ds.concat_sampling_probabilities or [1]
+        shares = config.model.data.train_ds.concat_sampling_probabilities
         mean = sum(share * one.mean_tokens for share, one in zip(shares, train, strict=True))
         found.tokens_per_step = mean * config.model.global_batch_size
     if sizes and not found.problems:
@@ -318,13 +318,12 @@ def _mixture(config: "DictConfig", files: dict[str, list[str]]) -> Iterator[str]
     """Sampling probabilities and names have to match the files."""
     train = files.get("train_ds", [])
     shares = config.model.data.train_ds.concat_sampling_probabilities
-    if len(train) > 1 or shares is not None:
-        if shares is None or len(shares) != len(train):
-            even = ",".join([f"{1 / len(train):.3g}"] * len(train)) if train else ""
-            yield f"model.data.train_ds.concat_sampling_probabilities needs one share for each of {len(train)} files, for instance [{even}]."
-        elif abs(sum(shares) - 1) > 1e-3 or min(shares) < 0:
-            yield (f"model.data.train_ds.concat_sampling_probabilities is {list(shares)} and adds up to {sum(shares):g}; it has to be 1, "
-                   "of shares that are not below 0.")  # fmt: skip
+    if train and (shares is None or len(shares) != len(train)):
+        even = ",".join([f"{1 / len(train):.3g}"] * len(train))
+        yield f"model.data.train_ds.concat_sampling_probabilities needs one share for each of {len(train)} files, for instance [{even}]."
+    elif train and (abs(sum(shares) - 1) > 1e-3 or min(shares) < 0):
+        yield (f"model.data.train_ds.concat_sampling_probabilities is {list(shares)} and adds up to {sum(shares):g}; it has to be 1, "
+               "of shares that are not below 0.")  # fmt: skip
     for part in ("validation_ds", "test_ds"):
         names, of = config.model.data[part].names, files.get(part, [])
         if names is not None and of and (len(names) != len(of) or len(set(names)) != len(of)):
@@ -359,10 +358,9 @@ def _resources(config: "DictConfig", sizes: Architecture, counted: list[data_che
 def _validations(config: "DictConfig", counted: list[data_check.Counted]) -> tuple[int, float]:
     """How often the run validates, and the tokens of all these validations."""
     trainer, data, batch = config.trainer, config.model.data, config.model.global_batch_size
-    first = len(data.train_ds.file_names)
-    interval = trainer.val_check_interval
+    first, interval = len(data.train_ds.file_names), trainer.val_check_interval
     if type(interval) is not int:
-        interval = max(1, int(interval * sum(one.rows for one in counted[:first]) / batch)) if counted else trainer.max_steps
+        interval = max(1, int(interval * trainer.max_steps))  # NeMo's epoch is the whole run, whatever the rows
     rounds, limit, tokens = max(1, trainer.max_steps // interval), trainer.get("limit_val_batches", 1.0), 0.0
     for one in counted[first : first + len(data.validation_ds.file_names)]:
         rows = min(one.rows, limit * batch) if type(limit) is int else limit * one.rows

@@ -22,7 +22,7 @@ PART_OR_STEPS = {"val_check_interval": False, "limit_val_batches": True}
 
 LISTS = {"file_names": str, "names": str, "target_modules": str, "concat_sampling_probabilities": float, "layer_selection": int}
 CHOICES = {"truncation_method": ("left", "right"), "mode": ("min", "max"), "variant": ("nemo", "canonical")}
-NULL = ("gradient_clip_val", "max_epochs", "truncation_field", "warmup_steps", "file_names")
+NULL = ("gradient_clip_val", "max_epochs", "truncation_field", "warmup_steps", "file_names", "concat_sampling_probabilities")
 OWN_CHECK = ("precision", "peft_scheme")
 
 
