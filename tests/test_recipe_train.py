@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from workshop_utils.finetune.events import read_events
 from workshop_utils.recipe import build, job
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
 from workshop_utils.recipe.options import from_mapping
+from workshop_utils.recipe.options import names as option_names
 from workshop_utils.recipe.plan import Resolved, resolve
 from workshop_utils.recipe.prepare_data import prepare
 from workshop_utils.recipe.presets import preset
@@ -157,11 +160,83 @@ def test_lora_is_trained_recorded_and_not_trained_twice(tiny, tmp_path, capsys):
 @pytest.mark.slow
 def test_what_watches_a_run_records(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    result = job.train(settled(tiny, output_dir=str(tmp_path / "out"), max_steps=12, use_wandb=True, enable_pytorch_profiler=True))
+    watched = {"use_wandb": True} | dict.fromkeys(
+        ("enable_pytorch_profiler", "enable_megatron_progress_bar", "enable_speed_monitor", "enable_runtime_estimator"), True
+    )
+    result = job.train(settled(tiny, output_dir=str(tmp_path / "out"), max_steps=12, **watched))
     (trace,) = (result.run_dir / "trace" / "device").glob("*.json")
     assert any("ProfilerStep" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
     (logged,) = result.run_dir.glob("wandb/offline-run-*/*.wandb")
     assert b"reduced_train_loss" in logged.read_bytes()
+    tags = tensorboard_tags(result.run_dir / "tensorboard")
+    assert {"throughput/tokens_per_sec", "throughput/samples_per_sec", "time/remaining_estimate", "time/total"} <= tags
+    assert re.search(r"Epoch 0: : 100%.* 12/12 ", (result.run_dir / "workshop/torchrun.log").read_text())  # NeMo's bar, not Lightning's
+
+
+def tensorboard_tags(folder: Path) -> set[str]:
+    """Names of the curves that were written."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    read = EventAccumulator(str(folder))
+    read.Reload()
+    return set(read.Tags()["scalars"])
+
+
+@pytest.mark.slow
+def test_nemo_builds_every_watcher(tmp_path):
+    """In a process of its own, because it loads NeMo: the options in turn, each with the early stopping that is always there."""
+    names = [name for name in option_names() if name.startswith("enable_")]
+    (tmp_path / "trace").mkdir()  # the profiler asks for it; a training makes it
+    program = textwrap.dedent(f"""
+        from pathlib import Path
+        from workshop_utils import nemo_cpu
+        nemo_cpu.apply()
+        import fiddle, torch
+        torch.cuda.memory._record_memory_history = lambda **_: None  # torch without CUDA lacks what it calls
+        from workshop_utils.recipe.callbacks import callbacks
+        from workshop_utils.recipe.options import RecipeOptions
+        for name in {names!r}:
+            print("made", *(type(fiddle.build(one)).__name__ for one in callbacks(RecipeOptions(**{{name: True}}), Path({str(tmp_path)!r}))))
+    """)
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"WORKSHOP_DEVICE": "cpu"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("made ")]
+    assert made == [["EarlyStopping", watcher] for watcher in (
+        "MegatronProgressBar", "NsysCallback", "PytorchProfilerCallback", "MemoryProfileCallback", "SpeedMonitor", "MemoryMonitor", "RuntimeEstimator",
+    )]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_gpus_would_run_is_shown_without_one(tmp_path):
+    """By the command, in one process: the defaults (eight GPUs, no base and no data here), packed rows, and context parallelism."""
+    program = textwrap.dedent("""
+        from workshop_utils.cli import main
+        for words in ([], ["--packed_sequence", "--micro_batch_size", "1"], ["--tensor_parallel_size", "4", "--context_parallel_size", "2"]):
+            print("== next", flush=True)
+            assert main(["recipe", "--dry-run", "--resolve", *words]) == 0
+    """)
+    environment = os.environ | {"WORKSHOP_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    plain, packed, parallel = done.stdout.split("== next\n")[1:]
+    for line in ("tensor_model_parallel_size=8", "devices=8", "accelerator='gpu'", "max_steps=10000", "precision='bf16-mixed'", "FineTuningDataModule",
+                 "tokenizer='data'", "global_batch_size=64", "seq_length=2048", "Qwen3Config8B"):  # fmt: skip
+        assert line in plain, line
+    assert "PreparedDataModule" in packed and "packed_sequence_size=2048" in packed and "'pad_to_max_length': True" in packed
+    assert "context_parallel_size=2" in parallel and "'pad_seq_length_to_mult': 4" in parallel
+
+
+@pytest.mark.slow
+def test_names_that_the_base_lacks_are_said_on_the_screen(tiny, tmp_path, capsys):
+    """NeMo trains on, with those weights as they were made: here a bias that the configuration asks for and the weights do not have."""
+    shutil.copytree(tiny / "base", tmp_path / "base")
+    built = tmp_path / "base/context/io.json"
+    changed, count = re.subn(r'(?<="value": )false(?=, "paths": \["<root>.model.config.add_qkv_bias"\])', "true", built.read_text())
+    assert count == 1
+    built.write_text(changed)
+    job.train(settled(tiny, nemo_ckpt_dir=str(tmp_path / "base"), output_dir=str(tmp_path / "out"), max_steps=2, val_check_interval=2))
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert note.startswith("note: Unexpected keys (for this rank): ") and "linear_qkv.bias" in note
 
 
 @pytest.mark.slow

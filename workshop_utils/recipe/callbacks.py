@@ -55,7 +55,7 @@ def callbacks(options: RecipeOptions, run_dir: Path) -> list["run.Config"]:
     found = [run.Config(EarlyStopping, monitor="val_loss", mode="min", patience=options.early_stopping_patience,
                         min_delta=options.early_stopping_threshold)]  # fmt: skip
     if options.enable_megatron_progress_bar:
-        found.append(run.Config(nemo.MegatronProgressBar, log_interval=options.log_every_n_steps))
+        found.append(run.Config(nemo.MegatronProgressBar, refresh_rate=options.log_every_n_steps))
     if options.enable_speed_monitor:
         found.append(run.Config(nemo.SpeedMonitor, window_size=SPEED_WINDOW, time_unit="seconds"))
     if options.enable_memory_monitor:
