@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from http_double import REPOSITORY
+from http_double import REPOSITORY, Root, serve, workshop
+from test_models_huggingface import REPO, SHA, Hub
 
 from workshop_utils.doctor.verify import verify
 from workshop_utils.errors import NotACheckpoint, OutputExists, WaitedTooLong, WorkshopError
@@ -216,6 +217,20 @@ def test_two_processes_import_once(tmp_path, tiny, monkeypatch):
     assert sum("with NeMo" in err for err in errors) == 1
     assert verify(tmp_path / "base").sound
     assert json.loads((tmp_path / "base" / RECORD).read_text())["source"] == str(tiny)
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_that_the_catalogue_does_not_list(tmp_path, tiny):
+    """By the command, from the double of the Hub."""
+    root, hub = Root(tmp_path), Hub({file.name: file.read_bytes() for file in tiny.iterdir()})
+    root.add("another", source="huggingface", address="maker/another")
+    with serve(hub) as double:
+        done = workshop(root, "recipe", "import", "--preset", "cpu", "--hf_model_id", f"hf://{REPO}", HF_ENDPOINT=double.url,
+                        HF_HOME=str(tmp_path / "hf"), WORKSHOP_DEVICE="cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    base = tmp_path / "runs/recipe" / REPO / "imported_hf_ckpt"
+    assert verify(base).sound and json.loads((base / RECORD).read_text())["source"] == REPO
+    assert double.seen(f"/{REPO}/resolve/{SHA}/model.safetensors")
 
 
 @pytest.mark.slow
