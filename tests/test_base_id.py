@@ -5,6 +5,7 @@ import json
 import pytest
 from export_samples import GQA, config_of, tensors_of, tiny_llama, write_adapter
 
+from workshop_utils.errors import OutputExists
 from workshop_utils.export import export
 from workshop_utils.export.base_id import base_id, is_place, same_base
 from workshop_utils.export.job import export_adapter
@@ -58,3 +59,14 @@ def test_the_directory_of_a_base_does_not_replace_its_id(tmp_path):
     assert export_adapter(peft, "nemo", tmp_path / "again", base_model=str(here)).record.base == "org/base"
     (tmp_path / "smollm2-135m-instruct").symlink_to(here)
     assert export_adapter(peft, "nemo", tmp_path / "known", base_model=str(tmp_path / "smollm2-135m-instruct")).record.base == HUB
+
+
+def test_an_export_with_another_name_of_its_base_is_made_again(tmp_path):
+    """Those that an earlier version made, with the name of the base's directory, are not in the way."""
+    recorded(tmp_path, base_model="llama")
+    for base, reused in (("org/Llama", False), ("org/Llama", True), ("llama", False)):
+        made = export_adapter(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model=base)
+        assert (made.reused, made.record.base) == (reused, base)
+        assert json.loads((made.path / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+    with pytest.raises(OutputExists, match="another adapter, or for another reader, base"):
+        export(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model="org/other")

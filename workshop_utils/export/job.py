@@ -14,7 +14,7 @@ from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft, merge
 from workshop_utils.export.adapter import NAME, NAME_RULE, LoraAdapter, find_adapter, read_adapter
-from workshop_utils.export.base_id import base_id, of_directory
+from workshop_utils.export.base_id import base_id, of_directory, same_base
 from workshop_utils.export.check import check_hf_peft, check_merged, check_nemo
 from workshop_utils.export.model_card import model_card
 from workshop_utils.export.modules import fused, of_dtype, separated
@@ -222,7 +222,7 @@ def _reusable(job: _Job, target: Path) -> list[str] | None:
         raise OutputExists(f"{shown(target)} exists. {error} {ELSEWHERE}, or replace it with --overwrite.") from error
 
 
-def _check_existing(job: _Job, target: Path) -> list[str]:
+def _check_existing(job: _Job, target: Path) -> list[str] | None:
     if job.record.to == "nemo":
         found = nemo_archive.read_config(target).get("workshop")
     else:
@@ -231,7 +231,10 @@ def _check_existing(job: _Job, target: Path) -> list[str]:
     if not isinstance(found, dict):
         raise OutputExists("It was not made by this workshop.")
     # The name of the file it was made from and the version that made it do not matter: what it holds is checked below.
-    if any(found.get(field) != value for field, value in asdict(job.record).items() if field not in ("source", "exporter")):
+    differing = {field for field, value in asdict(job.record).items() if found.get(field) != value} - {"source", "exporter"}
+    if differing == {"base"} and same_base(str(found.get("base") or ""), job.record.base):
+        return None  # the same export, but for how it names the base
+    if differing:
         raise OutputExists("It was made from another adapter, or for another reader, base or dtype.")
     return _kept(job, target)
 
