@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from nemo2_trains import write_data
 
-from workshop_utils.errors import DataError, TrainingFailed, WorkshopError
+from workshop_utils.errors import DataError, GenerationFailed, TrainingFailed, WorkshopError
 from workshop_utils.finetune.events import read_events
-from workshop_utils.recipe import build, job
+from workshop_utils.recipe import build, deliver, job
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
 from workshop_utils.recipe.options import from_mapping
 from workshop_utils.recipe.options import names as option_names
@@ -228,7 +228,10 @@ def test_what_gpus_would_run_is_shown_without_one(tmp_path):
 
 @pytest.mark.slow
 def test_names_that_the_base_lacks_are_said_on_the_screen(tiny, tmp_path, capsys):
-    """NeMo trains on, with those weights as they were made: here a bias that the configuration asks for and the weights do not have."""
+    """NeMo trains on, with those weights as they were made: here a bias that the configuration asks for and the weights do not have.
+
+    The phases after the training are strict: there is nothing to repeat, they end.
+    """
     shutil.copytree(tiny / "base", tmp_path / "base")
     built = tmp_path / "base/context/io.json"
     changed, count = re.subn(r'(?<="value": )false(?=, "paths": \["<root>.model.config.add_qkv_bias"\])', "true", built.read_text())
@@ -237,6 +240,8 @@ def test_names_that_the_base_lacks_are_said_on_the_screen(tiny, tmp_path, capsys
     job.train(settled(tiny, nemo_ckpt_dir=str(tmp_path / "base"), output_dir=str(tmp_path / "out"), max_steps=2, val_check_interval=2))
     (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert note.startswith("note: Unexpected keys (for this rank): ") and "linear_qkv.bias" in note
+    with pytest.raises(GenerationFailed, match="CheckpointException"):
+        deliver.nemo_logits(tmp_path / "base", [[1, 2]])
 
 
 @pytest.mark.slow
