@@ -80,7 +80,9 @@ def rank_notes(rank: int, form: str) -> list[str]:
         way = f"start it with --max-lora-rank {enough}" if enough else f"it takes no rank above {_VLLM_RANKS[-1]}"
         notes.append(f"rank {rank} is above vLLM's default of {READERS['vllm'][1]}: {way}")
     if rank > READERS["nim2"][1]:
-        notes.append(f"rank {rank} may be above NIM's largest ({READERS['nim2'][1]} in a published profile): start it with NIM_MAX_LORA_RANK={rank}")
+        notes.append(
+            f"rank {rank} may be above NIM's largest ({READERS['nim2'][1]} in a published profile): start it with NIM_MAX_LORA_RANK={rank}"
+        )
     return notes
 
 

@@ -202,7 +202,9 @@ def _rules(job: _Job, path: Path) -> list[str]:
     if job.record.to == "nemo":
         return check_nemo(path, job.read, job.record)
     return (
-        check_hf_peft(path, job.read, job.record) if job.record.to == "hf-peft" else check_merged(path, job.base, job.read, job.record.to)
+        check_hf_peft(path, job.read, job.record)
+        if job.record.to == "hf-peft"
+        else check_merged(path, job.base, job.read, job.record.to)
     )
 
 

@@ -156,7 +156,9 @@ def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str]
                 f"Export it with --dtype {model.dtype}, or serve the base as {adapter.dtype}."
             )
     if not same_base(served, trained):
-        warnings.append(f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on another base it answers nonsense.")
+        warnings.append(
+            f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on another base it answers nonsense."
+        )
     return warnings, ()
 
 
@@ -168,7 +170,9 @@ def _compare_with_store(adapter: Checkpoint, store: Path, name: str) -> tuple[li
     other = next((other for other, base in others.items() if not same_base(base, trained)), None)
     if other is None:
         return [], ()
-    return [f"it was trained on {_last(trained)}, but {other} in this store on {_last(others[other])}: a NIM serves the adapters of one base."], ()
+    return [
+        f"it was trained on {_last(trained)}, but {other} in this store on {_last(others[other])}: a NIM serves the adapters of one base."
+    ], ()
 
 
 def _bases(store: Path) -> dict[str, str]:
