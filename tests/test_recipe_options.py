@@ -117,7 +117,7 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"top_k": 5}, r"top_k is 5 and top_p 0\.95: Megatron-Core takes one"),
         ({"num_tokens_to_generate": 8192}, "num_tokens_to_generate is 8192 .* 8192: no prompt would fit"),
         ({"lora_target_modules": ("linear_qvk",)}, r"is called linear_qvk\. Did you mean linear_qkv"),
-        ({"lora_target_modules": ("linear_qkv", "*.layers.0.*.q_proj")}, "called q_proj.* Hugging Face's q_proj, k_proj and v_proj together are linear_qkv"),
+        ({"lora_target_modules": ("linear_qkv", "*.layers.0.*.q_proj")}, r"called q_proj\. There are .* Hugging Face's q_proj, k_proj and v_proj together are linear_qkv"),
         ({"hfdc_custom_converter": "absent.py:row"}, r"hfdc_custom_converter: .*absent\.py does not exist"),
         ({"hfdc_custom_converter": "row"}, "hfdc_custom_converter is 'row'; write FILE.py:function"),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),

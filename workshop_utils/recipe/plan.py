@@ -193,7 +193,8 @@ def _check_layers(targets: Sequence[str]) -> None:
     for target in targets:
         word = target.rpartition(".")[2]
         if not fnmatch.filter(LAYERS, word):
-            raise WorkshopError(f"lora_target_modules: no layer of Megatron-Core is called {word}.{nearest(word, list(LAYERS))} There are {', '.join(LAYERS[:4])} "
+            near = nearest(word, list(LAYERS)) if word.startswith("lin") else ""  # of q_proj the nearest would be in_proj
+            raise WorkshopError(f"lora_target_modules: no layer of Megatron-Core is called {word}.{near} There are {', '.join(LAYERS[:4])} "
                                 f"(and in some models {', '.join(LAYERS[4:])}). Hugging Face's q_proj, k_proj and v_proj together are linear_qkv, o_proj is "
                                 "linear_proj, gate_proj and up_proj together are linear_fc1, down_proj is linear_fc2.")  # fmt: skip
 
