@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_background_server(folder):
+def test_background_server(folder, monkeypatch):
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "true")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     with start(folder / "tiny", folder / "store", api_key="secret", refresh=0.2, max_batch=4) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
             assert [model.id for model in client.models.list()] == ["tiny", "one"]
@@ -44,6 +46,7 @@ def test_background_server(folder):
     log = server.log.read_text()
     assert "secret" not in log + command
     assert log.splitlines()[-1] == "stopped"
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in log  # OpenMP's own words
     server.stop()
 
 
