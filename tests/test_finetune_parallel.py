@@ -8,6 +8,7 @@ from tiny_model import write_rows
 
 from workshop_utils import finetune
 from workshop_utils.export.adapter import read_adapter
+from workshop_utils.export.script_path import read_state
 from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.identify import identify
 
@@ -99,6 +100,19 @@ def test_what_is_delivered_is_one_part_that_nemo_itself_loads(train, tiny, name,
     base = Path(plan.overrides["model.restore_from_path"])
     changed = numpy.abs(nemo_logits(base, plan.adapter, tokens) - nemo_logits(base, None, tokens)).max()
     assert changed > 0.05
+
+
+@pytest.mark.parametrize("scheme", ["adapter", "ia3"])
+def test_other_adapters_split_over_two_are_put_together(train, scheme):
+    """In the same tensors as those of one process, up to the rounding of sums in another order."""
+    settings = [f"model.peft.peft_scheme={scheme}", "model.peft.adapter_tuning.adapter_dim=8"]
+    split, whole = train(f"{scheme}-split", 2, "model.tensor_model_parallel_size=2", *settings), train(scheme, 1, *settings)
+    assert numpy.abs(losses(split) - losses(whole)).max() < 1e-4
+    assert [member.stored_name for member in nemo_archive.members(split.adapter)] == ["model_config.yaml", "model_weights.ckpt"]
+    found, right = (read_state(plan.adapter, nemo_archive.read_config(plan.adapter)) for plan in (split, whole))
+    assert found.keys() == right.keys()
+    for name, tensor in right.items():
+        assert float((found[name] - tensor).abs().max()) < 1e-3 * float(tensor.abs().max()), name
 
 
 def test_full_fine_tuning_split_over_two_is_delivered_whole(train):

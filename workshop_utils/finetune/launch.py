@@ -103,7 +103,7 @@ def _train(plan: Plan, progress: bool) -> Path:
             cause = failure_cause(plan.log)
         elif not plan.adapter.exists():
             cause = f"torchrun ended well, but {paths.shown(plan.adapter)} is missing."
-        elif plan.config.model.peft.peft_scheme == "lora" and merge_parts(plan.adapter):
+        elif plan.config.model.peft.peft_scheme in ("lora", "adapter", "ia3") and merge_parts(plan.adapter):
             print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
     except KeyboardInterrupt:
         run_record.end(plan, record, run_record.INTERRUPTED, time.monotonic() - began, None)

@@ -168,12 +168,13 @@ def parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
         yield "model.context_parallel_size: Megatron-Core splits the context only through Transformer Engine, which is not installed."
     if model.get("sequence_parallel") and tensor == 1:
         yield "model.sequence_parallel needs model.tensor_model_parallel_size above 1."
-    rank, scheme = model.peft.lora_tuning.adapter_dim, model.peft.peft_scheme
-    if tensor * pipeline > 1 and scheme in SCHEMES and scheme not in ("lora", "none"):
-        yield (f"model.peft.peft_scheme={scheme} with tensor- or pipeline-parallel size above 1: NeMo writes a part for each rank, and only those "
-               "of lora are put together. Leave the sizes at 1 (more processes are data-parallel then), or take lora.")  # fmt: skip
-    if scheme == "lora" and rank % tensor:
-        yield f"model.peft.lora_tuning.adapter_dim {rank} is no multiple of model.tensor_model_parallel_size {tensor}, which shares it out."
+    scheme = model.peft.peft_scheme
+    if tensor * pipeline > 1 and scheme == "ptuning":
+        yield ("model.peft.peft_scheme=ptuning with tensor- or pipeline-parallel size above 1: NeMo writes a part for each rank, and those of "
+               "ptuning are not put together. Leave the sizes at 1: more processes are data-parallel then.")  # fmt: skip
+    section = {"lora": "lora_tuning", "adapter": "adapter_tuning"}.get(scheme)
+    if section and (rank := model.peft[section].adapter_dim) % tensor:
+        yield f"model.peft.{section}.adapter_dim {rank} is no multiple of model.tensor_model_parallel_size {tensor}, which shares it out."
     if not sizes:
         return
     for what, number in (("attention heads", sizes.heads), ("key/value groups", sizes.groups), ("FFN columns", sizes.ffn)):
