@@ -80,8 +80,5 @@ def run(args) -> int:
             file=sys.stderr,
         )
     limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank)
-    service = server.Service(args.base, args.store, limits, args.refresh, args.trust)
-    # Read when torch is loaded. Threads that spin while they wait take the processor from those they wait for, where others want it, too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    server.run(service, args.host, args.port, key)
+    server.run(server.Service(args.base, args.store, limits, args.refresh, args.trust), args.host, args.port, key)
     return 0
