@@ -410,3 +410,14 @@ def test_tied_tensors_of_torch_save_may_share_their_bytes(root, models):
     weight = torch.randn(3, 4)
     torch.save({"state_dict": {"a": weight, "b": weight}, "pytorch-lightning_version": "2.4.0"}, root / "tied.ckpt")
     assert verify(root / "tied.ckpt", deep=True).findings == []
+
+
+@pytest.mark.parametrize("scheme", ["ia3", "adapter", "ptuning"])
+def test_an_adapter_of_another_kind_than_lora_is_sound(root, scheme):
+    """Its own rules are not known here, and that is said."""
+    config = adapters.config_of(adapters.GQA)
+    config["peft"]["peft_scheme"] = scheme
+    file = adapters.write_adapter(root / "a.nemo", config, {f"model.decoder.layers.{n}.adapter_layer.{scheme}.weight": torch.ones(4) for n in (0, 1)})
+    report = verify(file)
+    assert report.sound
+    assert any(f"peft_scheme is {scheme}; the rules of lora are known here" in line for line in report.untold)

@@ -110,7 +110,8 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     if found.tokenizer:
         yield "tokenizer", found.tokenizer
     if adapter := found.adapter:
-        yield "adapter", f"{adapter.variant}, rank {adapter.rank}, alpha {adapter.alpha}, on {', '.join(adapter.targets)}"
+        stated = (("rank", adapter.rank), ("alpha", adapter.alpha), ("on", ", ".join(adapter.targets)))
+        yield "adapter", ", ".join([adapter.variant, *(f"{name} {value}" for name, value in stated if value)])
         here = {True: " (is here)", False: " (no longer there)", None: ""}[adapter.base_is_here]
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
     for number, note in enumerate(found.notes):

@@ -11,10 +11,13 @@ from workshop_utils.doctor.places import some
 from workshop_utils.doctor.report import Report
 from workshop_utils.doctor.shapes import sane_layers
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint, UnsupportedAdapter
-from workshop_utils.formats.architecture import size
+from workshop_utils.formats.architecture import section, size
 from workshop_utils.formats.megatron_layout import layout, stacked_name
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
+
+OTHER_SCHEMES = ("adapter", "ia3", "ptuning")
+"""What else than LoRA NeMo 1 trains beside a frozen base."""
 
 _NEMO2 = re.compile(r"(?:module|model)\.(.+)\.adapter((?:\.adapter_\w+)?)\.(linear_in|linear_out)\.weight")
 _PEFT = re.compile(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
@@ -27,6 +30,9 @@ def check_nemo1(report: Report, path: Path, config: dict[str, Any], tensors: Ite
     from workshop_utils.export.script_path import read_layout
 
     if not sane_layers(report, f"{shown(path)}: model_config.yaml", size(config, "num_layers", 0)):
+        return
+    if (scheme := section(config, "peft").get("peft_scheme")) in OTHER_SCHEMES:
+        report.untold.append(f"whether the tensors fit the configuration: peft_scheme is {scheme}; the rules of lora are known here")
         return
     try:
         read_layout(path, config, {tensor.name: tensor for tensor in tensors}, report.add)
