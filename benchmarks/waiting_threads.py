@@ -3,7 +3,7 @@
     python benchmarks/waiting_threads.py [--rounds 3]
 
 The default model answers 16 test tickets, 24 tokens each, by turns with OpenMP's default, which spins, and with
-``OMP_WAIT_POLICY=PASSIVE``, which the workshop sets, each in a process of its own. Writes ``waiting_threads.json`` beside it: medians of
+``OMP_WAIT_POLICY=PASSIVE``, which `workshop serve` sets, each in a process of its own. Writes ``waiting_threads.json`` beside it: medians of
 the seconds, and how many times as long the default takes.
 """
 

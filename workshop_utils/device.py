@@ -63,10 +63,7 @@ def torch_has_cuda() -> bool:
 
 
 def quiet_environment(environment: dict[str, str]) -> None:
-    """Turn off telemetry of NeMo, Weights & Biases and Hugging Face, and threads that spin; what a person has set otherwise stays.
-
-    To be called before torch is imported.
-    """
+    """Turn off telemetry of NeMo, Weights & Biases and Hugging Face, and leave unset what a person has set otherwise."""
     for name, value in {
         "WANDB_MODE": "disabled",
         "WANDB_DISABLED": "true",
@@ -75,9 +72,6 @@ def quiet_environment(environment: dict[str, str]) -> None:
         "NEMO_ONELOGGER_ENABLED": "0",
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # OpenMP's threads spin while they wait, and so take the processor from those they wait for where other programs want it, too:
-        # generation then takes twice as long (benchmarks/waiting_threads.json).
-        "OMP_WAIT_POLICY": "PASSIVE",
         # torch warns about a package that nvidia-resiliency-ext requires, in every process that imports it.
         "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
     }.items():

@@ -46,7 +46,7 @@ def connect(url: str | None = None, api_key: str | None = None) -> OpenAI:
 
 
 def answers(
-    client: OpenAI, model: str, conversations: Sequence[list[dict]], max_new_tokens: int = 64, concurrency: int = 8, progress: bool = True
+    client: OpenAI, model: str, conversations: Sequence[list[dict]], max_new_tokens: int = 64, concurrency: int = 16, progress: bool = True
 ) -> list[str]:
     """The most probable answer to each conversation, as :func:`workshop_utils.generate.generate` gives it, in the order given.
 

@@ -80,5 +80,9 @@ def run(args) -> int:
             file=sys.stderr,
         )
     limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank)
-    server.run(server.Service(args.base, args.store, limits, args.refresh, args.trust), args.host, args.port, key)
+    service = server.Service(args.base, args.store, limits, args.refresh, args.trust)
+    # Read when torch is loaded. Threads that spin while they wait take the processor from the clients, which often run on this machine,
+    # too; benchmarks/waiting_threads.json says what that costs where nothing else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    server.run(service, args.host, args.port, key)
     return 0
