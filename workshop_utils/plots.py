@@ -189,7 +189,10 @@ def plot_labels(answers: Sequence[Mapping[str, str]], down: str, across: str) ->
 
 
 def plot_proof(proof: Proof) -> Figure:
-    """What the adapter does against what its exports get wrong: the largest change of a logit, and the weight updates layer by layer."""
+    """What the adapter does against what its exports get wrong: the largest change of a logit, and the weight updates layer by layer.
+
+    What is not proven has a white bar and black crosses.
+    """
     figure, axes = _figure(10, 3.8, ncols=2)
     logits, updates = axes
     told = [form for form in proof.forms if form.logits is not None]
@@ -197,13 +200,14 @@ def plot_proof(proof: Proof) -> Figure:
     floor = 1e-8
     names = ["the adapter itself", *(form.name for form in told)]
     values = [proof.effect, *(form.logits for form in told)]
-    bars = logits.barh(names, [max(value, floor) for value in values], color=[ORANGE, *[BLUE] * len(told)], edgecolor="black", left=floor / 10)
+    bars = logits.barh(names, [max(value, floor) for value in values], color=[ORANGE, *(BLUE if form.proven else "white" for form in told)],
+                       edgecolor="black", left=floor / 10)  # fmt: skip
     bars.patches[0].set_hatch("//")
     logits.bar_label(bars, [f"{value:.0e}" for value in values], fontsize=8, padding=2)
     logits.set(xscale="log", xlabel="largest difference of a logit", xlim=(floor, 100 * proof.effect))
     logits.invert_yaxis()
     for number, form in enumerate(told):
-        colour, marker = (BLUE, VERMILION, GREEN, "#CC79A7", SKY)[number % 5], "osd^v"[number % 5]
+        colour, marker = ((BLUE, VERMILION, GREEN, "#CC79A7", SKY)[number % 5], "osd^v"[number % 5]) if form.proven else ("black", "x")
         updates.plot([max(value, floor) for value in form.by_layer], color=colour, marker=marker, markersize=4, label=form.name, alpha=0.8)
     updates.axhline(1, color=ORANGE, linestyle="--", label="as large as the update")
     updates.set(yscale="log", ylim=(floor / 2, 10), xlabel="layer", ylabel="largest difference / largest update")
