@@ -58,6 +58,7 @@ def answers(
     from tqdm.auto import tqdm
 
     def ask(turns: list[dict]) -> str:
+        """The answer to one conversation."""
         answer = client.chat.completions.create(model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0)
         return answer.choices[0].message.content or ""
 

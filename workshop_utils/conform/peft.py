@@ -69,6 +69,7 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
 
 def _check_config(found: Judgement, config: Mapping[str, Any], served: bool, again: str) -> None:
     def exact(field: str, *allowed: Any, fix: str = again) -> None:
+        """A rule: ``field`` has one of the values ``allowed``; the first one is named."""
         value = config.get(field)
         found.check(f"{_CONFIG}: {field} is {allowed[0]!r}", None if value in allowed else f"it is {value!r}", fix)
 

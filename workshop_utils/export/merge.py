@@ -73,6 +73,7 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
     _fit(apart, {tensor.name: tensor.shape for tensor in checkpoint.tensors}, places, base)
 
     def made(tensor: Tensor) -> torch.Tensor:
+        """``tensor`` as it is written: with what the adapter adds to it, in the dtype that is wanted."""
         weight = as_tensor(values.read_tensor(checkpoint, tensor))
         wanted = _wanted(tensor, dtype)
         found = updated(weight, apart, *places[tensor.name]) if tensor.name in places else weight

@@ -49,6 +49,7 @@ def _body(made: Migration) -> list[str]:
     parts, built, lines = made.parts, {}, []
 
     def add(variable: str, text: list[str]) -> None:
+        """Append ``variable = text``, an expression of several lines, and remember that the variable is there."""
         lines.extend([f"{variable} = {text[0]}", *text[1:]])
         built[variable] = True
 

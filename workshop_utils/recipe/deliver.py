@@ -102,6 +102,7 @@ class _Export:
         """Adapter and base in one NeMo 2.0 checkpoint."""
 
         def logits(made: Path) -> numpy.ndarray:
+            """NeMo's logits ``[rows, tokens, vocabulary]`` of the checkpoint ``made``."""
             # A view: a checkpoint that still has the name of an unfinished one is refused.
             with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
                 for part in made.iterdir():
@@ -115,6 +116,7 @@ class _Export:
         target = self.place(form)
 
         def accept(made: Path) -> None:
+            """Compare ``made``, which has no name yet, with the trained model. Raises as :meth:`compare`."""
             self.compare(target, logits(made), dtype, "" if made == target else _GONE)
 
         try:

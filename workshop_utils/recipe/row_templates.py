@@ -25,6 +25,7 @@ def unescape(text: str, where: str) -> str:
     """
 
     def replaced(found: re.Match) -> str:
+        """The characters that one escape stands for. Raises :class:`DataError` where it is none."""
         code = found[1]
         if len(code) > 1:
             return chr(int(code[1:], 16))

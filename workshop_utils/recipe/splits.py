@@ -36,10 +36,12 @@ def sizes(rows: int, train_ratio: float, test_ratio: float) -> dict[str, int]:
     """
 
     def share(count: int, ratio: float) -> int:
+        """``ratio`` of ``count`` rows, halves rounded up."""
         # As a decimal fraction: 0.9 of 10 rows is 9, where binary floating point may say 8.99...
         return int(count * Fraction(str(ratio)) + Fraction(1, 2))
 
     def divide(count: int) -> dict[str, int]:
+        """Rows of each split, of ``count`` in all; some may be 0."""
         training = share(count, train_ratio)
         test = share(count - training, test_ratio)
         return dict(zip(NAMES, (training, count - training - test, test), strict=True))

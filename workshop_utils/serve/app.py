@@ -59,32 +59,39 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, fault: ApiError) -> Response:
+        """What a route refused, with its status."""
         return fault.response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, fault: HTTPException) -> Response:
+        """What the framework refused (404, 405, 413), in the words of the OpenAI API."""
         return ApiError(fault.status_code, f"{request.method} {request.url.path}: {fault.detail}").response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, fault: RequestValidationError) -> Response:
+        """A body that is no request: 400, with the field in ``param``."""
         return _invalid(fault).response()
 
     @app.get("/v1/health/live")
     async def live() -> dict:
+        """The process answers; the model may still be loading."""
         return {"object": "health.response", "message": "Service is live."}
 
     @app.get("/v1/health/ready")
     async def ready() -> dict:
+        """The model is loaded; 503 before that, and while the server stops."""
         _require_ready(service)
         return {"object": "health.response", "message": "Service is ready."}
 
     @app.get("/v1/models")
     async def models() -> dict:
+        """The base, and every adapter of the store that is served."""
         _require_ready(service)
         return {"object": "list", "data": service.models()}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict:
+        """One of :func:`models`; 404 where ``name`` is none of them."""
         _require_ready(service)
         for found in service.models():
             if found["id"] == name:
@@ -93,6 +100,7 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
+        """An answer to a conversation, through the base's chat template."""
         _require_ready(service)
         try:
             prompt = await run_in_threadpool(service.chat_prompt, [message.as_turn() for message in body.messages])
@@ -102,6 +110,7 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        """What follows each prompt, without a template."""
         _require_ready(service)
         try:
             prompts = await run_in_threadpool(lambda: [service.prompt(each) for each in body.prompts()])
@@ -124,6 +133,7 @@ class _Guard:
         left = self._max
 
         async def counted():
+            """The next message of the request. Raises 413 once there are more bytes than allowed."""
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
@@ -185,6 +195,7 @@ class _Run:
                                "context_length_exceeded")  # fmt: skip
 
             def emit(piece: Piece, index: int = index) -> None:
+                """Hand ``piece``, from the engine's thread, to the event loop."""
                 loop.call_soon_threadsafe(self._news.put_nowait, (index, piece))
 
             self.rows.append(Row(ids, body.sampling(room, index % body.n), emit))
@@ -212,6 +223,7 @@ class _Run:
                 row.cancelled = True
 
     def usage(self) -> dict[str, int]:
+        """Tokens of the prompts and, so far, of the answers."""
         return usage(self.prompt_tokens, sum(len(row.tokens) for row in self.rows))
 
 
@@ -262,6 +274,7 @@ async def _events(run: _Run, body, envelope: Envelope, echoes: list[str]) -> Asy
     more = {"usage": None} if counted else {}
 
     def event(data: dict) -> str:
+        """``data`` as one server-sent event."""
         return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
     for index in range(len(run.rows)):

@@ -88,6 +88,7 @@ class _Request(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """The texts that end an answer, one or several alike."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, room: int, index: int) -> Sampling:
@@ -112,10 +113,12 @@ class ChatRequest(_Request):
 
     @property
     def limit(self) -> int | None:
+        """Most tokens of an answer; None: as many as there is room for."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
+        """How many other tokens are told with each token's log probability; None: no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -139,10 +142,12 @@ class CompletionRequest(_Request):
 
     @property
     def limit(self) -> int | None:
+        """Most tokens of an answer: 16 where none are named, as in the OpenAI API."""
         return self.max_tokens or 16
 
     @property
     def alternatives(self) -> int | None:
+        """As :attr:`ChatRequest.alternatives`."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
@@ -158,6 +163,7 @@ class Chat:
 
     @staticmethod
     def choice(index: int, text: str, tokens: list[Token] | None, finish: str | None) -> dict:
+        """The whole answer ``index``. ``tokens`` None: without log probabilities."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": text},
@@ -173,7 +179,9 @@ class Chat:
 
     @staticmethod
     def logprobs(tokens: list[Token] | None) -> dict | None:
+        """The log probability of each token, its alternatives and its bytes; None where none are asked for."""
         def one(text: str, logprob: float) -> dict:
+            """A token. Half of a character has no bytes of its own."""
             return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
         if tokens is None:
@@ -194,12 +202,14 @@ class Completion:
 
     @staticmethod
     def choice(index: int, text: str, tokens: list[Token] | None, finish: str | None) -> dict:
+        """The answer ``index``, whole or a part of it. ``tokens`` None: without log probabilities."""
         return {"index": index, "text": text, "logprobs": Completion.logprobs(tokens), "finish_reason": finish}
 
     chunk = choice
 
     @staticmethod
     def logprobs(tokens: list[Token] | None) -> dict | None:
+        """The tokens, their log probabilities, alternatives and places in the text, as four lists; None where none are asked for."""
         if tokens is None:
             return None
         return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
@@ -213,9 +223,11 @@ class Envelope:
         self.form, self._common = form, {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, choices: list[dict], usage: dict) -> dict:
+        """The answer to a request without a stream."""
         return {**self._common, "object": self.form.kind, "choices": choices, "usage": usage}
 
     def event(self, choices: list[dict], **more: Any) -> dict:
+        """One event of a stream; ``more`` holds the usage of the last one."""
         return {**self._common, "object": self.form.chunk_kind, "choices": choices, **more}
 
 

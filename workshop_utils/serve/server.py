@@ -201,6 +201,7 @@ def _stop_after_failure(done: Future, server, service: Service) -> None:
     """A server without a model, or whose engine has ended, is of no use."""
 
     def end(_: Future) -> None:
+        """Answer no more requests, and have uvicorn stop."""
         service.ready, server.should_exit = False, True
 
     if done.exception():
