@@ -40,6 +40,7 @@ def write(directory: Path, chunks: int = 100_000) -> Path:
     left = chunks
 
     def place(name: str, offset: torch.Size | None, layer: int, rank: int, length: int) -> None:
+        """Put a chunk of ``length`` bytes at the end of a file of its rank."""
         file = (
             f"__{layer * PIPELINE_PARALLEL // LAYERS * TENSOR_PARALLEL + rank % TENSOR_PARALLEL}_{rank % FILES_PER_RANK}.distcp"
         )
@@ -51,6 +52,7 @@ def write(directory: Path, chunks: int = 100_000) -> Path:
         )
 
     def add(name: str, dtype: torch.dtype, sizes: tuple, layers: int, splits: int) -> None:
+        """Add a tensor, cut into chunks as long as any are left. ``sizes``: rows, columns, pieces of the rows, pieces of the columns."""
         nonlocal left
         rows, columns, row_pieces, column_pieces = sizes
         # More pieces of the rows for what the data-parallel ranks share.

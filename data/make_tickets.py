@@ -42,6 +42,7 @@ class Cycle:
         self.items, self.rng, self.left = items, rng, []
 
     def draw(self):
+        """The next item; each comes once before any comes again."""
         if not self.left:
             self.left = list(self.items)
             self.rng.shuffle(self.left)
@@ -111,6 +112,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> int:
+    """Read the command line and write the files."""
     parser = argparse.ArgumentParser(
         description="Write train.jsonl, validation.jsonl and test.jsonl of the support-ticket data set.",
         epilog="Example: python data/make_tickets.py --out /tmp/tickets --seed 11",

@@ -132,11 +132,13 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
     from nbclient import NotebookClient
 
     class OwnKernel(AsyncKernelManager):
+        """A kernel of this interpreter."""
         def __init__(self, **kwargs):
             # Without folders to search, "python3" can only be the interpreter that runs this.
             super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport_encryption="auto", **kwargs)
 
     class Client(NotebookClient):
+        """Knows its place, and can be stopped."""
         stopped = False
         number = 0
 

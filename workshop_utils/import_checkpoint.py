@@ -106,6 +106,7 @@ def _careful(importer: type, settings: object, folder: Path) -> type:
     """NeMo's ``importer`` with the corrected ``settings``, a folder of its own for the tokenizer, and no code of the model's run."""
 
     class Importer(importer):
+        """The family's importer, bound to ``settings`` and ``folder``."""
         config = settings
 
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):

@@ -98,6 +98,7 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
     torch, original = module.torch, module.WrappedTorchNorm.__new__
 
     class ZeroCentredLayerNorm(torch.nn.LayerNorm):
+        """A layer norm whose weight is added to 1."""
         def reset_parameters(self):
             """Start at zero: the weight counts from 1."""
             torch.nn.init.zeros_(self.weight)

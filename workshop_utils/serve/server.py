@@ -175,6 +175,7 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
     app = create_app(service, api_key, service.limits.max_body)
 
     class Server(uvicorn.Server):
+        """Closes the service when it stops."""
         async def shutdown(self, sockets=None) -> None:
             """End the engine while there are clients to hear of it, then the connections."""
             await asyncio.to_thread(service.close, _GRACE)
