@@ -7,8 +7,8 @@ from export_samples import GQA, config_of, tensors_of, tiny_llama, write_adapter
 
 from workshop_utils.errors import OutputExists
 from workshop_utils.export import export
-from workshop_utils.export.base_id import base_id, is_place, same_base
 from workshop_utils.export.job import export_adapter
+from workshop_utils.models.base_id import base_id, is_place, same_base
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

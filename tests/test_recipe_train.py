@@ -101,6 +101,9 @@ def test_a_run_is_the_same_by_what_decides_its_outcome(tmp_path):
     assert fingerprint(seed=7) != first and fingerprint(learning_rate=1e-3) != first
     (tmp_path / "data/training.jsonl").write_text("other rows")
     assert fingerprint() != first
+    other_rows, weights = fingerprint(), settled(tmp_path).nemo_ckpt_dir / "weights" / "__0_0.distcp"
+    weights.write_bytes(b"other weights of the same shape")
+    assert fingerprint() != other_rows
 
 
 def test_names_that_do_not_match_are_repeated_once(tmp_path):

@@ -19,6 +19,7 @@ from typing import Any
 
 from workshop_utils import paths
 from workshop_utils.chat_data import prompt_turns, read_rows
+from workshop_utils.digests import sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.formats.summary import Kind
@@ -311,8 +312,7 @@ def _scores(entry: Mapping[str, Any]) -> Scores:
 def _digest(path: Path) -> str:
     """sha256 of a file, or over the names and sha256 of the files in a directory that decide what a model answers."""
     if path.is_file():
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(path)
     if not path.is_dir():
         raise NotACheckpoint(f"{paths.shown(path)} does not exist.")
     kinds = (".json", ".safetensors", ".bin", ".model", ".jinja")

@@ -16,7 +16,7 @@ READERS: dict[str, tuple[tuple[str, ...], int | None, tuple[str, ...]]] = {
     "trtllm": (("nemo", "hf-peft"), None, ("the largest rank is fixed when an engine is built: give it with --max-rank",)),
     "nemo": (("nemo",), None, ()),
     "peft": (("hf-peft",), None, ()),
-    "vllm": (("hf-peft",), 16, ("--max-lora-rank of vLLM is 16 unless it is set: 1, 8, 16, 32, 64, 128, 256, 320 or 512",)),
+    "vllm": (("hf-peft",), 16, (f"--max-lora-rank of vLLM is 16 unless it is set: {', '.join(map(str, _VLLM_RANKS[:-1]))} or {_VLLM_RANKS[-1]}",)),
     "nim1": (
         ("nemo", "hf-peft"),
         32,

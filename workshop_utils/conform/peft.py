@@ -12,11 +12,11 @@ from workshop_utils.conform.rules import TRAINED, Judgement, check_rank, check_s
 from workshop_utils.doctor.adapters import check_peft
 from workshop_utils.doctor.report import Report
 from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
-from workshop_utils.export.base_id import is_hub_id, is_place
 from workshop_utils.formats import huggingface
 from workshop_utils.formats.architecture import number, size
 from workshop_utils.formats.safe_text import read_json
 from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.models.base_id import is_hub_id, is_place
 from workshop_utils.paths import shown
 
 PREFIX = "base_model.model."

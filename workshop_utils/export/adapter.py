@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from workshop_utils.digests import sha256
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.export.qkv import Heads, Order
 from workshop_utils.formats import nemo2
@@ -165,10 +166,7 @@ def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
 
 def fingerprint(*files: Path) -> str:
     """sha256 of one file, or of the digests of several, in hexadecimal."""
-    digests = []
-    for file in files:
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    digests = [sha256(file) for file in files]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -14,7 +14,6 @@ from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import OutputExists, WorkshopError
 from workshop_utils.export import hf_peft, merge
 from workshop_utils.export.adapter import NAME, NAME_RULE, LoraAdapter, find_adapter, read_adapter
-from workshop_utils.export.base_id import base_id, of_directory, same_base
 from workshop_utils.export.check import check_hf_peft, check_merged, check_nemo
 from workshop_utils.export.model_card import model_card
 from workshop_utils.export.modules import fused, of_dtype, separated
@@ -22,6 +21,7 @@ from workshop_utils.export.nemo import refuse_for_trtllm, write_nemo
 from workshop_utils.export.record import Record, make_record
 from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.summary import Kind
+from workshop_utils.models.base_id import base_id, of_directory, same_base
 from workshop_utils.paths import shown
 
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")

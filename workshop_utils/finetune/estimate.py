@@ -5,14 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workshop_utils.finetune.schemes import SECTIONS, lora_modules
 from workshop_utils.formats.architecture import Architecture
-
-TARGETS = {
-    "attention": ("attention_qkv", "attention_dense"),
-    "mlp": ("mlp_fc1", "mlp_fc2"),
-    "all": ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2"),
-}
-"""What NeMo's group names stand for (``get_target_modules`` in ``peft_config.py``, NeMo 2.4.1)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,7 @@ def trained(sizes: Architecture, peft: Mapping[str, Any]) -> int:
     if scheme == "ptuning":
         rows, width, inner = (peft["p_tuning"][key] for key in ("virtual_tokens", "embedding_dim", "bottleneck_dim"))
         return rows * width + (width + 1) * inner + (inner + 1) * sizes.hidden
-    settings = peft[{"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}[scheme]]
+    settings = peft[SECTIONS[scheme]]
     layers = len(settings["layer_selection"] or range(sizes.layers))
     if scheme == "lora":
         modules = lora_modules(list(settings["target_modules"]))
@@ -49,11 +43,6 @@ def trained(sizes: Architecture, peft: Mapping[str, Any]) -> int:
     if scheme == "adapter":
         return layers * 2 * 2 * sizes.hidden * (settings["adapter_dim"] + (settings["norm_position"] is not None))
     return layers * (2 * sizes.groups * sizes.head_dim + sizes.ffn)
-
-
-def lora_modules(targets: list[str]) -> list[str]:
-    """The modules that ``targets`` mean, groups resolved, each once."""
-    return list(dict.fromkeys(module for target in targets for module in TARGETS.get(target, (target,))))
 
 
 def parameters(sizes: Architecture) -> int:

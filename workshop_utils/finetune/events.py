@@ -29,8 +29,10 @@ def _event_writer(target: Path):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with target.open("a+b") as stream:
                     # A full disk, or the end of an earlier start, can have cut the line before.
-                    if stream.tell() and (stream.seek(-1, os.SEEK_END), stream.read(1))[1] != b"\n":
-                        stream.write(b"\n")
+                    if stream.tell():
+                        stream.seek(-1, os.SEEK_END)
+                        if stream.read(1) != b"\n":
+                            stream.write(b"\n")
                     stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}).encode() + b"\n")
 
         def on_train_start(self, trainer, module):

@@ -20,6 +20,7 @@ from workshop_utils.export.nemo import merge_parts
 from . import run_record
 from .events import read_events
 from .plan import Plan
+from .schemes import SECTIONS
 
 GRACE = 4.0
 """Seconds that the workers get to end after a signal before they are killed. A checkpoint is whole at any moment or not there."""
@@ -103,7 +104,7 @@ def _train(plan: Plan, progress: bool) -> Path:
             cause = failure_cause(plan.log)
         elif not plan.adapter.exists():
             cause = f"torchrun ended well, but {paths.shown(plan.adapter)} is missing."
-        elif plan.config.model.peft.peft_scheme in ("lora", "adapter", "ia3") and merge_parts(plan.adapter):
+        elif plan.config.model.peft.peft_scheme in SECTIONS and merge_parts(plan.adapter):
             print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
     except KeyboardInterrupt:
         run_record.end(plan, record, run_record.INTERRUPTED, time.monotonic() - began, None)

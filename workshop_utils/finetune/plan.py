@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from workshop_utils import chat_data, orphans, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
+from workshop_utils.digests import of_files, sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune.configuration import compose, plain
-from workshop_utils.finetune.fingerprint import of_base, sha256
 from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
@@ -99,7 +99,7 @@ class Plan:
                           if not key.startswith("model.data.") or not key.endswith("file_names")},
             "script": paths.shown(script_path()),
             "data": [sha256(path) for path in files if path.is_file()],
-            "base": of_base(Path(self.overrides["model.restore_from_path"])),
+            "base": _digests_of_base(Path(self.overrides["model.restore_from_path"])),
             "adapter": sha256(Path(adapter)) if adapter and Path(adapter).is_file() else None,
         }  # fmt: skip
 
@@ -176,6 +176,12 @@ def make_plan(
 def notes(run_dir: Path) -> Path:
     """Where a run's log, events and record stand: in a folder, since NeMo's exp_manager moves *files* of an earlier start away."""
     return run_dir / "workshop"
+
+
+def _digests_of_base(base: Path) -> dict[str, str]:
+    """Digest of each file that ``base`` is loaded from: a ``.nemo``, or a directory with ``model_config.yaml`` and ``model_weights/``."""
+    weights = sorted(file for file in (base / "model_weights").rglob("*") if file.is_file())
+    return of_files([base] if base.is_file() else [base / "model_config.yaml", *weights], base.parent)
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, str]:

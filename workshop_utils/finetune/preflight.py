@@ -15,6 +15,7 @@ from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device
 from workshop_utils.errors import DataError, WorkshopError
 from workshop_utils.finetune import data_check, estimate, value_check
+from workshop_utils.finetune.schemes import MODULES, SCHEMES, SECTIONS, lora_modules
 from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.rank_files import rank_files
@@ -23,9 +24,6 @@ from workshop_utils.formats.rank_files import sizes as sizes_of
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SCHEMES = ("lora", "ptuning", "adapter", "ia3", "none")
-SECTIONS = {"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}
-MODULES = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2", *estimate.TARGETS)
 
 PRECISIONS = ("32", "32-true", "16", "16-mixed", "bf16", "bf16-mixed")
 """What ``torch_dtype_from_precision`` (NeMo 2.4.1) takes; "bf16" means bf16-mixed there."""
@@ -259,7 +257,7 @@ def _to_go_on_from(source: Path, model: "DictConfig") -> Iterator[str]:
 
 def _resolved(value: Any) -> Any:
     """``value`` of a key of an adapter's settings as it counts: a list in any order, with groups of modules resolved."""
-    return value if value is None or isinstance(value, int) else sorted(estimate.lora_modules(list(value)))
+    return value if value is None or isinstance(value, int) else sorted(lora_modules(list(value)))
 
 
 def template(config: "DictConfig") -> data_check.Template:

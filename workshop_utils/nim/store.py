@@ -17,11 +17,11 @@ from workshop_utils.doctor import layers
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import CheckpointError, ConformanceFailed, UnsupportedAdapter, WorkshopError
 from workshop_utils.export.adapter import NAME, NAME_RULE, find_adapter
-from workshop_utils.export.base_id import same_base
 from workshop_utils.formats import nemo2
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.models.base_id import same_base
 from workshop_utils.paths import shown
 
 MAX_RANK = 32

@@ -6,7 +6,6 @@ path has too (:mod:`workshop_utils.finetune.events`); a worker's error comes bac
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from workshop_utils import paths
+from workshop_utils.digests import of_files, sha256
 from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.finetune import launch, run_record
 from workshop_utils.finetune.events import read_events
@@ -99,10 +99,11 @@ class Job:
             if field(name).metadata["script"] == TRAIN and not name.startswith(WATCHING)
         }
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
-        files.append(self.resolved.nemo_ckpt_dir / "weights" / ".metadata")
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+        weights = self.resolved.nemo_ckpt_dir / "weights"
+        digests = [sha256(file) for file in (*files, weights / ".metadata") if file.is_file()]  # `engines.base_of` looks for the last
+        base = of_files(sorted(file for file in weights.rglob("*") if file.is_file()), weights)
         # As JSON would give it back: a tuple becomes a list.
-        return json.loads(json.dumps({"options": kept, "files": digests}))
+        return json.loads(json.dumps({"options": kept, "files": digests, "base": base}))
 
     def __str__(self) -> str:
         options = self.resolved.options

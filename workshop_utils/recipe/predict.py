@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils import chat_data, metrics, paths
+from workshop_utils.digests import sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint, WorkshopError
 from workshop_utils.formats import nemo2
@@ -178,14 +179,14 @@ def _write(file: Path, mark: str, rows: Sequence[tuple[str, str]], answers: dict
         line = {"input": prompt, "label": label, "prediction": answer["text"].strip()}
         lines.append(json.dumps(line | ({"refused": answer["refused"]} if answer["refused"] else {}), ensure_ascii=False))
     paths.write_text(file, "\n".join(lines) + "\n")
-    paths.write_text(_record(file), json.dumps({"made_from": mark, "sha256": _digest(file)}) + "\n")
+    paths.write_text(_record(file), json.dumps({"made_from": mark, "sha256": sha256(file)}) + "\n")
 
 
 def _finished(file: Path, mark: str) -> tuple[tuple[str, ...], dict[int, str]] | None:
     """Predictions and refusals in ``file`` if it was made from the same and has not been changed since."""
     try:
         record = json.loads(_record(file).read_text("utf-8"))
-        if record != {"made_from": mark, "sha256": _digest(file)}:
+        if record != {"made_from": mark, "sha256": sha256(file)}:
             return None
     except (FileNotFoundError, ValueError):
         return None
@@ -215,11 +216,6 @@ def _fingerprint(checkpoint: Path, base: Path | None, rows, sampling, limits, en
     weights = [choose_checkpoint.files_of(one) for one in (checkpoint, base) if one]
     made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _record(file: Path) -> Path:

@@ -13,7 +13,6 @@ The rows are used again only while all of it is the same.
 """
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.chat_template import read_tokenizer
+from workshop_utils.digests import sha256
 from workshop_utils.errors import DataError, OutputExists
 from workshop_utils.finetune import data_check
 from workshop_utils.recipe import dataset_sources, splits, waiting
@@ -144,7 +144,7 @@ def load_prepared(data_dir: Path) -> Prepared:
         )
     for name, wanted in marker["files"].items():
         file = data_dir / name
-        if not file.is_file() or _hash(file) != wanted:
+        if not file.is_file() or sha256(file) != wanted:
             raise DataError(
                 f"{paths.shown(file)} is missing or has changed since it was prepared. Run `workshop recipe data` again; it is made anew."
             )
@@ -195,7 +195,7 @@ def _require_ours(data_dir: Path) -> None:
 def _key(config: HFDatasetConfig, revision: str, tokenizer_dir: Path | None, max_seq_length: int) -> dict[str, Any]:
     """Everything that shapes the rows and their statistics, as it looks after a round trip through JSON."""
     tokenizer = (
-        {name: _hash(tokenizer_dir / name) for name in _TOKENIZER_FILES if (tokenizer_dir / name).is_file()}
+        {name: sha256(tokenizer_dir / name) for name in _TOKENIZER_FILES if (tokenizer_dir / name).is_file()}
         if tokenizer_dir
         else None
     )
@@ -206,11 +206,6 @@ def _key(config: HFDatasetConfig, revision: str, tokenizer_dir: Path | None, max
         "max_seq_length": max_seq_length,
     }
     return json.loads(json.dumps(whole, default=str))
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tokenizer_dir(given: Path | None) -> Path | None:
@@ -255,7 +250,7 @@ def _write(config: HFDatasetConfig, source: dataset_sources.Source, part: Path, 
         "source_rows": sum(len(one) for one in loaded), "left_out": left_out, "repeated": division.repeated,
         "leaks": division.dropped, "prompt_template": between, "max_seq_length": max_seq_length, "revision": source.revision,
     }  # fmt: skip
-    files = {f"{name}.jsonl": _hash(part / f"{name}.jsonl") for name in splits.NAMES}
+    files = {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in splits.NAMES}
     kept_statistics = found | {"statistics": {name: asdict(one) for name, one in found["statistics"].items()}}
     (part / MARKER).write_text(
         json.dumps({"key": key, "files": files, "prepared": kept_statistics}, indent=1), encoding="utf-8"

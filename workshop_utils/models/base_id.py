@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from workshop_utils import paths
+from workshop_utils.models.catalogue import catalogue
 
 _HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _NAME = re.compile(r"\w[\w.-]*")
@@ -46,8 +47,6 @@ def is_place(base: str) -> bool:
 
 def _catalogued() -> dict[str, str]:
     """Ids on the Hub of the models of the manifest, by name, where they have one."""
-    from workshop_utils.models.catalogue import catalogue
-
     if not (paths.models_dir() / "manifest.yaml").is_file():  # this package without its repository
         return {}
     return {name: model.hub_id for name, model in catalogue().items() if model.hub_id}

@@ -1,7 +1,7 @@
-"""Digests that tell one file from another: whole for rows and adapters, a bounded sample of large weights."""
+"""Digests that tell one file from another: of the whole, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 PIECES = 16
@@ -33,16 +33,6 @@ def sampled(path: Path) -> str:
     return found.hexdigest()
 
 
-def of_base(base: Path) -> dict[str, str]:
-    """Digest of each file that a base is loaded from, by name; links count as the files that they lead to. ``base`` is a ``.nemo`` or a
-    directory with ``model_config.yaml`` and ``model_weights/``.
-    """
-    return {str(file.relative_to(base.parent)): sampled(file) for file in _files(base)}
-
-
-def _files(base: Path) -> Iterator[Path]:
-    if base.is_file():
-        yield base
-        return
-    yield base / "model_config.yaml"
-    yield from sorted(file for file in (base / "model_weights").rglob("*") if file.is_file())
+def of_files(files: Iterable[Path], root: Path) -> dict[str, str]:
+    """:func:`sampled` of each of ``files``, by its name below ``root``; links count as the files that they lead to."""
+    return {str(file.relative_to(root)): sampled(file) for file in files}
