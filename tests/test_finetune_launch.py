@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from filelock import FileLock
 from tiny_model import make_tiny_model, write_rows
 
 from workshop_utils import finetune
-from workshop_utils.errors import TrainingFailed, WorkshopError
+from workshop_utils.errors import NotACheckpoint, TrainingFailed, WorkshopError
+from workshop_utils.export.adapter import find_adapter
 from workshop_utils.finetune import launch, run_record
 from workshop_utils.finetune.events import _event_writer
 
@@ -108,6 +110,43 @@ def test_an_interrupted_run_is_continued_and_keeps_its_events(planned, capsys):
     assert "ended without a word after step 3: it was killed" in printed
     assert "Continuing from runs/finetune/run/checkpoints/x-last.ckpt." in printed
     assert len(finetune.read_events(plan.events)) == 6
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ("x-last.ckpt", "Stopped. The same command continues from runs/finetune/run/checkpoints/x-last.ckpt."),
+        ("", "Stopped before the first checkpoint. The same command starts over."),
+        ("x-last-unfinished", "Stopped before the first checkpoint. The same command starts over."),
+        ("x-last.ckpt x-last-unfinished", "Stopped before the first checkpoint. The same command starts over."),
+    ],
+)
+def test_only_a_run_with_a_checkpoint_is_said_to_continue(planned, monkeypatch, capsys, left, said):
+    def interrupted(*arguments):
+        """Training that leaves its checkpoints and is stopped by Ctrl-C."""
+        plan.adapter.parent.mkdir(parents=True, exist_ok=True)
+        for name in left.split():
+            (plan.adapter.parent / name).touch()
+        raise KeyboardInterrupt
+
+    plan = planned()
+    monkeypatch.setattr(launch, "run_logged", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.finetune(plan, progress=False)
+    assert said in capsys.readouterr().out
+
+
+def test_an_export_without_an_adapter_names_what_lies_beside_it(planned):
+    finished = planned()
+    finetune.finetune(finished, progress=False)
+    with pytest.raises(TrainingFailed):
+        finetune.finetune(planned("raise ValueError('no fish')", "trainer.max_steps=40", finish=False), progress=False)
+    kept = "An earlier run of that name, with an adapter, is kept as runs/finetune/run.1."
+    with pytest.raises(NotACheckpoint, match=f"holds no adapter.* runs/finetune/run/workshop/run.json has its training as failed. {kept}"):
+        find_adapter(finished.run_dir)
+    shutil.rmtree(finished.run_dir)
+    with pytest.raises(NotACheckpoint, match=f"runs/finetune/run does not exist.* {kept}"):
+        find_adapter(finished.run_dir)
 
 
 def test_a_torn_line_hides_nothing_after_it(planned):

@@ -1,5 +1,6 @@
 """Planning a run: what is refused before anything heavy starts, and who wins among recipe, machine and user."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -88,11 +89,31 @@ def test_the_fingerprint_follows_the_weights(root, base, tmp_path):
         return make_plan([f"model.restore_from_path={own}"], trust=True).fingerprint()
 
     first = found()
-    assert first == found() and "own/model_weights/.metadata" in first["base"]
+    assert first == found() and ".metadata" in first["base"]["weights"]
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     assert found() != first
+
+
+def test_a_copied_or_moved_clone_knows_its_run_again(root, base, tmp_path, monkeypatch):
+    """Everything lies elsewhere there: base, tokenizer (by an absolute path in the bridged configuration), rows, run and script's clone."""
+
+    def clone(place):
+        """The fingerprint of the README's command in a clone at ``place``."""
+        shutil.copytree(root / "data", place / "data")
+        view, tokenizer = place / "models" / "bridged" / "tiny", place / "models" / "nemo2" / "tiny" / "context" / "nemo_tokenizer"
+        shutil.copytree(base / "model_weights", view / "model_weights")
+        shutil.copytree(base.parent / "hf", tokenizer)
+        (view / "model_config.yaml").write_text(yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}}))
+        monkeypatch.setenv("WORKSHOP_ROOT", str(place))
+        return view, lambda: make_plan([f"model.restore_from_path={view}"]).fingerprint()
+
+    (_, first), (view, second) = clone(tmp_path / "first"), clone(tmp_path / "second")
+    assert json.dumps(first()) == json.dumps(second())
+    tokenizer = Path(yaml.safe_load((view / "model_config.yaml").read_text())["tokenizer"]["type"]) / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("<|endoftext|>", "<|endoftask|>"))
+    assert first() != second(), "another tokenizer"
 
 
 def test_a_large_file_is_told_by_a_sample_in_no_time(tmp_path):

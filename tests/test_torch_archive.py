@@ -156,7 +156,8 @@ def test_enumerations_of_megatron():
     from megatron.core.transformer.enums import AttnBackend
 
     found = torch_archive.read_state(saved({"backend": AttnBackend.fused}), "x")
-    assert repr(found["backend"]) == f"megatron.core.transformer.enums.AttnBackend({AttnBackend.fused.value})"
+    by_value, by_name = f"({AttnBackend.fused.value})", ".fused"  # Python 3.11.0 to 3.11.4 write the name
+    assert repr(found["backend"]).removeprefix("megatron.core.transformer.enums.AttnBackend") in (by_value, by_name)
 
 
 def test_weights_in_an_archive_compressed_with_gzip(tmp_path):

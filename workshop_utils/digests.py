@@ -1,7 +1,6 @@
 """Digests that tell one file from another: of the whole, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 PIECES = 16
@@ -33,6 +32,10 @@ def sampled(path: Path) -> str:
     return found.hexdigest()
 
 
-def of_files(files: Iterable[Path], root: Path) -> dict[str, str]:
-    """:func:`sampled` of each of ``files``, by its name below ``root``; links count as the files that they lead to."""
-    return {str(file.relative_to(root)): sampled(file) for file in files}
+def of_contents(path: Path) -> dict[str, str]:
+    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name below it, wherever ``path`` lies. Links count
+    as the files that they lead to; what is not there has no entry.
+    """
+    if path.is_file():
+        return {"": sampled(path)}
+    return {str(file.relative_to(path)): sampled(file) for file in sorted(path.rglob("*")) if file.is_file()}

@@ -6,6 +6,7 @@ One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workshop_utils.digests import sha256
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.export.qkv import Heads, Order
-from workshop_utils.formats import nemo2
+from workshop_utils.formats import nemo2, safe_text
 from workshop_utils.formats.nemo1_config import ACTIVATIONS
 from workshop_utils.paths import shown
 
@@ -120,7 +121,9 @@ def find_adapter(path: Path | str) -> Path:
     if path.is_file() or (path / PEFT_CONFIG).is_file() or (path / "weights" / "adapter_metadata.json").is_file():
         return path
     if not path.exists():
-        raise NotACheckpoint(f"{shown(path)} does not exist. Give an adapter, or the run directory of a script-path training.")
+        raise NotACheckpoint(
+            f"{shown(path)} does not exist. Give an adapter, or the run directory of a script-path training.{_kept(path)}"
+        )
     if nemo2.looks_like(path):
         raise NotACheckpoint(
             f"{shown(path)} is a NeMo 2.0 distributed checkpoint of a whole model: it has no weights/adapter_metadata.json."
@@ -129,12 +132,26 @@ def find_adapter(path: Path | str) -> Path:
     if not found:
         raise NotACheckpoint(
             f"{shown(path)} holds no adapter: no .nemo (NeMo writes one to checkpoints/ when a training ends normally), no {PEFT_CONFIG} and "
-            "no weights/adapter_metadata.json."
+            f"no weights/adapter_metadata.json.{_state(path)}{_kept(path)}"
         )
     if len(found) > 1:
         names = "\n".join(f"  {shown(file)}" for file in found)
         raise NotACheckpoint(f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}")
     return found[0]
+
+
+def _state(run: Path) -> str:
+    """What the record in the directory ``run`` says of its training, as a sentence; empty where there is none."""
+    record = run / "workshop" / "run.json"
+    status = safe_text.read_json(record).get("status") if record.is_file() else None
+    return f" {shown(record)} has its training as {status}." if isinstance(status, str) else ""
+
+
+def _kept(run: Path) -> str:
+    """Adapters of earlier trainings that are kept beside ``run`` under a number, as a sentence; empty where there are none."""
+    folders = [folder for folder in run.parent.glob(f"{glob.escape(run.name)}.*") if folder.suffix[1:].isdecimal()]
+    found = [shown(folder) for folder in sorted(folders) if any(folder.glob("checkpoints/*.nemo"))]
+    return f" An earlier run of that name, with an adapter, is kept as {' and as '.join(found)}." if found else ""
 
 
 def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:

@@ -30,14 +30,16 @@ LINGER = 2.0
 
 _LESS_MEMORY = "lower model.micro_batch_size or model.data.train_ds.max_seq_length"
 _ADVICE = {
-    r"\[Errno (27|28)\]": "The disk is full, or a limit on the size of files is reached. Make room; the same command goes on from the "
-                          "last checkpoint.",
+    r"\[Errno (27|28)\]": "The disk is full, or a limit on the size of files is reached. Make room, and run the same command again.",
     r"MemoryError|bad_alloc|not enough memory|[Cc]annot allocate memory|out of memory": f"Memory ran out: {_LESS_MEMORY}, or close "
                                                                                        "other programs.",
 }  # fmt: skip
 
 _FULL = 1 << 16
 """Bytes free on a disk that counts as full."""
+
+_UNFINISHED = "-unfinished"
+"""End of the name of NeMo's mark beside a checkpoint (``NeMoModelCheckpoint`` in ``nemo/utils/callbacks/nemo_model_checkpoint.py``, 2.4.1)."""
 
 _CLOSING = b"closing signal SIGTERM"
 
@@ -85,12 +87,24 @@ def prepare(plan: Plan, fresh: bool, switch: str = "--fresh, or fresh=True") -> 
         print(f"The earlier run is kept as {paths.shown(_keep(plan.run_dir))}.")
         return
     print(run_record.how_it_ended(plan, record))
-    checkpoints = sorted(plan.run_dir.glob("checkpoints/*last*"))
-    if checkpoints:
-        print(f"Continuing from {paths.shown(checkpoints[-1])}. ({switch}, starts over.)")
+    if checkpoint := last_checkpoint(plan.run_dir):
+        print(f"Continuing from {paths.shown(checkpoint)}. ({switch}, starts over.)")
     else:
         print("It left no checkpoint: starting from the first step.")
         plan.events.unlink(missing_ok=True)
+
+
+def last_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that a run in ``run_dir`` goes on from; one that NeMo had not finished, which it marks and removes, is none."""
+    found = [path for path in run_dir.glob("checkpoints/*last*") if not path.name.endswith(_UNFINISHED)]
+    return max((path for path in found if not path.with_name(path.name.removesuffix(".ckpt") + _UNFINISHED).exists()), default=None)
+
+
+def stopped(run_dir: Path) -> str:
+    """What to tell after Ctrl-C: whether the same command continues a run in ``run_dir`` or starts over."""
+    if checkpoint := last_checkpoint(run_dir):
+        return f"Stopped. The same command continues from {paths.shown(checkpoint)}."
+    return "Stopped before the first checkpoint. The same command starts over."
 
 
 def _train(plan: Plan, progress: bool) -> Path:
@@ -108,7 +122,7 @@ def _train(plan: Plan, progress: bool) -> Path:
             print(f"{paths.shown(plan.adapter)}: the parts of the model-parallel ranks are put together.")
     except KeyboardInterrupt:
         run_record.end(plan, record, run_record.INTERRUPTED, time.monotonic() - began, None)
-        print(f"Stopped. The same command continues from the last checkpoint in {paths.shown(plan.run_dir)}.")
+        print(stopped(plan.run_dir))
         raise
     run_record.end(plan, record, run_record.FAILED if cause else run_record.FINISHED, time.monotonic() - began, status, cause)
     if cause:

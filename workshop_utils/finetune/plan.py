@@ -8,16 +8,17 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workshop_utils import chat_data, orphans, paths
 from workshop_utils.chat_template import ChatTokenizer
 from workshop_utils.device import Device, choose_device, quiet_environment
-from workshop_utils.digests import of_files, sha256
+from workshop_utils.digests import of_contents, sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune.configuration import compose, plain
 from workshop_utils.finetune.preflight import Preflight, preflight
+from workshop_utils.formats.architecture import section
 from workshop_utils.formats.nemo1_config import architecture
 from workshop_utils.formats.nemo_archive import read_config
 from workshop_utils.formats.safe_text import read_yaml
@@ -47,6 +48,8 @@ RENDERED_TEMPLATE = "'{input}{output}'"
 """How rows of :func:`workshop_utils.chat_data.render_file` are glued, as an override; validation and test follow train_ds."""
 
 PARTS = ("train_ds", "validation_ds", "test_ds")
+_PLACES = ("file_names", "index_mapping_dir", "restore_from_path", "exp_manager.exp_dir")
+"""Overrides that say where something lies: its contents are looked at, or it is where the run goes."""
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
@@ -91,15 +94,17 @@ class Plan:
         return self.config.model.seed
 
     def fingerprint(self) -> dict:
-        """What decides the outcome: overrides, script, data, base and the adapter to go on from. Equal fingerprints, equal runs on one machine."""
+        """What decides the outcome: overrides, script, data, base and the adapter to go on from. Equal fingerprints, equal runs on one machine.
+
+        Files count by their contents and not by their places, so that a run is known again in a copy of the repository.
+        """
         files = [Path(name) for part in PARTS for name in self.config.model.data[part].get("file_names") or []]
         adapter = self.config.model.peft.restore_from_path
         return {
-            "overrides": {key: paths.shown(value) if os.path.isabs(value) else value for key, value in self.overrides.items()
-                          if not key.startswith("model.data.") or not key.endswith("file_names")},
-            "script": paths.shown(script_path()),
+            "overrides": {key: value for key, value in self.overrides.items() if not key.endswith(_PLACES)},
+            "script": sha256(script_path()),
             "data": [sha256(path) for path in files if path.is_file()],
-            "base": _digests_of_base(Path(self.overrides["model.restore_from_path"])),
+            "base": _contents_of_base(Path(self.overrides["model.restore_from_path"])),
             "adapter": sha256(Path(adapter)) if adapter and Path(adapter).is_file() else None,
         }  # fmt: skip
 
@@ -178,10 +183,15 @@ def notes(run_dir: Path) -> Path:
     return run_dir / "workshop"
 
 
-def _digests_of_base(base: Path) -> dict[str, str]:
-    """Digest of each file that ``base`` is loaded from: a ``.nemo``, or a directory with ``model_config.yaml`` and ``model_weights/``."""
-    weights = sorted(file for file in (base / "model_weights").rglob("*") if file.is_file())
-    return of_files([base] if base.is_file() else [base / "model_config.yaml", *weights], base.parent)
+def _contents_of_base(base: Path) -> dict[str, Any]:
+    """Digests of what ``base`` is loaded from: a ``.nemo``, or ``model_config.yaml``, the tokenizer that it names and ``model_weights/``."""
+    if base.is_file():
+        return of_contents(base)
+    config = read_yaml(base / "model_config.yaml")
+    # A bridged view names its tokenizer by an absolute path.
+    named = {key: value for key, value in section(config, "tokenizer").items() if isinstance(value, str) and os.path.exists(value)}
+    config["tokenizer"] = section(config, "tokenizer") | {key: of_contents(Path(value)) for key, value in named.items()}
+    return {"config": config, "weights": of_contents(base / "model_weights")}
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -88,6 +88,24 @@ class Foreign(Inert):
     __slots__ = ()
 
 
+class Enumeration(Inert):
+    """Stand-in for an enumeration with the given names of ``members``; called with a value, as most pickles name one, it is inert."""
+
+    __slots__ = ("members",)
+
+    def __init__(self, text: str, members: Iterable[str]) -> None:
+        super().__init__(text)
+        self.members = frozenset(members)
+
+    def __call__(self, value: Any) -> Inert:
+        return Inert(f"{self.text}({value!r:.80})" if type(value) in (int, str) else self.text)
+
+
+GETATTR = Foreign("builtins.getattr")
+"""Allowed for one thing only: ``getattr(ENUMERATION, "MEMBER")`` with the name in the pickle at that place and an :class:`Enumeration` that
+has it. So Python 3.11.0 to 3.11.4 pickles members (``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2); earlier and later ones call the class."""
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """The garbage collector would look at a million growing objects over and over, and find nothing."""
@@ -119,7 +137,8 @@ class Machine:
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.at = 0
-        self.sets = self.tuple_keys = 0
+        self.sets = self.tuple_keys = self.members = 0
+        self.pair: tuple | None = None
         self.failure: Exception | None = None
 
     def run(self) -> Any:
@@ -141,13 +160,17 @@ class Machine:
             self.called is None,
         )
         at = 0
+        # The text on top of the stack, while it has been read just now and not taken from the memo.
+        literal = None
         while True:
             op = data[at]
             if op == 0x6A:  # LONG_BINGET
                 push(memo[uint32(data, at + 1)[0]])
+                literal = None
                 at += 5
             elif op == 0x68:  # BINGET
                 push(memo[data[at + 1]])
+                literal = None
                 at += 2
             elif op == 0x4B:  # BININT1
                 push(data[at + 1])
@@ -195,6 +218,8 @@ class Machine:
                 elif op == 0x86:
                     second = pop()
                     made = (pop(), second)
+                    if second is literal:
+                        self.pair = made
                 else:
                     made = (pop(),)
                 if strict and follows(b"\x94\x85\x94R\x94", at + 1) and type(stack[-1]) is FunctionType:
@@ -212,7 +237,7 @@ class Machine:
                 at += 1
             elif op == 0x8C:  # SHORT_BINUNICODE
                 end = at + 2 + data[at + 1]
-                made = str(data[at + 2 : end], "utf-8")
+                made = literal = str(data[at + 2 : end], "utf-8")
                 push(made)
                 # Also the end of the data: they cannot end with a string.
                 if data[end] == 0x94:
@@ -253,12 +278,19 @@ class Machine:
                 self.at = at + 1
                 run(self)
                 at = self.at
+                if op in _TEXTS:
+                    literal = stack[-1]
+                elif op not in _PUTS:
+                    literal = None
 
     # What is called, built and filled.
 
     def _call(self, what: Any, arguments: Any, keywords: Any = None) -> Any:
         """Call a stand-in; of everything else only the name is passed on."""
         if isinstance(what, Foreign):
+            if what is GETATTR and self._names_a_member(arguments):
+                self.members += 1
+                return Inert(f"{arguments[0].text}.{arguments[1]}")
             if self.called is None:
                 raise pickle.UnpicklingError("it calls something that is no name")
             self.called(what.text, arguments)
@@ -274,6 +306,9 @@ class Machine:
             # What comes after it would be called all the same.
             self.failure = self.failure or error
             return Inert("...")
+
+    def _names_a_member(self, arguments: Any) -> bool:
+        return arguments is self.pair and isinstance(arguments[0], Enumeration) and arguments[1] in arguments[0].members
 
     def _build(self, what: Any, state: Any) -> None:
         if isinstance(what, Foreign) and self.called is not None:
@@ -490,3 +525,6 @@ _RARE: dict[int, Callable[[Machine], None]] = {
     ord("r"): lambda m: m._put(int.from_bytes(m._bytes(4), "little")),
     ord("p"): lambda m: m._put(int(m._line())),
 }  # fmt: skip
+
+_TEXTS = frozenset([*b"STUVX", 0x8D])
+_PUTS = frozenset(b"qrp")

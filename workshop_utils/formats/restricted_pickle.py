@@ -3,9 +3,7 @@
 ``torch.distributed.checkpoint`` writes its index, ``.metadata``, as a pickle, and loads it with a bare ``pickle.load``: whoever
 wrote the file chooses which functions run. Here only the names that such a file really needs are accepted, and each stands for
 an inert object, so that neither torch nor anything else is imported. Every other name is refused and reported, with the call.
-
-Source of the list for ``.metadata``: ``torch/distributed/checkpoint/{metadata,filesystem}.py`` (torch 2.13) and
-``megatron/core/dist_checkpointing/strategies/torch.py`` (Megatron-Core 0.13 to 0.15).
+The list, with its sources, is :mod:`.pickled_names`.
 """
 
 import pickle
@@ -15,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils.errors import DamagedCheckpoint, UnsafeCheckpoint
-from workshop_utils.formats.pickle_machine import Foreign, Inert, Machine, Record
+from workshop_utils.formats import pickled_names
+from workshop_utils.formats.findings import Report, stop
+from workshop_utils.formats.pickle_machine import GETATTR, Foreign, Inert, Machine, Record
 from workshop_utils.formats.tensor import DTYPE_BYTES
 from workshop_utils.paths import shown
 
@@ -109,8 +109,7 @@ Allowed = Mapping[tuple[str, str], Any]
 """(module, name) -> a plain value, or what to call in its place."""
 
 _DCP = "torch.distributed.checkpoint"
-_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
-_INDEX: Allowed = {
+_STAND_INS: Allowed = {
     ("torch", "Size"): size,
     ("torch.serialization", "_get_layout"): layout,
     (f"{_DCP}.metadata", "Metadata"): Metadata,
@@ -120,12 +119,12 @@ _INDEX: Allowed = {
     (f"{_DCP}.metadata", "BytesStorageMetadata"): BytesStorageMetadata,
     (f"{_DCP}.metadata", "TensorProperties"): TensorProperties,
     (f"{_DCP}.filesystem", "_StorageInfo"): StorageInfo,
-    (_MCORE, "MCoreMetadata"): Metadata,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+}
+_INDEX: Allowed = {
+    **{name: _STAND_INS.get(name, Ignored) for name in pickled_names.names(pickled_names.INDEX)},
     **{("torch", name): f"torch.{name}" for name in DTYPE_BYTES | OTHER_DTYPE_BYTES},
-    **{("pathlib", name): Ignored for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")},
-    **{(f"{_DCP}.metadata", name): Ignored for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")},
-    **{(f"{_DCP}.planner", name): Ignored for name in ("TensorWriteData", "WriteItem", "WriteItemType")},
-    (_MCORE, "MCoreSavePlan"): Ignored,
+    **pickled_names.enumerations(),
 }
 
 # A pickle is a program: a broken one may fail in any of these ways.
@@ -168,8 +167,7 @@ def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[
     done. At most MAX_CALLS. What stands after a break in the pickle is not seen: it would not be reached either. Raises
     :class:`DamagedCheckpoint` if the pickle breaks before any of them.
     """
-    calls, _ = survey(data, where, allowed, storage)
-    return calls
+    return survey(data, where, allowed, storage)[0]
 
 
 def scan_all(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> list[str]:
@@ -181,6 +179,8 @@ def scan_all(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any],
             machine.run()
         except _BROKEN:
             break
+        finally:
+            _forget_members(machine, seen)
         data = data[machine.at :]
     return list(seen)
 
@@ -198,6 +198,7 @@ def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], A
     except _BROKEN as error:
         broken = error
     broken = machine.failure or broken
+    _forget_members(machine, seen)
     if broken and not seen:
         raise _broken(where, broken) from broken
     return list(seen), None if broken else value
@@ -211,8 +212,8 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
         found = allowed.get((module, name))
         if found is None:
             found = Foreign(plain(f"{module}.{name}", 200))
-            if len(seen) < MAX_CALLS:
-                seen.setdefault(found.text, False)
+        if isinstance(found, Foreign) and len(seen) < MAX_CALLS:
+            seen.setdefault(found.text, False)
         return found
 
     def called(what: str, arguments: Any) -> None:
@@ -224,6 +225,12 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
             seen[text] = True
 
     return Machine(data, find, storage, called)
+
+
+def _forget_members(machine: Machine, seen: dict[str, bool]) -> None:
+    """``getattr`` is no finding where all that it was called for are members of enumerations."""
+    if machine.members:
+        seen.pop(GETATTR.text, None)
 
 
 def unsafe(where: str, name: str, calls: list[str]) -> UnsafeCheckpoint:
@@ -261,9 +268,16 @@ def _text(value: Any, depth: int = 0) -> str:
     return "{...}" if isinstance(value, dict) else "..."
 
 
-def load_index(data: bytes, where: str) -> Metadata:
-    """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as :func:`load`."""
-    metadata = load(data, where, _INDEX)
+def load_index(data: bytes, where: str, report: Report = stop) -> Metadata:
+    """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as :func:`load`.
+
+    If it names anything outside the list, ``report`` is told, and the rest of it is read where ``report`` returns.
+    """
+    try:
+        metadata = load(data, where, _INDEX)
+    except UnsafeCheckpoint as error:
+        report(error)
+        metadata = survey(data, where, _INDEX)[1]
     if not isinstance(metadata, Metadata):
         raise DamagedCheckpoint(f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
     return metadata

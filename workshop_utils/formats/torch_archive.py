@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from workshop_utils.errors import DamagedCheckpoint
-from workshop_utils.formats import restricted_pickle, torch_zip
+from workshop_utils.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.pickle_machine import Inert, Sealed
 from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, OTHER_DTYPE_BYTES, layout, plain, size
@@ -214,35 +214,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("__builtin__", "bytes"): _no_bytes,
     **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
-# Classes of values without a function behind them, that NeMo, Megatron-Core and Lightning leave in their states.
-_ALLOWED |= {
-    (module, name): Named(f"{module}.{name}")
-    for module, names in {
-        "builtins": "bool bytearray complex dict float int list object slice str tuple type",
-        "__builtin__": "bool bytearray complex dict float int list long object slice str tuple type unicode",
-        "typing": "Any Dict List Optional Union",
-        "datetime": "date datetime time timedelta timezone",
-        "pathlib": "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath",
-        "signal": "Signals",
-        "torch": "device Generator",
-        "torch.torch_version": "TorchVersion",
-        "numpy": "dtype ndarray float32 float64 int32 int64",
-        "numpy.core.multiarray": "_reconstruct scalar",
-        "numpy._core.multiarray": "_reconstruct scalar",
-        "omegaconf.base": "ContainerMetadata Metadata",
-        "omegaconf.dictconfig": "DictConfig",
-        "omegaconf.listconfig": "ListConfig",
-        "omegaconf.nodes": "AnyNode BooleanNode FloatNode IntegerNode StringNode",
-        "megatron.core.enums": "Fp4Recipe Fp8Recipe ModelType",
-        "megatron.core.optimizer.optimizer_config": "OptimizerConfig",
-        "megatron.core.rerun_state_machine": "RerunDiagnostic RerunMode RerunState",
-        # Transformer Engine's settings of FP8, in its _extra_state.
-        "transformer_engine.common.recipe": "DelayedScaling Float8BlockScaling Float8CurrentScaling Format MMParams "
-        "MXFP8BlockScaling NVFP4BlockScaling QParams _FormatHelper",
-        "megatron.core.transformer.enums": "AttnBackend AttnMaskType AttnType CudaGraphScope LayerType ModelType",
-    }.items()
-    for name in names.split()
-}
+_ALLOWED |= {(module, name): Named(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.STATE)}
+_ALLOWED |= pickled_names.enumerations()
 
 
 def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:

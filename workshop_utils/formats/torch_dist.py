@@ -60,16 +60,16 @@ def file_sizes(weights: Path) -> dict[str, int]:
 def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report = stop) -> Index:
     """The entries that the pickle ``data`` lists. ``where`` names the directory in errors, ``files`` are its files and sizes.
 
-    Each entry's byte range is checked to lie inside a file that is there. Raises :class:`UnsafeCheckpoint` (the pickle would run
-    code) and :class:`DamagedCheckpoint` when the index as a whole cannot be read. A fault of one entry goes to ``report`` and the
-    entry is left out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint (compressed).
+    Each entry's byte range is checked to lie inside a file that is there. Raises :class:`DamagedCheckpoint` when the index as a whole
+    cannot be read. To ``report`` go names that the pickle would call (UnsafeCheckpoint), and each fault of one entry, which is left
+    out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint (compressed).
     """
     with without_collector():
         return _read_index(data, where, files, report)
 
 
 def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Report) -> Index:
-    index = restricted_pickle.load_index(data, f"{where}/{INDEX}")
+    index = restricted_pickle.load_index(data, f"{where}/{INDEX}", report)
     entries, stored = index.get("state_dict_metadata"), index.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
         raise DamagedCheckpoint(f"{where}/{INDEX} has no list of tensors or no list of their places.")

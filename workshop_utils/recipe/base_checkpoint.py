@@ -4,7 +4,6 @@ A checkpoint appears at its place whole or not at all: it is imported into a tem
 (``import.json``) in it says what it was made from; only a checkpoint with the same record that also passes verification is reused.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils import models, paths
+from workshop_utils.digests import of_contents
 from workshop_utils.doctor.verify import require_sound, verify
 from workshop_utils.errors import CheckpointError, NotACheckpoint, OutputExists, WaitedTooLong, WorkshopError
 from workshop_utils.formats.identify import identify
@@ -138,7 +138,7 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             for content in made.iterdir():
                 content.rename(part / content.name)
             made.rmdir()
-        record = {"source": source.name, "revision": source.model and source.model.revision, "files": _fingerprint(directory)}
+        record = {"source": source.name, "revision": source.model and source.model.revision, "files": of_contents(directory)}
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
@@ -217,21 +217,10 @@ def _difference(record: dict, source: Source) -> str | None:
     if source.model and record.get("revision") != source.model.revision:
         return f"revision {record.get('revision')}, not {source.model.revision}"
     try:
-        changed = source.here.is_dir() and record.get("files") != _fingerprint(source.here)
+        changed = source.here.is_dir() and record.get("files") != of_contents(source.here)
     except CheckpointError:
         return None
     return f"another state of {paths.shown(source.here)}" if changed else None
-
-
-def _fingerprint(directory: Path) -> str:
-    """Changes with every file of ``directory``: names, sizes and times of all, and the content of the small ones (under 1 MB)."""
-    found = hashlib.sha256()
-    for file in sorted(file for file in directory.rglob("*") if file.is_file()):
-        state = file.stat()
-        found.update(f"{file.relative_to(directory)}\0{state.st_size}\0".encode())
-        # A copy keeps the content of a configuration and not always its time; weights are too large to read each time.
-        found.update(file.read_bytes() if state.st_size < 1 << 20 else str(state.st_mtime_ns).encode())
-    return found.hexdigest()
 
 
 def _wait_for_first_rank(source: Source, target: Path, timeout: float, trust: bool, rank: int) -> Path:

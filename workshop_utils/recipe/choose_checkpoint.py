@@ -159,9 +159,3 @@ def _fault(path: Path) -> str | None:
             return f"{marker.name} stands beside it, NeMo's mark of a checkpoint that it had not finished"
     needed = ("weights/metadata.json", "weights/.metadata", "context/model.yaml")
     return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
-
-
-def files_of(checkpoint: Path) -> list[list]:
-    """Name, size and time of every file of weights: enough to tell that a result still belongs to ``checkpoint``, without reading it."""
-    files = sorted((checkpoint / "weights").iterdir())
-    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -11,7 +11,6 @@ process of its own. Torch and NeMo are imported by what needs them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import sys
@@ -24,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import nemo_cpu
 from workshop_utils.device import choose_device
+from workshop_utils.digests import of_contents
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, GenerationFailed, WorkshopError
 from workshop_utils.formats import nemo2, safe_text
+from workshop_utils.formats.architecture import section
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
 
@@ -170,12 +171,11 @@ def base_of(checkpoint: Path, moved_to: Path | None = None) -> Path | None:
 
 
 def _trained_on(checkpoint: Path, base: Path) -> bool:
-    """Whether the run of ``checkpoint`` recorded ``base``: by ``weights/.metadata``, in which torch gives every saved checkpoint an id."""
-    metadata, record = base / "weights" / ".metadata", checkpoint.resolve().parents[1] / "workshop" / "run.json"
-    if not metadata.is_file() or not record.is_file():
+    """Whether the run of ``checkpoint`` recorded ``base``, by its contents."""
+    record = checkpoint.resolve().parents[1] / "workshop" / "run.json"
+    if not nemo2.looks_like(base) or not record.is_file():
         return False
-    files = (safe_text.read_json(record).get("fingerprint") or {}).get("files") or []
-    return hashlib.sha256(metadata.read_bytes()).hexdigest() in files
+    return section(safe_text.read_json(record), "fingerprint").get("base") == of_contents(base)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from workshop_utils import paths
-from workshop_utils.digests import of_files, sha256
+from workshop_utils.digests import of_contents, sha256
 from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.finetune import launch, run_record
 from workshop_utils.finetune.events import read_events
@@ -30,6 +30,7 @@ from workshop_utils.recipe.plan import ONE_MACHINE, RUN, Resolved
 from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
 WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
+_PLACES = ("output_dir", "nemo_ckpt_dir")
 """Beginnings of the options of training that change what is seen of a run, not its outcome."""
 
 
@@ -96,14 +97,12 @@ class Job:
         kept = {
             name: value
             for name, value in options.items()
-            if field(name).metadata["script"] == TRAIN and not name.startswith(WATCHING)
+            if field(name).metadata["script"] == TRAIN and not name.startswith((*WATCHING, *_PLACES))
         }
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
-        weights = self.resolved.nemo_ckpt_dir / "weights"
-        digests = [sha256(file) for file in (*files, weights / ".metadata") if file.is_file()]  # `engines.base_of` looks for the last
-        base = of_files(sorted(file for file in weights.rglob("*") if file.is_file()), weights)
+        digests = [sha256(file) for file in files if file.is_file()]
         # As JSON would give it back: a tuple becomes a list.
-        return json.loads(json.dumps({"options": kept, "files": digests, "base": base}))
+        return json.loads(json.dumps({"options": kept, "files": digests, "base": of_contents(self.resolved.nemo_ckpt_dir)}))
 
     def __str__(self) -> str:
         options = self.resolved.options
@@ -190,7 +189,7 @@ def _run(job: Job, progress: bool) -> None:
         status = launch.run_logged(command, environment, job.log, job.events if progress else None)
     except KeyboardInterrupt:
         run_record.end(job, record, run_record.INTERRUPTED, time.monotonic() - began, None)
-        print(f"Stopped. The same command continues from the last checkpoint in {paths.shown(job.run_dir)}.")
+        print(launch.stopped(job.run_dir))
         raise
     cause = _cause(job.log) if status else None
     run_record.end(job, record, run_record.FAILED if status else run_record.FINISHED, time.monotonic() - began, status, cause)
