@@ -42,7 +42,7 @@ def model_state(rows: int = 64) -> dict[str, torch.Tensor]:
 
 def unpacked(archive: Path) -> Path:
     with tarfile.open(archive) as opened:
-        opened.extractall(archive.with_suffix(""), filter="data")
+        opened.extractall(archive.with_suffix(""))
     return archive.with_suffix("")
 
 

@@ -27,7 +27,7 @@ def load(path: Path) -> dict:
     if path.suffix != ".nemo":
         return dist_checkpointing.load_plain_tensors(str(path))
     with tempfile.TemporaryDirectory() as folder, tarfile.open(path, "r:") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder)
         return dist_checkpointing.load_plain_tensors(f"{folder}/model_weights")
 
 

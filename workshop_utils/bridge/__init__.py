@@ -20,6 +20,7 @@ from workshop_utils.bridge import config, view
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsupportedCheckpoint
 from workshop_utils.formats import nemo2
+from workshop_utils.formats.findings import pass_over
 from workshop_utils.formats.nemo1 import VIEW as MARKER
 from workshop_utils.formats.summary import Kind
 
@@ -32,7 +33,7 @@ def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool
     ``nemo2_dir/model_config.yaml -> context/model.yaml``, which satisfies tools that look for the file but does not make the
     checkpoint loadable, and returns the link.
 
-    The checkpoint is verified before anything is written; with ``trust`` what is found wrong is only printed.
+    The checkpoint is verified before anything is written; with ``trust`` what is found wrong is only printed. What cannot be translated is refused all the same.
 
     Raises :class:`NotACheckpoint`, :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`UnsupportedCheckpoint` for
     what cannot be read or translated, and :class:`OutputExists` when ``out`` is not a view of this checkpoint.
@@ -48,7 +49,7 @@ def bridge(nemo2_dir: Path | str, out: Path | str | None = None, link_only: bool
     source = source.resolve()
     target = Path(out) if out is not None else paths.bridged_checkpoint(source.name)
     target = target.parent.resolve() / target.name
-    checkpoint = nemo2.read(source)
+    checkpoint = nemo2.read(source, pass_over(trust))
     if checkpoint.is_adapter:
         raise UnsupportedCheckpoint(
             f"{paths.shown(source)} is an adapter, not a model. The script path starts from a full model: bridge its base, or "

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import OutputExists, UnsupportedCheckpoint
+from workshop_utils.formats.findings import pass_over
 from workshop_utils.paths import shown
 
 FORMATS = ("nemo2", "nemo1")
@@ -42,8 +43,8 @@ def convert(
 
     ``source`` is a NeMo 2.0 directory, a ``.nemo`` archive or what it unpacks to, a Megatron ``iter_XXXXXXX`` directory or a Hugging
     Face model directory. ``tokenizer`` (a Hugging Face directory or a SentencePiece file) replaces the one of the source. The dtype
-    of every tensor stays unless ``dtype`` is given. With ``dry_run`` nothing is written. The source is verified first; ``trust``
-    goes on in spite of what the verification finds unsafe.
+    of every tensor stays unless ``dtype`` is given. With ``dry_run`` nothing is written. The source is verified first; with ``trust``
+    what is found is only printed, and what cannot be read without running it is left out.
 
     Raises :class:`NotACheckpoint`, :class:`UnsupportedCheckpoint`, :class:`UnsafeCheckpoint` and :class:`DamagedCheckpoint` for what
     cannot be converted, each naming the field or tensor; :class:`OutputExists` unless ``overwrite``. ``target`` is whole or absent.
@@ -66,16 +67,16 @@ def convert(
         require_sound(source, trust=trust)
     if (source / "config.json").is_file() and not (source / "context").is_dir():
         return _from_huggingface(source, target, to, tokenizer, dtype, dry_run, trust)
-    return _convert(source, target, to, tokenizer, dtype, dry_run)
+    return _convert(source, target, to, tokenizer, dtype, dry_run, trust)
 
 
 def _convert(
-    path: Path, target: Path, to: str, tokenizer: Path | str | None, dtype: str | None, dry_run: bool, temporary: bool = False
+    path: Path, target: Path, to: str, tokenizer: Path | str | None, dtype: str | None, dry_run: bool, trust: bool, temporary: bool = False
 ) -> Conversion:
     """``temporary``: the files of ``path`` may be moved to ``target``."""
     from workshop_utils.convert import readers, targets, tokenizers, weights
 
-    found = readers.read(path, None if tokenizer is None else tokenizers.given(Path(tokenizer)))
+    found = readers.read(path, None if tokenizer is None else tokenizers.given(Path(tokenizer)), pass_over(trust))
     archive = target.suffix == ".nemo"
     same = found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to] and found.sharded and archive == path.is_file()
     if same and dtype is None and tokenizer is None:
@@ -121,5 +122,5 @@ def _from_huggingface(
             return Conversion(target, tuple(steps))
         # An archive names the directory of its tokenizer, and the one between will be gone.
         tokenizer = source if tokenizer is None and target.suffix == ".nemo" else tokenizer
-        done = _convert(made, target, to, tokenizer, dtype, dry_run=False, temporary=True)
+        done = _convert(made, target, to, tokenizer, dtype, dry_run=False, trust=trust, temporary=True)
     return Conversion(target, (*steps, *done.notes))

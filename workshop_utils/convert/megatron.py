@@ -1,7 +1,7 @@
 """Megatron-LM and Megatron-Bridge checkpoints: ``iter_XXXXXXX/`` directories with a torch_dist index in them.
 
     iter_0000100/.metadata, metadata.json, *.distcp   the weights; names have no prefix, ``optimizer.`` entries lie beside them
-    iter_0000100/common.pt                            Megatron-LM: ``args``, an argparse.Namespace
+    iter_0000100/common.pt                            Megatron-LM: ``args``, an argparse.Namespace (Megatron-Core 0.19: in the index)
     iter_0000100/run_config.yaml                      Megatron-Bridge: the configuration, under ``model``
     iter_0000100/mp_rank_00/model_optim_rng.pt        the old form: ``model`` and ``args``, one file for each rank
 
@@ -9,6 +9,7 @@ Source: ``megatron/training/{arguments,checkpointing}.py`` (Megatron-LM core_r0.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +19,9 @@ from workshop_utils.convert.source import Source, Tokenizer
 from workshop_utils.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.formats import gpt_config, nemo1_config, saved_tensors, torch_dist
 from workshop_utils.formats.files import Files
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.gpt_classes import BASE, ROPE_SCALING
+from workshop_utils.formats.megatron import read_common
 from workshop_utils.formats.megatron_layout import EMBEDDING
 from workshop_utils.formats.rank_files import megatron_rank_files
 from workshop_utils.formats.safe_text import read_yaml
@@ -35,16 +38,19 @@ _ARGUMENTS = {
 """Names of Megatron-LM's arguments that differ from the fields of its TransformerConfig."""
 
 
-def read(path: Path, tokenizer: Tokenizer | None) -> Source:
+def read(path: Path, tokenizer: Tokenizer | None, report: Report = stop) -> Source:
     """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors as :func:`workshop_utils.convert.readers.read`."""
     ranks = megatron_rank_files(str(file.relative_to(path)) for file in path.glob("mp_rank_*/*"))
     files = Files(path.resolve())
     if ranks:
-        fields, where = _arguments(path, min(ranks.values()))
-        tensors, objects, prefix = layered.read(files, fields, ranks, "", _saved_model), {}, ""
+        file = path / min(ranks.values())
+        with file.open("rb") as opened:
+            fields, where = _arguments(saved_tensors.read_state(opened, shown(file), report), shown(file))
+        tensors, objects, prefix = layered.read(files, fields, ranks, "", partial(_saved_model, report=report)), {}, ""
     else:
-        fields, where = _run_config(path) if (path / "run_config.yaml").is_file() else _arguments(path, "common.pt")
-        index = torch_dist.read_directory(path)
+        index = torch_dist.read_directory(path, report)
+        described = (path / "run_config.yaml").is_file()
+        fields, where = _run_config(path) if described else _arguments(*read_common(path, index.objects, report))
         prefix = next((prefix for prefix in _PREFIXES if prefix + EMBEDDING in index.tensors), None)
         if prefix is None:
             raise DamagedCheckpoint(f"{shown(path)}: the tensor {EMBEDDING} is missing.")
@@ -78,19 +84,17 @@ def _run_config(path: Path) -> tuple[dict[str, Any], str]:
     return gpt_config.typed(stated | _from_provider(stated), _defaults(stated), f"{where}."), where
 
 
-def _arguments(path: Path, file: str) -> tuple[dict[str, Any], str]:
-    """The fields in the arguments that Megatron-LM saves, and what to call their place in errors."""
-    where = f"{shown(path / file)}: args"
-    with (path / file).open("rb") as opened:
-        stated = saved_tensors.read_state(opened, shown(path / file)).get("args")
+def _arguments(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
+    """The fields in the arguments that Megatron-LM saves in the ``state`` at ``where``, and what to call their place in errors."""
+    where, stated = f"{where}: args", state.get("args")
     if not isinstance(stated, Mapping):
         raise DamagedCheckpoint(f"{where} is missing, and with it the architecture: Megatron-LM saves its arguments there.")
     return gpt_config.typed(_from_arguments(stated, where), _defaults(stated), f"{where}."), where
 
 
-def _saved_model(opened: IO[bytes], where: str, part: str) -> list[Tensor]:
+def _saved_model(opened: IO[bytes], where: str, part: str, report: Report) -> list[Tensor]:
     """The tensors of the model in one file of the old form, beside optimizer state and arguments."""
-    model = saved_tensors.read_state(opened, where).get("model")
+    model = saved_tensors.read_state(opened, where, report).get("model")
     if not isinstance(model, Mapping):
         raise UnsupportedCheckpoint(f"{where} has no state dict called model; virtual pipeline stages are not supported.")
     return [saved_tensors.tensor(name, value, part) for name, value in model.items() if isinstance(value, SavedTensor)]

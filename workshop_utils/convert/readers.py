@@ -1,5 +1,6 @@
 """One reader for each format that can be converted: what lies at a path, as a :class:`.source.Source`."""
 
+from functools import partial
 from pathlib import Path
 
 from workshop_utils.bridge import config as bridge_config
@@ -16,6 +17,7 @@ from workshop_utils.formats import (
     zarr_directory,
 )
 from workshop_utils.formats.files import Files
+from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.identify import identify
 from workshop_utils.formats.rank_files import rank_files
 from workshop_utils.formats.safe_text import read_json
@@ -34,14 +36,15 @@ _WAYS_OUT = {
 }
 
 
-def read(path: Path, tokenizer: Tokenizer | None = None) -> Source:
+def read(path: Path, tokenizer: Tokenizer | None = None, report: Report = stop) -> Source:
     """What the checkpoint ``path`` holds, with ``tokenizer`` in place of its own. Of the weights only the indexes are read.
 
+    Faults of single entries, and names that a pickle would call, go to ``report``. If it returns, they are left out.
     Raises :class:`NotACheckpoint`, :class:`UnsupportedCheckpoint` (a kind or a feature that cannot be converted),
     :class:`DamagedCheckpoint` and :class:`UnsafeCheckpoint`.
     """
     path = Path(path)
-    found = identify(path)
+    found = identify(path, report)
     if found.kind in _WAYS_OUT:
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.kind}, {_WAYS_OUT[found.kind]}")
     if found.detail and "zarr" in found.detail or any(name.endswith(zarr_directory.WAY_OUT) for name in found.notes):
@@ -49,11 +52,11 @@ def read(path: Path, tokenizer: Tokenizer | None = None) -> Source:
     # NeMo 1 looks tokenizers up in the current directory: every path that is written has to be absolute.
     path = path.resolve()
     readers = {Kind.NEMO2: _nemo2, Kind.MEGATRON: megatron.read}
-    return readers.get(found.kind, _nemo1)(path, tokenizer)
+    return readers.get(found.kind, _nemo1)(path, tokenizer, report)
 
 
-def _nemo2(path: Path, tokenizer: Tokenizer | None) -> Source:
-    found = nemo2.read(path)
+def _nemo2(path: Path, tokenizer: Tokenizer | None, report: Report) -> Source:
+    found = nemo2.read(path, report)
     where = shown(path / "context" / "model.yaml")
     fields = gpt_config.read_fields(found.model, where)
     tensors = found.model_tensors()
@@ -73,7 +76,7 @@ def _nemo2(path: Path, tokenizer: Tokenizer | None) -> Source:
     )
 
 
-def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
+def _nemo1(path: Path, tokenizer: Tokenizer | None, report: Report) -> Source:
     """A ``.nemo`` archive, or a directory with the same files."""
     files = Files(path)
     names = files.sizes()
@@ -85,11 +88,11 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None) -> Source:
         backend = "torch_dist" if files.are_members else read_json(files.place / "metadata.json").get("sharded_backend")
         if backend != "torch_dist":
             raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend!r}; {ZARR}")
-        index = files.read_index()
+        index = files.read_index(report)
         tensors = {name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")}
         objects = {name: entry for name, entry in index.objects.items() if name.startswith("model.")}
     elif ranks:
-        tensors, objects = layered.read(files, fields, ranks, "model.", saved_tensors.read), {}
+        tensors, objects = layered.read(files, fields, ranks, "model.", partial(saved_tensors.read, report=report)), {}
     else:
         raise DamagedCheckpoint(f"{shown(path)} has no weights: neither model_weights.ckpt nor model_weights/.metadata.")
     rows, dtype = bridge_config.check_tensors(tensors, "model.", fields, shown(path), "model_config.yaml")

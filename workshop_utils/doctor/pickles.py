@@ -7,7 +7,6 @@ tensor of bytes, with one more pickle in it, which Transformer Engine loads (``t
 
 import io
 import itertools
-from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
@@ -16,7 +15,6 @@ from workshop_utils.errors import CheckpointError
 from workshop_utils.formats import nemo1, restricted_pickle, torch_archive, torch_dist, values
 from workshop_utils.formats.files import Files
 from workshop_utils.formats.summary import Checkpoint
-from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
 SHARDED = f"{nemo1.SHARDED}/"
@@ -29,21 +27,28 @@ def archived_index(checkpoint: Checkpoint) -> torch_dist.Index | None:
 
 
 def check_common(report: Report, checkpoint: Checkpoint, prefix: str = "") -> None:
-    """``common.pt`` is there and can be read without running anything that it names. ``prefix`` is that of members of an archive."""
-    where = f"{shown(checkpoint.path)}:{prefix}common.pt" if prefix else shown(checkpoint.path / checkpoint.folder / "common.pt")
+    """The state that is not sharded is there and can be read without running anything that it names.
+
+    It is ``common.pt``, or an object of the index, which :func:`check_objects` reads. ``prefix`` is that of members of an archive.
+    """
+    name = f"{prefix}{torch_dist.COMMON}"
+    where = f"{shown(checkpoint.path)}:{name}" if prefix else shown(checkpoint.path / checkpoint.folder / name)
     try:
-        with values.open_part(checkpoint, f"{prefix}common.pt") as file:
+        with values.open_part(checkpoint, name) as file:
             content = file.read(restricted_pickle.MAX_BYTES + 1)
     except (CheckpointError, FileNotFoundError, IsADirectoryError):
+        if torch_dist.COMMON_STATE in report.objects:
+            report.checked.append("the state that is not sharded is in the index, as Megatron-Core 0.19 writes it")
+            return
         report.damaged(f"{where} is missing; Megatron-Core loads no checkpoint without it. Copy the checkpoint again.")
         return
     _check(report, where, content)
     report.checked.append("common.pt is there and holds only plain values")
 
 
-def check_objects(report: Report, checkpoint: Checkpoint, objects: Iterable[StoredObject], prefix: str = "") -> None:
+def check_objects(report: Report, checkpoint: Checkpoint, prefix: str = "") -> None:
     """No object of the index names anything that would run; each is read, weights are not."""
-    entries = sorted(objects, key=attrgetter("file", "start"))
+    entries = sorted(report.objects.values(), key=attrgetter("file", "start"))
     for file, held in itertools.groupby(entries, key=attrgetter("file")):
         with values.open_part(checkpoint, prefix + file) as part:
             for item in held:

@@ -1,10 +1,12 @@
 """What a look at a checkpoint found."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from workshop_utils.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
 from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
 _BY_WEIGHT = (UnsafeCheckpoint, DamagedCheckpoint)
@@ -15,7 +17,8 @@ class Report:
     """The answer of :func:`workshop_utils.doctor.verify.verify`.
 
     ``checked`` are the statements that were looked at: they hold but for the ``findings``. ``untold`` is what cannot be told from
-    what is there, ``notes`` what is odd but harms nothing. ``checkpoint`` is None when it could not be read at all.
+    what is there, ``notes`` what is odd but harms nothing. ``checkpoint`` is None when it could not be read at all; ``objects`` are the
+    entries of its index that are no tensors.
     """
 
     path: Path
@@ -24,6 +27,7 @@ class Report:
     findings: list[CheckpointError] = field(default_factory=list)
     untold: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    objects: Mapping[str, StoredObject] = field(default_factory=dict, repr=False)
     _seen: set[str] = field(default_factory=set, repr=False)
 
     @property

@@ -89,8 +89,9 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         # With the optimizer's tensors and the objects that are no tensors, which the description leaves out.
         index = torch_dist.read_directory(base, report.add)
         tensors = list(index.tensors.values())
+        report.objects = index.objects
         ranges = [places.Range(item.file, item.start, item.length, item.name) for item in index.objects.values()]
-        pickles.check_objects(report, checkpoint, index.objects.values())
+        pickles.check_objects(report, checkpoint)
     ranges += places.ranges(tensors)
     if checkpoint.detail == "zarr":
         report.untold.append("whether the chunks of zarr are whole: they are listed, and not read, here")
@@ -161,8 +162,9 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     if path.is_file():
         report.checked.append("the archive holds only files, each once, and no name leads out of it")
         if index := pickles.archived_index(checkpoint):
+            report.objects = index.objects
             pickles.check_common(report, checkpoint, pickles.SHARDED)
-            pickles.check_objects(report, checkpoint, index.objects.values(), pickles.SHARDED)
+            pickles.check_objects(report, checkpoint, pickles.SHARDED)
     if (weights / torch_dist.INDEX).is_file():
         companions.check_backend(report, weights)
         pickles.check_common(report, checkpoint)

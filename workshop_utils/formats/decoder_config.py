@@ -32,16 +32,17 @@ def family_of_features(config: Mapping[str, Any], architecture: Architecture) ->
 
     ``config`` is a NeMo 1 ``model_config.yaml`` or the arguments of Megatron-LM.
     """
+    # Megatron-Bridge has a mapping for the function: {"_target_": "torch.nn.functional.silu", ...}.
     activation = str(config.get("activation", "swiglu" if config.get("swiglu") else config.get("activation_func")))
     if architecture.qk_norm:
         return "Qwen3"
     if architecture.experts:
         return "Mixtral"
-    if activation.startswith("squared"):
+    if "squared_relu" in activation or activation == "squared-relu":
         return "Nemotron"
     if config.get("add_qkv_bias") is True or config.get("qkv_bias") is True:
         return "Qwen2"
-    gated = "swiglu" in activation
+    gated = "swiglu" in activation or (config.get("gated_linear_unit") is True and "silu" in activation)
     return "Llama" if gated and str(config.get("normalization")).lower() == "rmsnorm" else None
 
 

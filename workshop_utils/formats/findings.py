@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from workshop_utils.errors import CheckpointError
+from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
 
 Report = Callable[[CheckpointError], None]
 """What a reader calls for each fault it finds. If it returns, the reader leaves the faulty entry out and goes on."""
@@ -11,3 +11,14 @@ Report = Callable[[CheckpointError], None]
 def stop(fault: CheckpointError) -> None:
     """The default: raise ``fault``."""
     raise fault
+
+
+def pass_over(trust: bool) -> Report:
+    """What a reader calls that is given a verified checkpoint: with ``trust``, what is unsafe has been printed and is passed over."""
+
+    def report(fault: CheckpointError) -> None:
+        """Raise ``fault``, unless it is an :class:`UnsafeCheckpoint`."""
+        if not isinstance(fault, UnsafeCheckpoint):
+            raise fault
+
+    return report if trust else stop

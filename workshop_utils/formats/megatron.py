@@ -1,7 +1,8 @@
 """Checkpoints of Megatron-LM and Megatron-Bridge: one directory ``iter_XXXXXXX`` for each save.
 
     .metadata, metadata.json, __0_0.distcp...  sharded weights (torch_dist), as NeMo has them, without a prefix to the names
-    common.pt                                  state that is not sharded; of Megatron-LM with ``args``, an argparse.Namespace
+    common.pt                                  state that is not sharded; of Megatron-LM with ``args``, an argparse.Namespace (from
+                                               Megatron-Core 0.19 on an entry of the index instead)
     run_config.yaml, train_state.pt            of Megatron-Bridge: the configuration, as a tree of ``_target_`` and arguments
     mp_rank_XX[_XXX]/model_optim_rng.pt        the old form: one file for each tensor-parallel (and pipeline-parallel) rank
 
@@ -9,6 +10,7 @@ The directory above has ``latest_checkpointed_iteration.txt`` (Megatron-Bridge a
 Sources: ``megatron/training/checkpointing.py`` (Megatron-LM) and ``megatron/bridge/training/checkpointing.py`` (Megatron-Bridge 0.5).
 """
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +23,7 @@ from workshop_utils.formats import (
     lightning,
     lora_tensors,
     saved_tensors,
+    torch_archive,
     torch_dist,
     zarr_directory,
 )
@@ -28,13 +31,14 @@ from workshop_utils.formats.architecture import Architecture, number, section, s
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.rank_files import MEGATRON_STATE, megatron_rank_files
 from workshop_utils.formats.rank_files import sizes as rank_sizes
+from workshop_utils.formats.restricted_pickle import MAX_BYTES
 from workshop_utils.formats.safe_text import read_json, read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
+from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
 
 RUN_CONFIG = "run_config.yaml"
-COMMON = "common.pt"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -66,17 +70,22 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     name = str(backend.get("sharded_backend", "torch_dist"))
     notes: tuple[str, ...] = ()
     if name == "zarr":
-        stored, files = zarr_directory.read_directory(path, report)
+        (stored, files), objects = zarr_directory.read_directory(path, report), {}
         notes += (zarr_directory.WAY_OUT,)
     else:
-        stored, files = torch_dist.read_directory(path, report).tensors, torch_dist.file_sizes(path)
+        index = torch_dist.read_directory(path, report)
+        stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
     tensors = {name: tensor for name, tensor in stored.items() if not _is_optimizer(name)}
     if tensors and all(name.startswith("module.") for name in tensors):
         raise DamagedCheckpoint(
             f"{shown(path)} is the weights/ of a NeMo 2.0 checkpoint without the rest: context/ with the configuration and the tokenizer "
             "is missing beside it. Copy the whole directory."
         )
-    state = _common(path, report)
+    try:
+        state, _ = read_common(path, objects, report)
+    except CheckpointError as fault:
+        report(fault)
+        state = {}
     if lightning.VERSION in state:
         return _of_nemo1(path, tensors, state, sum(files.values()), name)
     notes += _state_notes(state)
@@ -102,17 +111,26 @@ def _is_optimizer(name: str) -> bool:
     return name.startswith(("optimizer.", "chained_", "rng_state", "rerun_state"))
 
 
-def _common(path: Path, report: Report) -> Mapping[str, Any]:
-    """The state that is not sharded; empty where it is missing or cannot be read, which ``report`` is told."""
-    file = path / COMMON
-    if not file.is_file():
-        return {}
-    try:
+def read_common(path: Path, objects: Mapping[str, StoredObject], report: Report = stop) -> tuple[Mapping[str, Any], str]:
+    """The state that is not sharded, empty where there is none, and what to call its place in errors.
+
+    ``objects`` are those of the index of ``path``. Errors and faults as :func:`.torch_archive.read_state`.
+    """
+    file, stored = path / torch_dist.COMMON, objects.get(torch_dist.COMMON_STATE)
+    if file.is_file() or not stored:
+        where = shown(file)
+        if not file.is_file():
+            return {}, where
         with file.open("rb") as opened:
-            return saved_tensors.read_state(opened, shown(file), report)
-    except CheckpointError as fault:
-        report(fault)
-        return {}
+            return saved_tensors.read_state(opened, where, report), where
+    where = f"{shown(path / stored.file)}: {stored.name}"
+    with (path / stored.file).open("rb") as opened:
+        opened.seek(stored.start)
+        content = opened.read(min(stored.length, MAX_BYTES))
+    held = torch_archive.read_state(io.BytesIO(content), where, report)
+    if not (isinstance(held, list) and len(held) == 1 and isinstance(held[0], dict)):
+        raise DamagedCheckpoint(f"{where} holds a {type(held).__name__}, not a list of one dictionary.")
+    return held[0], where
 
 
 def _run_config(path: Path) -> Mapping[str, Any]:

@@ -19,6 +19,13 @@ from workshop_utils.paths import shown
 
 INDEX = ".metadata"
 
+COMMON = "common.pt"
+"""State that is not sharded; Megatron-Core loads no checkpoint without it."""
+
+COMMON_STATE = "common_state/shard_0_1"
+"""The entry of the index that has it from Megatron-Core 0.19 on, as a list of one dictionary; there is no :data:`COMMON` beside it.
+Source: ``save`` and ``load_common_state_dict`` in ``megatron/core/dist_checkpointing/serialization.py``."""
+
 SHOWN = 8
 """Names in a message about a whole file."""
 
