@@ -150,10 +150,17 @@ def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any
         found = allowed.get((module, name))
         if found is None:
             raise _Refused(f"{module}.{name}")
+        if found is GETATTR:
+            looked_up.append(found)
         return found
 
+    looked_up: list[Foreign] = []
+    machine = Machine(data, find, storage)
     try:
-        return Machine(data, find, storage).run()
+        value = machine.run()
+        if looked_up and not machine.members:
+            raise _Refused(GETATTR.text)
+        return value
     except _BROKEN as error:
         # Raises DamagedCheckpoint unless there is something to call.
         calls = scan(data, where, allowed, storage)
@@ -180,7 +187,7 @@ def scan_all(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any],
         except _BROKEN:
             break
         finally:
-            _forget_members(machine, seen)
+            _without_members(machine, seen)
         data = data[machine.at :]
     return list(seen)
 
@@ -198,7 +205,7 @@ def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], A
     except _BROKEN as error:
         broken = error
     broken = machine.failure or broken
-    _forget_members(machine, seen)
+    _without_members(machine, seen)
     if broken and not seen:
         raise _broken(where, broken) from broken
     return list(seen), None if broken else value
@@ -227,8 +234,8 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
     return Machine(data, find, storage, called)
 
 
-def _forget_members(machine: Machine, seen: dict[str, bool]) -> None:
-    """``getattr`` is no finding where all that it was called for are members of enumerations."""
+def _without_members(machine: Machine, seen: dict[str, bool]) -> None:
+    """Take the bare name of ``getattr`` out of ``seen`` where it named members of enumerations."""
     if machine.members:
         seen.pop(GETATTR.text, None)
 
