@@ -1,16 +1,18 @@
 """The checkpoints in ``tests/data/checkpoints``: small ones by writers that the environment of this project does not have.
 
-Each is written by the library itself, on a CPU. The libraries are installed beside the environment, where they change nothing in it, and
-come first on the path. ``python tests/bridge_samples.py WRITER tests/data/checkpoints`` writes the directory ``WRITER``:
+Each is written by the library itself, on a CPU, with ``PYTHONPATH=. python tests/bridge_samples.py WRITER tests/data/checkpoints``:
 
-    megatron-bridge-0.3.1   a Llama and a LoRA after one step of training, with optimizer and random states, by Megatron-Core 0.16.1
+    megatron-bridge-0.3.1   ``llama`` and ``lora`` by Megatron-Bridge and Megatron-Core 0.16.1, which go before the environment on the path
         pip install --no-deps --target OVERLAY megatron-bridge==0.3.1 megatron-core==0.16.1 transformers==4.57.6 tokenizers==0.22.2
         PYTHONPATH=OVERLAY:. python tests/bridge_samples.py megatron-bridge-0.3.1 tests/data/checkpoints
-    megatron-core-0.19.2    what is not sharded is an object in a ``.distcp``; there is no ``common.pt``
-        pip install --no-deps --target OVERLAY --python-version 3.12 --ignore-requires-python --only-binary=:all: megatron-core==0.19.2
-        PYTHONPATH=OVERLAY:. python tests/bridge_samples.py megatron-core-0.19.2 tests/data/checkpoints
-    python-3.11.2           by Megatron-Core and torch of the environment, in Debian 12's Python, which writes enumerations in its own way
-        PYTHONPATH=. python3.11 tests/bridge_samples.py python-3.11.2 tests/data/checkpoints
+    megatron-bridge-0.6.2   the same by Megatron-Core 0.19.2, whose checkpoints have no ``common.pt``; in an environment of Python 3.12
+        python3.12 -m venv ENV
+        ENV/bin/pip install torch==2.13.0 torchvision transformers==5.12.1 peft==0.18.1 accelerate datasets einops hydra-core omegaconf \\
+            pillow psutil rich six tensorboard wrapt
+        ENV/bin/pip install --no-deps megatron-bridge==0.6.2 megatron-core==0.19.2
+    megatron-core-0.19.2    ``iter_0000003`` with what Megatron-LM saves; in the same environment
+    python-3.11.2           the same by Megatron-Core 0.13.1 and torch in this project's environment, made with Debian 12's own Python,
+                            which pickles enumerations as calls of ``getattr``; and ``state.pt`` by ``torch.save``
 """
 
 import argparse
@@ -21,6 +23,7 @@ import importlib.machinery
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import types
@@ -82,17 +85,19 @@ def without_gpu() -> None:
     importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     import torch
 
-    StandIn("transformer_engine", "modelopt")
+    StandIn("transformer_engine", "modelopt", "megatron.energon")
     torch.cuda.get_rng_state = lambda *arguments: torch.zeros(16, dtype=torch.uint8)
 
 
 @contextlib.contextmanager
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
+    """Process groups of this process alone."""
     import torch.distributed
+    from megatron.core import parallel_state
 
     with tempfile.TemporaryDirectory() as store:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
         yield
         torch.distributed.destroy_process_group()
 
@@ -109,7 +114,7 @@ def megatron_bridge() -> None:
 
     megatron.bridge.peft.utils.HAVE_TE = False
     gpt_provider.default_layer_spec.__code__ = gpt_provider.local_layer_spec.__code__
-    make_tiny_model(Path("hf"), hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    make_tiny_model(Path("hf"), hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
     # The class that Llama 3 names.
     config = Path("hf", "tokenizer_config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -164,13 +169,19 @@ def save_lora(bridge) -> None:
 
 
 def sharded_state() -> dict:
-    """What Megatron-LM saves, in small: arguments, an iteration, weights of two layers, an ``_extra_state`` and a random state."""
+    """What Megatron-LM saves, in small: ``args``, weights, an ``_extra_state``, the random state and the state of its rerun machine."""
     import numpy
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.enums import ModelType
+    from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
     from megatron.core.transformer.enums import AttnBackend
 
+    arguments = argparse.Namespace(
+        num_layers=1, hidden_size=8, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash,
+        model_type=ModelType.encoder_or_decoder, exit_signal=signal.SIGTERM, data_cache_path=Path("cache"),
+    )  # fmt: skip
     weights = {
         "final": ShardedTensor.from_rank_offsets("decoder.final_layernorm.weight", torch.ones(8)),
         "layers": ShardedTensor.from_rank_offsets(
@@ -178,14 +189,15 @@ def sharded_state() -> dict:
         ),
         "extra": ShardedObject("decoder.layers.mlp.linear_fc2._extra_state", torch.zeros(3, dtype=torch.uint8), (1,), (0,)),
     }
+    machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
+    machine.state = RerunState.INITIAL_RUN
     random = {"np_rng_state": numpy.random.RandomState(0).get_state(), "torch_rng_state": torch.zeros(8, dtype=torch.uint8)}
     return {
-        "args": argparse.Namespace(
-            num_layers=1, hidden_size=8, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash
-        ),
+        "args": arguments,
         "checkpoint_version": 3.0,
         "iteration": 3,
         "model": weights,
+        "rerun_state_machine": machine.state_dict(None, "torch_dist"),
         "rng_state": ShardedObject("rng_state", [random], (1, 1), (0, 0)),
     }
 
@@ -201,16 +213,21 @@ def megatron_core() -> None:
 
 
 def python_3_11_2() -> None:
-    """As :func:`megatron_core`, and ``state.pt``, which is the same without what is sharded, as ``torch.save`` writes it."""
+    """As :func:`megatron_core`, and ``state.pt``: its common state as ``torch.save`` writes it."""
     import torch
 
     if sys.version_info[:3] != (3, 11, 2):
         sys.exit("This is to be Debian 12's Python 3.11.2.")
     megatron_core()
-    torch.save({name: value for name, value in sharded_state().items() if name not in ("model", "rng_state")}, "state.pt")
+    torch.save(torch.load("iter_0000003/common.pt", weights_only=False), "state.pt")
 
 
-WRITERS = {"megatron-bridge-0.3.1": megatron_bridge, "megatron-core-0.19.2": megatron_core, "python-3.11.2": python_3_11_2}
+WRITERS = {
+    "megatron-bridge-0.3.1": megatron_bridge,
+    "megatron-bridge-0.6.2": megatron_bridge,
+    "megatron-core-0.19.2": megatron_core,
+    "python-3.11.2": python_3_11_2,
+}
 
 
 if __name__ == "__main__":
