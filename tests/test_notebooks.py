@@ -143,17 +143,17 @@ def test_the_ways_through_the_series_take_as_long_as_their_notebooks():
     }
     boxes = dict(re.findall(r"\bn(\d\d)(\[|\(\[)(?=\1 )", diagrams(NOTEBOOKS[0])[0]))
     assert boxes.keys() == run.keys()
-    short, full = rows(text, "Way")
-    for (_, numbers, *minutes), way in ((short, [number for number, box in boxes.items() if box == "(["]), (full, list(run))):
-        assert re.findall(r"\d\d", numbers) in (sorted(way), [way[0], way[-1]])
-        assert [int(number) for number in minutes] == [sum(known[number] for number in way) for known in (read, run)]
+    shorter = sorted(number for number, box in boxes.items() if box == "([")
+    for row, named, way in zip(rows(text, "Way"), (shorter, ["00", max(run)]), (shorter, run), strict=True):
+        assert re.findall(r"\d\d", row[1]) == named
+        assert [int(minutes) for minutes in row[2:]] == [sum(known[number] for number in way) for known in (read, run)]
 
 
 def test_diagrams_have_one_look_and_a_title():
     """JupyterLab draws a diagram once; it keeps its colours when the theme changes. The title becomes the image's alternative text."""
     drawn = [diagram for file in NOTEBOOKS for diagram in diagrams(file)]
     looks = {diagram.splitlines()[0] for diagram in drawn}
-    assert len(looks) == 1
+    assert len(looks) == 1, "every diagram begins with the same line, %%{init: ...}%%"
     assert all("\n  accTitle: " in diagram for diagram in drawn)
     colours = json.loads(looks.pop().removeprefix("%%{init: ").removesuffix("}%%"))["themeVariables"]
     assert contrast(colours["primaryTextColor"], colours["primaryColor"]) >= TEXT
