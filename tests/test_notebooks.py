@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from contrast import LINES, TEXT, contrast
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip", "skip-execution"}
 
@@ -114,3 +116,47 @@ def test_links_to_files_of_the_repository_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if not re.match(r"[a-z]+:", target):
             assert (file.parent / target).exists(), target
+
+
+def rows(text: str, head: str) -> list[list[str]]:
+    """The cells of the Markdown table in ``text`` whose first line begins with ``head``, that line and the one below left out."""
+    table = text[text.index(f"| {head} |") :].split("\n\n")[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+
+
+def diagrams(file: Path) -> list[str]:
+    text = "\n\n".join(source(cell) for cell in cells(file, "markdown"))
+    return re.findall(r"^```mermaid\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_map_of_notebook_00_is_the_table_of_the_readme():
+    readme = rows((ROOT / "README.md").read_text().replace("](notebooks/", "]("), "Notebook")
+    assert rows(source(cells(NOTEBOOKS[0], "markdown")[1]), "Notebook") == readme
+    assert [re.search(r"\]\((.+)\)", name)[1] for name, *_ in readme] == [file.name for file in NOTEBOOKS]
+
+
+def test_the_ways_through_the_series_take_as_long_as_their_notebooks():
+    text = source(cells(NOTEBOOKS[0], "markdown")[1])
+    run = {re.search(r"\d\d", row[0])[0]: int(re.search(r"\d+", row[-1])[0]) for row in rows(text, "Notebook")}
+    read = {
+        file.name[:2]: int(re.search(r"(\d+) minutes to read", source(cells(file, "markdown")[0]))[1]) for file in NOTEBOOKS
+    }
+    boxes = dict(re.findall(r"\bn(\d\d)(\[|\(\[)(?=\1 )", diagrams(NOTEBOOKS[0])[0]))
+    assert boxes.keys() == run.keys()
+    shorter = sorted(number for number, box in boxes.items() if box == "([")
+    for row, named, way in zip(rows(text, "Way"), (shorter, ["00", max(run)]), (shorter, run), strict=True):
+        assert re.findall(r"\d\d", row[1]) == named
+        assert [int(minutes) for minutes in row[2:]] == [sum(known[number] for number in way) for known in (read, run)]
+
+
+def test_diagrams_have_one_look_and_a_title():
+    """JupyterLab draws a diagram once; it keeps its colours when the theme changes. The title becomes the image's alternative text."""
+    drawn = [diagram for file in NOTEBOOKS for diagram in diagrams(file)]
+    looks = {diagram.splitlines()[0] for diagram in drawn}
+    assert len(looks) == 1, "every diagram begins with the same line, %%{init: ...}%%"
+    assert all("\n  accTitle: " in diagram for diagram in drawn)
+    colours = json.loads(looks.pop().removeprefix("%%{init: ").removesuffix("}%%"))["themeVariables"]
+    assert contrast(colours["primaryTextColor"], colours["primaryColor"]) >= TEXT
+    for ground in ("#ffffff", "#111111"):  # of JupyterLab's light and dark themes
+        assert contrast(colours["lineColor"], ground) >= LINES
+        assert contrast(colours["primaryBorderColor"], ground) >= LINES

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+from contrast import LINES, TEXT, contrast
 from selenium.webdriver.support.ui import WebDriverWait
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,6 +39,39 @@ HEIGHT = """
     return Math.ceil(footer + panel.querySelector('.jp-WindowedPanel-outer').scrollTop);
 """
 
+THEMES = ["JupyterLab Light", "JupyterLab Dark", "JupyterLab Dark High Contrast"]
+
+# Of every diagram: each text with its colour and the one behind it, and the colours of the lines with that of the page. A diagram is
+# an image, of which a page sees no colours; so it is taken apart beside the page, where the page's styles do not reach it.
+COLOURS = """
+    const opaque = colour => /^rgb\\(/.test(colour) ? colour : null;
+    return [...document.querySelectorAll('.jp-Notebook .jp-RenderedMermaid img')].map(image => {
+        let page = image;
+        while (!opaque(getComputedStyle(page).backgroundColor)) page = page.parentElement;
+        page = getComputedStyle(page).backgroundColor;
+        const host = document.body.appendChild(document.createElement('div'));
+        host.style.all = 'initial';
+        const source = decodeURIComponent(image.src.slice(image.src.indexOf(',') + 1));
+        const svg = document.importNode(new DOMParser().parseFromString(source, 'image/svg+xml').documentElement, true);
+        host.attachShadow({mode: 'open'}).append(svg);
+        const texts = [], lines = [];
+        for (const one of svg.querySelectorAll(':not(style, title, desc)')) {
+            const style = getComputedStyle(one);
+            if (one.closest('marker')) lines.push([style.fill, page]);
+            else if (style.fill === 'none' && opaque(style.stroke)) lines.push([style.stroke, page]);
+            if (![...one.childNodes].some(child => child.nodeType === Node.TEXT_NODE && child.data.trim())) continue;
+            let behind = null;
+            for (let place = one; place !== svg && !behind; place = place.parentElement) {
+                const shape = place.matches('.node, .cluster') && place.querySelector('rect, path, polygon, circle, ellipse');
+                behind = opaque(shape ? getComputedStyle(shape).fill : getComputedStyle(place).backgroundColor);
+            }
+            texts.push([one.textContent, one instanceof SVGElement ? style.fill : style.color, behind ?? page]);
+        }
+        host.remove();
+        return {alt: image.alt, texts, lines};
+    });
+"""
+
 
 def open_notebook(browser, lab, file: Path) -> dict:
     """Open ``file`` in a workspace of its own, wait until it is drawn, and return its content."""
@@ -62,6 +97,14 @@ def screenshot(browser, name: str) -> None:
 def texts(browser, selector: str) -> list[str]:
     """Texts of the elements in the open notebook, and in what lies over it, that match ``selector``."""
     return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", selector)
+
+
+def change_theme(browser, name: str) -> None:
+    """As the menu does it, without closing anything."""
+    change = "const [theme, done] = arguments; jupyterapp.commands.execute('apputils:change-theme', {theme}).then(() => done(''), done)"
+    assert not browser.execute_async_script(change, name)
+    shown = "return document.body.dataset.jpThemeName === arguments[0] && document.body.dataset.jpThemeLight"
+    WebDriverWait(browser, 30).until(lambda page: page.execute_script(shown, name), f"there is no theme {name}")
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -93,3 +136,33 @@ def test_the_first_notebook_runs_in_the_browser(browser, lab):
     screenshot(browser, f"{NOTEBOOKS[0].stem}-run")
     assert texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']") == []
     assert texts(browser, ".jp-Dialog") == []
+
+
+def test_the_map_of_the_series_leads_to_the_notebooks(browser, lab):
+    open_notebook(browser, lab, NOTEBOOKS[0])
+    links = browser.find_elements("css selector", ".jp-Notebook table a")
+    assert [Path(urlsplit(link.get_attribute("href")).path).name for link in links] == [file.name for file in NOTEBOOKS]
+    links[4].click()
+    opened = "return window.jupyterapp.shell.currentWidget.context?.path"
+    WebDriverWait(browser, 30).until(lambda page: page.execute_script(opened) == f"notebooks/{NOTEBOOKS[4].name}")
+
+
+@pytest.mark.parametrize("first", THEMES[:2])
+@pytest.mark.parametrize("file", [file for file in NOTEBOOKS if "```mermaid" in file.read_text()], ids=lambda file: file.stem)
+def test_diagrams_stay_legible_when_the_theme_changes(browser, lab, file, first):
+    open_notebook(browser, lab, file)
+    try:
+        change_theme(browser, first)
+        open_notebook(browser, lab, file)
+        for theme in THEMES:
+            change_theme(browser, theme)
+            diagrams = browser.execute_script(COLOURS)
+            assert diagrams
+            for diagram in diagrams:
+                assert f"accTitle: {diagram['alt']}\\n" in file.read_text()
+                assert diagram["texts"]
+                assert diagram["lines"]
+                assert [text for text in diagram["texts"] if contrast(*text[1:]) < TEXT] == [], theme
+                assert [line for line in diagram["lines"] if contrast(*line) < LINES] == [], theme
+    finally:
+        change_theme(browser, THEMES[0])
