@@ -74,7 +74,7 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def without_gpu() -> None:
-    """Let Megatron-Core be imported here. A second process of its writer imports this file, and then needs it as well."""
+    """Let Megatron-Core and Megatron-Bridge be imported, and work, on a CPU."""
     # Newer Megatron-Core asks the one of the environment for its version, and it has none.
     sys.modules["nvidia_resiliency_ext"] = None
     from workshop_utils import nemo_cpu
