@@ -16,11 +16,12 @@ from workshop_utils.doctor.verify import verify
 from workshop_utils.errors import UnsafeCheckpoint
 from workshop_utils.formats import pickled_names, restricted_pickle, torch_archive
 from workshop_utils.formats.identify import identify
+from workshop_utils.formats.tensor import DTYPE_BYTES
 from workshop_utils.formats.values import read_tensor
 
 SAMPLES = Path(__file__).with_name("data") / "checkpoints"
 GENUINE = ["megatron-bridge-0.3.1/llama/iter_0000000", "megatron-bridge-0.3.1/lora/iter_0000001", "megatron-core-0.19.2/iter_0000003",
-           "python-3.11.2/iter_0000003"]  # fmt: skip
+           "megatron-bridge-0.6.2/llama/iter_0000000", "megatron-bridge-0.6.2/lora/iter_0000001", "python-3.11.2/iter_0000003"]  # fmt: skip
 
 ENUM = b"cmegatron.core.transformer.enums\nAttnBackend\n"
 NAME = b"X\x05\x00\x00\x00flash"
@@ -113,7 +114,7 @@ def test_the_samples_name_what_they_are_kept_for():
         texts = [argument for _, argument, _ in pickletools.genops((SAMPLES / path / ".metadata").read_bytes()) if isinstance(argument, str)]
         return {text for text in texts if text in ("getattr", "SavePlan", "MCoreSavePlan")}
 
-    assert names(GENUINE[0]) == {"SavePlan", "getattr"} and names(GENUINE[3]) == {"MCoreSavePlan", "getattr"}
+    assert names(GENUINE[0]) == {"SavePlan", "getattr"} and names(GENUINE[-1]) == {"MCoreSavePlan", "getattr"}
     assert not (SAMPLES / GENUINE[2] / "common.pt").exists()
 
 
@@ -134,6 +135,55 @@ def test_genuine_checkpoints_are_sound_and_read_as_torch_reads_them(name):
         assert torch.equal(torch.from_numpy(read_tensor(checkpoint, tensor)), expected[tensor.name]), tensor.name
 
 
+def test_what_debians_python_wrote_for_torch_save():
+    with (SAMPLES / "python-3.11.2/state.pt").open("rb") as file:
+        state = torch_archive.read_state(file, "x")
+    assert "megatron.core.transformer.enums.AttnBackend." in repr(state)
+    assert "signal.SIG" in repr(state)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_tensors_in_a_plain_pickle_as_transformer_engine_has_them(compressed):
+    """In its ``_extra_state``: torch.storage._load_from_bytes(what torch.save wrote)."""
+    import torch
+
+    state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(4, 2), "extra_fp8_variables": {"num_gemms": 1}}
+    content = pickle.dumps(state, 4)
+    assert b"_load_from_bytes" in content and torch_archive.scan_bare(content, "x") == []
+    evil = io.BytesIO()
+    torch.save({"a": Evil()}, evil, _use_new_zipfile_serialization=compressed)
+    for inside in (evil.getvalue(), pickle.dumps(Loaded(pickle.dumps(state, 4)))):
+        (call,) = torch_archive.scan_bare(pickle.dumps({"scale": Loaded(inside)}, 4), "x")
+        assert call.startswith("torch.storage._load_from_bytes("), call
+
+
+class Evil:
+    """Prints when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+class Loaded:
+    """A storage as a plain pickle holds it, of any bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def __reduce__(self):
+        import torch
+
+        return torch.storage._load_from_bytes, (self.content,)
+
+
+def test_every_dtype_of_torch_is_known_with_its_size():
+    import torch
+
+    known = DTYPE_BYTES | restricted_pickle.OTHER_DTYPE_BYTES
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    assert {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in dtypes}.items() <= known.items()
+
+
 def test_state_that_megatron_core_019_keeps_in_the_index():
     found = identify(SAMPLES / GENUINE[2])
     assert "saved after iteration 3" in found.notes
@@ -142,7 +192,7 @@ def test_state_that_megatron_core_019_keeps_in_the_index():
 
 
 def test_a_checkpoint_without_that_state_is_damaged(tmp_path):
-    path = Path(shutil.copytree(SAMPLES / GENUINE[3], tmp_path / "iter_0000003"))
+    path = Path(shutil.copytree(SAMPLES / GENUINE[-1], tmp_path / "iter_0000003"))
     (path / "common.pt").unlink()
     assert any("common.pt is missing" in str(finding) for finding in verify(path).findings)
 

@@ -1,4 +1,4 @@
-"""The names that NeMo and Megatron-Bridge write into a checkpoint to be imported, and that do no harm whatever is handed to them.
+"""The names that NeMo and Megatron-Bridge (0.3 to 0.6) write into a checkpoint to be imported, and that do no harm whatever is handed to them.
 
 Each pattern ends at a class or function of one module. None lets a name go on through a module's own imports: the loaders follow
 attributes, so that ``nemo...base.torch.utils.cpp_extension.subprocess.Popen`` is ``subprocess.Popen``. Left out on purpose are, of
@@ -43,7 +43,12 @@ KNOWN = re.compile(
             _CORE
             + r"(?:(?:distributed|optimizer|transformer)(?:\.heterogeneous)?(?:\.\w+_config)?|model_parallel_config)\.[A-Z]\w*Config",
             _CORE + r"(?:transformer\.)?enums\.[A-Z]\w*(?:\.[A-Za-z]\w*)?",
-            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.){0,2}(?:[A-Z]\w*(?:Config|Container|Provider\w*)|\w*[LD]oRA)",
+            r"megatron\.bridge\.(?:models|training|peft)\.(?:\w+\.){0,3}(?:[A-Z]\w*(?:Config|Container|Provider\w*)|\w*[LD]oRA)",
+            # Dataclasses of settings; what would read the data is built from them later, and by training alone.
+            r"megatron\.bridge\.data\.(?:base|builders|conversation_processing|sft_processing|sources)\.(?:\w+\.)?[A-Z]\w*Config",
+            r"megatron\.bridge\.data\.hf_processors\.\w+\.process_\w+_example",
+            r"megatron\.training\.(?:config|models)\.\w+\.[A-Z]\w*Config",
+            r"megatron\.core\.quantization\.quant_config\.RecipeConfig",
             r"megatron\.bridge\.models\.\w+\.\w*_layer_spec",
             # Functions of the model, dtypes, settings of generation and tokenizers.
             r"torch\.nn\.functional\.(?:elu|gelu|leaky_relu|relu|relu6|sigmoid|silu|softplus|tanh)",

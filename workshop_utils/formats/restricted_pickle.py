@@ -26,7 +26,9 @@ MAX_DIMENSIONS = 64
 
 OTHER_DTYPE_BYTES = {
     "complex32": 4, "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
+    "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1, "bcomplex32": 4, "bits8": 1, "bits16": 2, "bits1x8": 1, "bits2x4": 1, "bits4x2": 1,
+    "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
+    **{f"{kind}{bits}": 1 for kind in ("int", "uint") for bits in range(1, 8)},
 }  # fmt: skip
 """Bytes of one element of the dtypes that are harmless but that no checkpoint of this workshop's formats holds."""
 
@@ -240,13 +242,20 @@ def _without_members(machine: Machine, seen: dict[str, bool]) -> None:
         seen.pop(GETATTR.text, None)
 
 
+_WRITERS = ("torch", "megatron", "nemo", "transformer_engine", "lightning", "pytorch_lightning", "omegaconf", "numpy", "transformers", "peft")
+
+
 def unsafe(where: str, name: str, calls: list[str]) -> UnsafeCheckpoint:
     """The error for the pickle ``where`` that names ``name``, with the first of its ``calls``."""
     what = f" ({'; '.join(calls[:3])}{f'; and {len(calls) - 3} more' if len(calls) > 3 else ''})" if calls else ""
-    return UnsafeCheckpoint(
-        f"{where} is a pickle that would call {plain(name, 200)} when it is loaded{what}. A checkpoint needs no such name. "
-        "Nothing was executed. Do not load this file; get it again from a source you trust."
-    )
+    if name.partition(".")[0] in _WRITERS:
+        judged = (
+            "It is not among the names that checkpoints are known to need; whether it does harm is not known. Nothing was executed. Load this "
+            "file only if you trust its source."
+        )
+    else:
+        judged = "A checkpoint needs no such name. Nothing was executed. Do not load this file; get it again from a source you trust."
+    return UnsafeCheckpoint(f"{where} is a pickle that would call {plain(name, 200)} when it is loaded{what}. {judged}")
 
 
 def _broken(where: str, error: BaseException) -> DamagedCheckpoint:
@@ -285,6 +294,8 @@ def load_index(data: bytes, where: str, report: Report = stop) -> Metadata:
     except UnsafeCheckpoint as error:
         report(error)
         metadata = survey(data, where, _INDEX)[1]
+    if metadata is None:
+        raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     if not isinstance(metadata, Metadata):
         raise DamagedCheckpoint(f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
     return metadata

@@ -7,6 +7,7 @@ Source of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 
 """
 
 import dataclasses
+import io
 import math
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import IO, Any
 from workshop_utils.errors import DamagedCheckpoint
 from workshop_utils.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.formats.findings import Report, stop
-from workshop_utils.formats.pickle_machine import Inert, Sealed
+from workshop_utils.formats.pickle_machine import Hidden, Inert, Sealed
 from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, OTHER_DTYPE_BYTES, layout, plain, size
 from workshop_utils.formats.tensor import DTYPE_BYTES
 
@@ -31,6 +32,9 @@ _STORAGES = {
 }  # fmt: skip
 
 _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
+
+_IN_PICKLE = "bytes in the pickle"
+"""Key of a storage that is a pickle within the pickle; those of an archive are the names of its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
     if not isinstance(storage, _Storage) or not _sizes(shape) or not _sizes(stride) or not _sizes((offset,)):
         raise pickle.UnpicklingError("a tensor without a storage, an offset, a size and strides")
     item, elements = _BYTES[storage.dtype], math.prod(shape)
+    if storage.key == _IN_PICKLE:
+        return SavedTensor(shape, storage.dtype)
     if len(stride) != len(shape) or elements >= 2**60:
         return storage.fault(f"has the shape {list(shape)} and {len(stride)} strides")
     last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1 if elements else offset
@@ -177,6 +183,37 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
             return SavedTensor(shape, storage.dtype)
         expected *= count
     return SavedTensor(shape, storage.dtype, storage.start + offset * item, elements * item)
+
+
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which Megatron-Core sets."""
+    return data
+
+
+def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
+    """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of another type, or with attributes."""
+    if rebuild not in (_tensor, _typed_tensor, _parameter) or type(arguments) is not tuple:
+        raise pickle.UnpicklingError("a tensor that is put together by something else")
+    return rebuild(*arguments)
+
+
+def _load_from_bytes(content: Any) -> "_Storage":
+    """``torch.storage._load_from_bytes(content)``: a storage as a plain pickle holds it, by ``torch.load`` of what ``torch.save`` wrote.
+
+    Transformer Engine 2 has tensors so in its ``_extra_state``. Raises :class:`.pickle_machine.Hidden` if ``content`` names anything
+    outside the list, or has such a thing in it once more, which torch does not write.
+    """
+    if not isinstance(content, bytes | LongBytes):
+        raise pickle.UnpicklingError("a storage that is loaded from no bytes")
+    try:
+        data = bytes(content)
+    except UnicodeEncodeError:
+        raise pickle.UnpicklingError("a storage that is loaded from no bytes") from None
+    if data[:4] == b"PK\x03\x04":
+        data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
+    if calls := restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage")):
+        raise Hidden("torch.storage._load_from_bytes", calls)
+    return _Storage("uint8", _IN_PICKLE, None, 0, [])
 
 
 def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Any:
@@ -199,11 +236,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _State,
     ("collections", "defaultdict"): _State,
     ("argparse", "Namespace"): _Namespace,
+    ("types", "SimpleNamespace"): _Namespace,  # Megatron-LM with --yaml-cfg
     ("_codecs", "encode"): _encode,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
+    ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
     ("_io", "BytesIO"): Buffer,
@@ -216,6 +256,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 _ALLOWED |= {(module, name): Named(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.STATE)}
 _ALLOWED |= pickled_names.enumerations()
+_INNER = dict(_ALLOWED)
+_ALLOWED["torch.storage", "_load_from_bytes"] = _load_from_bytes
 
 
 def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:
