@@ -10,7 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # What a clone makes, of which an unpacked sdist knows nothing.
-MADE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "workshop.yaml")
+MADE = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    ".*_cache",
+    ".hypothesis",
+    ".ipynb_checkpoints",
+    "__pycache__",
+    "*.egg-info",
+    "build",
+    "dist",
+    "runs",
+    "workshop.yaml",
+)
 
 
 def files(folder: Path) -> set[str]:
