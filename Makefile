@@ -52,8 +52,9 @@ test-browser: env ## every notebook in JupyterLab, in a headless Chromium
 	@bash scripts/chromium.sh
 	@$(PYTEST) -m browser tests/browser
 
-lock: env ## environment.yml anew, after requirements.txt was changed
+lock: env ## environment.yml and NOTICE.md anew, after requirements.txt was changed
 	@$(BIN)/python -m workshop_utils.lock
+	@$(BIN)/python scripts/licences.py
 
 clean: ## remove environment, data set and runs (adapters, too); models with CLEAN_MODELS=1
 	rm -rf .venv runs data/tickets build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -127,3 +127,15 @@ def test_weights_that_are_no_lightning_checkpoint(trained, root):
         file.truncate(1000)
     with pytest.raises(DamagedCheckpoint, match=r"b\.ckpt"):
         identify(root / "b.ckpt")
+
+
+def test_an_instantiator_of_somebody_else_is_refused(trained, root):
+    """CVE-2026-58659: text alone, so that no pickle gives it away."""
+    state = torch.load(trained[0], weights_only=True)
+    for name, safe in (("lightning.pytorch.cli.instantiate_module", True), ("os.system", False)):
+        torch.save(state | {"hyper_parameters": {"_instantiator": name, "width": 4}}, root / "a.ckpt")
+        if safe:
+            identify(root / "a.ckpt")
+            continue
+        with pytest.raises(UnsafeCheckpoint, match=r"_instantiator is os\.system"):
+            identify(root / "a.ckpt")

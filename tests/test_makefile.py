@@ -241,3 +241,20 @@ def test_clean_keeps_what_is_not_made_here(tmp_path):
 
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
+
+
+def test_the_readme_has_the_plain_commands_behind_make():
+    """What stands in README.md for those without make is what make calls."""
+    makefile = (ROOT / "Makefile").read_text()
+    block = re.search(r"Without make.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    nbval = re.search(r"^NBVAL := (.*)$", makefile, re.MULTILINE)[1]
+    assert f"python -m pytest {nbval} tests notebooks" in block
+    assert "bash scripts/environment.sh" in block and "bash scripts/environment.sh" in makefile
+    assert "workshop preflight && workshop run" in block
+    assert "workshop preflight\n\t@$(BIN)/workshop run\n" in makefile
+
+
+def test_post_build_needs_nothing_but_pip():
+    """The image of repo2docker may be without setuptools, or have one that cannot read this project."""
+    commands = [line for line in (ROOT / "postBuild").read_text().splitlines() if line.startswith("python")]
+    assert commands == ["python -m pip install --no-deps --editable ."]

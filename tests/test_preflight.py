@@ -9,6 +9,7 @@ from collections import namedtuple
 
 import pytest
 
+from workshop_utils import paths
 from workshop_utils import preflight as checks
 from workshop_utils.cli import main
 from workshop_utils.preflight import GIB, Check
@@ -90,16 +91,28 @@ def test_a_folder_that_cannot_be_written(monkeypatch):
         ("no-such-package==1\npytest==0.1\n", "FAIL", "missing: no-such-package"),
         ("torch==2.13.0\n", "OK", "1 as pinned"),
         ("torch>=2\n", "FAIL", "the lock cannot be read"),
-        (None, "FAIL", "requirements.txt"),
     ],
 )
 def test_packages_against_the_lock(monkeypatch, tmp_path, lock, status, found):
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
-    if lock:
-        (tmp_path / "requirements.txt").write_text(lock)
+    (tmp_path / "requirements.txt").write_text(lock)
     check = checks.packages()
     assert check.status == status
     assert found in check.found
+
+
+def test_the_package_alone_has_no_lock(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks, "lock_file", lambda: tmp_path / "requirements.txt")
+    assert checks.packages().status == "FAIL"
+    assert "WORKSHOP_ROOT" in checks.packages().fix
+
+
+def test_without_a_clone_there_is_no_make(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    (tmp_path / "requirements.txt").write_text("pytest==0.1\n")
+    assert checks.packages().fix.endswith("make clean && make env")
+    monkeypatch.setattr(paths, "in_clone", lambda: False)
+    assert checks.packages().fix.endswith(f"-m pip install -r {tmp_path / 'requirements.txt'}")
 
 
 def test_a_device_that_cannot_be(monkeypatch):

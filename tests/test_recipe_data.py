@@ -521,6 +521,11 @@ def test_a_file_that_is_wrong_is_named(tmp_path, tiny, name, content, words):
         prepare(HFDatasetConfig(str(tmp_path / name)), tmp_path / "out", tiny, progress=False)
 
 
+def test_the_builder_that_reads_pickles_is_refused(tmp_path):
+    with pytest.raises(DataError, match="pandas is the library's builder that reads pickles"):
+        prepare(HFDatasetConfig("pandas", load_kwargs={"data_files": "a.pkl"}, **TEMPLATES), tmp_path / "out", progress=False)
+
+
 def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path):
     jsonl(tmp_path / "rows.jsonl", table())
     with pytest.raises(DataError, match=r"does not exist\. Did you mean .*rows\.jsonl"):

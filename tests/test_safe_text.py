@@ -66,6 +66,7 @@ def test_other_ways_to_name_something():
     tree = {
         "target": "os.system",
         "tokenizer": {"_target_": GENUINE[7], "trust_remote_code": True},
+        "base": {"tokenizer": {"library": "tabular", "vocab_file": "nemo:a.pkl"}, "library": "${x}"},
         "partial": {"_target_": "functools.partial", "_args_": [{"_target_": "os.system"}]},
         "list": {"_target_": ["os.system"]},
         "object": {"type": "pyref", "module": "os", "name": "system"},
@@ -73,6 +74,8 @@ def test_other_ways_to_name_something():
     assert safe_text.foreign_targets(tree) == [
         ("target", "os.system"),
         ("tokenizer.trust_remote_code", "True"),
+        ("base.tokenizer.library", "tabular"),
+        ("base.library", "${x}"),
         ("partial._args_[0]._target_", "os.system"),
         ("list._target_", "['os.system']"),
         ("object", "os.system"),
@@ -117,7 +120,7 @@ def test_what_io_json_would_do_without_naming_it():
 
 
 def test_other_meanings_of_the_words():
-    tree = {"target": "attention_qkv", "dataset": {"target": 3}, "tokenizer": {"trust_remote_code": False}, "type": "pyramid"}
+    tree = {"target": "attention_qkv", "dataset": {"target": 3}, "tokenizer": {"trust_remote_code": False, "library": "sentencepiece"}, "type": "pyramid"}
     assert safe_text.foreign_targets(tree) == []
 
 

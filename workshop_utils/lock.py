@@ -25,8 +25,8 @@ dependencies:
 
 
 def lock_file() -> Path:
-    """``requirements.txt`` in the repository's root."""
-    return paths.root() / "requirements.txt"
+    """``requirements.txt``, of the repository or as it came with an installed package."""
+    return paths.repository_file("requirements.txt")
 
 
 def read_lock(file: Path) -> dict[str, str]:

@@ -7,11 +7,30 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+_PACKAGE = Path(__file__).resolve().parent
+_SHIPPED = _PACKAGE / "shipped"
+
+
+def in_clone() -> bool:
+    """Whether this package lies in its repository. A wheel carries the files that its commands read of it (see setup.py)."""
+    return not _SHIPPED.is_dir()
+
 
 def root() -> Path:
-    """The repository's root: ``WORKSHOP_ROOT`` when set, else the folder that holds this package."""
+    """Where ``models/``, ``data/`` and ``runs/`` lie: ``WORKSHOP_ROOT`` when set, else the clone that holds this package.
+
+    A package that was installed from a wheel has no clone, and nothing may be written beside it: then it is the current folder.
+    """
     chosen = os.environ.get("WORKSHOP_ROOT")
-    return Path(chosen).resolve() if chosen else Path(__file__).resolve().parent.parent
+    if chosen:
+        return Path(chosen).resolve()
+    return _PACKAGE.parent if in_clone() else Path.cwd()
+
+
+def repository_file(name: str) -> Path:
+    """A file of the repository that the commands read, such as ``models/manifest.yaml``: that of the root where it has one."""
+    own = root() / name
+    return own if own.exists() else (_PACKAGE.parent if in_clone() else _SHIPPED) / name
 
 
 def models_dir() -> Path:
@@ -45,7 +64,7 @@ def bridged_checkpoint(name: str) -> Path:
 
 
 def shown(path: Path | str) -> str:
-    """``path`` relative to the repository's root where it lies inside, else as it is; for messages, reports and outputs."""
+    """``path`` relative to :func:`root` where it lies inside, else as it is; for messages, reports and outputs."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
 

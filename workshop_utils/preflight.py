@@ -82,12 +82,14 @@ def memory() -> Check:
 
 
 def disk() -> Check:
-    """Room where the repository lies, which must be writable."""
+    """Room where models and runs go, which must be writable."""
     root = paths.root()
     free = shutil.disk_usage(root).free
     found = f"{free / GIB:.1f} GiB free"
     if not os.access(root, os.W_OK):
-        return Check("FAIL", "disk", f"{root} cannot be written to", "Clone the repository into a folder of your own.")
+        return Check(
+            "FAIL", "disk", f"{root} cannot be written to", "Work in a folder of your own, or set WORKSHOP_ROOT to one."
+        )
     if free < DISK_NEEDED:
         fix = f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. Free some space where {root} lies."
         return Check("FAIL" if free < DISK_LEAST else "WARN", "disk", found, fix)
@@ -107,19 +109,18 @@ def packages() -> Check:
     installed = {normalised(one.metadata["Name"]): one.version.split("+")[0] for one in metadata.distributions()}
     missing = sorted(set(pins) - set(installed))
     if missing:
-        return Check("FAIL", "packages", f"missing: {_some(missing)}", "Run: make env")
+        return Check("FAIL", "packages", f"missing: {_some(missing)}", f"Run: {_install()}")
     other = [f"{name} {installed[name]} (pinned: {version})" for name, version in pins.items() if installed[name] != version]
     if other:
-        return Check(
-            "WARN", "packages", _some(other), "Nothing else was tried. For the pinned versions: make clean && make env"
-        )
+        fix = f"Nothing else was tried. For the pinned versions: {'make clean && ' if paths.in_clone() else ''}{_install()}"
+        return Check("WARN", "packages", _some(other), fix)
     return Check("OK", "packages", f"{len(pins)} as pinned")
 
 
 def kernel() -> Check:
     """The kernel that runs the notebooks."""
     if util.find_spec("ipykernel") is None:
-        return Check("FAIL", "Jupyter kernel", "ipykernel is missing", "Run: make env")
+        return Check("FAIL", "Jupyter kernel", "ipykernel is missing", f"Run: {_install()}")
     return Check("OK", "Jupyter kernel", shown_interpreter())
 
 
@@ -147,6 +148,11 @@ def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
         if text.isdigit():
             limit = min(limit, int(text))
     return limit
+
+
+def _install() -> str:
+    """The command that brings the pinned packages."""
+    return "make env" if paths.in_clone() else f"{sys.executable} -m pip install -r {lock_file()}"
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -126,7 +126,7 @@ def make_tickets() -> Path:
     folder = paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         subprocess.run(
-            [sys.executable, str(paths.data_dir() / "make_tickets.py"), "--out", str(folder)],
+            [sys.executable, str(paths.repository_file("data/make_tickets.py")), "--out", str(folder)],
             check=True,
             stdout=subprocess.DEVNULL,
         )

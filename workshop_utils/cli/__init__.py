@@ -24,6 +24,9 @@ The usual order:
   workshop finetune model.restore_from_path=...   LoRA through torchrun
   workshop evaluate --adapter ADAPTER             base and adapter on the test set
   workshop export ADAPTER --to nemo               an adapter for NIM
+
+models/, data/, runs/ and workshop.yaml lie in the clone that the package is installed from, or, when it was installed from a
+wheel, in the current folder. WORKSHOP_ROOT names another folder.
 """
 
 
@@ -54,6 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkshopError as error:
         print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        from workshop_utils.preflight import packages
+
+        incomplete = packages()
+        if incomplete.status != "FAIL":
+            raise
+        print(f"error: {error}. `workshop preflight` says: {incomplete.found}. {incomplete.fix}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

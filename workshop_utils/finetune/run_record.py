@@ -71,7 +71,12 @@ def _write(plan: Plan, record: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """Commit of the workshop's repository, with "+" when files differ from it; None where there is no git."""
+    """Commit of the workshop's repository, with "+" when files differ from it; None where there is no git.
+
+    An installed package may lie in somebody else's repository, whose commit says nothing.
+    """
+    if not paths.in_clone():
+        return None
     try:
         def git(*arguments: str) -> str:
             """What git prints. Raises OSError without git, CalledProcessError where it fails."""

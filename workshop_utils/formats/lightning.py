@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.errors import CheckpointError, NotACheckpoint
+from workshop_utils.errors import CheckpointError, NotACheckpoint, UnsafeCheckpoint
 from workshop_utils.formats import decoder_config, lora_tensors, nemo1_config, saved_tensors
 from workshop_utils.formats.architecture import section
 from workshop_utils.formats.findings import Report, stop
-from workshop_utils.formats.safe_text import read_yaml
+from workshop_utils.formats.safe_text import plain, read_yaml
 from workshop_utils.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
 
 VERSION = "pytorch-lightning_version"
+INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
@@ -34,6 +35,14 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         raise NotACheckpoint(
             f"{shown(path)} has no state_dict, and so is no Lightning checkpoint. The weights of an unpacked .nemo need model_config.yaml "
             "beside them: give their directory."
+        )
+    instantiator = section(state, "hyper_parameters").get("_instantiator")
+    if instantiator not in (None, INSTANTIATOR):
+        report(
+            UnsafeCheckpoint(
+                f"{shown(path)}: hyper_parameters._instantiator is {plain(str(instantiator), 200)}, which load_from_checkpoint of Lightning "
+                f"before 2.6.6 imports and calls (CVE-2026-58659). Only {INSTANTIATOR} is written by Lightning itself. Nothing was executed."
+            )
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
     version = state.get(VERSION)

@@ -180,7 +180,8 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     ``target`` (NeMo 1) or a ``pyref`` of ``io.json`` names is imported, and mostly called with the values beside it
     (CVE-2025-23304). NeMo checks only the first part of the name, so that ``torch.hub.load`` or its own functions that read pickles
     pass. The list is in :mod:`.known_names`. ``trust_remote_code: true`` is foreign, too: it runs code of the tokenizer's
-    repository; and so is an object of ``io.json`` that NeMo would unpickle from a file.
+    repository; so is the tokenizer ``library: tabular``, which NeMo unpickles (CVE-2026-65179), and so is an object of ``io.json`` that
+    NeMo would unpickle from a file.
     """
     found: list[tuple[str, str]] = []
     objects = tree.get("objects") if isinstance(tree, dict) else None
@@ -197,6 +198,8 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
                     )
                     if not known:
                         found.append((here, plain(str(value), 200)))
+                elif key == "library" and isinstance(value, str) and (value == "tabular" or "${" in value):
+                    found.append((here, plain(value, 100)))
                 elif key == "trust_remote_code" and value not in (False, None):
                     found.append((here, plain(str(value), 200)))
                 else:

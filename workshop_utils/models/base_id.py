@@ -47,6 +47,6 @@ def is_place(base: str) -> bool:
 
 def _catalogued() -> dict[str, str]:
     """Ids on the Hub of the models of the manifest, by name, where they have one."""
-    if not (paths.models_dir() / "manifest.yaml").is_file():  # this package without its repository
+    if not paths.repository_file("models/manifest.yaml").is_file():  # the package alone, copied into another project
         return {}
     return {name: model.hub_id for name, model in catalogue().items() if model.hub_id}

@@ -43,7 +43,7 @@ class Model:
 
 def catalogue() -> dict[str, Model]:
     """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an entry is wrong."""
-    return _read(paths.models_dir() / "manifest.yaml")
+    return _read(paths.repository_file("models/manifest.yaml"))
 
 
 def find(name: str) -> Model:
@@ -73,7 +73,9 @@ def _read(manifest: Path) -> dict[str, Model]:
     try:
         entries = yaml.safe_load(manifest.read_text(encoding="utf-8"))
     except OSError as error:
-        raise WorkshopError(f"{paths.shown(manifest)}: cannot be read ({error.strerror}); restore it with git") from error
+        raise WorkshopError(
+            f"{paths.shown(manifest)}: cannot be read ({error.strerror}); restore it with git, or install the package again"
+        ) from error
     except yaml.YAMLError as error:
         raise WorkshopError(f"{paths.shown(manifest)}: is not YAML: {error}") from error
     return {name: _model(manifest, name, entry) for name, entry in entries.items()}

@@ -61,6 +61,8 @@ def find(config: HFDatasetConfig) -> Source:
         return Source(config, place.resolve(), _content(place))
     if config.dataset_name.startswith((".", "/", "~")) or place.suffix.lower() in FORMATS or config.dataset_name.count("/") > 1:
         raise DataError(f"{paths.shown(place)} does not exist.{_near(place)}")
+    if config.dataset_name == "pandas":  # CVE-2026-57845
+        raise DataError("dataset_name: pandas is the library's builder that reads pickles, which run code. Save the rows as Parquet or JSON Lines.")
     import datasets
 
     with _explained(config):
