@@ -33,6 +33,9 @@ _STORAGES = {
 
 _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
+_OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+"""What files in the format before torch 1.6 begin with, which is still what tensors in a plain pickle have (``torch/storage.py``)."""
+
 _IN_PICKLE = "bytes in the pickle"
 """Key of a storage that is a pickle within the pickle; those of an archive are the names of its parts."""
 
@@ -211,6 +214,8 @@ def _load_from_bytes(content: Any) -> "_Storage":
         raise pickle.UnpicklingError("a storage that is loaded from no bytes") from None
     if data[:4] == b"PK\x03\x04":
         data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
+    elif not data.startswith(_OLD_FORMAT):
+        raise Hidden("torch.storage._load_from_bytes", [f"{ascii(data[:20])}..."])
     if calls := restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage")):
         raise Hidden("torch.storage._load_from_bytes", calls)
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
