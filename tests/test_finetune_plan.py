@@ -12,6 +12,7 @@ import torch
 import yaml
 from tiny_model import make_tiny_model, write_rows, write_sharded
 
+from workshop_utils.cli import main
 from workshop_utils.digests import sampled
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.finetune import failure_cause, make_plan, run_logged
@@ -353,6 +354,13 @@ def test_missing_tickets_are_named(root, base):
     (root / "data" / "tickets" / "train.jsonl").unlink()
     with pytest.raises(DataError, match="make_tickets.py"):
         make_plan([f"model.restore_from_path={base}"])
+
+
+def test_the_command_makes_the_tickets_where_they_are_missing(root, base, capsys):
+    """The README's commands, in their order: no earlier one makes them."""
+    shutil.rmtree(root / "data")
+    assert main(["finetune", "--dry-run", f"model.restore_from_path={base}"]) == 0
+    assert len((root / "data" / "tickets" / "train.jsonl").read_text().splitlines()) > 100
 
 
 def test_a_later_override_wins():

@@ -34,10 +34,13 @@ def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils import finetune, paths
     from workshop_utils.errors import WorkshopError
+    from workshop_utils.workshop import make_tickets
 
     unknown = [word for word in args.rest if word.startswith("-")]
     if unknown:
         raise WorkshopError(f"unknown option {unknown[0]}; see `workshop finetune --help`. Overrides are written key=value.")
+    if args.data is None and not any("model.data.train_ds.file_names=" in word for word in args.rest):
+        make_tickets()
     plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
