@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,8 +176,11 @@ def _digest(file: Path, new_digest: Callable) -> str:
 
 
 def _place(cached: Path, target: Path) -> None:
-    """Link weights (never edited) into the model's directory, copy everything else (which we may edit)."""
-    if cached.suffix == ".safetensors":
+    """Link weights (never edited) into the model's directory, copy everything else (which we may edit).
+
+    A link shares its permissions with the cache: where those are not what the umask gives, a copy is made.
+    """
+    if cached.suffix == ".safetensors" and stat.S_IMODE(cached.stat().st_mode) == paths.new_file_mode():
         try:
             os.link(cached.resolve(), target)
             return
