@@ -39,7 +39,7 @@ workshop: env ## the whole job: every notebook, then a table of what was made
 	@$(BIN)/workshop run
 
 lab: env ## JupyterLab on the notebooks (HOST, PORT)
-	@exec $(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	@exec $(BIN)/python -m workshop_utils.home $(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 		--ip='$(HOST)' --port='$(PORT)' --no-browser $$([ "$$(id -u)" != 0 ] || echo --allow-root)
 
 test: env ## quick tests, then every notebook compared with its stored outputs
@@ -57,7 +57,7 @@ lock: env ## environment.yml and NOTICE.md anew, after requirements.txt was chan
 	@$(BIN)/python scripts/licences.py
 
 clean: ## remove environment, data set and runs (adapters, too); models with CLEAN_MODELS=1
-	rm -rf .venv runs data/tickets build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .home runs data/tickets build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 ifeq ($(CLEAN_MODELS),1)
 	find models -mindepth 1 -maxdepth 1 -type d -exec rm -rf {} +

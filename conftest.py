@@ -4,11 +4,13 @@ import os
 
 import pytest
 
+from workshop_utils import home
 from workshop_utils.device import quiet_environment
 from workshop_utils.execute_notebook import WIDGET
 
 # Kernels inherit this process's environment.
 quiet_environment(os.environ)
+home.use_writable_places()
 os.environ.pop("MPLBACKEND", None)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import sys
-import tempfile
 from pathlib import Path
 
 PHRASES = Path(__file__).with_name("ticket_phrases.json")
@@ -100,15 +99,13 @@ def make_tickets(phrases: dict, seed: int) -> dict[str, list[dict]]:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """One row a line; an existing file is replaced only by a complete one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", newline="\n", delete=False) as handle:
-        try:
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with part.open("w", encoding="utf-8", newline="\n") as handle:
             handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            handle.flush()
-            os.chmod(handle.name, 0o644)
-            os.replace(handle.name, path)
-        except BaseException:
-            os.unlink(handle.name)
-            raise
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def main() -> int:

@@ -91,6 +91,14 @@ def test_environment_is_made_once(clone):
     assert len(installs(clone)) == 2
 
 
+def test_pip_has_a_home(clone):
+    program(clone, "python3.11", PYTHON.replace('echo "$*"', 'echo "home: $HOME"'))
+    command = [str(clone / "bin" / "bash"), str(clone / "scripts" / "environment.sh")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"PATH": str(clone / "bin"), "MIN_DISK_GB": "0"})
+    assert len(installs(clone)) == 2
+    assert all(re.fullmatch("home: /.*", line) for line in installs(clone))
+
+
 @pytest.mark.parametrize("changed", ["requirements.txt", "pyproject.toml"])
 def test_a_change_of_the_lock_is_installed(clone, changed):
     make_environment(clone)
@@ -197,7 +205,7 @@ def test_make_alone_lists_every_target():
     ("target", "commands"),
     [
         ("workshop", [r"workshop preflight", r"workshop run"]),
-        ("lab", [r"jupyter lab .*--ip='127\.0\.0\.1' --port='8888' --no-browser"]),
+        ("lab", [r"-m workshop_utils\.home \S+jupyter lab .*--ip='127\.0\.0\.1' --port='8888' --no-browser"]),
         ("test", [r"pytest --nbval .*--nbval-sanitize-with tests/nbval_sanitize\.cfg tests notebooks"]),
         ("test-all", [r"pytest --nbval .*-m 'not browser' tests notebooks"]),
         ("test-browser", [r"scripts/chromium\.sh", r"pytest -m browser tests/browser"]),
@@ -222,6 +230,7 @@ def test_clean_keeps_what_is_not_made_here(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     for folder in (
         ".venv",
+        ".home/.cache",
         "runs/finetune",
         "data/tickets",
         "data/mine",

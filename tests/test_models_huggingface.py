@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -114,6 +116,20 @@ def test_a_model_is_fetched_once_and_is_usable(root, hub):
     asked = len(hub.double.requests)
     assert fetch(root, hub).returncode == 0
     assert len(hub.double.requests) == asked
+
+
+def test_weights_that_others_may_not_read_in_the_cache_are_copied(root, hub):
+    assert fetch(root, hub).returncode == 0
+    weights = root.path / "models" / "huggingface" / MODEL / "model.safetensors"
+    shutil.rmtree(weights.parent)
+    (blob,) = {file.resolve() for file in (root.path / "hf-home").rglob("model.safetensors")}
+    blob.chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        assert fetch(root, hub).returncode == 0
+    finally:
+        os.umask(before)
+    assert (weights.stat().st_mode & 0o777, blob.stat().st_mode & 0o777) == (0o644, 0o600)
 
 
 def test_two_at_once_fetch_once(root, hub):

@@ -115,6 +115,12 @@ class TestSdk:
         ngc.url = "https://127.0.0.1:9"
         failed_with(self.fetch(root, ngc), TARGET, "cannot be reached")
 
+    def test_a_dead_proxy(self, root, ngc):
+        environment = {"NGC_API_KEY": KEY, "PATH": os.path.dirname(sys.executable), "HTTPS_PROXY": "http://me:secret@127.0.0.1:9"}
+        result = workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
+        failed_with(result, TARGET, "cannot be reached", "The proxy http://127.0.0.1:9 of HTTPS_PROXY was used and does not answer")
+        assert "secret" not in result.stderr
+
 
 COMMAND = """\
 #!{python}

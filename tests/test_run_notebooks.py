@@ -64,6 +64,11 @@ def test_a_failing_notebook_is_named_and_stops_nothing(root, capsys):
     assert broken.read_bytes() == before
 
 
+def test_an_error_that_announces_its_cause_keeps_the_causes_last_line(root):
+    file = notebook(root, "00_announces", "raise OSError('`one` failed:\\n  File x, line 1\\nPermissionError: /.cache\\n')")
+    assert execute(file).error == "cell [1]: OSError: `one` failed: PermissionError: /.cache"
+
+
 def test_a_file_that_is_no_notebook_fails_alone(root):
     (root / "notebooks" / "00_half.ipynb").write_text('{"cells": [')
     notebook(root, "01_whole", "1")

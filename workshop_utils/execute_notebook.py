@@ -105,8 +105,9 @@ def _volatile(output: dict) -> bool:
 
 
 def _plain(text: str) -> str:
-    """First line of an error, without the colours that IPython gives it."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")[0]
+    """The first line of an error, without the colours that IPython gives it; one that announces its cause, with the cause's last."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
 def _environment() -> dict[str, str]:

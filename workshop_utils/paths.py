@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,14 +74,15 @@ def shown(path: Path | str) -> str:
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield an empty temporary directory beside ``target`` that takes its name when the block ends without an error.
 
-    An existing ``target`` is replaced only then; after an error nothing of it has changed and the temporary is gone.
+    An existing ``target`` is replaced only then; after an error nothing of it has changed and the temporary is gone. The umask
+    decides who may read what is in it, whoever wrote it; files that have other names too (hard links) keep their modes.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    made.chmod(0o777 & ~_umask())
     try:
         yield made
+        _set_modes(made)
         if target.is_symlink() or target.is_file():
             target.unlink()
         elif target.exists():
@@ -113,7 +115,7 @@ def new_file(target: Path) -> Iterator[Path]:
     made = Path(name)
     try:
         yield made
-        made.chmod(0o666 & ~_umask())
+        made.chmod(new_file_mode())
         os.replace(made, target)
     finally:
         made.unlink(missing_ok=True)
@@ -124,6 +126,20 @@ def write_text(target: Path, text: str) -> Path:
     with new_file(target) as part:
         part.write_text(text, encoding="utf-8")
     return Path(target)
+
+
+def new_file_mode() -> int:
+    """The permissions that a new file gets from the umask."""
+    return 0o666 & ~_umask()
+
+
+def _set_modes(folder: Path) -> None:
+    """tempfile and some libraries (safetensors) let only the owner in, others everybody."""
+    for here, _, names in os.walk(folder):
+        os.chmod(here, os.stat(here).st_mode & stat.S_ISGID | 0o777 & ~_umask())
+        for file in (Path(here, name) for name in names):
+            if not file.is_symlink() and file.stat().st_nlink == 1:
+                file.chmod(new_file_mode())
 
 
 def _umask() -> int:

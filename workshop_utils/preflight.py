@@ -11,6 +11,7 @@ from pathlib import Path
 from workshop_utils import paths
 from workshop_utils.device import choose_device
 from workshop_utils.errors import WorkshopError
+from workshop_utils.home import can_be_written, places, stand_in, use_writable_places
 from workshop_utils.lock import lock_file, normalised, read_lock
 
 GIB = 2**30
@@ -38,7 +39,7 @@ class Check:
 
 def preflight() -> list[Check]:
     """All checks, in the order in which to put things right."""
-    return [system(), python(), cores(), memory(), disk(), packages(), kernel(), device()]
+    return [system(), python(), cores(), memory(), disk(), home(), packages(), kernel(), device()]
 
 
 def system() -> Check:
@@ -94,6 +95,21 @@ def disk() -> Check:
         fix = f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. Free some space where {root} lies."
         return Check("FAIL" if free < DISK_LEAST else "WARN", "disk", found, fix)
     return Check("OK", "disk", found)
+
+
+def home() -> Check:
+    """Places for caches and settings, which NeMo and JupyterLab write to as soon as they start."""
+    use_writable_places()
+    shut = [f"{variable} ({place})" for variable, place in places().items() if not can_be_written(place)]
+    if shut:
+        return Check("FAIL", "home", f"cannot be written to: {_some(shut)}", "Set that to a folder of your own, or unset it.")
+    moved = [variable for variable in ("HOME", *places()) if Path(os.environ.get(variable, "")).is_relative_to(stand_in())]
+    if moved:
+        found = f"cannot be written to; {paths.shown(stand_in())} takes its place for {_some(moved)}"
+        return Check(
+            "WARN", "home", found, "To have caches and settings in a place of your own, set HOME to a folder that is yours."
+        )
+    return Check("OK", "home", "can be written to")
 
 
 def packages() -> Check:

@@ -1,6 +1,7 @@
 """The ``workshop`` command. Each sub-command is one module of this package; none of them imports torch or NeMo to show help."""
 
 import argparse
+import errno
 import functools
 import importlib
 import os
@@ -10,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from workshop_utils import __version__, terminal
+from workshop_utils import __version__, home, paths, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
 
@@ -44,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted."""
+    home.use_writable_places()  # first: defaults of the options name the home
     args, rest = build_parser().parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
         build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
@@ -72,3 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from complaining at exit.
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+            raise
+        place = terminal.lines(paths.shown(str(error.filename)))
+        print(f"error: {place}: {error.strerror}. Use a folder that is yours, or change its owner or mode.", file=sys.stderr)
+        return 1

@@ -3,7 +3,7 @@
 import argparse
 
 DESCRIPTION = """\
-Check system, Python, cores, memory, disk, package versions, Jupyter kernel and GPU. Takes a second and needs no network.
+Check system, Python, cores, memory, disk, home, package versions, Jupyter kernel and GPU. Takes a second and needs no network.
 Each line is [OK], [WARN] (it works, but mind this) or [FAIL] with what to do. Exits with 1 if a check failed.
 """
 

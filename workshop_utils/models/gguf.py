@@ -41,8 +41,6 @@ def convert(gguf_file: Path, target: Path, name: str, progress: bool = True) -> 
         model.save_pretrained(target, max_shard_size="100GB")
         tokenizer.save_pretrained(target)
     _name_fast_class(target / "tokenizer_config.json")
-    for file in target.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600
 
 
 def _fields(gguf_file: Path) -> dict:

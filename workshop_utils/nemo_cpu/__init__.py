@@ -22,11 +22,14 @@ def apply() -> None:
 
     ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is imported for that.
     """
+    from workshop_utils import home
+
     from . import megatron_core, nemo2, nemo_script_path, paged_attention, torch_cuda  # noqa: F401  each registers its patches when imported
     from .registry import activate
 
     if os.environ.get("WORKSHOP_DEVICE") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    home.use_writable_places()  # NeMo makes directories when it is imported
     inherit(os.environ)
     activate()
 

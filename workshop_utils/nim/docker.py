@@ -180,7 +180,12 @@ def preflight(nim: Nim, environment: Mapping[str, str]) -> None:
         missing.append(f"there is no store {nim.store}: workshop nim stage ADAPTER --name NAME --store {nim.store}")
     if missing:
         raise NimFailed("\n".join(["A NIM cannot be started here:", *(f"  - {one}" for one in missing)]))
-    nim.cache.mkdir(parents=True, exist_ok=True)  # docker would make it root's
+    try:
+        nim.cache.mkdir(parents=True, exist_ok=True)  # docker would make it root's
+    except OSError as error:
+        raise NimFailed(
+            f"the cache {nim.cache} cannot be made ({error.strerror}): name another directory with --cache"
+        ) from None
 
 
 def start(nim: Nim) -> str:

@@ -145,7 +145,10 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
     import datasets
     import requests
     from datasets import exceptions
+    from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import HfHubHTTPError
+
+    from workshop_utils.models import proxy
 
     name = config.dataset_name
     # It announces each of its retries, with the whole exception.
@@ -162,7 +165,7 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
         raise DataError(f"{name}: cannot be read: {_one_line(error.__cause__ or error)}") from None
     except (requests.RequestException, HfHubHTTPError, ConnectionError) as error:
         offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
-        raise FetchError(f"{name}: the Hub cannot be reached, and the data set is not in the cache (HF_HOME).{offline} Go online and start again, "
+        raise FetchError(f"{name}: the Hub cannot be reached, and the data set is not in the cache (HF_HOME).{offline}{proxy.of_environment(ENDPOINT, str(error))} Go online and start again, "
                          f"or give a file. ({_one_line(error)})") from None  # fmt: skip
     except (ValueError, TypeError, KeyError, FileNotFoundError, UnicodeDecodeError) as error:
         # The library's answer to unknown configurations, arguments (load_kwargs) and data sets that bring code along.
@@ -179,4 +182,6 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:600]
+    from workshop_utils.models.proxy import without_credentials
+
+    return without_credentials(" ".join(str(error).split()))[:600]
