@@ -50,7 +50,7 @@ def run_notebooks(only: Sequence[str] = (), save_outputs: bool = False) -> list[
     if not only:
         report.forget_results()
     report.write_report(list(results.values()))
-    with contextlib.suppress(KeyboardInterrupt), _progress(chosen) as progress:
+    with _progress(chosen) as progress:
         for file in chosen:
             results[file] = _run(file, progress.start(file), save_outputs)
             report.write_report(list(results.values()))

@@ -5,12 +5,11 @@ import functools
 import importlib
 import os
 import pkgutil
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
 
-from workshop_utils import __version__, terminal
+from workshop_utils import __version__, interrupt, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
 
@@ -40,23 +39,38 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted."""
+    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted.
+
+    Without ``argv`` it is that of this process, which does not go on after Ctrl-C or SIGTERM.
+    """
+    if argv is None:
+        interrupt.watch()
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        if argv is None:  # also where a library has put its own handler in place of ours
+            interrupt.end()
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        # Whatever was raised or returned: a library may have caught the interrupt and failed of something else.
+        if interrupt.has_come():
+            interrupt.end()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args, rest = build_parser().parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
         build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
     args.rest = rest
-    if getattr(args, "sigterm_as_ctrl_c", False):  # set by commands that remove what is half-written, or stop what they started
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet_environment(os.environ)
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         return args.run(args)
     except WorkshopError as error:
-        print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
+        if not interrupt.has_come():
+            print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from complaining at exit.
         sys.stdout = None

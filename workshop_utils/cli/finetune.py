@@ -27,7 +27,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
     parser.add_argument("--fresh", action="store_true", help="train anew although an identical run has finished or can be continued")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of the checkpoint finds: it is only printed")
-    parser.set_defaults(run=run, takes_overrides=True, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args) -> int:

@@ -16,7 +16,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of MODEL finds")
-    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run)
 
 
 def run(args) -> int:

@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     action.add_argument(
         "--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed"
     )
-    action.set_defaults(run=_stage, sigterm_as_ctrl_c=True)
+    action.set_defaults(run=_stage)
 
     action = actions.add_parser("run", help="start a NIM and wait until it serves")
     _add_options(action, gpus="all")

@@ -32,13 +32,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if every notebook asked for passed, 1 if one failed, 130 after Ctrl-C."""
-    from workshop_utils import run_notebooks
+    from workshop_utils import paths, report, run_notebooks
 
     if args.list:
         print(*(file.stem for file in run_notebooks.find_notebooks(args.only)), sep="\n")
         return 0
     results = run_notebooks.run_notebooks(args.only, args.save_outputs)
-    print("\n" + run_notebooks.summary(results))
     if run_notebooks.was_interrupted(results):
-        return 130
+        print(f"What is finished is kept. The report: {paths.shown(report.report_file())}")
+        raise KeyboardInterrupt
+    print("\n" + run_notebooks.summary(results))
     return 1 if any(row.result == "failed" for row in results) else 0

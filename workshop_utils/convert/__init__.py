@@ -7,7 +7,6 @@ tensor (:mod:`.weights`). Only Hugging Face models need NeMo itself, in a proces
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +110,8 @@ def _from_huggingface(
     if dry_run:
         return Conversion(target, (*steps, *(["and from there to NeMo 1"] if to == "nemo1" else [])))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        made = Path(folder) / "nemo2"
+    with paths.temporary_directory(f".{target.name}.", target.parent) as folder:
+        made = folder / "nemo2"
         run_quietly("import", str(source), "--out", str(made), *(["--trust"] if trust else []))
         if to == "nemo2" and dtype is None and tokenizer is None:
             with paths.new_directory(target) as part:

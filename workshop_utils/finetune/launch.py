@@ -22,7 +22,7 @@ from .events import read_events
 from .plan import Plan
 from .schemes import SECTIONS
 
-GRACE = 4.0
+GRACE = 1.0
 """Seconds that the workers get to end after a signal before they are killed. A checkpoint is whole at any moment or not there."""
 
 LINGER = 2.0
