@@ -18,6 +18,7 @@ from workshop_utils.device import choose_device
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.formats.summary import Kind
+from workshop_utils.progress import progress_bar
 from workshop_utils.settings import load_settings
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def generate(
             system message stays in front of them.
     """
     import torch
-    from tqdm.auto import tqdm
 
     if not conversations:
         return []
@@ -124,7 +124,7 @@ def generate(
     shared = common_start(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     answers = [""] * len(prompts)
-    with torch.inference_mode(), tqdm(total=len(prompts), unit="row", desc="generate", disable=not progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar:
         cache = _prefill(model, prompts[0][:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

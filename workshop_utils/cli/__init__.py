@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from workshop_utils import __version__, interrupt, terminal
+from workshop_utils import __version__, interrupt, progress, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
 
@@ -64,6 +64,8 @@ def _run(argv: Sequence[str] | None) -> int:
         build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
     args.rest = rest
     quiet_environment(os.environ)
+    if not sys.stderr.isatty():
+        progress.quiet_libraries(os.environ)
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         return args.run(args)

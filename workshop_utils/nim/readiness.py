@@ -65,11 +65,10 @@ def wait(
         NimFailed: the server ended, or ``timeout`` seconds have passed; the message names the last answer.
     """
     import httpx
-    from tqdm.auto import tqdm
 
     began, last = time.monotonic(), ""
-    with httpx.Client(trust_env=False, timeout=10) as client, tqdm(total=timeout, unit="s", desc="waiting", disable=not progress,
-                                                                   bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}") as bar:  # fmt: skip
+    with httpx.Client(trust_env=False, timeout=10) as client, progress_bar(total=timeout, unit="s", desc="waiting", shown=progress,
+                                                                           bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}") as bar:  # fmt: skip
         while True:
             try:
                 answer = client.get(f"{url}/v1/health/ready")
