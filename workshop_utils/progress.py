@@ -42,6 +42,8 @@ def _lines() -> type[tqdm]:
 
         def __init__(self, *words, **options):
             super().__init__(*words, **options | {"gui": True})  # tqdm's word for: it is displayed by `display` below
+            if not self.disable and self.delay <= 0:
+                self.display()
 
         def display(self, *_, **__) -> bool:
             """Print a line if there is something new to say."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workshop_utils.errors import NimFailed
+from workshop_utils.progress import progress_bar
 
 _PATTERNS: tuple[tuple[Literal["error", "loaded"], str, str], ...] = (
     ("error", r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for the cache blocks",
