@@ -1,17 +1,21 @@
 """The ``workshop`` command. Each sub-command is one module of this package; none of them imports torch or NeMo to show help."""
 
 import argparse
-import functools
 import importlib
+import itertools
 import os
 import pkgutil
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 from workshop_utils import __version__, interrupt, progress, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nearest import did_you_mean, nearest
 
 DESCRIPTION = """\
 Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
@@ -19,20 +23,63 @@ Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
 The usual order:
   workshop models fetch smollm2-135m-instruct     get a model
   workshop import smollm2-135m-instruct           Hugging Face -> NeMo 2.0
-  workshop bridge models/nemo2/NAME               make it loadable by the script path
+  workshop bridge models/nemo2/NAME               for the script path
   workshop finetune model.restore_from_path=...   LoRA through torchrun
-  workshop evaluate --adapter ADAPTER             base and adapter on the test set
+  workshop evaluate --adapter ADAPTER             both on the test set
   workshop export ADAPTER --to nemo               an adapter for NIM
 """
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes on under its second column."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for kept, block in itertools.groupby(text.splitlines(), key=lambda line: not line or line[0] == " "):
+            lines += [self._folded(line, width) for line in block] if kept else [textwrap.fill(" ".join(block), width)]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _folded(line: str, width: int) -> str:
+        start = re.match(r" *(\S+( \S+)* {2,})?", line)
+        command = line.startswith("  workshop ") and not start[1]
+        options = {"subsequent_indent": " " * (start.end() + 4 * command), "break_long_words": False, "break_on_hyphens": False}
+        return " \\\n".join(textwrap.wrap(line, width - 2, **options)) if command else textwrap.fill(line, width, **options)
+
+
+class _Command(argparse.ArgumentParser):
+    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser`` of what it parsed."""
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, formatter_class=_Formatter, **options)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        """End with usage and ``message``."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(nearest(wrong[1], re.findall(r"'([^']*)'", wrong[2])))
+        super().error(message)
+
+    def meant(self, word: str) -> str:
+        """ " Did you mean --option?" for a mistyped option ``word``."""
+        return did_you_mean(nearest(word.partition("=")[0], self._option_string_actions))
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among them."""
+    for word in args.rest:
+        if word.startswith("-"):
+            raise WorkshopError(
+                f"unknown option {word}; see `{args.parser.prog} --help`. Overrides are written key=value.{args.parser.meant(word)}"
+            )
+    return args.rest
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command found in this package."""
-    parser = argparse.ArgumentParser("workshop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Command("workshop", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # The lines of descriptions and examples are kept as they are written.
-    command = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=command)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
     return parser
@@ -61,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     args, rest = build_parser().parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
-        build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognised arguments: {' '.join(rest)}.{args.parser.meant(rest[0])}")
     args.rest = rest
     quiet_environment(os.environ)
     if not sys.stderr.isatty():

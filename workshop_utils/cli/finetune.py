@@ -18,8 +18,7 @@ Set NEMO_PATH to a NeMo clone to run its own copy of the script.
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP)
     parser.add_argument("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
     parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
     parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
@@ -33,12 +32,9 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils import finetune, paths
-    from workshop_utils.errors import WorkshopError
+    from workshop_utils.cli import overrides
 
-    unknown = [word for word in args.rest if word.startswith("-")]
-    if unknown:
-        raise WorkshopError(f"unknown option {unknown[0]}; see `workshop finetune --help`. Overrides are written key=value.")
-    plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
+    plan = finetune.make_plan(overrides(args), data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
     print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")

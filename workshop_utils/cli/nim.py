@@ -26,10 +26,7 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``nim`` to the ``workshop`` command."""
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = subparsers.add_parser(
-        "nim", help="serve adapters with an NVIDIA NIM", description=DESCRIPTION, epilog=EXAMPLES, **raw
-    )
+    parser = subparsers.add_parser("nim", help="serve adapters with an NVIDIA NIM", description=DESCRIPTION, epilog=EXAMPLES)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     action = actions.add_parser("stage", help="put an adapter into the store")

@@ -24,8 +24,10 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Answer, and say where."""
     from workshop_utils import paths
+    from workshop_utils.cli import overrides
     from workshop_utils.finetune.predict import log, predict
 
+    words = overrides(args)
     print(f"NeMo answers; its log: {paths.shown(log())}", flush=True)
-    print(f"predictions: {paths.shown(predict(args.rest, args.data, args.out, args.trust))}")
+    print(f"predictions: {paths.shown(predict(words, args.data, args.out, args.trust))}")
     return 0

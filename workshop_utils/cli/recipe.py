@@ -33,7 +33,7 @@ def add_parser(subparsers) -> None:
     from workshop_utils.recipe import options
 
     parser = subparsers.add_parser("recipe", help="fine-tuning with NeMo 2.0's recipes", description=HELP, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, usage="workshop recipe [ACTION] [options]")  # fmt: skip
+                                   usage="workshop recipe [ACTION] [options]")  # fmt: skip
     parser.add_argument("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
     parser.add_argument(
         "--preset", metavar="NAME", help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)"

@@ -18,15 +18,17 @@ EXAMPLES = """\
 examples:
   workshop serve --base models/huggingface/smollm2-135m-instruct --store store
   curl http://127.0.0.1:8000/v1/models
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-       -d '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
+  curl http://127.0.0.1:8000/v1/chat/completions \\
+       -H 'Content-Type: application/json' \\
+       -d '{"model": "smollm2-135m-instruct", "max_tokens": 20,
+            "messages": [{"role": "user", "content": "Hello"}]}'
 """
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser("serve", help="a NIM-like server on this machine, for learning and testing", description=DESCRIPTION,
-                                   epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                   epilog=EXAMPLES)  # fmt: skip
     parser.add_argument("--base", required=True, help="a Hugging Face model directory, or a name from `workshop models`")
     parser.add_argument(
         "--store", type=Path, metavar="DIR", help="the directory of the adapters (default: none, only the base is served)"

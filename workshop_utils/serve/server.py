@@ -196,6 +196,8 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
         loading.result()
         service.engine.thread.result()
     print("stopped", flush=True)
+    if not loading.done():
+        os._exit(0)  # Python would wait for the thread that loads
 
 
 def _stop_after_failure(done: Future, server, service: Service) -> None:
