@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils import paths
+from workshop_utils import models, paths
 from workshop_utils.chat_data import prompt_turns
 from workshop_utils.chat_template import read_tokenizer
 from workshop_utils.device import choose_device
@@ -19,7 +19,7 @@ from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.formats.summary import Kind
 from workshop_utils.progress import progress_bar
-from workshop_utils.settings import load_settings
+from workshop_utils.settings import chosen_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,13 +33,12 @@ def model_directory(model: Path | str | None = None) -> Path:
     """``model`` if it is a directory, else the fetched model of that name; without one, that of the settings.
 
     Raises:
-        NotACheckpoint: it is neither; the message says how to get it.
+        NotACheckpoint, WorkshopError: it is neither; see :func:`workshop_utils.models.directory`.
     """
-    name = load_settings().model if model is None else str(model)
-    for directory in (Path(name), paths.huggingface_model(name)):
-        if (directory / "config.json").is_file():
-            return directory
-    raise NotACheckpoint(f"{name} is no Hugging Face model directory, nor a model that is here: `workshop models fetch {name}`.")
+    found = models.directory(chosen_model().name if model is None else model)
+    if not (found / "config.json").is_file():
+        raise NotACheckpoint(f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model.")
+    return found
 
 
 def as_peft(adapter: Path | str, trust: bool = False) -> Path:
@@ -76,6 +75,7 @@ def load(
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
+    peft = None if adapter is None else as_peft(adapter, trust)  # what is wrong with it is said before anything is loaded
     if (hf_model / "tokenizer.json").is_file():
         read_tokenizer(hf_model / "tokenizer.json")  # transformers fails at a broken one without naming it
     import torch
@@ -90,10 +90,10 @@ def load(
     # Said, because transformers asks the user otherwise when the model brings code along.
     dtype = torch.bfloat16 if gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=dtype, trust_remote_code=False)
-    if adapter is not None:
+    if peft is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, as_peft(adapter, trust))
+        model = PeftModel.from_pretrained(model, peft)
     return model.to("cuda" if gpu else "cpu").eval(), tokenizer
 
 

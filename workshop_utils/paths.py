@@ -34,6 +34,11 @@ def runs_dir() -> Path:
     return root() / "runs"
 
 
+def adapter_store() -> Path:
+    """``runs/store/``: the adapters that a NIM, or the server of this workshop, serves, one directory each."""
+    return runs_dir() / "store"
+
+
 def huggingface_model(name: str) -> Path:
     """Hugging Face model directory of the model called ``name``. The folder's name is the model's id when it is served."""
     return models_dir() / "huggingface" / name

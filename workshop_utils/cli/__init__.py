@@ -36,7 +36,8 @@ class _Formatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
         for kept, block in itertools.groupby(text.splitlines(), key=lambda line: not line or line[0] == " "):
-            lines += [self._folded(line, width) for line in block] if kept else [textwrap.fill(" ".join(block), width)]
+            here = list(block)
+            lines += [self._folded(line, width) for line in here] if kept else [textwrap.fill(" ".join(here), width)]
         return "\n".join(lines)
 
     @staticmethod

@@ -1,6 +1,5 @@
 """``workshop finetune``: LoRA by the script path."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\

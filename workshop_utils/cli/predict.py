@@ -25,9 +25,7 @@ def run(args) -> int:
     """Answer, and say where."""
     from workshop_utils import paths
     from workshop_utils.cli import overrides
-    from workshop_utils.finetune.predict import log, predict
+    from workshop_utils.finetune.predict import predict
 
-    words = overrides(args)
-    print(f"NeMo answers; its log: {paths.shown(log())}", flush=True)
-    print(f"predictions: {paths.shown(predict(words, args.data, args.out, args.trust))}")
+    print(f"predictions: {paths.shown(predict(overrides(args), args.data, args.out, args.trust))}")
     return 0

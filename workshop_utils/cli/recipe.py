@@ -82,7 +82,7 @@ def _metavar(name: str) -> str:
 
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
-    from workshop_utils.recipe import index, options
+    from workshop_utils.recipe import base_checkpoint, index, options
     from workshop_utils.recipe.plan import resolve, shown_values
 
     _refuse_unknown(args)
@@ -92,6 +92,7 @@ def run(args) -> int:
     resolved = resolve(gather(args))
     if not (args.dry_run or args.resolve):
         return act(args.action, resolved)
+    base_checkpoint.find_source(resolved.options.hf_model_id)
     _print_notices(resolved)
     print(shown_values(resolved))
     if args.resolve:

@@ -59,8 +59,11 @@ def convert(
         raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
     if target.suffix == ".nemo" and to == "nemo2":
         raise UnsupportedCheckpoint(f"{shown(target)}: a .nemo archive is NeMo 1. For NeMo 2.0 name a directory.")
+    from workshop_utils.convert import tokenizers
     from workshop_utils.doctor.verify import require_sound
 
+    if tokenizer is not None:
+        tokenizers.given(Path(tokenizer))  # before an import that takes a while
     if source.exists():
         require_sound(source, trust=trust)
     if (source / "config.json").is_file() and not (source / "context").is_dir():
