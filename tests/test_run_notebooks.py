@@ -157,6 +157,11 @@ def test_names_and_numbers_choose(root, capsys):
     assert [file.stem for file in find_notebooks(["03_b"])] == ["03_b"]
     assert main(["run", "--list", "--only", "3"]) == 0
     assert capsys.readouterr().out == "03_b\n"
+    for words in (["0,3"], ["00, 3"], ["0,", "03_b"], ["0 3"], [",0,,3,"]):
+        assert main(["run", "--list", "--only", *words]) == 0
+        assert capsys.readouterr().out == "00_a\n03_b\n"
+    assert main(["run", "--list", "--only", " , "]) == 1
+    assert "--only names no notebook" in capsys.readouterr().err
     assert main(["run", "--only", "7"]) == 1
     assert "there is no notebook '7'; there are 00_a, 03_b, 10_c" in capsys.readouterr().err
 
