@@ -60,8 +60,7 @@ def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingfac
     """The directory ``given``, or that of the model of this name below ``place``: what a command takes as MODEL.
 
     Raises:
-        NotACheckpoint: it is the path of nothing, or a model that is not here yet.
-        WorkshopError: it is no name of a model; as :func:`find`.
+        NotACheckpoint: it is the path of nothing, no name of a model (as :func:`find`), or one that is not here yet.
     """
     for found in (Path(given), place(str(given))):
         if found.is_dir():
@@ -70,7 +69,11 @@ def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingfac
         raise NotACheckpoint(f"{paths.shown(given)} is a file: give the directory of a model, or a name from `workshop models`.")
     if Path(given).name != str(given):
         raise NotACheckpoint(f"{given} does not exist: give the directory of a model, or one of {', '.join(catalogue())}.")
-    raise NotACheckpoint(f"{find(str(given)).name} is not at {paths.shown(place(str(given)))}: `workshop models fetch {given}` gets it.")
+    try:
+        model = find(str(given))
+    except WorkshopError as error:
+        raise NotACheckpoint(f"{given} is no directory of a model: {error}, `workshop models fetch NAME` gets one.") from None
+    raise NotACheckpoint(f"{model.name} is not at {paths.shown(place(model.name))}: `workshop models fetch {model.name}` gets it.")
 
 
 def location(model: Model) -> Path:
