@@ -135,7 +135,7 @@ def test_a_model_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "huggingface_model", lambda name: tmp_path / name)
     with pytest.raises(WorkshopError, match="`workshop models fetch llama-3.2-1b-instruct`"):
         directory("llama-3.2-1b-instruct", paths.huggingface_model)
-    with pytest.raises(WorkshopError, match="/nope does not exist: give the directory of a model, or one of smollm2"):
+    with pytest.raises(WorkshopError, match="/nope does not exist: give the directory of a model, or a name from `workshop models`"):
         directory("/nope")
 
 

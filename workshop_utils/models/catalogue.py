@@ -68,7 +68,7 @@ def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingfac
     if Path(given).exists():
         raise NotACheckpoint(f"{paths.shown(given)} is a file: give the directory of a model, or a name from `workshop models`.")
     if Path(given).name != str(given):
-        raise NotACheckpoint(f"{given} does not exist: give the directory of a model, or one of {', '.join(catalogue())}.")
+        raise NotACheckpoint(f"{given} does not exist: give the directory of a model, or a name from `workshop models`.")
     try:
         model = find(str(given))
     except WorkshopError as error:
