@@ -65,7 +65,7 @@ def test_evaluate_prints_keeps_and_draws(folder, root, capsys):
     "command, said",
     [
         (["generate"], "nothing to answer"),
-        (["generate", "x", "--model", "nowhere"], "workshop models fetch nowhere"),
+        (["generate", "x", "--model", "nowhere"], "nowhere is no directory of a model"),
         (["generate", "--file", "gone.txt"], "gone.txt does not exist"),
         (["generate", "x", "--max-new-tokens", "0"], "at least 1"),
         (["evaluate", "--limit", "0"], "at least 1"),

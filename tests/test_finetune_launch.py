@@ -180,7 +180,7 @@ def test_the_bar_follows_the_events(tmp_path, monkeypatch):
             super().__init__(file=io.StringIO(), **options)
             made.append(self)
 
-    monkeypatch.setattr("tqdm.auto.tqdm", Kept)
+    monkeypatch.setattr("workshop_utils.finetune.launch.progress_bar", Kept)
     events = tmp_path / "events.jsonl"
     with launch._bar(events) as show:
         show()

@@ -212,7 +212,7 @@ def answered(root, monkeypatch):
     """NeMo is not started; what would have been composed from the command line is kept here."""
     seen = []
 
-    def run(command, environment, log):
+    def run(command, environment, log, *_):
         config = compose(PREDICT_SCRIPT, command[command.index(str(PREDICT_SCRIPT)) + 1 :])
         seen.append(config)
         for name in config.model.data.test_ds.names:

@@ -25,7 +25,7 @@ def half(*words):
     time.sleep(60)
 
 os.replace = half
-sys.exit(main(sys.argv[1:]))
+sys.exit(main())
 """
 
 
@@ -78,6 +78,50 @@ def test_a_staging(root, number):
     made = export(root / "a.nemo", "hf-peft", root / "made")
     (root / "store").mkdir()
     assert interrupted(root, number, "nim", "stage", made, "--name", "a", "--store", root / "store") == 130
+
+
+#: A library that catches whatever comes, and goes on with what it has not finished; and one that fails of that.
+CARELESS = """
+import sys, time
+from workshop_utils import paths
+from workshop_utils.cli import main, models
+
+def run(args):
+    with paths.new_directory("out/new") as part, paths.new_file("out/file") as file:
+        (part / "weights").touch()
+        try:
+            print("half", flush=True)
+            time.sleep(60)
+        except:
+            {then}
+
+models.run = run
+sys.argv[1:] = ["models"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("then", ["time.sleep(60)", "raise AttributeError('half imported')", "pass"])
+def test_a_library_that_swallows_the_interrupt(tmp_path, then):
+    command = [sys.executable, "-c", CARELESS.format(then=then)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half\n"
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert time.monotonic() - began < 10  # of the 60 seconds
+    assert not any(path.name != "out" for path in tmp_path.rglob("*")) or then == "pass"
+
+
+def test_the_second_ctrl_c_does_not_stop_the_cleaning_up(tmp_path):
+    command = [sys.executable, "-c", CARELESS.format(then="print('cleaning', flush=True); time.sleep(0.5)")]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for said in ("half\n", "cleaning\n"):
+            assert process.stdout.readline() == said
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "interrupted\n")
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def fake(tmp_path, monkeypatch):
         (folder / name).chmod(stat.S_IRWXU)
     for name, text in (("run.err", ""), ("run.status", "0"), ("state", "true 0 false"), ("log", "")):
         (folder / name).write_text(text)
-    (tmp_path / "store" / "triage").mkdir(parents=True)
+    (tmp_path / "runs" / "store" / "triage").mkdir(parents=True)
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
     monkeypatch.setenv("NGC_API_KEY", KEY)
     monkeypatch.delenv("DOCKER_HOST", raising=False)
@@ -116,7 +117,7 @@ def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server
     assert first == (
         f'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB -u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY '
         "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "
-        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/store:/opt/nim/loras:ro {IMAGE}"
+        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/runs/store:/opt/nim/loras:ro {IMAGE}"
     )
     assert KEY not in (fake / "calls").read_text()
     assert f"NGC_API_KEY={KEY}" in (fake / "environment").read_text()
@@ -212,7 +213,7 @@ def test_nobody_answers(fake):
 
 
 def test_an_adapter_of_the_store_that_is_not_served_is_a_failure(fake, nim_server, capsys):
-    Path("store/other").mkdir()
+    Path("runs/store/other").mkdir()
     assert run(nim_server) == 1
     said = capsys.readouterr()
     assert "not served: other" in said.err

@@ -162,6 +162,11 @@ def test_names_and_numbers_choose(root, capsys):
     assert [file.stem for file in find_notebooks(["03_b"])] == ["03_b"]
     assert main(["run", "--list", "--only", "3"]) == 0
     assert capsys.readouterr().out == "03_b\n"
+    for words in (["0,3"], ["00, 3"], ["0,", "03_b"], ["0 3"], [",0,,3,"]):
+        assert main(["run", "--list", "--only", *words]) == 0
+        assert capsys.readouterr().out == "00_a\n03_b\n"
+    assert main(["run", "--list", "--only", " , "]) == 1
+    assert "--only names no notebook" in capsys.readouterr().err
     assert main(["run", "--only", "7"]) == 1
     assert "there is no notebook '7'; there are 00_a, 03_b, 10_c" in capsys.readouterr().err
 
@@ -186,6 +191,35 @@ def test_ctrl_c_stops_the_cell_and_what_it_started(root):
     assert "interrupted at cell [1]" in text
     assert [row["result"] for row in read_report(root)["notebooks"]] == ["skipped", "skipped"]
     wait_until(lambda: not alive(int(started.read_text())))
+
+
+def test_ctrl_c_before_the_first_cell(root):
+    """Whether the libraries are being imported, the kernel is being started, or it is asked whether it is ready."""
+    notebook(root, "00_a", "import time\ntime.sleep(300)")
+    for moment in ("nbclient.client", "kernel"):
+        script = (
+            "import os, signal, sys, threading, jupyter_client\n"
+            "from workshop_utils.cli import main\n"
+            "def stop(*_, **__):\n"
+            "    os.kill(os.getpid(), signal.SIGINT)\n"
+        )
+        if moment == "kernel":
+            script += (
+                "start = jupyter_client.AsyncKernelManager.start_kernel\n"
+                "async def started(self, **words):\n"
+                "    await start(self, **words)\n"
+                "    print(self.provisioner.pid, flush=True)\n"
+                "    stop()\n"
+                "jupyter_client.AsyncKernelManager.start_kernel = started\n"
+            )
+        else:
+            script += "import workshop_utils.run_notebooks as module\nmodule.execute = stop\n"
+        script += "sys.argv[1:] = ['run']\nsys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 130 and done.stderr.splitlines() == ["interrupted"], done
+        assert "executed copies" not in done.stdout  # no table of what did not run
+        if moment == "kernel":
+            assert not alive(int(done.stdout.splitlines()[0]))
 
 
 def wait_until(condition, seconds: int = 60) -> None:

@@ -1,5 +1,6 @@
 """Run one notebook without a browser, in a kernel of this interpreter, and say how it ended."""
 
+import contextlib
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from workshop_utils.errors import WorkshopError
 CELL_TIMEOUT = 1800
 """Seconds a single cell may take. Training on a slow machine is the longest one."""
 
-PATIENCE = 20
+PATIENCE = 2
 """Seconds that an interrupted cell gets to stop what it started, before its kernel is killed."""
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -47,6 +48,8 @@ def execute(
     Raises:
         WorkshopError: ``file`` is not a notebook.
     """
+    from asyncio import CancelledError
+
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
     notebook = _read(file)
@@ -61,7 +64,7 @@ def execute(
         error = f"{client.place()}: took longer than {timeout} s"
     except DeadKernelError:
         error = f"{client.place()}: the kernel died. Most often memory ran out: close other programs and run again"
-    except _Stopped:
+    except (_Stopped, CancelledError):
         pass
     except RuntimeError as failure:
         error = f"the kernel did not start: {failure}"
@@ -159,21 +162,38 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
         async def async_start_new_kernel(self, **kwargs) -> None:
             """Start the kernel with :meth:`stop` as the handler of SIGINT and SIGTERM."""
             # nbclient has just set its own handlers, which kill the kernel and leave what it started behind.
-            loop = asyncio.get_running_loop()
+            loop, self.starting = asyncio.get_running_loop(), asyncio.current_task()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self.stop, loop)
-            await super().async_start_new_kernel(**kwargs)
+            async with self.ended_with_its_start():
+                await super().async_start_new_kernel(**kwargs)
+
+        async def async_start_new_kernel_client(self):
+            """The client of the kernel that :meth:`async_start_new_kernel` has started."""
+            async with self.ended_with_its_start():
+                return await super().async_start_new_kernel_client()
+
+        @contextlib.asynccontextmanager
+        async def ended_with_its_start(self):
+            """Kill the kernel where :meth:`stop` cancels the block; nbclient looks after it from the first cell on."""
+            try:
+                yield
+            except asyncio.CancelledError:
+                await self.km.shutdown_kernel(now=True)
+                raise
 
         def stop(self, loop: asyncio.AbstractEventLoop) -> None:
             """Interrupt the kernel, and end it at the second call, which comes by itself after PATIENCE seconds."""
-            if not self.km.has_kernel:
+            if not self.number:  # nothing of the notebook runs yet: it is only the kernel that starts
+                self.starting.cancel()
+            elif not self.km.has_kernel:
                 pass
             elif self.stopped:
                 self.ending = loop.create_task(self.km.shutdown_kernel(now=True))
             else:
                 self.ending = loop.create_task(self.km.interrupt_kernel())
                 loop.call_later(PATIENCE, lambda: self.km.has_kernel and self.stop(loop))
-            self.stopped = True
+            self.stopped, self.shutdown_kernel = True, "immediate"
 
     client = Client(
         notebook,

@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils import paths
+from workshop_utils import models, paths
 from workshop_utils.chat_data import prompt_turns
 from workshop_utils.chat_template import read_tokenizer
 from workshop_utils.device import choose_device
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint
 from workshop_utils.formats.summary import Kind
-from workshop_utils.settings import load_settings
+from workshop_utils.progress import progress_bar
+from workshop_utils.settings import chosen_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +33,12 @@ def model_directory(model: Path | str | None = None) -> Path:
     """``model`` if it is a directory, else the fetched model of that name; without one, that of the settings.
 
     Raises:
-        NotACheckpoint: it is neither; the message says how to get it.
+        NotACheckpoint, WorkshopError: it is neither; see :func:`workshop_utils.models.directory`.
     """
-    name = load_settings().model if model is None else str(model)
-    for directory in (Path(name), paths.huggingface_model(name)):
-        if (directory / "config.json").is_file():
-            return directory
-    raise NotACheckpoint(f"{name} is no Hugging Face model directory, nor a model that is here: `workshop models fetch {name}`.")
+    found = models.directory(chosen_model().name if model is None else model)
+    if not (found / "config.json").is_file():
+        raise NotACheckpoint(f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model.")
+    return found
 
 
 def as_peft(adapter: Path | str, trust: bool = False) -> Path:
@@ -75,6 +75,7 @@ def load(
     if not (hf_model / "config.json").is_file():
         raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
+    peft = None if adapter is None else as_peft(adapter, trust)  # what is wrong with it is said before anything is loaded
     if (hf_model / "tokenizer.json").is_file():
         read_tokenizer(hf_model / "tokenizer.json")  # transformers fails at a broken one without naming it
     import torch
@@ -89,10 +90,10 @@ def load(
     # Said, because transformers asks the user otherwise when the model brings code along.
     dtype = torch.bfloat16 if gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=dtype, trust_remote_code=False)
-    if adapter is not None:
+    if peft is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, as_peft(adapter, trust))
+        model = PeftModel.from_pretrained(model, peft)
     return model.to("cuda" if gpu else "cpu").eval(), tokenizer
 
 
@@ -116,7 +117,6 @@ def generate(
             system message stays in front of them.
     """
     import torch
-    from tqdm.auto import tqdm
 
     if not conversations:
         return []
@@ -124,7 +124,7 @@ def generate(
     shared = common_start(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     answers = [""] * len(prompts)
-    with torch.inference_mode(), tqdm(total=len(prompts), unit="row", desc="generate", disable=not progress) as bar:
+    with torch.inference_mode(), progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar:
         cache = _prefill(model, prompts[0][:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]

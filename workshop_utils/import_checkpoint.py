@@ -6,7 +6,6 @@ puts the fields right, refuses what cannot be put right, and uses a directory of
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +96,8 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     module = importlib.import_module(f"nemo.collections.llm.gpt.model.{family.module}")
     importer = getattr(module, family.importer)
     settings = dataclasses.replace(importer(str(hf_model)).config, **family.corrections(config))
-    with tempfile.TemporaryDirectory(prefix="workshop-tokenizer-") as folder, paths.new_directory(target) as part:
-        _careful(importer, settings, Path(folder) / "nemo_tokenizer")(str(hf_model)).apply(part)
+    with paths.temporary_directory("workshop-tokenizer-") as folder, paths.new_directory(target) as part:
+        _careful(importer, settings, folder / "nemo_tokenizer")(str(hf_model)).apply(part)
     return target
 
 

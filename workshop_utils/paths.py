@@ -5,11 +5,15 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 _SHIPPED = _PACKAGE / "shipped"
+_unfinished: set[Path] = set()
+_naming = threading.Lock()
+"""Held while something finished gets its name."""
 
 
 def in_clone() -> bool:
@@ -49,6 +53,11 @@ def runs_dir() -> Path:
     return root() / "runs"
 
 
+def adapter_store() -> Path:
+    """``runs/store/``: the adapters that a NIM, or the server of this workshop, serves, one directory each."""
+    return runs_dir() / "store"
+
+
 def huggingface_model(name: str) -> Path:
     """Hugging Face model directory of the model called ``name``. The folder's name is the model's id when it is served."""
     return models_dir() / "huggingface" / name
@@ -79,18 +88,35 @@ def new_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
+    with temporary_directory(f".{target.name}.", target.parent, suffix=".partial") as made:
         yield made
         _set_modes(made)
-        if target.is_symlink() or target.is_file():
-            target.unlink()
-        elif target.exists():
-            _replace_directory(target, made)
-            return
-        os.replace(made, target)
+        with _naming:
+            if target.is_symlink() or target.is_file():
+                target.unlink()
+            elif target.exists():
+                _replace_directory(target, made)
+                return
+            os.replace(made, target)
+
+
+@contextlib.contextmanager
+def temporary_directory(prefix: str, parent: Path | None = None, suffix: str = "") -> Iterator[Path]:
+    """Yield an empty directory in ``parent`` (default: the system's place for them) that is gone after the block, and after Ctrl-C."""
+    made = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+    _unfinished.add(made)
+    try:
+        yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        _unfinished.discard(made)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process is writing and has not given its name yet. For its end: nothing can be finished afterwards."""
+    _naming.acquire(timeout=1)
+    for made in list(_unfinished):
+        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
 
 
 def _replace_directory(target: Path, made: Path) -> None:
@@ -113,12 +139,15 @@ def new_file(target: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     os.close(handle)
     made = Path(name)
+    _unfinished.add(made)
     try:
         yield made
         made.chmod(new_file_mode())
-        os.replace(made, target)
+        with _naming:
+            os.replace(made, target)
     finally:
         made.unlink(missing_ok=True)
+        _unfinished.discard(made)
 
 
 def write_text(target: Path, text: str) -> Path:

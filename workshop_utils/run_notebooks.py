@@ -9,6 +9,7 @@ from pathlib import Path
 from workshop_utils import paths, report
 from workshop_utils.errors import WorkshopError
 from workshop_utils.execute_notebook import execute, save
+from workshop_utils.nearest import did_you_mean, nearest
 from workshop_utils.report import NotebookResult
 
 SYMBOLS = {"passed": "✓", "failed": "✗", "skipped": "–"}
@@ -30,7 +31,8 @@ def find_notebooks(only: Sequence[str] = ()) -> list[Path]:
     for wanted in only:
         matching = [file for file in found if file.stem.startswith(wanted.zfill(2) if wanted.isdigit() else wanted)]
         if not matching:
-            raise WorkshopError(f"there is no notebook {wanted!r}; there are {', '.join(file.stem for file in found)}.")
+            names = [file.stem for file in found]
+            raise WorkshopError(f"there is no notebook {wanted!r}; there are {', '.join(names)}.{did_you_mean(nearest(wanted, names))}")
         chosen += matching
     return [file for file in found if file in chosen] if only else found
 
@@ -50,7 +52,7 @@ def run_notebooks(only: Sequence[str] = (), save_outputs: bool = False) -> list[
     if not only:
         report.forget_results()
     report.write_report(list(results.values()))
-    with contextlib.suppress(KeyboardInterrupt), _progress(chosen) as progress:
+    with _progress(chosen) as progress:
         for file in chosen:
             results[file] = _run(file, progress.start(file), save_outputs)
             report.write_report(list(results.values()))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from workshop_utils.chat_data import prompt_turns
 from workshop_utils.errors import GenerationFailed
+from workshop_utils.progress import progress_bar
 from workshop_utils.terminal import one_line
 
 if TYPE_CHECKING:
@@ -55,8 +56,6 @@ def answers(
     Raises:
         GenerationFailed: the server cannot be reached, refuses the key, does not have ``model``, or refuses a conversation.
     """
-    from tqdm.auto import tqdm
-
     def ask(turns: list[dict]) -> str:
         """The answer to one conversation."""
         answer = client.chat.completions.create(model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0)
@@ -64,7 +63,7 @@ def answers(
 
     with explained(client, model), ThreadPoolExecutor(concurrency) as pool:
         asked = pool.map(ask, conversations)
-        return list(tqdm(asked, total=len(conversations), unit="row", desc=model, disable=not progress))
+        return list(progress_bar(asked, progress, total=len(conversations), unit="row", desc=model))
 
 
 def stream(client: OpenAI, model: str, turns: list[dict], max_new_tokens: int = 64) -> Timing:

@@ -7,6 +7,7 @@ import yaml
 
 from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
+from workshop_utils.models.catalogue import Model, find
 
 SEED = 1234
 
@@ -40,6 +41,16 @@ def load_settings() -> Settings:
         if os.environ.get(f"WORKSHOP_{name.upper()}"):
             chosen[name] = os.environ[f"WORKSHOP_{name.upper()}"]
     return Settings(**chosen)
+
+
+def chosen_model() -> Model:
+    """The model of the settings. Raises WorkshopError where none is called so; the message says where the name comes from."""
+    settings = load_settings()
+    try:
+        return find(settings.model)
+    except WorkshopError as error:
+        where = "WORKSHOP_MODEL" if os.environ.get("WORKSHOP_MODEL") else "workshop.yaml, model"
+        raise WorkshopError(f"{where}: {error}") from None
 
 
 def save_settings(settings: Settings) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from workshop_utils import models, paths
 from workshop_utils.device import Device, choose_device, quiet_environment
-from workshop_utils.models.catalogue import Model, find
+from workshop_utils.models.catalogue import Model
 from workshop_utils.report import record_artifact, record_metric
-from workshop_utils.settings import SEED, Settings, load_settings
+from workshop_utils.settings import SEED, Settings, chosen_model, load_settings
 from workshop_utils.subcommand import run_quietly
 
 
@@ -115,7 +115,7 @@ def open_workshop(show: bool = True) -> Workshop:
     quiet_environment(os.environ)
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     nemo_cpu.apply()
-    workshop = Workshop(settings, find(settings.model), choose_device())
+    workshop = Workshop(settings, chosen_model(), choose_device())
     if show:
         print(f"model:  {workshop.model.name}\ndevice: {workshop.device}\nseed:   {SEED}")
     return workshop

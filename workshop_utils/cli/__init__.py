@@ -2,18 +2,21 @@
 
 import argparse
 import errno
-import functools
 import importlib
+import itertools
 import os
 import pkgutil
-import signal
+import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
-from workshop_utils import __version__, home, paths, terminal
+from workshop_utils import __version__, home, interrupt, paths, progress, terminal
 from workshop_utils.device import quiet_environment
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nearest import did_you_mean, nearest
 
 DESCRIPTION = """\
 Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
@@ -21,9 +24,9 @@ Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
 The usual order:
   workshop models fetch smollm2-135m-instruct     get a model
   workshop import smollm2-135m-instruct           Hugging Face -> NeMo 2.0
-  workshop bridge models/nemo2/NAME               make it loadable by the script path
+  workshop bridge models/nemo2/NAME               for the script path
   workshop finetune model.restore_from_path=...   LoRA through torchrun
-  workshop evaluate --adapter ADAPTER             base and adapter on the test set
+  workshop evaluate --adapter ADAPTER             both on the test set
   workshop export ADAPTER --to nemo               an adapter for NIM
 
 models/, data/, runs/ and workshop.yaml lie in the clone that the package is installed from, or, when it was installed from a
@@ -31,33 +34,97 @@ wheel, in the current folder. WORKSHOP_ROOT names another folder.
 """
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes on under its second column."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = []
+        for kept, block in itertools.groupby(text.splitlines(), key=lambda line: not line or line[0] == " "):
+            here = list(block)
+            lines += [self._folded(line, width) for line in here] if kept else [textwrap.fill(" ".join(here), width)]
+        return "\n".join(lines)
+
+    @staticmethod
+    def _folded(line: str, width: int) -> str:
+        start = re.match(r" *(\S+( \S+)* {2,})?", line)
+        command = line.startswith("  workshop ") and not start[1]
+        options = {"subsequent_indent": " " * (start.end() + 4 * command), "break_long_words": False, "break_on_hyphens": False}
+        return " \\\n".join(textwrap.wrap(line, width - 2, **options)) if command else textwrap.fill(line, width, **options)
+
+
+class _Command(argparse.ArgumentParser):
+    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser`` of what it parsed."""
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, formatter_class=_Formatter, **options)
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        """End with usage and ``message``."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += did_you_mean(nearest(wrong[1], re.findall(r"'([^']*)'", wrong[2])))
+        super().error(message)
+
+    def meant(self, word: str) -> str:
+        """ " Did you mean --option?" for a mistyped option ``word``."""
+        return did_you_mean(nearest(word.partition("=")[0], self._option_string_actions))
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among them."""
+    for word in args.rest:
+        if word.startswith("-"):
+            raise WorkshopError(
+                f"unknown option {word}; see `{args.parser.prog} --help`. Overrides are written key=value.{args.parser.meant(word)}"
+            )
+    return args.rest
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with every sub-command found in this package."""
-    parser = argparse.ArgumentParser("workshop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Command("workshop", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    # The lines of descriptions and examples are kept as they are written.
-    command = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=command)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
         importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted."""
+    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted.
+
+    Without ``argv`` it is that of this process, which does not go on after Ctrl-C or SIGTERM.
+    """
+    if argv is None:
+        interrupt.watch()
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        if argv is None:  # also where a library has put its own handler in place of ours
+            interrupt.end()
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        # Whatever was raised or returned: a library may have caught the interrupt and failed of something else.
+        if interrupt.has_come():
+            interrupt.end()
+
+
+def _run(argv: Sequence[str] | None) -> int:
     home.use_writable_places()  # first: defaults of the options name the home
     args, rest = build_parser().parse_known_args(argv)
     if rest and not getattr(args, "takes_overrides", False):
-        build_parser().error(f"unrecognised arguments: {' '.join(rest)}")
+        args.parser.error(f"unrecognised arguments: {' '.join(rest)}.{args.parser.meant(rest[0])}")
     args.rest = rest
-    if getattr(args, "sigterm_as_ctrl_c", False):  # set by commands that remove what is half-written, or stop what they started
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet_environment(os.environ)
+    if not sys.stderr.isatty():
+        progress.quiet_libraries(os.environ)
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     try:
         return args.run(args)
     except WorkshopError as error:
-        print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
+        if not interrupt.has_come():
+            print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         from workshop_utils.preflight import packages
@@ -67,9 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {error}. `workshop preflight` says: {incomplete.found}. {incomplete.fix}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from complaining at exit.
         sys.stdout = None

@@ -33,7 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     choice.add_argument("--out", metavar="DIR", type=Path, help="directory to make (default: models/bridged/NAME)")
     choice.add_argument("--link-only", action="store_true", help="only make the link to context/model.yaml in NEMO2_DIR")
     parser.add_argument("--trust", action="store_true", help="print what the verification of NEMO2_DIR finds, and go on; what cannot be translated is refused all the same")
-    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

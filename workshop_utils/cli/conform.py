@@ -40,7 +40,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="would TensorRT-LLM, NIM, vLLM or PEFT take this adapter?",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", metavar="PATH", type=Path, help="a .nemo, a PEFT directory, or one directory of a NIM store")
     parser.add_argument(

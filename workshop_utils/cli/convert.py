@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--trust", action="store_true", help="print what the verification of SRC finds, and go on; what cannot be read or converted is refused all the same")
-    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,7 +35,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="make a trained adapter readable for TensorRT-LLM, NIM, vLLM or PEFT",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "adapter",
@@ -59,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed"
     )
-    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

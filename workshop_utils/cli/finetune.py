@@ -1,6 +1,5 @@
 """``workshop finetune``: LoRA by the script path."""
 
-import argparse
 from pathlib import Path
 
 HELP = """\
@@ -18,8 +17,7 @@ Set NEMO_PATH to a NeMo clone to run its own copy of the script.
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP)
     parser.add_argument("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
     parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
     parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
@@ -27,21 +25,19 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
     parser.add_argument("--fresh", action="store_true", help="train anew although an identical run has finished or can be continued")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of the checkpoint finds: it is only printed")
-    parser.set_defaults(run=run, takes_overrides=True, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils import finetune, paths
-    from workshop_utils.errors import WorkshopError
+    from workshop_utils.cli import overrides
     from workshop_utils.workshop import make_tickets
 
-    unknown = [word for word in args.rest if word.startswith("-")]
-    if unknown:
-        raise WorkshopError(f"unknown option {unknown[0]}; see `workshop finetune --help`. Overrides are written key=value.")
-    if args.data is None and not any("model.data.train_ds.file_names=" in word for word in args.rest):
+    words = overrides(args)
+    if args.data is None and not any("model.data.train_ds.file_names=" in word for word in words):
         make_tickets()
-    plan = finetune.make_plan(args.rest, data=args.data, validation=args.validation, name=args.name,
+    plan = finetune.make_plan(words, data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
     print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")

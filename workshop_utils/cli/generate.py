@@ -46,11 +46,12 @@ def run(args) -> int:
         raise DataError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1.")
     directory = model_directory(args.model)
 
-    from workshop_utils.generate import generate, load
+    from workshop_utils.generate import as_peft, generate, load
 
+    adapter = args.adapter and as_peft(args.adapter, args.trust)  # what is wrong with it is said before the base answers
     answers = {"base": generate(*load(directory, trust=args.trust), conversations, args.max_new_tokens)}
-    if args.adapter:
-        answers["adapter"] = generate(*load(directory, args.adapter, args.trust), conversations, args.max_new_tokens)
+    if adapter:
+        answers["adapter"] = generate(*load(directory, adapter, args.trust), conversations, args.max_new_tokens)
     for number, turns in enumerate(conversations):
         print(f"\nprompt:  {turns[-1]['content']}")
         for name, texts in answers.items():

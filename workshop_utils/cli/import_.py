@@ -16,19 +16,19 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of MODEL finds")
-    parser.set_defaults(run=run, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run)
 
 
 def run(args) -> int:
     """Convert, unless it is there."""
-    from workshop_utils import paths
+    from workshop_utils import models, paths
     from workshop_utils.import_checkpoint import export_huggingface, import_checkpoint
 
     have, want = paths.huggingface_model, paths.nemo2_checkpoint
     convert = import_checkpoint
     if args.to_huggingface:
         have, want, convert = want, have, export_huggingface
-    source = Path(args.model) if Path(args.model).is_dir() else have(args.model)
+    source = models.directory(args.model, have)
     target = args.out or want(source.resolve().name)
     if target.exists() and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_dict(found), indent=2))
         return 0
     for name, value in lines(found):
-        print(f"{name:<14}{terminal.one_line(value)}")
+        print(terminal.folded(f"{name:<14}{terminal.one_line(value)}", 14))
     for wanted, listing in ((args.tensors, tensor_lines), (args.shards, shard_lines)):
         if wanted:
             print("", *map(terminal.one_line, listing(found)), sep="\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 HELP = """\
 Print the NeMo 2.0 code for a NeMo 1.0 configuration: strategy and checkpoint settings, trainer, logging, optimizer, adapter, data.
 
-  workshop migrate megatron_gpt_config.yaml
+  workshop migrate docs/examples/megatron_gpt_config.yaml
   workshop migrate megatron_gpt_finetuning_config.yaml --out finetune.py
   workshop migrate --table                 which key became which argument
 

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 import json
 
+from workshop_utils import terminal
+
 DESCRIPTION = """\
 List the models that the workshop knows, or fetch one of them.
 
@@ -32,7 +34,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     fetch = actions.add_parser(
         "fetch",
         help="get a model",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Get a model and print its directory. A model that is there is left alone; one that is not whole is fetched.",
         epilog="example:\n  workshop models fetch smollm2-135m-instruct",
     )
@@ -93,8 +94,11 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    below = None if sum(widths) + 2 * len(widths) - 2 <= terminal.width() else header.index("licence")
     for row in [header, tuple("-" * width for width in widths), *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        apart = f"\n  licence: {row[below]}" if below is not None and row in rows else ""
+        print("  ".join(cell for column, cell in enumerate(cells) if column != below).rstrip() + apart)
 
 
 def _parameters(count: int) -> str:

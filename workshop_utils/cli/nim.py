@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from workshop_utils import paths
+
 DESCRIPTION = """\
 Serve adapters with an NVIDIA NIM: put them where it looks, start it, wait until it is ready.
 
@@ -13,23 +15,20 @@ Serve adapters with an NVIDIA NIM: put them where it looks, start it, wait until
   kubernetes    write a Kubernetes manifest, checked against the schemas of Kubernetes
 
 A NIM needs docker, an NVIDIA GPU and a key of NGC in NGC_API_KEY, which is passed on by its name and never written or shown.
-The same store works without them: workshop serve --base MODEL --store STORE
+The same store works without them: workshop serve --base MODEL
 """
 
 EXAMPLES = """\
 examples:
-  workshop nim stage runs/exports/NAME/hf-peft --name triage --store store --base meta/llama-3.1-8b-instruct
-  workshop nim run --image nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.6 --store store --print
+  workshop nim stage runs/exports/NAME/hf-peft --name triage --base meta/llama-3.1-8b-instruct
+  workshop nim run --image nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.6 --print
   workshop nim kubernetes --image nvcr.io/nim/meta/llama-3.1-8b-instruct:1.8.6 --gpus 1 --out nim.yaml
 """
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``nim`` to the ``workshop`` command."""
-    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = subparsers.add_parser(
-        "nim", help="serve adapters with an NVIDIA NIM", description=DESCRIPTION, epilog=EXAMPLES, **raw
-    )
+    parser = subparsers.add_parser("nim", help="serve adapters with an NVIDIA NIM", description=DESCRIPTION, epilog=EXAMPLES)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     action = actions.add_parser("stage", help="put an adapter into the store")
@@ -38,7 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     action.add_argument("--name", required=True, help="the model's id in the API")
     action.add_argument(
-        "--store", required=True, type=Path, metavar="DIR", help="the directory of all adapters; made where missing"
+        "--store",
+        type=Path,
+        default=paths.adapter_store(),
+        metavar="DIR",
+        help="the directory of all adapters; made where missing (default: runs/store)",
     )
     action.add_argument(
         "--base",
@@ -54,7 +57,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     action.add_argument(
         "--trust", action="store_true", help="go on in spite of what the verification of the adapter finds: it is only printed"
     )
-    action.set_defaults(run=_stage, sigterm_as_ctrl_c=True)
+    action.set_defaults(run=_stage)
 
     action = actions.add_parser("run", help="start a NIM and wait until it serves")
     _add_options(action, gpus="all")
@@ -85,7 +88,11 @@ def _add_options(action: argparse.ArgumentParser, gpus: str, on_this_machine: bo
     action.add_argument("--image", required=True, help="the NIM's image with a tag or digest; :latest is refused")
     if on_this_machine:
         action.add_argument(
-            "--store", type=Path, default=Path("store"), metavar="DIR", help="the directory of the adapters (default: store)"
+            "--store",
+            type=Path,
+            default=paths.adapter_store(),
+            metavar="DIR",
+            help="the directory of the adapters (default: runs/store)",
         )
         action.add_argument(
             "--cache",

@@ -18,13 +18,14 @@ def add_parser(subparsers) -> None:
     parser.add_argument("--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`")
     parser.add_argument("--out", type=Path, help="where the predictions go (default: runs/predictions/)")
     parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of base and adapter finds")
-    parser.set_defaults(run=run, takes_overrides=True, sigterm_as_ctrl_c=True)
+    parser.set_defaults(run=run, takes_overrides=True)
 
 
 def run(args) -> int:
     """Answer, and say where."""
     from workshop_utils import paths
+    from workshop_utils.cli import overrides
     from workshop_utils.finetune.predict import predict
 
-    print(f"predictions: {paths.shown(predict(args.rest, args.data, args.out, args.trust))}")
+    print(f"predictions: {paths.shown(predict(overrides(args), args.data, args.out, args.trust))}")
     return 0

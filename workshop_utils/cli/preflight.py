@@ -21,10 +21,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if no check failed, else 1."""
+    from workshop_utils import terminal
     from workshop_utils.preflight import preflight
 
     checks = preflight()
-    print(*checks, sep="\n")
+    print(*(terminal.folded(line, 7) for check in checks for line in str(check).splitlines()), sep="\n")
     failed = sum(check.status == "FAIL" for check in checks)
     print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nready")
     return 1 if failed else 0

@@ -33,7 +33,7 @@ def add_parser(subparsers) -> None:
     from workshop_utils.recipe import options
 
     parser = subparsers.add_parser("recipe", help="fine-tuning with NeMo 2.0's recipes", description=HELP, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter, usage="workshop recipe [ACTION] [options]")  # fmt: skip
+                                   usage="workshop recipe [ACTION] [options]")  # fmt: skip
     parser.add_argument("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
     parser.add_argument(
         "--preset", metavar="NAME", help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)"
@@ -82,7 +82,7 @@ def _metavar(name: str) -> str:
 
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
-    from workshop_utils.recipe import index, options
+    from workshop_utils.recipe import base_checkpoint, index, options
     from workshop_utils.recipe.plan import resolve, shown_values
 
     _refuse_unknown(args)
@@ -92,6 +92,7 @@ def run(args) -> int:
     resolved = resolve(gather(args))
     if not (args.dry_run or args.resolve):
         return act(args.action, resolved)
+    base_checkpoint.find_source(resolved.options.hf_model_id)
     _print_notices(resolved)
     print(shown_values(resolved))
     if args.resolve:

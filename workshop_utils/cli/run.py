@@ -1,6 +1,7 @@
 """``workshop run``: the whole series without a browser."""
 
 import argparse
+import re
 
 DESCRIPTION = """\
 Run the notebooks in order, without a browser, and end with a table: notebook, time, result. This is what `make workshop`
@@ -14,8 +15,8 @@ run made is used again.
 EXAMPLES = """\
 examples:
   workshop run                          the whole series
-  workshop run --only 03 05             two of them
-  workshop run --only 03 --save-outputs store the outputs in notebooks/ as well, to commit them
+  workshop run --only 03,05             two of them
+  workshop run --only 03 --save-outputs store the outputs in notebooks/, too
 """
 
 
@@ -24,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "run", help="run all notebooks, or some, and report what they made", description=DESCRIPTION, epilog=EXAMPLES
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of the notebooks to run")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of the notebooks to run, with commas or spaces between them")
     parser.add_argument("--save-outputs", action="store_true", help="store the outputs of those that pass in notebooks/")
     parser.add_argument("--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop")
     parser.set_defaults(run=run)
@@ -32,13 +33,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if every notebook asked for passed, 1 if one failed, 130 after Ctrl-C."""
-    from workshop_utils import run_notebooks
+    from workshop_utils import paths, report, run_notebooks
+    from workshop_utils.errors import WorkshopError
 
+    only = [name for words in args.only for name in re.split(r"[,\s]+", words) if name]
+    if args.only and not only:
+        raise WorkshopError("--only names no notebook: give numbers or names, as in --only 03,05.")
     if args.list:
-        print(*(file.stem for file in run_notebooks.find_notebooks(args.only)), sep="\n")
+        print(*(file.stem for file in run_notebooks.find_notebooks(only)), sep="\n")
         return 0
-    results = run_notebooks.run_notebooks(args.only, args.save_outputs)
-    print("\n" + run_notebooks.summary(results))
+    results = run_notebooks.run_notebooks(only, args.save_outputs)
     if run_notebooks.was_interrupted(results):
-        return 130
+        print(f"What is finished is kept. The report: {paths.shown(report.report_file())}")
+        raise KeyboardInterrupt
+    print("\n" + run_notebooks.summary(results))
     return 1 if any(row.result == "failed" for row in results) else 0

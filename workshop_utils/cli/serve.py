@@ -1,6 +1,5 @@
 """``workshop serve``: a base and its adapters behind the API of OpenAI."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,21 +15,23 @@ removed adapters are noticed while the server runs. Requests for different adapt
 
 EXAMPLES = """\
 examples:
-  workshop serve --base models/huggingface/smollm2-135m-instruct --store store
+  workshop serve --base smollm2-135m-instruct
   curl http://127.0.0.1:8000/v1/models
-  curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-       -d '{"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}'
+  curl http://127.0.0.1:8000/v1/chat/completions \\
+       -H 'Content-Type: application/json' \\
+       -d '{"model": "smollm2-135m-instruct", "max_tokens": 20,
+            "messages": [{"role": "user", "content": "Hello"}]}'
 """
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
     parser = subparsers.add_parser("serve", help="a NIM-like server on this machine, for learning and testing", description=DESCRIPTION,
-                                   epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+                                   epilog=EXAMPLES)  # fmt: skip
     parser.add_argument("--base", required=True, help="a Hugging Face model directory, or a name from `workshop models`")
-    parser.add_argument(
-        "--store", type=Path, metavar="DIR", help="the directory of the adapters (default: none, only the base is served)"
-    )
+    store = parser.add_mutually_exclusive_group()
+    store.add_argument("--store", type=Path, metavar="DIR", help="the directory of the adapters (default: runs/store)")
+    store.add_argument("--no-store", action="store_true", help="serve only the base")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
     parser.add_argument(
@@ -80,9 +81,22 @@ def run(args) -> int:
             file=sys.stderr,
         )
     limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank)
-    service = server.Service(args.base, args.store, limits, args.refresh, args.trust)
+    service = server.Service(args.base, None if args.no_store else args.store or _own_store(), limits, args.refresh, args.trust)
     # Read when torch is loaded. Threads that spin while they wait take the processor from the clients, which often run on this machine,
     # too; benchmarks/waiting_threads.json says what that costs where nothing else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     server.run(service, args.host, args.port, key)
     return 0
+
+
+def _own_store() -> Path:
+    """The store of the workshop, made where it is missing: adapters that are staged later are noticed."""
+    from workshop_utils import paths
+    from workshop_utils.errors import WorkshopError
+
+    store = paths.adapter_store()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WorkshopError(f"{paths.shown(store)} cannot be made: {error.strerror}. Give --store DIR, or --no-store.") from None
+    return store

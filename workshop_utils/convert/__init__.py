@@ -7,7 +7,6 @@ tensor (:mod:`.weights`). Only Hugging Face models need NeMo itself, in a proces
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +60,11 @@ def convert(
         raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
     if target.suffix == ".nemo" and to == "nemo2":
         raise UnsupportedCheckpoint(f"{shown(target)}: a .nemo archive is NeMo 1. For NeMo 2.0 name a directory.")
+    from workshop_utils.convert import tokenizers
     from workshop_utils.doctor.verify import require_sound
 
+    if tokenizer is not None:
+        tokenizers.given(Path(tokenizer))  # before an import that takes a while
     if source.exists():
         require_sound(source, trust=trust)
     if (source / "config.json").is_file() and not (source / "context").is_dir():
@@ -112,8 +114,8 @@ def _from_huggingface(
     if dry_run:
         return Conversion(target, (*steps, *(["and from there to NeMo 1"] if to == "nemo1" else [])))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        made = Path(folder) / "nemo2"
+    with paths.temporary_directory(f".{target.name}.", target.parent) as folder:
+        made = folder / "nemo2"
         run_quietly("import", str(source), "--out", str(made), *(["--trust"] if trust else []))
         if to == "nemo2" and dtype is None and tokenizer is None:
             with paths.new_directory(target) as part:

@@ -16,6 +16,7 @@ from workshop_utils.formats import torch_dist_writer, values
 from workshop_utils.formats.tensor import DTYPE_BYTES, Chunk, Tensor
 from workshop_utils.formats.torch_dist import StoredObject
 from workshop_utils.paths import shown
+from workshop_utils.progress import progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -151,6 +152,4 @@ def counted(file: IO[bytes], bar: tqdm) -> IO[bytes]:
 
 def progress(total: int, what: str) -> tqdm:
     """A progress bar over ``total`` bytes; only for what takes a while."""
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2)
+    return progress_bar(total=total, desc=what, unit="B", unit_scale=True, delay=2)

@@ -12,6 +12,7 @@ from workshop_utils.formats import torch_archive, values
 from workshop_utils.formats.summary import Checkpoint
 from workshop_utils.formats.tensor import Chunk, Tensor
 from workshop_utils.paths import shown
+from workshop_utils.progress import progress_bar
 
 if TYPE_CHECKING:
     import numpy
@@ -21,14 +22,12 @@ _BLOCK = 1 << 20
 
 def check(report: Report, checkpoint: Checkpoint, tensors: list[Tensor], progress: bool = False) -> None:
     """Read the chunks of ``tensors`` file by file; memory stays near twice the largest chunk."""
-    from tqdm.auto import tqdm
-
     work = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks if chunk.length]
     work.sort(key=lambda one: (one[1].file, one[1].start))
     hidden = sum(1 for tensor in tensors if tensor.nbytes and not any(chunk.length for chunk in tensor.chunks))
     unread: set[str] = set()
     total = sum(chunk.length for _, chunk in work)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify --deep", disable=not progress) as bar:
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress) as bar:
         for file, held in itertools.groupby(work, key=lambda one: one[1].file):
             try:
                 with values.open_part(checkpoint, file) as part:

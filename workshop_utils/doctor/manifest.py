@@ -17,6 +17,7 @@ from workshop_utils import paths
 from workshop_utils.errors import DamagedCheckpoint
 from workshop_utils.formats.safe_text import read_json
 from workshop_utils.paths import shown
+from workshop_utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -118,6 +119,4 @@ def _sha256(file: Path, bar: "tqdm") -> str:
 
 
 def _bar(total: int, progress: bool) -> "tqdm":
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, unit="B", unit_scale=True, desc="sha256", disable=not progress)
+    return progress_bar(total=total, unit="B", unit_scale=True, desc="sha256", shown=progress)

@@ -3,17 +3,31 @@
 import difflib
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nearest import nearest as nearest_names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _LOCK = threading.Lock()
+
+
+def _defaults(script: Path) -> "DictConfig":
+    from omegaconf import OmegaConf
+
+    return OmegaConf.load(_defaults_file(script))
+
+
+def _defaults_file(script: Path) -> Path:
+    file = Path(script).resolve().parent / "conf" / f"{Path(script).stem}_config.yaml"
+    if not file.is_file():
+        raise WorkshopError(f"{paths.shown(file)} is missing: the script has no defaults.")
+    return file
 
 
 def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
@@ -29,9 +43,7 @@ def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    defaults = Path(script).resolve().parent / "conf" / f"{Path(script).stem}_config.yaml"
-    if not defaults.is_file():
-        raise WorkshopError(f"{paths.shown(defaults)} is missing: the script has no defaults.")
+    defaults = _defaults_file(script)
     # Hydra is one for the whole process: plans that are made in several threads wait, and whoever has set it up finds it again.
     with _LOCK:
         kept = GlobalHydra.instance().hydra
@@ -57,15 +69,39 @@ def keys(config: "DictConfig") -> list[str]:
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
     """The key among ``known`` that ``key`` was probably meant to be: alike as a whole, or with the same last part elsewhere."""
-    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+    if close := nearest_names(key, known, cutoff=0.8):
         return close[0]
     last = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == last]
     if same:
         return max(same, key=lambda name: difflib.SequenceMatcher(None, name, key).ratio())
     ends = {name.rpartition(".")[2]: name for name in known}
-    close = difflib.get_close_matches(last, list(ends), n=1, cutoff=0.8)
+    close = nearest_names(last, ends, cutoff=0.8)
     return ends[close[0]] if close else None
+
+
+def refuse_mistyped(script: Path, overrides: Mapping[str, str]) -> None:
+    """Hydra adds whatever key has + or ++ in front. Refuse one that is nearly a key of ``script``: it would change nothing.
+
+    Raises:
+        WorkshopError: with the key that was meant.
+    """
+    added = {mark: key for mark in overrides if (key := mark.lstrip("+")) != mark}
+    known = keys(_defaults(script)) if added else []
+    for mark, key in added.items():
+        if meant := _misspelt(key.split("."), [name.split(".") for name in known]):
+            raise WorkshopError(f"{mark} would add a key to {Path(script).stem}. Did you mean {meant}, which it has? Write that without +.")
+
+
+def _misspelt(parts: list[str], known: list[list[str]]) -> str | None:
+    """The key in whose place ``parts`` stand, if at the first level where they differ one of the ``known`` names is written almost so."""
+    for level, part in enumerate(parts):
+        here = {name[level] for name in known if len(name) > level and name[:level] == parts[:level]}
+        if part not in here:
+            swapped = [name for name in here if sorted(name) == sorted(part)]
+            meant = swapped or nearest_names(part, here, cutoff=0.9)
+            return ".".join([*parts[:level], meant[0], *parts[level + 1 :]]) if meant else None
+    return None
 
 
 def _keys(node: Any, prefix: str) -> Iterator[str]:

@@ -22,7 +22,8 @@ def _event_writer(target: Path):
     from lightning.pytorch import Callback
 
     class EventWriter(Callback):
-        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of memory), "validation" (loss) and "end" on rank 0."""
+        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of memory), "validation" (loss) and "end" on rank 0;
+        of a test "start" and "step" alone."""
 
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
@@ -57,6 +58,14 @@ def _event_writer(target: Path):
             loss = trainer.callback_metrics.get("val_loss", trainer.callback_metrics.get("validation_loss"))
             if loss is not None and not trainer.sanity_checking:
                 self._write(trainer, "validation", loss=float(loss))
+
+        def on_test_start(self, trainer, module):
+            """Write "start" with the number of batches to answer."""
+            self._write(trainer, "start", max_steps=sum(trainer.num_test_batches))
+
+        def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            """Write "step" for the batches answered so far, of all test sets together."""
+            self._write(trainer, "step", step=sum(trainer.num_test_batches[:dataloader_idx]) + batch_idx + 1)
 
         def on_train_end(self, trainer, module):
             """Write "end"."""

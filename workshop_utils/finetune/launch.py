@@ -16,13 +16,14 @@ from filelock import FileLock, Timeout
 from workshop_utils import paths
 from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.export.nemo import merge_parts
+from workshop_utils.progress import progress_bar
 
 from . import run_record
 from .events import read_events
 from .plan import Plan
 from .schemes import SECTIONS
 
-GRACE = 4.0
+GRACE = 1.0
 """Seconds that the workers get to end after a signal before they are killed. A checkpoint is whole at any moment or not there."""
 
 LINGER = 2.0
@@ -135,8 +136,11 @@ def train_seconds(plan: Plan) -> float:
     return run_record.read(plan)["seconds"]
 
 
-def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None) -> int:
-    """Run ``command`` with its output in ``log`` and return its exit status; follow ``events`` with a progress bar meanwhile.
+def run_logged(
+    command: Sequence[str], environment: dict[str, str], log: Path, events: Path | None = None, doing: str = "training", unit: str = "step"
+) -> int:
+    """Run ``command`` with its output in ``log`` and return its exit status; follow ``events`` with a progress bar meanwhile,
+    which says what is being done, and in which ``unit``s.
 
     Ctrl-C (and a notebook's interrupt) ends the whole process group before it goes on.
     """
@@ -144,7 +148,7 @@ def run_logged(command: Sequence[str], environment: dict[str, str], log: Path, e
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            with _bar(events) as show:
+            with _bar(events, doing, unit) as show:
                 while (status := process.poll()) is None:
                     show()
                     if _has_lost_a_worker(log):
@@ -165,27 +169,25 @@ def _has_lost_a_worker(log: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _bar(events: Path | None) -> Iterator[Callable[[], None]]:
+def _bar(events: Path | None, doing: str = "training", unit: str = "step") -> Iterator[Callable[[], None]]:
     """Yield a function that moves a tqdm bar along with the steps in ``events``; without ``events`` it does nothing."""
     if events is None:
         yield lambda: None
         return
-    from tqdm.auto import tqdm
-
     def show() -> None:
         """Bring the bar to the last step in ``events``."""
         seen = read_events(events)
         steps = [event for event in seen if event["event"] == "step"]
         starts = [event for event in seen if event["event"] == "start"]
         if starts and bar.total is None:
+            bar.set_description(doing, refresh=False)
             bar.reset(total=starts[-1]["max_steps"])
-            bar.set_description("training")
         if steps:
             bar.n = steps[-1]["step"]
             said = (("tokens_per_second", "{:.0f} tokens/s", 1), ("loss", "loss {:.3f}", 1), ("memory", "{:.1f} GB", 1e9))
             bar.set_postfix_str(", ".join(text.format(steps[-1][key] / unit) for key, text, unit in said if steps[-1].get(key) is not None))
 
-    with tqdm(desc="loading NeMo and the model", unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(desc="loading NeMo and the model", unit=unit, dynamic_ncols=True) as bar:
         yield show
 
 

@@ -16,7 +16,7 @@ from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.digests import of_contents, sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DataError, NotACheckpoint, WorkshopError
-from workshop_utils.finetune.configuration import compose, plain
+from workshop_utils.finetune.configuration import compose, plain, refuse_mistyped
 from workshop_utils.finetune.preflight import Preflight, preflight
 from workshop_utils.formats.architecture import section
 from workshop_utils.formats.nemo1_config import architecture
@@ -141,7 +141,8 @@ def make_plan(
     What else would go wrong stands in the plan's ``preflight``; :func:`.launch.finetune` refuses to start then.
     """
     given = parse_overrides(overrides)
-    base = base_of(given, trust)
+    script = script_path()
+    base = base_of(given, script, trust)
     own_files = "model.data.train_ds.file_names" in given
     if own_files and (data or validation):
         raise WorkshopError("Both --data and model.data.train_ds.file_names are given: leave one of them out.")
@@ -152,7 +153,6 @@ def make_plan(
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
     tokenizer = _tokenizer(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
-    script = script_path()
     recipe = {} if own_files else RECIPE
     scheme = (recipe | given).get("model.peft.peft_scheme") or compose(script, []).model.peft.peft_scheme
     settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
@@ -247,16 +247,21 @@ def lightning_checkpoint(config: "DictConfig") -> Path | None:
     return path.resolve()
 
 
-def base_of(given: dict[str, str], trust: bool) -> Path:
-    """The base that ``given`` names, verified.
+def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
+    """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the base.
 
     Raises:
-        WorkshopError: there is none.
+        WorkshopError: there is none, or a key of ``given`` is mistyped.
         NotACheckpoint: the script path cannot load it.
         CheckpointError: it is unsafe or damaged, without ``trust``.
     """
+    refuse_mistyped(script, given)
     base = given.get("model.restore_from_path")
     if not base:
+        from omegaconf import OmegaConf
+
+        if OmegaConf.select(compose(script, [f"{key}={value}" for key, value in given.items()]), "model.restore_from_path"):
+            raise WorkshopError("Give model.restore_from_path as plain key=value, without +.")
         raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
     base = Path(_unquoted(base)).resolve()
     check_loadable(base)

@@ -51,7 +51,7 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         TrainingFailed: NeMo failed; with the cause from its log.
     """
     given = parse_overrides(list(overrides))
-    base = base_of(given, trust)
+    base = base_of(given, SCRIPT, trust)
     if out and Path(out).is_dir():
         raise WorkshopError(f"--out: {paths.shown(out)} is a directory. Give a file.")
     if data and "model.data.test_ds.file_names" in given:
@@ -77,9 +77,10 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         Preflight(problems=list(_problems(config))).require()
         if config.inference.outfile_path and out:
             raise WorkshopError("Both --out and inference.outfile_path are given: leave one of them out.")
-        log = paths.runs_dir() / "predictions" / "torchrun.log"
-        if run_logged(torchrun(SCRIPT, words), training_environment(folder), log):
-            raise TrainingFailed(f"{failure_cause(log)}\nThe whole log: {paths.shown(log)}")
+        print(f"NeMo answers; its log: {paths.shown(log())}", flush=True)
+        environment = training_environment(folder)
+        if run_logged(torchrun(SCRIPT, words), environment, log(), Path(environment["WORKSHOP_EVENTS"]), "answering", "batch"):
+            raise TrainingFailed(f"{failure_cause(log())}\nThe whole log: {paths.shown(log())}")
         if "model.data.test_ds.output_file_path_prefix" in given:
             return Path(given["model.data.test_ds.output_file_path_prefix"]).parent
         source = Path(adapter).stem if adapter else "base"
@@ -89,6 +90,11 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
             return paths.write_text(Path(target), made)
         except OSError as error:
             raise WorkshopError(f"{paths.shown(target)} cannot be written: {error.strerror}. Give another --out.") from None
+
+
+def log() -> Path:
+    """What NeMo prints while it answers."""
+    return paths.runs_dir() / "predictions" / "torchrun.log"
 
 
 def _settings_of(adapter: str | Path | None, rows: bool) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Everything that can be known to go wrong before NeMo is imported: arithmetic, files, settings. Takes under two seconds."""
 
-import difflib
 import importlib.util
 import json
 import os
@@ -20,6 +19,7 @@ from workshop_utils.formats import nemo_archive
 from workshop_utils.formats.architecture import Architecture
 from workshop_utils.formats.rank_files import rank_files
 from workshop_utils.formats.rank_files import sizes as sizes_of
+from workshop_utils.nearest import did_you_mean, nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -110,8 +110,7 @@ def optimization(optim: "DictConfig") -> Iterator[str]:
     schedule = (optim.get("sched") or {}).get("name")
     for key, name, known in (("name", optim.name, OPTIMIZERS), ("sched.name", schedule, SCHEDULERS)):
         if name is not None and name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-            meant = f" Did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(nearest(str(name), known, cutoff=0.5))
             yield f"model.optim.{key} is {name}.{meant} There are {', '.join(known)}."
 
 

@@ -1,6 +1,5 @@
 """A NeMo 1.0 configuration as NeMo 2.0 code: :func:`migrate` translates, :mod:`.code` prints. Neither imports NeMo."""
 
-import difflib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from workshop_utils.config_file import read_mapping
 from workshop_utils.errors import WorkshopError
 from workshop_utils.migrate.signatures import parameters, schedules
 from workshop_utils.migrate.table import FP8_ROWS, FP16_ROWS, OTHER, ROWS, WITHOUT, Code, Row
+from workshop_utils.nearest import nearest
 
 SECTIONS = ("model", "trainer", "exp_manager")
 _MIXED = {"bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed", "16": "16-mixed", "16-mixed": "16-mixed"}
@@ -269,7 +269,7 @@ def _refuse_mistyped(path: Path, flat: dict[str, Any], rows: dict[str, Row]) -> 
             continue
         parent, _, last = key.rpartition(".")
         siblings = [one.rpartition(".")[2] for one in exact if one.rpartition(".")[0] == parent and one not in flat]
-        if near := difflib.get_close_matches(last, siblings, n=1, cutoff=0.87):
+        if near := nearest(last, siblings, cutoff=0.87):
             raise WorkshopError(
                 f"{path}: {key} is no key of NeMo 1.0. Did you mean {parent}.{near[0]}? --allow-unknown goes on and lists it."
             )

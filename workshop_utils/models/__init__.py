@@ -7,9 +7,9 @@ The sources (:mod:`.pypi`, :mod:`.huggingface`, :mod:`.ngc`) have the same two f
 import importlib
 from pathlib import Path
 
-from workshop_utils.models.catalogue import Model, catalogue, find, is_present, location
+from workshop_utils.models.catalogue import Model, catalogue, directory, find, is_present, location
 
-__all__ = ["Model", "catalogue", "fetch", "find", "is_present", "location"]
+__all__ = ["Model", "catalogue", "directory", "fetch", "find", "is_present", "location"]
 
 
 def fetch(name: str, progress: bool = True) -> Path:

@@ -1,13 +1,14 @@
 """The models that can be fetched, read from ``models/manifest.yaml``, and where each lies once it is here."""
 
-import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
 from workshop_utils import paths
-from workshop_utils.errors import WorkshopError
+from workshop_utils.errors import NotACheckpoint, WorkshopError
 from workshop_utils.models import wholeness
+from workshop_utils.nearest import did_you_mean, nearest
 
 SOURCES = ("pypi", "huggingface", "ngc")
 FORMATS = ("huggingface", "nemo2")
@@ -47,13 +48,32 @@ def catalogue() -> dict[str, Model]:
 
 
 def find(name: str) -> Model:
-    """The model called ``name``. Raises WorkshopError with the nearest names when there is none."""
+    """The model called ``name``. Raises WorkshopError with all names, and the nearest, when there is none."""
     models = catalogue()
     if name in models:
         return models[name]
-    near = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(models)}."
-    raise WorkshopError(f"no model is called '{name}'. {hint} `workshop models` lists them")
+    hint = did_you_mean(nearest(name, models, most=3, cutoff=0.4))
+    raise WorkshopError(f"no model is called '{name}'.{hint} There are: {', '.join(models)}. `workshop models` lists them")
+
+
+def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingface_model) -> Path:
+    """The directory ``given``, or that of the model of this name below ``place``: what a command takes as MODEL.
+
+    Raises:
+        NotACheckpoint: it is the path of nothing, no name of a model (as :func:`find`), or one that is not here yet.
+    """
+    for found in (Path(given), place(str(given))):
+        if found.is_dir():
+            return found
+    if Path(given).exists():
+        raise NotACheckpoint(f"{paths.shown(given)} is a file: give the directory of a model, or a name from `workshop models`.")
+    if Path(given).name != str(given):
+        raise NotACheckpoint(f"{given} does not exist: give the directory of a model, or a name from `workshop models`.")
+    try:
+        model = find(str(given))
+    except WorkshopError as error:
+        raise NotACheckpoint(f"{given} is no directory of a model: {error}, `workshop models fetch NAME` gets one.") from None
+    raise NotACheckpoint(f"{model.name} is not at {paths.shown(place(model.name))}: `workshop models fetch {model.name}` gets it.")
 
 
 def location(model: Model) -> Path:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from workshop_utils.progress import progress_bar
+
 BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system's own block is
 PAUSE = 0.2  # seconds between two looks
 
@@ -18,9 +20,7 @@ def run(
     The bar counts the bytes written under ``folder`` towards ``size``. The command is stopped when this function is
     interrupted.
     """
-    from tqdm.auto import tqdm
-
-    with log.open("w") as output, tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=not progress) as bar:
+    with log.open("w") as output, progress_bar(total=size, desc=label, unit="B", unit_scale=True, shown=progress) as bar:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
         try:
             while process.poll() is None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils.errors import FetchError
+from workshop_utils.progress import progress_bar
 
 PAD_TOKEN = "<|endoftext|>"
 CONTROL = 3  # token_type of a special token, GGUF's `tokenizer.ggml.token_type`
@@ -116,7 +117,7 @@ def _quiet(progress: bool) -> Iterator[None]:
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         # The reader's bar has no switch of its own and calls itself "Converting and de-quantizing GGUF tensors...".
-        reader.tqdm = lambda tensors, desc: tqdm(tensors, desc="dequantising", unit="tensor", disable=not progress)
+        reader.tqdm = lambda tensors, desc: progress_bar(tensors, progress, desc="dequantising", unit="tensor")
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from workshop_utils import paths
 from workshop_utils.errors import FetchError, GatedModel
 from workshop_utils.models import pad_token, proxy, wholeness
 from workshop_utils.models.catalogue import Model
+from workshop_utils.progress import progress_bar_class
 
 # One copy of each thing: no original/*.pth, no pytorch_model.bin, no ONNX, no second form of the tokenizer.
 WANTED = (
@@ -76,7 +77,8 @@ def _snapshot(model: Model, progress: bool) -> Path:
     if not progress:
         disable_progress_bars()
     try:
-        return Path(snapshot_download(model.address, revision=model.revision, allow_patterns=list(WANTED)))
+        bars = {"tqdm_class": progress_bar_class()} if progress else {}
+        return Path(snapshot_download(model.address, revision=model.revision, allow_patterns=list(WANTED), **bars))
     except (requests.RequestException, OSError) as error:  # every error of the Hub's client is one or the other
         raise _explained(model, error) from error
     finally:

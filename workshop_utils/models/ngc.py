@@ -17,6 +17,7 @@ from workshop_utils import paths
 from workshop_utils.errors import FetchError, GatedModel
 from workshop_utils.models import follow, proxy, wholeness
 from workshop_utils.models.catalogue import Model
+from workshop_utils.progress import progress_bar
 
 SDK = "ngcsdk==4.37.0"
 KEY_PAGE = "https://org.ngc.nvidia.com/setup/api-keys"
@@ -55,14 +56,12 @@ def _key() -> str | None:
 
 def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
     """Run the driver in the client's environment and show what it reports."""
-    from tqdm.auto import tqdm
-
     command = [str(_python_of_sdk()), str(Path(__file__).with_name("ngc_driver.py")), model.address, str(staging)]
     said: dict = {}
     log = staging / "driver.log"
     with (
         log.open("w") as errors,
-        tqdm(total=model.size, desc=model.name, unit="B", unit_scale=True, disable=not progress) as bar,
+        progress_bar(total=model.size, desc=model.name, unit="B", unit_scale=True, shown=progress) as bar,
     ):
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:

@@ -2,7 +2,7 @@
 
 from workshop_utils.nim import stage
 
-stage("runs/exports/NAME/hf-peft", "triage", "store")
+stage("runs/exports/NAME/hf-peft", "triage", "runs/store")
 """
 
 from workshop_utils.nim.store import Staged, stage

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from workshop_utils import paths
 from workshop_utils.device import gpu_name
 from workshop_utils.errors import NimFailed, WorkshopError
 from workshop_utils.nim.store import MAX_RANK
@@ -51,7 +52,7 @@ class Nim:
     """
 
     image: str
-    store: Path = Path("store")
+    store: Path = field(default_factory=paths.adapter_store)
     cache: Path = field(default_factory=lambda: Path.home() / ".cache" / "nim")
     name: str = "workshop-nim"
     port: int = PORT
@@ -177,7 +178,7 @@ def preflight(nim: Nim, environment: Mapping[str, str]) -> None:
             f"{KEY} is not set, and the model is downloaded with it: get a key at https://org.ngc.nvidia.com/setup, then export {KEY}"
         )
     if not nim.store.is_dir():
-        missing.append(f"there is no store {nim.store}: workshop nim stage ADAPTER --name NAME --store {nim.store}")
+        missing.append(f"there is no store {paths.shown(nim.store)}: workshop nim stage ADAPTER --name NAME --store {paths.shown(nim.store)}")
     if missing:
         raise NimFailed("\n".join(["A NIM cannot be started here:", *(f"  - {one}" for one in missing)]))
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workshop_utils.errors import NimFailed
+from workshop_utils.progress import progress_bar
 
 _PATTERNS: tuple[tuple[Literal["error", "loaded"], str, str], ...] = (
     ("error", r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for the cache blocks",
@@ -65,11 +66,10 @@ def wait(
         NimFailed: the server ended, or ``timeout`` seconds have passed; the message names the last answer.
     """
     import httpx
-    from tqdm.auto import tqdm
 
     began, last = time.monotonic(), ""
-    with httpx.Client(trust_env=False, timeout=10) as client, tqdm(total=timeout, unit="s", desc="waiting", disable=not progress,
-                                                                   bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}") as bar:  # fmt: skip
+    with httpx.Client(trust_env=False, timeout=10) as client, progress_bar(total=timeout, unit="s", desc="waiting", shown=progress,
+                                                                           bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}") as bar:  # fmt: skip
         while True:
             try:
                 answer = client.get(f"{url}/v1/health/ready")

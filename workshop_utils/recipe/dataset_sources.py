@@ -1,7 +1,6 @@
 """Data sets from the Hugging Face Hub and from files, by the ``datasets`` library; with what identifies their content."""
 
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.errors import DataError, FetchError
+from workshop_utils.nearest import did_you_mean, nearest
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def find(config: HFDatasetConfig) -> Source:
 
 def _near(place: Path) -> str:
     there = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
-    near = difflib.get_close_matches(place.name, there, n=1)
-    return f" Did you mean {paths.shown(place.parent / near[0])}?" if near else ""
+    return did_you_mean(paths.shown(place.parent / name) for name in nearest(place.name, there))
 
 
 def _content(place: Path) -> str:

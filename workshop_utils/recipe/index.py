@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import paths
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nearest import did_you_mean, nearest
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -90,12 +91,9 @@ def find(name: str) -> Recipe:
     """
     if name in recipes():
         return recipes()[name]
-    import difflib
-
     # NeMo writes llama31_8b where people write llama3_1_8b or Llama-3.1-8B: compare without what separates.
     plain = {known.replace("_", ""): known for known in recipes()}
-    close = difflib.get_close_matches("".join(filter(str.isalnum, name.lower())), plain, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(plain[one] for one in close)}?" if close else ""
+    hint = did_you_mean(plain[one] for one in nearest("".join(filter(str.isalnum, name.lower())), plain, most=3))
     raise WorkshopError(
         f"recipe_cls_name: NeMo {nemo_version()} has no recipe '{name}'.{hint} `workshop recipe --list` shows all."
     )

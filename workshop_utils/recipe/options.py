@@ -5,7 +5,6 @@ NeMo. What can only be known from several options together is checked by :func:`
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workshop_utils.errors import WorkshopError
+from workshop_utils.nearest import did_you_mean
+from workshop_utils.nearest import nearest as nearest_names
 
 TRAIN, DATA, TEST, EXPORT = "peft_megatron.py", "dataset_module.py", "test_checkpoint.py", "convert_checkpoint_to_hf.py"
 SCRIPTS = {TRAIN: "training", DATA: "data", TEST: "test", EXPORT: "export"}
@@ -259,8 +260,7 @@ def nearest(word: str, known: list[str], prefix: str = "") -> str:
     """ " Did you mean A or B?" for a mistyped ``word``, or nothing where no known name is near; what is computed is explained."""
     if word in COMPUTED:
         return f" {COMPUTED[word]}"
-    near = difflib.get_close_matches(word.replace("-", "_"), known, n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(prefix + one for one in near)}?" if near else ""
+    return did_you_mean(prefix + one for one in nearest_names(word.replace("-", "_"), known, most=3))
 
 
 def from_mapping(values: dict[str, Any], base: RecipeOptions | None = None, where: str = "") -> RecipeOptions:

@@ -24,6 +24,7 @@ from workshop_utils.errors import NotACheckpoint, WorkshopError
 from workshop_utils.formats import nemo2
 from workshop_utils.formats.summary import Kind
 from workshop_utils.nemo_generate import run_job
+from workshop_utils.progress import progress_bar
 from workshop_utils.recipe import choose_checkpoint, engines
 
 if TYPE_CHECKING:
@@ -228,10 +229,8 @@ def _bar(partial: Path, total: int, name: str, progress: bool) -> Iterator[None]
     if not progress:
         yield
         return
-    from tqdm.auto import tqdm
-
     stop = threading.Event()
-    with tqdm(total=total, desc=f"{name}: loading NeMo", unit="row", dynamic_ncols=True) as bar:
+    with progress_bar(total=total, desc=f"{name}: loading NeMo", unit="row", dynamic_ncols=True) as bar:
 
         def follow() -> None:
             """Move the bar until the work is done."""

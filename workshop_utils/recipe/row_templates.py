@@ -4,7 +4,6 @@ A name in braces is a column, ``{answers[text][0]}`` a value inside one; ``{{`` 
 a YAML file holds its new lines as ``\n``: the escapes below are read wherever the template comes from, any other is an error.
 """
 
-import difflib
 import re
 import string
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workshop_utils.errors import DataError
+from workshop_utils.nearest import did_you_mean, nearest
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2}|.|$)", re.DOTALL)
@@ -121,9 +121,8 @@ def require_column(where: str, column: str, present: list[str], mapped_from: str
     """Raise :class:`DataError` unless ``column`` is among those ``present``; all of them and the nearest stand in the message."""
     if column in present:
         return
-    near = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
     mapped = f" (from field_mapping, for {{{mapped_from}}})" if mapped_from else ""
-    hint = f" Did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(nearest(column, present, cutoff=0.5))
     raise DataError(
         f"{where}: the data set has no column {column!r}{mapped}.{hint} Its columns are: {', '.join(present)}. field_mapping gives a field another column."
     )

@@ -2,7 +2,7 @@
 
 from workshop_utils.serve import start
 
-with start("models/huggingface/smollm2-135m-instruct", "store") as server:
+with start("models/huggingface/smollm2-135m-instruct", "runs/store") as server:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
 """
 

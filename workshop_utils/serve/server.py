@@ -196,6 +196,8 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
         loading.result()
         service.engine.thread.result()
     print("stopped", flush=True)
+    if not loading.done():
+        os._exit(0)  # Python would wait for the thread that loads
 
 
 def _stop_after_failure(done: Future, server, service: Service) -> None:
@@ -260,7 +262,7 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
     Service(base, store, Limits(**limits))  # what is wrong with these is said here, at once
     options = {"base": base, "store": store or None, "host": host, "port": port, "refresh": refresh, **limits}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    command = [sys.executable, "-m", "workshop_utils", "serve", *words, *(["--trust"] if trust else [])]
+    command = [sys.executable, "-m", "workshop_utils", "serve", *words, *([] if store else ["--no-store"]), *(["--trust"] if trust else [])]
     environment = os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
     with tempfile.NamedTemporaryFile("w", prefix="workshop-serve-", suffix=".log", delete=False) as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
