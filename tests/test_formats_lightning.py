@@ -10,6 +10,7 @@ from export_samples import GQA, config_of, tensors_of
 from workshop_utils.doctor.loads_in import loads_in
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
 from workshop_utils.formats.identify import identify
+from workshop_utils.formats.lightning import INSTANTIATORS
 from workshop_utils.formats.values import read_tensor
 
 
@@ -132,7 +133,7 @@ def test_weights_that_are_no_lightning_checkpoint(trained, root):
 def test_an_instantiator_of_somebody_else_is_refused(trained, root):
     """CVE-2026-58659: text alone, so that no pickle gives it away."""
     state = torch.load(trained[0], weights_only=True)
-    for name, safe in (("lightning.pytorch.cli.instantiate_module", True), ("os.system", False)):
+    for name, safe in ((INSTANTIATORS[0], True), (INSTANTIATORS[1], True), ("os.system", False)):
         torch.save(state | {"hyper_parameters": {"_instantiator": name, "width": 4}}, root / "a.ckpt")
         if safe:
             identify(root / "a.ckpt")

@@ -74,7 +74,8 @@ def test_other_logits_are_no_export(full, nemo, tmp_path):
 def test_an_export_of_the_same_is_reused_of_another_replaced_when_asked(full, nemo, tmp_path):
     made = deliver.export(resolved(tmp_path))
     assert deliver.export(resolved(tmp_path)) == made and nemo.exports == 1
-    (full / "weights" / "common.pt").touch()
+    with (full / "weights" / "common.pt").open("ab") as file:
+        file.write(b"trained on")
     with pytest.raises(OutputExists, match="is an export of another checkpoint. It was left as it is. --overwrite replaces it"):
         deliver.export(resolved(tmp_path))
     assert deliver.export(resolved(tmp_path, overwrite=True)) == made and nemo.exports == 2

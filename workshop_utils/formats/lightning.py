@@ -21,7 +21,8 @@ from workshop_utils.formats.tensor import Tensor
 from workshop_utils.paths import shown
 
 VERSION = "pytorch-lightning_version"
-INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+"""What LightningCLI of either package writes as ``hyper_parameters._instantiator``."""
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
@@ -37,11 +38,11 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
             "beside them: give their directory."
         )
     instantiator = section(state, "hyper_parameters").get("_instantiator")
-    if instantiator not in (None, INSTANTIATOR):
+    if instantiator not in (None, *INSTANTIATORS):
         report(
             UnsafeCheckpoint(
                 f"{shown(path)}: hyper_parameters._instantiator is {plain(str(instantiator), 200)}, which load_from_checkpoint of Lightning "
-                f"before 2.6.6 imports and calls (CVE-2026-58659). Only {INSTANTIATOR} is written by Lightning itself. Nothing was executed."
+                f"before 2.6.6 imports and calls (CVE-2026-58659). Only {' or '.join(INSTANTIATORS)} is written by Lightning itself. Nothing was executed."
             )
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))

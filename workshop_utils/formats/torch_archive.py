@@ -215,7 +215,7 @@ def _load_from_bytes(content: Any) -> "_Storage":
     if data[:4] == b"PK\x03\x04":
         data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
     elif not data.startswith(_OLD_FORMAT):
-        raise Hidden("torch.storage._load_from_bytes", [f"{ascii(data[:20])}..."])
+        raise Hidden("torch.storage._load_from_bytes", [f"{data[:20]!a}..."])
     if calls := restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage")):
         raise Hidden("torch.storage._load_from_bytes", calls)
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
