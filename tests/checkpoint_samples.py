@@ -6,6 +6,7 @@ Run as a script, because Megatron-Core needs a process group: ``checkpoint_sampl
 result to ``VIEW.loaded.pt``.
 """
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,7 @@ def _sharded(prefix: str, flavour: str, empty: bool = False) -> dict:
                 f"{prefix}decoder.layers.{name}", torch.zeros_like(tensor) if empty else tensor, (0, layer, LAYERS), prepend_axis_num=1
             )
         for name in EXTRA_STATE if flavour == "gpu" else ():
-            content = io.BytesIO(f"{name} {layer}".encode())
+            content = io.BytesIO(pickle.dumps({"extra_fp8_variables": {"name": f"{name} {layer}"}}))
             state[f"{prefix}decoder.layers.{layer}.{name}"] = ShardedObject(
                 f"{prefix}decoder.layers.{name}", None if empty else content, (LAYERS,), (layer,)
             )

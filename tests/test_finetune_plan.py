@@ -117,6 +117,17 @@ def test_a_copied_or_moved_clone_knows_its_run_again(root, base, tmp_path, monke
     assert first() != second(), "another tokenizer"
 
 
+def test_the_fingerprint_tells_training_from_validation_rows(root, base, tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", count) for count, name in enumerate("abc", 5)]
+
+    def found(train, validation):
+        names = [json.dumps([str(file) for file in part]) for part in (train, validation)]
+        return make_plan([f"model.restore_from_path={base}", f"model.data.train_ds.file_names={names[0]}", "model.data.train_ds.concat_sampling_probabilities=" + json.dumps([1 / len(train)] * len(train)),
+                          f"model.data.validation_ds.file_names={names[1]}", "model.data.validation_ds.names=" + json.dumps([file.stem for file in validation])]).fingerprint()["data"]  # fmt: skip
+
+    assert found(files[:2], files[2:]) != found(files[:1], files[1:])
+
+
 def test_a_large_file_is_told_by_a_sample_in_no_time(tmp_path):
     file = tmp_path / "large.nemo"
     with file.open("wb") as stream:

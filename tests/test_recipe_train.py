@@ -17,6 +17,7 @@ from nemo2_trains import write_data
 from workshop_utils.errors import DataError, GenerationFailed, TrainingFailed, WorkshopError
 from workshop_utils.finetune.events import read_events
 from workshop_utils.recipe import build, deliver, job
+from workshop_utils.recipe.choose_checkpoint import contents_of
 from workshop_utils.recipe.dataset_config import HFDatasetConfig
 from workshop_utils.recipe.options import from_mapping
 from workshop_utils.recipe.options import names as option_names
@@ -104,6 +105,19 @@ def test_a_run_is_the_same_by_what_decides_its_outcome(tmp_path):
     other_rows, weights = fingerprint(), settled(tmp_path).nemo_ckpt_dir / "weights" / "__0_0.distcp"
     weights.write_bytes(b"other weights of the same shape")
     assert fingerprint() != other_rows
+
+
+def test_the_contents_of_a_linked_base_count(tmp_path):
+    """An import from a NeMo 2.0 checkpoint is two links."""
+    for part in ("context", "weights"):
+        (tmp_path / "source" / part).mkdir(parents=True)
+        (tmp_path / "source" / part / "file").write_text(part)
+    (tmp_path / "base").mkdir()
+    for part in ("context", "weights"):
+        (tmp_path / "base" / part).symlink_to(tmp_path / "source" / part, target_is_directory=True)
+    assert contents_of(tmp_path / "base") == contents_of(tmp_path / "source")
+    (tmp_path / "source" / "weights" / "file").write_text("others")
+    assert contents_of(tmp_path / "base")["weights"] != {} and contents_of(tmp_path / "base") == contents_of(tmp_path / "source")
 
 
 def test_names_that_do_not_match_are_repeated_once(tmp_path):

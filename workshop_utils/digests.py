@@ -1,11 +1,12 @@
 """Digests that tell one file from another: of the whole, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
+import os
 from pathlib import Path
 
-PIECES = 16
-PIECE = 1 << 16
-"""Bytes of one piece. A file of up to ``PIECES * PIECE`` bytes (1 MiB) is hashed whole."""
+PIECES = 256
+PIECE = 1 << 14
+"""Bytes of one piece. A file of up to ``PIECES * PIECE`` bytes (4 MiB) is hashed whole."""
 
 
 def sha256(path: Path) -> str:
@@ -17,8 +18,7 @@ def sha256(path: Path) -> str:
 def sampled(path: Path) -> str:
     """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its last.
 
-    Training changes nearly every byte of every weight, so other weights of the same shape have another digest. A change of a few bytes
-    between two pieces is not seen.
+    Training changes whole tensors, so other weights of the same shape have another digest. A change between two pieces is not seen.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -33,9 +33,15 @@ def sampled(path: Path) -> str:
 
 
 def of_contents(path: Path) -> dict[str, str]:
-    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name below it, wherever ``path`` lies. Links count
-    as the files that they lead to; what is not there has no entry.
+    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name below it, wherever ``path`` lies. Links to
+    files count as the files; what is not there has no entry. Raises OSError for what cannot be read.
     """
     if path.is_file():
         return {"": sampled(path)}
-    return {str(file.relative_to(path)): sampled(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    files = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names]
+    return {str(file.relative_to(path)): sampled(file) for file in sorted(files) if file.is_file()}
+
+
+def _fail(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error

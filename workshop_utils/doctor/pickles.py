@@ -7,11 +7,12 @@ tensor of bytes, with one more pickle in it, which Transformer Engine loads (``t
 
 import io
 import itertools
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
 from workshop_utils.doctor.report import Report
-from workshop_utils.errors import CheckpointError
+from workshop_utils.errors import CheckpointError, UnsafeCheckpoint
 from workshop_utils.formats import nemo1, restricted_pickle, torch_archive, torch_dist, values
 from workshop_utils.formats.files import Files
 from workshop_utils.formats.summary import Checkpoint
@@ -40,7 +41,10 @@ def check_common(report: Report, checkpoint: Checkpoint, prefix: str = "") -> No
         if torch_dist.COMMON_STATE in report.objects:
             report.checked.append("the state that is not sharded is in the index, as Megatron-Core 0.19 writes it")
             return
-        report.damaged(f"{where} is missing; Megatron-Core loads no checkpoint without it. Copy the checkpoint again.")
+        report.damaged(
+            f"{where} is missing; Megatron-Core loads no checkpoint without it, or, from 0.19 on, without a sound {torch_dist.COMMON_STATE} in "
+            "the index. Copy the checkpoint again."
+        )
         return
     _check(report, where, content)
     report.checked.append("common.pt is there and holds only plain values")
@@ -54,30 +58,44 @@ def check_objects(report: Report, checkpoint: Checkpoint, prefix: str = "") -> N
             for item in held:
                 part.seek(item.start)
                 content = part.read(min(item.length, restricted_pickle.MAX_BYTES + 1))
-                _check(report, f"{shown(checkpoint.path)}: {item.name} in {file}", content)
+                _check(report, f"{shown(checkpoint.path)}: {item.name} in {file}", content, "_extra_state" in item.name)
     if entries:
         report.checked.append(f"{len(entries):,} objects that are no tensors hold only plain values")
 
 
-def _check(report: Report, where: str, content: bytes) -> None:
+def _check(report: Report, where: str, content: bytes, extra_state: bool = False) -> None:
+    """``extra_state``: Transformer Engine loads the bytes in it, so that what cannot be read of them is a finding."""
     if len(content) > restricted_pickle.MAX_BYTES:
         report.damaged(f"{where} has more than {restricted_pickle.MAX_BYTES:,} bytes, and is no tensor.")
         return
     try:
         found = torch_archive.read_state(io.BytesIO(content), where, report.add)
         for inner in _inner(found, content):
-            _check_inner(report, where, inner)
+            if inner != b"":
+                _check_inner(report, where, inner, extra_state)
     except CheckpointError as error:
         report.add(error)
 
 
-def _inner(found: Any, content: bytes) -> list[bytes]:
-    """What the value of an object holds as bytes."""
+def _inner(found: Any, content: bytes) -> Iterator[bytes | None]:
+    """What the value of an object holds as bytes; None for what would be loaded and cannot be told."""
     if isinstance(found, torch_archive.Buffer):
-        found = found.content
-    if isinstance(found, torch_archive.SavedTensor) and found.dtype == "uint8" and found.contiguous:
-        return [content[found.start : found.start + found.length]]
-    return [_bytes(found)] if isinstance(found, bytes | torch_archive.LongBytes) else []
+        if isinstance(found.content, bytes | torch_archive.LongBytes):
+            yield from _inner(found.content, content)
+        else:
+            yield None
+    elif isinstance(found, torch_archive.SavedTensor):
+        if 0 in found.shape:
+            yield b""
+        elif found.dtype == "uint8" and found.contiguous:
+            yield content[found.start : found.start + found.length]
+        else:
+            yield None
+    elif isinstance(found, bytes | torch_archive.LongBytes):
+        yield _bytes(found)
+    elif isinstance(found, list | tuple):
+        for item in found:
+            yield from _inner(item, content)
 
 
 def _bytes(found: "bytes | torch_archive.LongBytes") -> bytes:
@@ -88,8 +106,17 @@ def _bytes(found: "bytes | torch_archive.LongBytes") -> bytes:
         return b""
 
 
-def _check_inner(report: Report, where: str, content: bytes) -> None:
-    if content[:4] == b"PK\x03\x04":
+def _check_inner(report: Report, where: str, content: bytes | None, extra_state: bool) -> None:
+    if content is not None and content[:4] == b"PK\x03\x04":
         torch_archive.read_state(io.BytesIO(content), where, report.add)
-    elif calls := torch_archive.scan_bare(content, where):
+        return
+    calls = None if content is None else torch_archive.scan_bare(content, where)
+    if calls:
         report.add(restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls))
+    elif calls is None and extra_state:
+        report.add(
+            UnsafeCheckpoint(
+                f"{where} holds bytes that cannot be read here, and that Transformer Engine would load as a pickle: what they would run is "
+                "not known. Nothing was executed. Load this file only if you trust its source."
+            )
+        )

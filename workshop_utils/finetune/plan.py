@@ -48,7 +48,10 @@ RENDERED_TEMPLATE = "'{input}{output}'"
 """How rows of :func:`workshop_utils.chat_data.render_file` are glued, as an override; validation and test follow train_ds."""
 
 PARTS = ("train_ds", "validation_ds", "test_ds")
-_PLACES = ("file_names", "index_mapping_dir", "restore_from_path", "exp_manager.exp_dir")
+_STARTS = ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint")
+"""Overrides that name what else than the base a run starts from."""
+
+_PLACES = ("file_names", "index_mapping_dir", "restore_from_path", "exp_manager.exp_dir", "exp_manager.resume_from_checkpoint")
 """Overrides that say where something lies: its contents are looked at, or it is where the run goes."""
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
@@ -98,15 +101,16 @@ class Plan:
 
         Files count by their contents and not by their places, so that a run is known again in a copy of the repository.
         """
-        files = [Path(name) for part in PARTS for name in self.config.model.data[part].get("file_names") or []]
-        adapter = self.config.model.peft.restore_from_path
+        from omegaconf import OmegaConf
+
+        starts = [OmegaConf.select(self.config, key) for key in _STARTS]
         return {
-            "overrides": {key: value for key, value in self.overrides.items() if not key.endswith(_PLACES)},
+            "overrides": {key.lstrip("+"): value for key, value in self.overrides.items() if not key.endswith(_PLACES)},
             "script": sha256(script_path()),
-            "data": [sha256(path) for path in files if path.is_file()],
+            "data": {part: [of_contents(Path(name)) for name in self.config.model.data[part].get("file_names") or []] for part in PARTS},
             "base": _contents_of_base(Path(self.overrides["model.restore_from_path"])),
-            "adapter": sha256(Path(adapter)) if adapter and Path(adapter).is_file() else None,
-        }  # fmt: skip
+            "starts": [of_contents(Path(path)) if path else None for path in starts],
+        }
 
     def __str__(self) -> str:
         """The command as one would type it in the repository's root; ``torchrun`` is ``python -m torch.distributed.run``."""
@@ -189,7 +193,7 @@ def _contents_of_base(base: Path) -> dict[str, Any]:
         return of_contents(base)
     config = read_yaml(base / "model_config.yaml")
     # A bridged view names its tokenizer by an absolute path.
-    named = {key: value for key, value in section(config, "tokenizer").items() if isinstance(value, str) and os.path.exists(value)}
+    named = {key: value for key, value in section(config, "tokenizer").items() if isinstance(value, str) and os.path.isabs(value)}
     config["tokenizer"] = section(config, "tokenizer") | {key: of_contents(Path(value)) for key, value in named.items()}
     return {"config": config, "weights": of_contents(base / "model_weights")}
 

@@ -20,13 +20,16 @@ MAX_NUMBER = 256
 """Bytes of an integer; a longer one takes time to hash and more to print."""
 
 MAX_KEY_PARTS = 64
-MAX_TUPLE_KEYS = 4096
+MAX_CHOSEN_KEYS = 4096
+MAX_ATTRIBUTES = 4_000_000
 MAX_SETS = 50_000
 """An empty set takes 216 bytes of memory and one in the file."""
 
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 # Larger ones can be chosen so that all have one hash, which makes each new key slower than the last.
 _MAX_KEY = 2**61 - 2
+# Numbers of parameters and layers; among so few numbers no long chain of one place in a dictionary can be chosen.
+_SMALL_KEY = 2**20
 
 
 class Sealed(type):
@@ -54,13 +57,15 @@ class Record(metaclass=Sealed):
         state.clear()
 
     def fill(self, items: list[Any]) -> None:
-        """Set the state from its keys and values by turns, as :meth:`__setstate__` does."""
+        """Set the state from its keys and values by turns, as :meth:`__setstate__` does. Raises :class:`Harmful` as BUILD does."""
         names = self.__slots__
         values = iter(items)
         for name in values:
             value = next(values, None)
             if name in names:
                 setattr(self, name, value)
+            elif type(name) is not str or _takes_over(name):
+                raise Harmful(f"{type(self).__name__}.__setstate__", [ascii(name)[:80]])
 
     def get(self, name: str) -> Any:
         """The attribute ``name``, or None where the file did not set it."""
@@ -71,6 +76,8 @@ class Inert:
     """Stands for something of which only its ``text`` matters; what a file puts into it is dropped."""
 
     __slots__ = ("text",)
+    is_class = False
+    """Whether it stands for a class: what a file puts into that would change the class itself."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -92,13 +99,14 @@ class Enumeration(Inert):
     """Stand-in for an enumeration with the given names of ``members``; called with a value, as most pickles name one, it is inert."""
 
     __slots__ = ("members",)
+    is_class = True
 
     def __init__(self, text: str, members: Iterable[str]) -> None:
         super().__init__(text)
         self.members = frozenset(members)
 
     def __call__(self, value: Any) -> Inert:
-        return Inert(f"{self.text}({value!r:.80})" if type(value) in (int, str) else self.text)
+        return Inert(f"{self.text}({value[:80] if type(value) is str else value!r})" if type(value) in (int, str) else self.text)
 
 
 GETATTR = Foreign("builtins.getattr")
@@ -106,12 +114,17 @@ GETATTR = Foreign("builtins.getattr")
 has it. So Python 3.11.0 to 3.11.4 pickles members (``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2); earlier and later ones call the class."""
 
 
-class Hidden(pickle.UnpicklingError):
-    """Raised by the stand-in of ``name`` that was called with a pickle, which would do ``calls``."""
+class Harmful(pickle.UnpicklingError):
+    """Raised by the stand-in of ``name``, which is harmless but with what it was called with here: ``arguments``, each as text."""
 
-    def __init__(self, name: str, calls: list[str]) -> None:
-        super().__init__(f"{name} is called with a pickle that would call something")
-        self.name, self.calls = name, calls
+    def __init__(self, name: str, arguments: list[str]) -> None:
+        super().__init__(f"{name} is called with {'; '.join(arguments)}"[:300])
+        self.name, self.arguments = name, arguments
+
+
+def _takes_over(name: str) -> bool:
+    """Whether Python's machine would call the attribute ``name`` of an object in the file: it looks these up on the object itself."""
+    return name[:2] == "__" or name in ("append", "extend", "add")
 
 
 @contextlib.contextmanager
@@ -145,7 +158,7 @@ class Machine:
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.at = 0
-        self.sets = self.tuple_keys = self.members = 0
+        self.sets = self.chosen_keys = self.attributes = self.members = 0
         self.pair: tuple | None = None
         self.failure: Exception | None = None
 
@@ -215,7 +228,10 @@ class Machine:
                     and len(items) % 2 == 0
                 ):
                     pop()
-                    stack[-1].fill(items)
+                    try:
+                        stack[-1].fill(items)
+                    except Harmful as error:
+                        self._harm(error)
                     at += 1
                 else:
                     self._set(state, items)
@@ -310,9 +326,8 @@ class Machine:
             return what(*arguments)
         try:
             return what(*arguments)
-        except Hidden as error:
-            for call in error.calls:
-                self.called(error.name, (Inert(call),))
+        except Harmful as error:
+            self._harm(error)
             return Inert("...")
         except (pickle.UnpicklingError, TypeError, ValueError) as error:
             # What comes after it would be called all the same.
@@ -325,10 +340,33 @@ class Machine:
     def _build(self, what: Any, state: Any) -> None:
         if isinstance(what, Foreign) and self.called is not None:
             self.called(f"{what.text}.__setstate__", (state,))
+        elif isinstance(what, Inert) and what.is_class:
+            self._harm(Harmful(f"{what.text}.__setstate__", ["attributes of the class"]))
         elif not hasattr(type(what), "__setstate__"):
             raise pickle.UnpicklingError(f"it tries to change {type(what).__name__}")
+        elif name := self._taken_over(state):
+            self._harm(Harmful(f"{type(what).__name__}.__setstate__", [name]))
         else:
             what.__setstate__(state)
+
+    def _harm(self, error: Harmful) -> None:
+        """Put down what would be called, or stop."""
+        if self.called is None:
+            raise error
+        for argument in error.arguments:
+            self.called(error.name, (Inert(argument),))
+
+    def _taken_over(self, state: Any) -> str | None:
+        """The name in ``state`` that Python's machine would call, if there is one; BytesIO and objects with slots have a tuple as it."""
+        for part in state if type(state) is tuple else (state,):
+            if isinstance(part, dict):
+                self.attributes += len(part)
+                if self.attributes > MAX_ATTRIBUTES:
+                    raise pickle.UnpicklingError(f"it sets more than {MAX_ATTRIBUTES:,} attributes")
+                for name in part:
+                    if type(name) is str and _takes_over(name):
+                        return ascii(name)[:80]
+        return None
 
     def _set(self, target: Any, items: list[Any]) -> None:
         if len(items) % 2:
@@ -348,12 +386,20 @@ class Machine:
         if type(key) is int:
             if abs(key) > _MAX_KEY:
                 raise pickle.UnpicklingError("it has a large number as a key")
+            if abs(key) > _SMALL_KEY:
+                self._count_key()
         elif type(key) is tuple:
-            self.tuple_keys += 1
-            if len(key) > MAX_KEY_PARTS or self.tuple_keys > MAX_TUPLE_KEYS or not all(type(part) in _SCALARS for part in key):
-                raise pickle.UnpicklingError("it has too many tuples as keys, or a nested or long one")
+            self._count_key()
+            if len(key) > MAX_KEY_PARTS or not all(type(part) in _SCALARS for part in key):
+                raise pickle.UnpicklingError("it has a nested or long tuple as a key")
         elif type(key) not in _SCALARS and not isinstance(key, Record | Inert):
             raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key")
+
+    def _count_key(self) -> None:
+        """Count one whose place in a dictionary the file can choose, which makes each new one slower than the last."""
+        self.chosen_keys += 1
+        if self.chosen_keys > MAX_CHOSEN_KEYS:
+            raise pickle.UnpicklingError("it has too many tuples or large numbers as keys")
 
     def _after_mark(self) -> list[Any]:
         """Take what stands after the last mark from the stack."""

@@ -54,11 +54,8 @@ STATE = (
     Written("pathlib", _PATHS, "Megatron-LM, before Python 3.13"),
     Written("pathlib._local", _PATHS, "Megatron-LM, with Python 3.13"),
     Written("signal", "Signals", "Megatron-Core 0.16 to 0.19, from Python 3.11.5 on"),
-    Written("signal", " ".join(signal.Signals.__members__), "Megatron-Core 0.16 to 0.19, before Python 3.11.5: the member's own name"),
     Written("torch", "device", "torch 2.4 to 2.15"),
     Written("torch._C", "Generator", "Megatron-Core 0.18 and 0.19"),
-    Written("torch", "Tensor", "torch 2.4 to 2.15, as the type of a tensor with attributes"),
-    Written("torch.nn.parameter", "Parameter", "torch 2.4 to 2.15, as the type of a tensor with attributes"),
     Written("torch.torch_version", "TorchVersion", "torch 2.4 to 2.15"),
     Written("numpy", "dtype ndarray float32 float64 int32 int64", "NumPy 1 and 2"),
     Written("numpy.core.multiarray", "_reconstruct scalar", "NumPy 1"),
@@ -81,6 +78,13 @@ STATE = (
 Sources: ``megatron/core/safe_globals.py`` (0.14 to 0.19: NVIDIA's own list), ``transformer_engine/common/recipe/__init__.py``,
 ``torch/_weights_only_unpickler.py``. What puts tensors together is in :mod:`.torch_archive`.
 """
+
+VALUES = (
+    Written("signal", " ".join(signal.Signals.__members__), "Megatron-Core 0.16 to 0.19, before Python 3.11.5: the member's own name"),
+    Written("torch", "Tensor", "torch 2.4 to 2.15, as the type of a tensor with attributes"),
+    Written("torch.nn.parameter", "Parameter", "torch 2.4 to 2.15, as the type of a tensor with attributes"),
+)  # fmt: skip
+"""Names in the same files that are looked up and never called."""
 
 _ENUMS = "megatron.core.transformer.enums"
 _RERUN = "megatron.core.rerun_state_machine"

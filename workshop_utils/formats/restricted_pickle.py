@@ -179,19 +179,26 @@ def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[
     return survey(data, where, allowed, storage)[0]
 
 
-def scan_all(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> list[str]:
-    """As :func:`scan`, for pickles one after the other, as torch wrote them before 1.6; empty where they are harmless or broken."""
+def scan_all(
+    data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None, most: int = 8
+) -> tuple[list[str], int]:
+    """As :func:`scan`, for up to ``most`` pickles one after the other, as torch wrote them before 1.6, and how many of them are whole.
+
+    What breaks here may go on in Python's own machine: a pickle that is not whole is not known to be harmless.
+    """
     seen: dict[str, bool] = {}
-    for _ in range(8):
+    for whole in range(most):
         machine = _surveyor(data, allowed, storage, seen)
         try:
             machine.run()
         except _BROKEN:
-            break
+            return list(seen), whole
         finally:
             _without_members(machine, seen)
+        if machine.failure:
+            return list(seen), whole
         data = data[machine.at :]
-    return list(seen)
+    return list(seen), most
 
 
 def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> tuple[list[str], Any]:

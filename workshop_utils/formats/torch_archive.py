@@ -7,9 +7,11 @@ Source of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 
 """
 
 import dataclasses
+import functools
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
@@ -17,7 +19,7 @@ from typing import IO, Any
 from workshop_utils.errors import DamagedCheckpoint
 from workshop_utils.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.formats.findings import Report, stop
-from workshop_utils.formats.pickle_machine import Hidden, Inert, Sealed
+from workshop_utils.formats.pickle_machine import Harmful, Inert, Sealed
 from workshop_utils.formats.restricted_pickle import MAX_DIMENSIONS, OTHER_DTYPE_BYTES, layout, plain, size
 from workshop_utils.formats.tensor import DTYPE_BYTES
 
@@ -111,24 +113,33 @@ class Named(Inert):
 
     __slots__ = ()
 
-    def __call__(self, *arguments: Any) -> "Named":
-        shown = ", ".join(repr(argument)[:80] for argument in arguments if isinstance(argument, str | int | float))
+
+class Class(Named):
+    """Such a class itself: called, it gives a :class:`Named`."""
+
+    __slots__ = ()
+    is_class = True
+
+    def __call__(self, *arguments: Any) -> Named:
+        if self.text.endswith(".type") and len(arguments) != 1:
+            raise Harmful(self.text, ["what a new class is made of"])
+        short = [argument[:80] if type(argument) is str else argument for argument in arguments[:4]]
+        shown = ", ".join(repr(argument) for argument in short if isinstance(argument, str | int | float))
         return Named(plain(f"{self.text}({shown})", 200))
 
 
 class Buffer(Named):
-    """``io.BytesIO``, with its bytes: Transformer Engine's ``_extra_state`` has a pickle in it."""
+    """``io.BytesIO``, with its bytes (or whatever the file has in their place): Transformer Engine's ``_extra_state`` has a pickle in it."""
 
     __slots__ = ("content",)
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__("io.BytesIO()")
-        self.content: bytes | LongBytes = b""
+        self.content: Any = arguments[0] if arguments else b""
 
     def __setstate__(self, state: Any) -> None:
         """Keep the bytes; the position is dropped."""
-        if type(state) is tuple and state and type(state[0]) in (bytes, LongBytes):
-            self.content = state[0]
+        self.content = state[0] if type(state) is tuple and state else state
 
 
 class LongBytes(Named):
@@ -200,10 +211,23 @@ def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
     return rebuild(*arguments)
 
 
+@functools.lru_cache(4096)  # one may be in the pickle over and over; emptied after each
+def _calls_within(data: bytes) -> tuple[str, ...]:
+    """What ``torch.load`` of ``data`` would call, or its beginning where it is nothing that ``torch.save`` wrote for a storage."""
+    pickles = 5  # the magic number, the version, the system, the storage, the keys
+    if data[:4] == b"PK\x03\x04":
+        data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
+        pickles = 1
+    elif not data.startswith(_OLD_FORMAT):
+        return (f"{data[:20]!a}...",)
+    calls, whole = restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage"), pickles)
+    return tuple(calls) or (() if whole == pickles else (f"{data[:20]!a}...",))
+
+
 def _load_from_bytes(content: Any) -> "_Storage":
     """``torch.storage._load_from_bytes(content)``: a storage as a plain pickle holds it, by ``torch.load`` of what ``torch.save`` wrote.
 
-    Transformer Engine 2 has tensors so in its ``_extra_state``. Raises :class:`.pickle_machine.Hidden` if ``content`` names anything
+    Transformer Engine 2 has tensors so in its ``_extra_state``. Raises :class:`.pickle_machine.Harmful` if ``content`` names anything
     outside the list, or has such a thing in it once more, which torch does not write.
     """
     if not isinstance(content, bytes | LongBytes):
@@ -212,12 +236,8 @@ def _load_from_bytes(content: Any) -> "_Storage":
         data = bytes(content)
     except UnicodeEncodeError:
         raise pickle.UnpicklingError("a storage that is loaded from no bytes") from None
-    if data[:4] == b"PK\x03\x04":
-        data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
-    elif not data.startswith(_OLD_FORMAT):
-        raise Hidden("torch.storage._load_from_bytes", [f"{data[:20]!a}..."])
-    if calls := restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage")):
-        raise Hidden("torch.storage._load_from_bytes", calls)
+    if calls := _calls_within(data):
+        raise Harmful("torch.storage._load_from_bytes", list(calls))
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
 
 
@@ -259,7 +279,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("__builtin__", "bytes"): _no_bytes,
     **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
 }
-_ALLOWED |= {(module, name): Named(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.STATE)}
+_ALLOWED |= {(module, name): Class(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.STATE)}
+_ALLOWED |= {(module, name): Named(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.VALUES)}
 _ALLOWED |= pickled_names.enumerations()
 _INNER = dict(_ALLOWED)
 _ALLOWED["torch.storage", "_load_from_bytes"] = _load_from_bytes
@@ -288,6 +309,7 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
     data, storages = torch_zip.read(file, where, _ALLOWED)
     faults: list[_Faulty] = []
     calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages, faults))
+    _calls_within.cache_clear()
     for call in calls:
         report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
     if state is None and calls:
@@ -302,9 +324,13 @@ def scan(file: IO[bytes], where: str) -> list[str]:
     return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
 
 
-def scan_bare(data: bytes, where: str) -> list[str]:
-    """What pickles one after the other, in no zip, would call; empty where they are harmless or broken."""
-    return restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
+def scan_bare(data: bytes, where: str) -> list[str] | None:
+    """What pickles one after the other, in no zip, would call; None where that is not known: the first is not whole, and
+    Python's own machine may go on where this one stops. A first byte that is no opcode stops both.
+    """
+    calls, whole = restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
+    _calls_within.cache_clear()
+    return calls if calls or whole or data[:1].decode("latin-1") not in pickletools.code2op else None
 
 
 def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:

@@ -91,7 +91,7 @@ def _no_zip(file: IO[bytes], where: str, start: bytes, allowed: restricted_pickl
     if start[:1] == b"\x80":
         file.seek(0)
         data = file.read(MAX_PICKLE)
-        calls = restricted_pickle.scan_all(data, where, allowed, lambda key: Inert("storage"))
+        calls, _ = restricted_pickle.scan_all(data, where, allowed, lambda key: Inert("storage"))
         if calls:
             return restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls)
     if start[:2] == b"\x80\x02":

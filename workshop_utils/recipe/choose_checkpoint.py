@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from workshop_utils.digests import of_contents
 from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint
 from workshop_utils.formats import nemo2
 from workshop_utils.paths import shown
@@ -159,3 +160,8 @@ def _fault(path: Path) -> str | None:
             return f"{marker.name} stands beside it, NeMo's mark of a checkpoint that it had not finished"
     needed = ("weights/metadata.json", "weights/.metadata", "context/model.yaml")
     return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
+
+
+def contents_of(checkpoint: Path) -> dict[str, dict[str, str]]:
+    """Digests of what the NeMo 2.0 directory ``checkpoint`` is loaded from, wherever it lies: part -> file in it -> digest."""
+    return {part: of_contents(checkpoint / part) for part in ("context", "weights")}

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils import paths
-from workshop_utils.digests import of_contents
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import ConformanceFailed, OutputExists, UnsupportedAdapter, WorkshopError
 from workshop_utils.export import job
@@ -130,7 +129,7 @@ class _Export:
     def hf_model(self) -> Path:
         """The whole model for transformers; for an adapter by way of :meth:`merged`, which is kept."""
         source, target = self.merged() if self.base else self.checkpoint, self.place("hf_model")
-        mark = {"checkpoint": self.checkpoint.name, "files": of_contents(self.checkpoint / "weights")}
+        mark = {"checkpoint": self.checkpoint.name, "files": choose_checkpoint.contents_of(self.checkpoint)}
         if not self.reusable(target, mark):
             with paths.new_directory(target) as part:
                 to_huggingface(source, part, self.trust)

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils import nemo_cpu
 from workshop_utils.device import choose_device
-from workshop_utils.digests import of_contents
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import DamagedCheckpoint, GenerationFailed, WorkshopError
 from workshop_utils.formats import nemo2, safe_text
 from workshop_utils.formats.architecture import section
 from workshop_utils.formats.summary import Kind
 from workshop_utils.paths import shown
+from workshop_utils.recipe.choose_checkpoint import contents_of
 
 if TYPE_CHECKING:
     from workshop_utils.recipe.options import RecipeOptions
@@ -175,7 +175,7 @@ def _trained_on(checkpoint: Path, base: Path) -> bool:
     record = checkpoint.resolve().parents[1] / "workshop" / "run.json"
     if not nemo2.looks_like(base) or not record.is_file():
         return False
-    return section(safe_text.read_json(record), "fingerprint").get("base") == of_contents(base)
+    return section(safe_text.read_json(record), "fingerprint").get("base") == contents_of(base)
 
 
 @contextlib.contextmanager

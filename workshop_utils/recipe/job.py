@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from workshop_utils import paths
-from workshop_utils.digests import of_contents, sha256
+from workshop_utils.digests import sha256
 from workshop_utils.errors import TrainingFailed, WorkshopError
 from workshop_utils.finetune import launch, run_record
 from workshop_utils.finetune.events import read_events
@@ -30,7 +30,7 @@ from workshop_utils.recipe.plan import ONE_MACHINE, RUN, Resolved
 from workshop_utils.recipe.prepare_data import load_prepared, require_whole_batch
 
 WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
-_PLACES = ("output_dir", "nemo_ckpt_dir")
+_PLACES = ("output_dir", "nemo_ckpt_dir", "data_dir", "hf_model_id")
 """Beginnings of the options of training that change what is seen of a run, not its outcome."""
 
 
@@ -102,7 +102,7 @@ class Job:
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
         digests = [sha256(file) for file in files if file.is_file()]
         # As JSON would give it back: a tuple becomes a list.
-        return json.loads(json.dumps({"options": kept, "files": digests, "base": of_contents(self.resolved.nemo_ckpt_dir)}))
+        return json.loads(json.dumps({"options": kept, "files": digests, "base": choose_checkpoint.contents_of(self.resolved.nemo_ckpt_dir)}))
 
     def __str__(self) -> str:
         options = self.resolved.options

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils import chat_data, metrics, paths
-from workshop_utils.digests import of_contents, sha256
+from workshop_utils.digests import sha256
 from workshop_utils.doctor.verify import require_sound
 from workshop_utils.errors import NotACheckpoint, WorkshopError
 from workshop_utils.formats import nemo2
@@ -214,7 +214,7 @@ def _resume(partial: Path, mark: str) -> dict[int, dict]:
 
 def _fingerprint(checkpoint: Path, base: Path | None, rows, sampling, limits, engine) -> str:
     """Of everything that decides the answers."""
-    weights = [of_contents(one / "weights") for one in (checkpoint, base) if one]
+    weights = [choose_checkpoint.contents_of(one) for one in (checkpoint, base) if one]
     made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
