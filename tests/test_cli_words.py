@@ -15,6 +15,7 @@ from workshop_utils.finetune import predict as predictions
 from workshop_utils.finetune.configuration import refuse_mistyped
 from workshop_utils.finetune.plan import SCRIPT
 from workshop_utils.models import catalogue, directory
+from workshop_utils.models.proxy import without_credentials
 from workshop_utils.nim.docker import Nim
 from workshop_utils.settings import chosen_model
 
@@ -83,7 +84,7 @@ def test_a_mistyped_option_before_overrides(command, capsys):
 @pytest.mark.parametrize(("key", "meant"), [
     ("+modle.restore_from_path", "model.restore_from_path"), ("++modle.restore_from_path", "model.restore_from_path"),
     ("+trainer.max_step", "trainer.max_steps"), ("++trainer.max_step", "trainer.max_steps"),
-    ("+model.peft.lora_tuning.adpater_dim", "model.peft.lora_tuning.adapter_dim"), ("+trianer.new", "trainer.new"),
+    ("+model.peft.lora_tuning.adpater_dim", "model.peft.lora_tuning.adapter_dim"), ("++trainer.max_stepz", "trainer.max_steps"), ("+trianer.new", "trainer.new"),
 ])  # fmt: skip
 def test_a_mistyped_key_that_hydra_would_add(key, meant):
     for script in (SCRIPT, predictions.SCRIPT) if "lora" not in key else (SCRIPT,):
@@ -197,3 +198,59 @@ def test_one_store_for_all(tmp_path, monkeypatch, capsys):
     for words in ([], ["--no-store"], ["--store", "other"]):
         assert main(["serve", "--base", "x", *words]) == 0
     assert served == [store, None, Path("other")] and store.is_dir()
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty root with a Hugging Face model, a person's folder and a person's file."""
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    make_tiny_model(tmp_path / "hf")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    (tmp_path / "notes.md").write_text("mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize("target", ["precious", "notes.md", "hf", "hf/inside", ".", "notes.md/x"])
+@pytest.mark.parametrize("command", ["import {hf} --out {target} --overwrite", "convert {hf} {target} --to nemo2 --overwrite"])
+def test_overwrite_replaces_checkpoints_alone(here, command, target, capsys):
+    before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
+    assert main(command.format(hf=here / "hf", target=here / target).split()) == 1
+    assert re.match(r"error: .*(exists and is no checkpoint|cannot lie inside|cannot be written)", capsys.readouterr().err)
+    assert {file: file.read_bytes() for file in here.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize("action", ["compose", "kubernetes"])
+def test_a_written_file_takes_no_strangers_place(here, action, capsys):
+    command = ["nim", action, "--image", IMAGE, "--out"]
+    assert main([*command, str(here / "notes.md")]) == 1
+    assert "was not written by this command" in capsys.readouterr().err and (here / "notes.md").read_text() == "mine"
+    assert main([*command, str(here / "nim.yaml")]) == 0 and main([*command, str(here / "nim.yaml"), "--gpus", "2"]) == 0
+
+
+@pytest.mark.parametrize(("words", "meant"), [
+    ("conform x --raeder vllm", "--reader"), ("serve --bse x", "--base"), ("export x --too hf-peft", "--to"),
+])  # fmt: skip
+def test_a_mistyped_option_that_is_required(words, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert f"Did you mean {meant}?" in capsys.readouterr().err
+
+
+def test_a_prompt_file_that_is_none(here, capsys):
+    (here / "bin").write_bytes(b"\xff\xfe\x00")
+    for name, said in (("precious", "is not a file"), ("bin", "is not UTF-8 text"), ("nope", "does not exist")):
+        assert main(["generate", "--file", str(here / name)]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_a_system_error_is_a_sentence(here, capsys):
+    assert main(["verify", str(here / "hf"), "--write-manifest", str(here / "precious")]) == 1
+    assert capsys.readouterr().err.endswith("error: precious: Is a directory.\n")
+    assert main(["verify", str(here / ("x" * 300))]) != 0
+    assert "Traceback" not in (error := capsys.readouterr().err) and error.startswith("error: ")
+
+
+@pytest.mark.parametrize("text", ["http://bob:secret@host:1", "http://bob:sec#ret@host:1", "http://bob:sec/ret@host", "http://bob:secret@[::1", "at http://a:secret@b: no"])
+def test_no_password_of_a_proxy_is_shown(text):
+    assert "sec" not in without_credentials(text) and "bob" not in without_credentials(text)

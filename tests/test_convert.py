@@ -361,14 +361,19 @@ def test_nothing_is_overwritten_unless_asked(checkpoint, root):
     mine = root / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExists, match="is no checkpoint"):
+            convert(checkpoint, mine, "nemo1", overwrite=overwrite)
+    (mine / "notes.txt").rename(root / "notes.txt")
+    convert(checkpoint, mine, "nemo1")
+    (mine / "model_weights" / "common.pt").unlink()
     with pytest.raises(OutputExists, match="--overwrite"):
         convert(checkpoint, mine, "nemo1")
-    assert (mine / "notes.txt").read_text() == "keep"
     for inside in (checkpoint, checkpoint / "made", root):
         with pytest.raises(OutputExists, match="cannot lie inside"):
             convert(checkpoint, inside, "nemo1", overwrite=True)
     convert(checkpoint, mine, "nemo1", overwrite=True)
-    assert not (mine / "notes.txt").exists()
+    assert (mine / "model_weights" / "common.pt").exists()
     with pytest.raises(UnsupportedCheckpoint, match="a .nemo archive is NeMo 1"):
         convert(mine, root / "x.nemo", "nemo2")
     with pytest.raises(UnsupportedCheckpoint, match="is a NeMo 1 checkpoint already"):

@@ -72,7 +72,7 @@ def test_only_what_cannot_be_written_to_is_moved(root, tmp_path):
     os.environ["HOME"] = str(shut(tmp_path, ".cache", ".jupyter"))
     home.use_writable_places()
     moved = {name for name, value in os.environ.items() if value.startswith(str(root / ".home"))}
-    assert moved == {"XDG_CACHE_HOME", "HF_HOME", "NEMO_HOME", "JUPYTER_CONFIG_DIR"}
+    assert moved == {"XDG_CACHE_HOME", "HF_HOME", "NEMO_HOME", "JUPYTER_CONFIG_DIR", home.MOVED}
     assert Path.home() == tmp_path / "shut"
 
 

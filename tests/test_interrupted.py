@@ -1,11 +1,13 @@
 """Commands that are told to stop half-way: nothing half-written is left, visible or hidden."""
 
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from export_samples import GQA, config_of, tensors_of, write_adapter
 from tiny_model import make_tiny_model
@@ -138,3 +140,28 @@ def test_an_import_in_a_process_of_its_own(root, number):
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.splitlines()[-1] == "interrupted", errors
     assert contents(root) == before
+
+
+def test_ctrl_c_takes_along_what_a_library_has_started(tmp_path):
+    """Processes that are no daemons, as Megatron-Core's writers and their manager, and a fork with the same handlers."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, os, subprocess, sys, time\n"
+        "from workshop_utils import interrupt\n"
+        "def wait(): time.sleep(60)\n"
+        "if __name__ == '__main__':\n"
+        "    interrupt.watch()\n"
+        "    manager = multiprocessing.get_context('spawn').Manager()\n"
+        "    forked = multiprocessing.get_context('fork').Process(target=wait); forked.start()\n"
+        "    print('ready', flush=True)\n"
+        "    try: time.sleep(60)\n"
+        "    finally: interrupt.end()\n"
+    )
+    command = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert command.stdout.readline() == "ready\n"
+    children = psutil.Process(command.pid).children(recursive=True)
+    os.killpg(command.pid, signal.SIGINT)
+    _, said = command.communicate(timeout=20)  # whoever holds the pipe would keep it open
+    assert (command.returncode, said) == (130, "interrupted\n") and len(children) >= 2
+    psutil.wait_procs(children, timeout=5)
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]

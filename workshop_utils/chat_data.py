@@ -7,6 +7,8 @@ token for token, what the model sees later when a server renders the same conver
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,3 +116,15 @@ def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendere
     for stale in target.parent.glob(f"{target.name}.idx.*"):
         stale.unlink()
     return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
+
+
+def make_tickets() -> Path:
+    """The folder of the workshop's data set, generated if it is not there. Raises :class:`DataError` where that fails."""
+    folder = paths.data_dir() / "tickets"
+    if not (folder / "test.jsonl").exists():
+        script = paths.repository_file("data/make_tickets.py")
+        done = subprocess.run([sys.executable, str(script), "--out", str(folder)], check=False, capture_output=True, text=True)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise DataError(f"{paths.shown(folder)} cannot be made by {paths.shown(script)}: {said}. Give rows of your own (--data).")
+    return folder

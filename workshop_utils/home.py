@@ -13,6 +13,9 @@ from pathlib import Path
 
 from workshop_utils import paths
 
+MOVED = "WORKSHOP_HOME_MOVED"
+"""Variable that names the folder which took the home's place, also to the processes that this one starts."""
+
 
 def places() -> dict[str, Path]:
     """Variable -> the place that the libraries write to, which the variable names or, unset, the home and the XDG variables give."""
@@ -54,6 +57,7 @@ def use_writable_places() -> None:
     if homeless:
         os.environ["HOME"] = str(folder)
     os.environ.update({variable: str(folder / variable.lower()) for variable in shut})
+    os.environ[MOVED] = str(folder)
 
 
 def can_be_written(place: Path) -> bool:

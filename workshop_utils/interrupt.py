@@ -21,10 +21,13 @@ PATIENCE = {signal.SIGINT: 2.0, signal.SIGTERM: 1.0}
 
 _ending = threading.Lock()
 _interrupted = threading.Event()
+_watched: set[int] = set()
+"""The process that :func:`watch` was called in; one that it forks has the handlers, too."""
 
 
 def watch() -> None:
     """Have Ctrl-C and SIGTERM interrupt this process, which is a command's own."""
+    _watched.add(os.getpid())
     for number in PATIENCE:
         if signal.getsignal(number) != signal.SIG_IGN:  # a shell lets its jobs in the background ignore Ctrl-C
             signal.signal(number, _interrupt)
@@ -36,9 +39,12 @@ def has_come() -> bool:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    if os.getpid() not in _watched:  # forked: its parent says what there is to say
+        os._exit(130)
     if _interrupted.is_set():  # the second Ctrl-C of an impatient person would stop the cleaning up
         return
     _interrupted.set()
+    sys.unraisablehook = lambda unraisable: None  # what the exception below meets in a callback, where Python cannot go on with it
     timer = threading.Timer(PATIENCE[number], end)
     timer.daemon = True
     timer.start()
@@ -46,8 +52,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def end() -> NoReturn:
-    """Remove what is half-written, say "interrupted", and end this process at once, with 130."""
+    """End what this process has started, remove what is half-written, say "interrupted", and end this process at once, with 130."""
+    import psutil
+
     _ending.acquire()  # and never released: the main thread may come here while the other one is at it
+    # Writers of Megatron-Core and their managers are no daemons that end with this process, and hold its pipes.
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
     paths.remove_unfinished()
     with contextlib.suppress(OSError, ValueError):  # a reader that has gone
         sys.stdout.flush()

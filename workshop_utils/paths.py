@@ -1,6 +1,7 @@
 """Where the workshop keeps things, and writes that are all or nothing."""
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -135,6 +136,8 @@ def _replace_directory(target: Path, made: Path) -> None:
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``target`` that takes its name when the block ends without an error."""
     target = Path(target)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     os.close(handle)

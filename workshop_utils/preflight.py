@@ -11,7 +11,7 @@ from pathlib import Path
 from workshop_utils import paths
 from workshop_utils.device import choose_device
 from workshop_utils.errors import WorkshopError
-from workshop_utils.home import can_be_written, places, stand_in, use_writable_places
+from workshop_utils.home import MOVED, can_be_written, places, stand_in, use_writable_places
 from workshop_utils.lock import lock_file, normalised, read_lock
 
 GIB = 2**30
@@ -103,9 +103,11 @@ def home() -> Check:
     shut = [f"{variable} ({place})" for variable, place in places().items() if not can_be_written(place)]
     if shut:
         return Check("FAIL", "home", f"cannot be written to: {_some(shut)}", "Set that to a folder of your own, or unset it.")
-    moved = [variable for variable in ("HOME", *places()) if Path(os.environ.get(variable, "")).is_relative_to(stand_in())]
+    folder = Path(os.environ.get(MOVED, stand_in()))
+    moved = [variable for variable in ("HOME", *places()) if Path(os.environ.get(variable, "")).is_relative_to(folder)]
     if moved:
-        found = f"cannot be written to; {paths.shown(stand_in())} takes its place for {_some(moved)}"
+        lasting = paths.shown(folder) if folder == stand_in() else "a folder that goes with each command"
+        found = f"cannot be written to; {lasting} takes its place for {_some(moved)}"
         return Check(
             "WARN", "home", found, "To have caches and settings in a place of your own, set HOME to a folder that is yours."
         )

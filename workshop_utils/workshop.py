@@ -7,13 +7,12 @@ Every step records its artifact for the report of ``make workshop``.
 """
 
 import os
-import subprocess
-import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils import models, paths
+from workshop_utils.chat_data import make_tickets
 from workshop_utils.device import Device, choose_device, quiet_environment
 from workshop_utils.models.catalogue import Model
 from workshop_utils.report import record_artifact, record_metric
@@ -119,15 +118,3 @@ def open_workshop(show: bool = True) -> Workshop:
     if show:
         print(f"model:  {workshop.model.name}\ndevice: {workshop.device}\nseed:   {SEED}")
     return workshop
-
-
-def make_tickets() -> Path:
-    """The folder of the workshop's data set, generated if it is not there."""
-    folder = paths.data_dir() / "tickets"
-    if not (folder / "test.jsonl").exists():
-        subprocess.run(
-            [sys.executable, str(paths.repository_file("data/make_tickets.py")), "--out", str(folder)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-    return folder

@@ -34,6 +34,9 @@ wheel, in the current folder. WORKSHOP_ROOT names another folder.
 """
 
 
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 class _Formatter(argparse.HelpFormatter):
     """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes on under its second column."""
 
@@ -59,10 +62,18 @@ class _Command(argparse.ArgumentParser):
         super().__init__(*words, formatter_class=_Formatter, **options)
         self.set_defaults(parser=self)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse, which forgets the words that :meth:`error` looks at."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """End with usage and ``message``."""
         if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
             message += did_you_mean(nearest(wrong[1], re.findall(r"'([^']*)'", wrong[2])))
+        elif "are required" in message:
+            known = self._option_string_actions
+            message += "".join(self.meant(word) for word in self.words if word.startswith("-") and word.partition("=")[0] not in known)
         super().error(message)
 
     def meant(self, word: str) -> str:
@@ -139,8 +150,11 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or error.filename is None:
+        if error.errno is None or interrupt.has_come():  # of a library, with words of its own; the interrupt's are said by `main`
             raise
-        place = terminal.lines(paths.shown(str(error.filename)))
-        print(f"error: {place}: {error.strerror}. Use a folder that is yours, or change its owner or mode.", file=sys.stderr)
+        place = f"{terminal.lines(paths.shown(str(error.filename)))}: " if error.filename else ""
+        advice = " Use a folder that is yours, or change its owner or mode." if error.errno in _NOT_ALLOWED else ""
+        print(f"error: {place}{error.strerror}.{advice}", file=sys.stderr)
+        if error.errno == errno.ENOSPC:
+            sys.stdout = None  # it may be what is full, and Python flushes it at exit
         return 1

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tokenizer", metavar="DIR|FILE", type=Path, help="Hugging Face directory or SentencePiece *.model to use"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as they are)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing DST")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at DST")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--trust", action="store_true", help="print what the verification of SRC finds, and go on; what cannot be read or converted is refused all the same")
     parser.set_defaults(run=run)

@@ -32,12 +32,8 @@ def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils import finetune, paths
     from workshop_utils.cli import overrides
-    from workshop_utils.workshop import make_tickets
 
-    words = overrides(args)
-    if args.data is None and not any("model.data.train_ds.file_names=" in word for word in words):
-        make_tickets()
-    plan = finetune.make_plan(words, data=args.data, validation=args.validation, name=args.name,
+    plan = finetune.make_plan(overrides(args), data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
     print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")

@@ -27,8 +27,7 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Load, answer, print."""
-    from workshop_utils import paths
-    from workshop_utils.chat_data import prompt_turns, read_rows
+    from workshop_utils.chat_data import lines, prompt_turns, read_rows
     from workshop_utils.errors import DataError
     from workshop_utils.generate import model_directory
 
@@ -36,10 +35,7 @@ def run(args) -> int:
     if args.file and args.file.suffix == ".jsonl":
         conversations += [prompt_turns(row["messages"]) for row in read_rows(args.file)]
     elif args.file:
-        if not args.file.is_file():
-            raise DataError(f"{paths.shown(args.file)} does not exist.")
-        lines = args.file.read_text(encoding="utf-8").splitlines()
-        conversations += [[{"role": "user", "content": line}] for line in lines if line.strip()]
+        conversations += [[{"role": "user", "content": line.strip()}] for line in lines(args.file) if line.strip()]
     if not conversations:
         raise DataError("nothing to answer: give a prompt, or --file with one prompt a line.")
     if args.max_new_tokens < 1:

@@ -22,6 +22,9 @@ def add_parser(subparsers) -> None:
 def run(args) -> int:
     """Convert, unless it is there."""
     from workshop_utils import models, paths
+    from workshop_utils.convert.targets import inside
+    from workshop_utils.errors import OutputExists
+    from workshop_utils.formats.identify import require_place
     from workshop_utils.import_checkpoint import export_huggingface, import_checkpoint
 
     have, want = paths.huggingface_model, paths.nemo2_checkpoint
@@ -30,7 +33,10 @@ def run(args) -> int:
         have, want, convert = want, have, export_huggingface
     source = models.directory(args.model, have)
     target = args.out or want(source.resolve().name)
-    if target.exists() and not args.overwrite:
+    if inside(source, target.parent.resolve() / target.name):
+        raise OutputExists(f"{paths.shown(target)}: the target cannot lie inside the source or contain it. Choose another place.")
+    require_place(target, overwrite=True)
+    if (target.is_file() or (target.is_dir() and any(target.iterdir()))) and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")
         return 0
     print(f"written: {paths.shown(convert(source, target, args.trust))}")

@@ -1,6 +1,7 @@
 """``workshop nim``: adapters into a store, and a NIM that serves them."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -201,10 +202,13 @@ def _kubernetes(args: argparse.Namespace) -> int:
 
 
 def _write(text: str, out: Path | None) -> int:
+    from workshop_utils.errors import OutputExists
     from workshop_utils.paths import shown, write_text
 
     if out is None:
         print(text, end="")
     else:
+        if os.path.lexists(out) and not (out.is_file() and out.read_bytes().startswith(text.split("\n")[0].encode())):
+            raise OutputExists(f"{shown(out)} exists and was not written by this command. It was left as it is. Choose another name.")
         print(f"written: {shown(write_text(out, text))}")
     return 0

@@ -10,7 +10,7 @@ Fine-tune with a NeMo 2.0 recipe: import, data, training, test, export.
 
   workshop recipe --preset cpu all                 everything, on this machine, with the model of the workshop
   workshop recipe --hf_model_id meta-llama/Llama-3.2-1B --recipe_cls_name llama32_1b --tensor_parallel_size 1
-  workshop recipe --config my.yaml --max_steps 2000 the command line wins over the file, the file over the preset
+  workshop recipe --config my.yaml --max_steps 9   the command line wins over the file, the file over the preset
   workshop recipe --preset cpu --dry-run           every value, checked, in a second; nothing is run
   workshop recipe --list                           all recipes of this NeMo
 

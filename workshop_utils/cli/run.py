@@ -25,7 +25,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "run", help="run all notebooks, or some, and report what they made", description=DESCRIPTION, epilog=EXAMPLES
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="numbers or names of the notebooks to run, with commas or spaces between them")
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NN", help="numbers or names of the notebooks to run, with commas or spaces between them")
     parser.add_argument("--save-outputs", action="store_true", help="store the outputs of those that pass in notebooks/")
     parser.add_argument("--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop")
     parser.set_defaults(run=run)

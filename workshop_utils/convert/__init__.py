@@ -5,7 +5,6 @@ copied but linked, with an index of their own; weights in one file for each rank
 tensor (:mod:`.weights`). Only Hugging Face models need NeMo itself, in a process of its own.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from workshop_utils import paths
 from workshop_utils.errors import OutputExists, UnsupportedCheckpoint
 from workshop_utils.formats.findings import pass_over
+from workshop_utils.formats.identify import require_place
 from workshop_utils.paths import shown
 
 FORMATS = ("nemo2", "nemo1")
@@ -56,8 +56,7 @@ def convert(
         raise ValueError(f"to is one of {FORMATS} and dtype one of {DTYPES} or None")
     if source.exists() and targets.inside(source, target):
         raise OutputExists(f"{shown(target)}: the target cannot lie inside the source or contain it. Choose another place.")
-    if os.path.lexists(target) and not overwrite:
-        raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
+    require_place(target, overwrite)
     if target.suffix == ".nemo" and to == "nemo2":
         raise UnsupportedCheckpoint(f"{shown(target)}: a .nemo archive is NeMo 1. For NeMo 2.0 name a directory.")
     from workshop_utils.convert import tokenizers

@@ -99,7 +99,7 @@ def _misspelt(parts: list[str], known: list[list[str]]) -> str | None:
         here = {name[level] for name in known if len(name) > level and name[:level] == parts[:level]}
         if part not in here:
             swapped = [name for name in here if sorted(name) == sorted(part)]
-            meant = swapped or nearest_names(part, here, cutoff=0.9)
+            meant = swapped or nearest_names(part, here, cutoff=0.88)
             return ".".join([*parts[:level], meant[0], *parts[level + 1 :]]) if meant else None
     return None
 

@@ -362,11 +362,13 @@ def _render(tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, v
     if validation is None:
         beside = train.with_name("validation.jsonl")
         validation = beside if beside.exists() else train
+    if tokenizer is None:
+        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
+    if not data and not train.parent.exists():
+        chat_data.make_tickets()
     if not data and not train.exists():
         make = f"python {paths.shown(paths.repository_file('data/make_tickets.py'))} --out {paths.shown(train.parent)}"
         raise DataError(f"{paths.shown(train)} does not exist: run `{make}`, or give --data.")
-    if tokenizer is None:
-        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
     files = paths.runs_dir() / "finetune" / "data" / run_dir.name
     try:
         return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from workshop_utils.errors import DamagedCheckpoint, NotACheckpoint
+from workshop_utils.errors import CheckpointError, DamagedCheckpoint, NotACheckpoint, OutputExists, WorkshopError
 from workshop_utils.formats import gguf, huggingface, lightning, megatron, mistaken, nemo1, nemo2, tokenizer_files
 from workshop_utils.formats.findings import Report, stop
 from workshop_utils.formats.summary import Checkpoint
+from workshop_utils.home import can_be_written
 from workshop_utils.paths import shown
 
 Describe = Callable[[Path, Report], Checkpoint]
@@ -21,6 +22,28 @@ _LOOK_BELOW = 2000
 _FILES = (".nemo", ".ckpt", ".gguf")
 
 _HALF_WRITTEN = re.compile(r"\.(partial|tmp|incomplete)$|-unfinished$")
+
+
+def require_place(target: Path, overwrite: bool) -> None:
+    """Before anything long starts: ``target`` can be written, and stands in the way of nothing but an empty directory, or with ``overwrite`` a
+    checkpoint. Raises :class:`OutputExists` and :class:`WorkshopError`.
+    """
+    if not can_be_written(target.parent):
+        raise WorkshopError(
+            f"{shown(target)} cannot be written: {shown(target.parent)} is no directory of yours. Choose another place."
+        )
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        identify(target, lambda fault: None)
+    except NotACheckpoint:
+        raise OutputExists(
+            f"{shown(target)} exists and is no checkpoint. It was left as it is. Choose another place."
+        ) from None
+    except CheckpointError:
+        pass  # a damaged one
+    if not overwrite:
+        raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
 
 
 def identify(path: Path | str, report: Report = stop) -> Checkpoint:

@@ -154,5 +154,6 @@ def _run(command: Sequence[str], failure: str) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode != 0:
         said = (result.stdout + result.stderr).strip() or "no message"
+        last = proxy.without_credentials(said.splitlines()[-1]).rstrip(".")
         through = f".{proxy.of_pip(said)}" if "pip" in command else ""
-        raise FetchError(f"{paths.shown(_environment())}: {failure} for the NGC client: {said.splitlines()[-1]}{through}")
+        raise FetchError(f"{paths.shown(_environment())}: {failure} for the NGC client: {last}{through}")

@@ -41,7 +41,7 @@ def of_pip(said: str) -> str:
 
 def without_credentials(text: str) -> str:
     """``text`` without the user names and passwords of the URLs in it."""
-    return re.sub(r"(\w://)[^\s/]*@", r"\1", text)
+    return re.sub(r"(\w://)\S*@|(\w://)[^\s/@]*:[^\s/@]*(?=\[)", r"\1\2", text)
 
 
 def _sentence(proxy: str, origin: str, said: str) -> str:

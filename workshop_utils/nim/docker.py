@@ -92,6 +92,8 @@ class Nim:
             raise WorkshopError(
                 f"--max-cpu-loras {self.max_cpu_loras} is below --max-gpu-loras {self.max_gpu_loras}: every adapter on the GPU is in host memory, too."
             )
+        if self.store.exists() and not self.store.is_dir():
+            raise NimFailed(f"--store: {paths.shown(self.store)} is no directory of adapters.")
         for name in ("store", "cache"):
             if ":" in str(getattr(self, name)):
                 raise WorkshopError(f"--{name} is {getattr(self, name)}: docker cannot mount a path with a colon.")
