@@ -153,8 +153,7 @@ def test_ctrl_c_takes_along_what_a_library_has_started(tmp_path):
         "    interrupt.watch()\n"
         "    manager = multiprocessing.get_context('spawn').Manager()\n"
         "    forked = multiprocessing.get_context('fork').Process(target=wait); forked.start()\n"
-        "    print('ready', flush=True)\n"
-        "    try: time.sleep(60)\n"
+        "    try: print('ready', flush=True); time.sleep(60)\n"
         "    finally: interrupt.end()\n"
     )
     command = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
