@@ -36,7 +36,7 @@ def of_pip(said: str) -> str:
             origin = "PIP_PROXY" if section == ":env:" else f"pip's setting {section}.proxy"
             return _sentence(own[section], origin, said)
     url = re.search(r"Could not fetch URL (\S+):", said) or re.search(r"(https?://\S+)", said)
-    return of_environment(url[1] if url else "https://pypi.org", said)
+    return of_environment(url[1] if url else "https://package.index", said)
 
 
 def without_credentials(text: str) -> str:
