@@ -200,6 +200,13 @@ def test_one_store_for_all(tmp_path, monkeypatch, capsys):
     assert served == [store, None, Path("other")] and store.is_dir()
 
 
+def test_migrate_drops_no_key(tmp_path, capsys):
+    (tmp_path / "b.yaml").write_text("model:\n  hidden_size: 65\n  ffn_hidden_size: 9\ntrainer:\n  max_steps: 5\n")
+    assert main(["migrate", str(tmp_path / "b.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert "model.config.hidden_size = 65" in said and "model.config.ffn_hidden_size = 9" in said and "max_steps=5" in said
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty root with a Hugging Face model, a person's folder and a person's file."""

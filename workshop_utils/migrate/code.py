@@ -109,7 +109,9 @@ def _run(made: Migration, built: dict[str, bool]) -> list[str]:
                *(f"    model.config.{name} = {_python(one.value)}  # {one.source}" for name, one in config.items()),
                f"    llm.finetune({names}, tokenizer='model')"]  # fmt: skip
     if "data" not in built:
-        return [*lines, "# Add data=, a data module: the configuration names none. Then llm.pretrain or llm.finetune."]
+        # Without num_layers they belong to a model that is loaded, which nothing here does.
+        settings = [] if "num_layers" in config else [f"# model.config.{name} = {_python(one.value)}  # {one.source}" for name, one in config.items()]
+        return [*lines, *settings, "# Add data=, a data module: the configuration names none. Then llm.pretrain or llm.finetune."]
     return [*lines, "", 'if __name__ == "__main__":', *end]
 
 
