@@ -12,8 +12,6 @@ from pathlib import Path
 
 from workshop_utils import paths
 from workshop_utils.errors import OutputExists, UnsupportedCheckpoint
-from workshop_utils.formats.findings import pass_over
-from workshop_utils.formats.identify import require_place
 from workshop_utils.paths import shown
 
 FORMATS = ("nemo2", "nemo1")
@@ -49,6 +47,7 @@ def convert(
     cannot be converted, each naming the field or tensor; :class:`OutputExists` unless ``overwrite``. ``target`` is whole or absent.
     """
     from workshop_utils.convert import targets
+    from workshop_utils.formats.identify import require_place
 
     source, target = Path(source), Path(target)
     target = target.parent.resolve() / target.name
@@ -76,6 +75,7 @@ def _convert(
 ) -> Conversion:
     """``temporary``: the files of ``path`` may be moved to ``target``."""
     from workshop_utils.convert import readers, targets, tokenizers, weights
+    from workshop_utils.formats.findings import pass_over
 
     found = readers.read(path, None if tokenizer is None else tokenizers.given(Path(tokenizer)), pass_over(trust))
     archive = target.suffix == ".nemo"
