@@ -1,6 +1,5 @@
 """Exports of recipe runs: names, what is refused or replaced, and, by NeMo itself, that logits survive each form."""
 
-import hashlib
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import pytest
 
 from workshop_utils.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
 from workshop_utils.export import job
-from workshop_utils.recipe import deliver, options, plan
+from workshop_utils.recipe import choose_checkpoint, deliver, options, plan
 
 
 def resolved(output_dir, **changes):
@@ -136,8 +135,7 @@ def moved(nemo2_trained, bridged_tiny, tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"model_ckpt_path": "/gone"}))
     record = run / "workshop" / "run.json"
     record.parent.mkdir()
-    digest = hashlib.sha256((base / "weights" / ".metadata").read_bytes()).hexdigest()
-    record.write_text(json.dumps({"fingerprint": {"files": ["training", "validation", digest]}}))
+    record.write_text(json.dumps({"fingerprint": {"base": choose_checkpoint.contents_of(base)}}))
     return record
 
 
@@ -147,7 +145,7 @@ def test_a_base_that_was_moved_is_found_where_the_options_say(moved, bridged_tin
         tmp_path, hf_model_id=str(bridged_tiny / "hf" / "tiny"), nemo_ckpt_dir=str(tmp_path / "base"), checkpoint="last"
     )
     assert (deliver.export(settings, "hf_peft") / "adapter_config.json").is_file()
-    moved.write_text(json.dumps({"fingerprint": {"files": ["training", "validation", "another base"]}}))
+    moved.write_text(json.dumps({"fingerprint": {"base": {"context": {}, "weights": {"__0_0.distcp": "another"}}}}))
     with pytest.raises(DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"):
         deliver.export(settings, "hf_peft")
 
