@@ -39,7 +39,7 @@ workshop: env ## the whole job: every notebook, then a table of what was made
 	@$(BIN)/workshop run
 
 lab: env ## JupyterLab on the notebooks (HOST, PORT)
-	@exec $(BIN)/python -m workshop_utils.home $(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
+	@exec $(BIN)/python -m workshop_utils.core.home $(BIN)/jupyter lab --ServerApp.root_dir='$(CURDIR)' --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb \
 		--ip='$(HOST)' --port='$(PORT)' --no-browser $$([ "$$(id -u)" != 0 ] || echo --allow-root)
 
 test: env ## quick tests, then every notebook compared with its stored outputs
@@ -53,7 +53,7 @@ test-browser: env ## every notebook in JupyterLab, in a headless Chromium
 	@$(PYTEST) -m browser tests/browser
 
 lock: env ## environment.yml and NOTICE.md anew, after requirements.txt was changed
-	@$(BIN)/python -m workshop_utils.lock
+	@$(BIN)/python -m workshop_utils.series.lock
 	@$(BIN)/python scripts/licences.py
 
 clean: ## remove environment, data set and runs (adapters, too); models with CLEAN_MODELS=1

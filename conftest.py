@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from workshop_utils import home
-from workshop_utils.device import quiet_environment
-from workshop_utils.execute_notebook import WIDGET
+from workshop_utils.core import home
+from workshop_utils.runtime.device import quiet_environment
+from workshop_utils.series.execute_notebook import WIDGET
 
 # Kernels inherit this process's environment.
 quiet_environment(os.environ)

@@ -9,7 +9,7 @@ FILES = ("models/manifest.yaml", "requirements.txt", "data/make_tickets.py", "da
 
 
 class BuildWithFiles(build_py):
-    """Copies :data:`FILES` to where ``workshop_utils.paths.repository_file`` looks for them; an editable install needs no copy."""
+    """Copies :data:`FILES` to where ``workshop_utils.core.paths.repository_file`` looks for them; an editable install needs no copy."""
 
     def run(self) -> None:
         """Build the package, then copy."""

@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = """
 import sys, time
 from pathlib import Path
-from workshop_utils.formats import torch_dist
+from workshop_utils.checkpoints.formats import torch_dist
 begin = time.perf_counter()
 found = torch_dist.read_directory(Path(sys.argv[1]))
 print(time.perf_counter() - begin, len(found.tensors), sum(len(tensor.chunks) for tensor in found.tensors.values()))
 """
 MEGATRON = """
 import sys, time
-from workshop_utils import nemo_cpu
+from workshop_utils.runtime import nemo_cpu
 nemo_cpu.apply()
 from megatron.core.dist_checkpointing import load_tensors_metadata
 begin = time.perf_counter()

@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/export_memory.py [--repeats 3] [--output benchmarks/export_memory.json]
 
-``tests/export_memory.py`` makes the adapter and measures: the peak of resident memory in a process of its own, without that of the imports.
+``tests/samples/export_memory.py`` makes the adapter and measures: the peak of resident memory in a process of its own, without that of the imports.
 The export is checked, as it is by default. Medians.
 """
 

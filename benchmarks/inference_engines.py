@@ -15,9 +15,9 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from workshop_utils import chat_data, paths
-from workshop_utils.chat_template import ChatTokenizer
-from workshop_utils.recipe import engines
+from workshop_utils.core import chat_data, paths
+from workshop_utils.core.chat_template import ChatTokenizer
+from workshop_utils.inference import nemo2_engine
 
 BATCHES = (1, 4, 16)
 
@@ -31,8 +31,8 @@ def prompts(checkpoint: Path, count: int) -> list[str]:
 
 def timed(run, model, asked: list[str], tokens: int, batch: int) -> tuple[list, dict[str, float]]:
     """Answers, and how fast they came."""
-    sampling = engines.Sampling(temperature=0, num_tokens_to_generate=tokens)
-    limits = engines.Limits(max_batch_size=batch, inference_max_seq_length=512)
+    sampling = nemo2_engine.Sampling(temperature=0, num_tokens_to_generate=tokens)
+    limits = nemo2_engine.Limits(max_batch_size=batch, inference_max_seq_length=512)
     wall, processor = time.perf_counter(), time.process_time()
     answers = sorted((answer.request, answer.tokens) for answer in run(model, asked, sampling, limits))
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
@@ -47,14 +47,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
-    model = engines.Model(args.checkpoint)
+    model = nemo2_engine.Model(args.checkpoint)
     found = {}
     for batch in BATCHES:
         asked = prompts(args.checkpoint, batch)
         runs: dict[str, list] = {"static": [], "dynamic": []}
         for _ in range(args.rounds):
             answers = {}
-            for name, run in (("static", engines.static), ("dynamic", engines.dynamic)):
+            for name, run in (("static", nemo2_engine.static), ("dynamic", nemo2_engine.dynamic)):
                 answers[name], figures = timed(run, model, asked, args.tokens, batch)
                 runs[name].append(figures)
             if answers["static"] != answers["dynamic"]:

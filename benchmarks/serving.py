@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/serving.py [--output benchmarks/serving.json]
 
 Batching and latency: the embedded model with its trained adapter under three names; eight chats of different adapters, one after the
-other and then all at once, by turns, three times. Processor seconds tell the same on a machine that others use. Load and faults: a tiny model, see ``tests/serve_load.py``.
+other and then all at once, by turns, three times. Processor seconds tell the same on a machine that others use. Load and faults: a tiny model, see ``tests/samples/serve_load.py``.
 The exit status is 1, after the record is written, where eight at once cost more than two thirds of the processor seconds of one after the other.
 """
 
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import serve_load
 from serve_samples import write_base, write_peft
 
-from workshop_utils.serve import start
+from workshop_utils.serving.server import start
 
 NAME = "smollm2-135m-instruct"
 ADAPTER = ROOT / "runs" / "exports" / f"{NAME}-lora" / "hf-peft"

@@ -18,7 +18,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from workshop_utils import paths
+from workshop_utils.core import paths
 
 POLICIES = ("default", "PASSIVE")
 ROWS, TOKENS = 16, 24
@@ -26,8 +26,8 @@ ROWS, TOKENS = 16, 24
 
 def answer() -> None:
     """Answer the tickets and print the seconds; run in a process of its own."""
-    from workshop_utils.chat_data import read_rows
-    from workshop_utils.generate import generate, load
+    from workshop_utils.core.chat_data import read_rows
+    from workshop_utils.inference.generate import generate, load
 
     model, tokenizer = load(paths.huggingface_model("smollm2-135m-instruct"))
     tickets = [row["messages"][:1] for row in read_rows(paths.data_dir() / "tickets" / "test.jsonl")[:ROWS]]

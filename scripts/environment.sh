@@ -78,5 +78,5 @@ echo "installing $(grep -c == requirements.txt) pinned packages; the first time 
     stop "pip could not install the packages; its message stands above. Run the command again to go on where it stopped."
 .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 # JupyterLab would ask whether it may fetch news, and look for updates.
-.venv/bin/python -m workshop_utils.home .venv/bin/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1
+.venv/bin/python -m workshop_utils.core.home .venv/bin/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements >/dev/null 2>&1
 wanted >"$stamp"

@@ -11,8 +11,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from workshop_utils.lock import normalised, read_lock
-from workshop_utils.paths import write_text
+from workshop_utils.series.lock import normalised, read_lock
+from workshop_utils.core.paths import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- Written by scripts/licences.py: do not edit. -->", "<!-- End of what it wrote. -->"

@@ -29,7 +29,7 @@ def bridged_tiny(tmp_path_factory):
 
     from tiny_model import make_tiny_model
 
-    from workshop_utils.bridge import bridge
+    from workshop_utils.checkpoints.convert.bridge import bridge
 
     folder = tmp_path_factory.mktemp("tiny")
     make_tiny_model(folder / "hf" / "tiny")

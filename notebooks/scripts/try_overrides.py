@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from workshop_utils.export.adapter import read_adapter
-from workshop_utils.finetune import Plan, make_plan, read_events
-from workshop_utils.finetune.configuration import compose
-from workshop_utils.finetune.megatron_gpt_finetuning import train
-from workshop_utils.finetune.plan import SCRIPT
-from workshop_utils.formats.identify import identify
-from workshop_utils.orphans import die_with_parent
+from workshop_utils.adapters.read import read_adapter
+from workshop_utils.training.script import Plan, make_plan, read_events
+from workshop_utils.training.script.configuration import compose
+from workshop_utils.training.script.megatron_gpt_finetuning import train
+from workshop_utils.training.script.plan import SCRIPT
+from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.runtime.orphans import die_with_parent
 
 
 def import_nemo() -> None:

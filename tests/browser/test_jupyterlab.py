@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from contrast import LINES, TEXT, contrast
+from places import ROOT
 from selenium.webdriver.support.ui import WebDriverWait
 
-ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 BROKEN = [
     "Error displaying widget",

@@ -11,8 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from workshop_utils.errors import CheckpointError, WorkshopError
-from workshop_utils.formats import (
+from workshop_utils.checkpoints.formats import (
     gguf,
     huggingface,
     nemo_archive,
@@ -22,6 +21,7 @@ from workshop_utils.formats import (
     torch_archive,
     torch_dist,
 )
+from workshop_utils.core.errors import CheckpointError, WorkshopError
 
 FILES = {"__0_0.distcp": 1 << 20, "__0_1.distcp": 1 << 20}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import atheris
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-with atheris.instrument_imports(include=["workshop_utils.formats", "readers"]):
+with atheris.instrument_imports(include=["workshop_utils.checkpoints.formats", "readers"]):
     import readers
 
 

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from workshop_utils import __version__, home, interrupt, paths, progress, terminal
-from workshop_utils.device import quiet_environment
-from workshop_utils.errors import WorkshopError
-from workshop_utils.nearest import did_you_mean, nearest
+from workshop_utils import __version__
+from workshop_utils.core import home, paths, progress, terminal
+from workshop_utils.core.errors import WorkshopError
+from workshop_utils.core.nearest import did_you_mean, nearest
+from workshop_utils.runtime import interrupt
+from workshop_utils.runtime.device import quiet_environment
 
 DESCRIPTION = """\
 Fine-tune a Llama with NeMo 2.0 and LoRA, and export the adapter for NIM.
@@ -138,7 +140,7 @@ def _run(argv: Sequence[str] | None) -> int:
             print(f"error: {terminal.lines(str(error))}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        from workshop_utils.preflight import packages
+        from workshop_utils.series.preflight import packages
 
         incomplete = packages()
         if incomplete.status != "FAIL":

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from workshop_utils.paths import shown
+from workshop_utils.core.paths import shown
 
 DESCRIPTION = """\
 Make a NeMo 2.0 checkpoint loadable by the script path (megatron_gpt_finetuning), without copying a weight.
@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bridge and print what was made and what to do with it."""
-    from workshop_utils.bridge import bridge
+    from workshop_utils.checkpoints.convert.bridge import bridge
 
     made = bridge(args.nemo2_dir, args.out, args.link_only, args.trust)
     if args.link_only:

@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils import terminal
-from workshop_utils.paths import shown
+from workshop_utils.core import terminal
+from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
-    from workshop_utils.conform import Judgement
+    from workshop_utils.adapters.rules.rules import Judgement
 
 DESCRIPTION = """\
 Judge anybody's LoRA adapter by the public rules of the program that is to read it: one line a rule, and the fix for each fault.
@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line a rule; 0 when all hold, 1 otherwise."""
-    from workshop_utils.conform import judge
+    from workshop_utils.adapters.rules.judge import judge
 
     found = judge(args.path, args.reader, args.max_rank)
     if args.json:

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from workshop_utils.convert import DTYPES, FORMATS
-from workshop_utils.paths import shown
+from workshop_utils.checkpoints.convert import DTYPES, FORMATS
+from workshop_utils.core.paths import shown
 
 DESCRIPTION = """\
 Convert a checkpoint to NeMo 2.0 or NeMo 1. The architecture is read from the checkpoint itself.
@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
-    from workshop_utils.convert import convert
+    from workshop_utils.checkpoints.convert import convert
 
     done = convert(args.source, args.target, args.to, args.tokenizer, args.dtype, args.overwrite, args.dry_run, args.trust)
     for note in done.notes:

@@ -37,10 +37,10 @@ def run(args) -> int:
     import sys
     from dataclasses import asdict
 
-    from workshop_utils import paths
-    from workshop_utils.errors import DataError
-    from workshop_utils.evaluate import evaluate, evaluate_served
-    from workshop_utils.generate import model_directory
+    from workshop_utils.core import paths
+    from workshop_utils.core.errors import DataError
+    from workshop_utils.inference.evaluate import evaluate, evaluate_served
+    from workshop_utils.inference.generate import model_directory
 
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit is {args.limit}; it has to be at least 1.")
@@ -56,7 +56,7 @@ def run(args) -> int:
             result = evaluate(model_directory(args.model), args.adapter, test, train, out, limit=args.limit, trust=args.trust)
         print(result)
 
-        from workshop_utils.plots import plot_scores, save
+        from workshop_utils.series.plots import plot_scores, save
 
         print(f"plot: {paths.shown(save(plot_scores(result.scores), out / 'scores.png'))}")
         print(f"answers and scores: {paths.shown(out)}")
@@ -67,7 +67,7 @@ def run(args) -> int:
 
 def _data_files(test: Path | None, train: Path | None) -> tuple[Path, Path]:
     """What was asked for, completed by the workshop's own files or by the training file beside the test file."""
-    from workshop_utils.workshop import open_workshop
+    from workshop_utils.series.workshop import open_workshop
 
     if test is None:
         own = open_workshop(show=False).data_files()
@@ -77,7 +77,7 @@ def _data_files(test: Path | None, train: Path | None) -> tuple[Path, Path]:
 
 
 def _check_served(args) -> None:
-    from workshop_utils.errors import WorkshopError
+    from workshop_utils.core.errors import WorkshopError
 
     if bool(args.url) != bool(args.model_id):
         raise WorkshopError("--url and --model-id go together: where the server is, and which of its models is meant.")

@@ -2,8 +2,8 @@
 
 import argparse
 
-from workshop_utils import terminal
-from workshop_utils.paths import shown
+from workshop_utils.core import terminal
+from workshop_utils.core.paths import shown
 
 DESCRIPTION = """\
 Turn an adapter into one that a server accepts, or merge it into its base. ADAPTER is a .nemo or .ckpt of NeMo's script path, an
@@ -63,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export and print what was made: files and sizes, row order, reader."""
-    from workshop_utils.export.job import export_adapter
+    from workshop_utils.adapters.export import export_adapter
 
     made = export_adapter(
         args.adapter, args.to, args.out, args.reader, args.base, args.name, args.overwrite,

@@ -30,10 +30,11 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Plan, print, train."""
-    from workshop_utils import finetune, paths
     from workshop_utils.cli import overrides
+    from workshop_utils.core import paths
+    from workshop_utils.training import script
 
-    plan = finetune.make_plan(overrides(args), data=args.data, validation=args.validation, name=args.name,
+    plan = script.make_plan(overrides(args), data=args.data, validation=args.validation, name=args.name,
                               nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
     print(f"device: {plan.device}")
     print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")
@@ -41,6 +42,6 @@ def run(args) -> int:
     plan.preflight.require()
     if args.dry_run:
         return 0
-    adapter = finetune.finetune(plan, fresh=args.fresh)
+    adapter = script.finetune(plan, fresh=args.fresh)
     print(f"adapter: {paths.shown(adapter)} ({adapter.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -27,9 +27,9 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Load, answer, print."""
-    from workshop_utils.chat_data import lines, prompt_turns, read_rows
-    from workshop_utils.errors import DataError
-    from workshop_utils.generate import model_directory
+    from workshop_utils.core.chat_data import lines, prompt_turns, read_rows
+    from workshop_utils.core.errors import DataError
+    from workshop_utils.inference.generate import model_directory
 
     conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     if args.file and args.file.suffix == ".jsonl":
@@ -42,7 +42,7 @@ def run(args) -> int:
         raise DataError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1.")
     directory = model_directory(args.model)
 
-    from workshop_utils.generate import as_peft, generate, load
+    from workshop_utils.inference.generate import as_peft, generate, load
 
     adapter = args.adapter and as_peft(args.adapter, args.trust)  # what is wrong with it is said before the base answers
     answers = {"base": generate(*load(directory, trust=args.trust), conversations, args.max_new_tokens)}

@@ -21,17 +21,18 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Convert, unless it is there."""
-    from workshop_utils import models, paths
-    from workshop_utils.convert.targets import inside
-    from workshop_utils.errors import OutputExists
-    from workshop_utils.formats.identify import require_place
-    from workshop_utils.import_checkpoint import export_huggingface, import_checkpoint
+    from workshop_utils.checkpoints import sources
+    from workshop_utils.checkpoints.convert.huggingface import export_huggingface, import_checkpoint
+    from workshop_utils.checkpoints.convert.targets import inside
+    from workshop_utils.checkpoints.formats.identify import require_place
+    from workshop_utils.core import paths
+    from workshop_utils.core.errors import OutputExists
 
     have, want = paths.huggingface_model, paths.nemo2_checkpoint
     convert = import_checkpoint
     if args.to_huggingface:
         have, want, convert = want, have, export_huggingface
-    source = models.directory(args.model, have)
+    source = sources.directory(args.model, have)
     target = args.out or want(source.resolve().name)
     if inside(source, target.parent.resolve() / target.name):
         raise OutputExists(f"{paths.shown(target)}: the target cannot lie inside the source or contain it. Choose another place.")

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils import terminal
-from workshop_utils.errors import NotACheckpoint, WorkshopError
-from workshop_utils.paths import shown
+from workshop_utils.core import terminal
+from workshop_utils.core.errors import NotACheckpoint, WorkshopError
+from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
-    from workshop_utils.formats.summary import Checkpoint
+    from workshop_utils.checkpoints.formats.summary import Checkpoint
 
 DESCRIPTION = """\
 Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what can load it.
@@ -45,7 +45,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description of ``args.path``; 0 for a checkpoint, 2 otherwise."""
-    from workshop_utils.formats.identify import identify
+    from workshop_utils.checkpoints.formats.identify import identify
 
     try:
         found = identify(args.path)
@@ -76,7 +76,7 @@ def tensor_lines(found: "Checkpoint") -> Iterator[str]:
 
 def shard_lines(found: "Checkpoint") -> Iterator[str]:
     """A table: one line for each layer, one column for each file, in megabytes; then the finding."""
-    from workshop_utils.doctor.shard_map import shard_map
+    from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     found_map = shard_map(found)
     width = max([len(file) for file in found_map.files] + [8])
@@ -121,7 +121,7 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
 
 def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     """What can load it, as it is and after a command, and what cannot; readers with the same answer share a line."""
-    from workshop_utils.doctor.loads_in import loads_in
+    from workshop_utils.checkpoints.verify.loads_in import loads_in
 
     titles = {"yes": "loads in", "after": "loads after", "no": "not in"}
     shared: dict[tuple[str, str], list[str]] = {}
@@ -138,8 +138,8 @@ def as_dict(found: "Checkpoint") -> dict[str, Any]:
     """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
-    from workshop_utils.doctor.loads_in import loads_in
-    from workshop_utils.doctor.shard_map import shard_map
+    from workshop_utils.checkpoints.verify.loads_in import loads_in
+    from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     shards = shard_map(found)
     plain = dataclasses.asdict(found)

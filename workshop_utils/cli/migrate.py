@@ -34,10 +34,10 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Translate and print."""
-    from workshop_utils import paths
-    from workshop_utils.errors import WorkshopError
-    from workshop_utils.migrate import code, migrate
-    from workshop_utils.migrate.table import ROWS
+    from workshop_utils.core import paths
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.training.migrate import code, migrate
+    from workshop_utils.training.migrate.table import ROWS
 
     if args.table:
         print(code.table(ROWS))

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 
-from workshop_utils import terminal
+from workshop_utils.core import terminal
 
 DESCRIPTION = """\
 List the models that the workshop knows, or fetch one of them.
@@ -45,8 +45,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list."""
-    from workshop_utils import paths
-    from workshop_utils.models import catalogue, is_present, location
+    from workshop_utils.checkpoints.sources import catalogue, is_present, location
+    from workshop_utils.core import paths
 
     models = catalogue().values()
     if args.json:
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 def run_fetch(args: argparse.Namespace) -> int:
     """Get one model, or say how."""
-    from workshop_utils import paths
-    from workshop_utils.models import fetch, find, is_present, location, source_of
+    from workshop_utils.checkpoints.sources import fetch, find, is_present, location, source_of
+    from workshop_utils.core import paths
 
     model = find(args.name)
     if args.dry_run:

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from workshop_utils import paths
+from workshop_utils.core import paths
 
 DESCRIPTION = """\
 Serve adapters with an NVIDIA NIM: put them where it looks, start it, wait until it is ready.
@@ -119,16 +119,16 @@ def _add_options(action: argparse.ArgumentParser, gpus: str, on_this_machine: bo
 def _nim(args: argparse.Namespace):
     from dataclasses import fields
 
-    from workshop_utils.nim.docker import Nim
+    from workshop_utils.serving.nim.docker import Nim
 
     names = {field.name for field in fields(Nim)}
     return Nim(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def _stage(args: argparse.Namespace) -> int:
-    from workshop_utils.errors import WorkshopError
-    from workshop_utils.nim import stage
-    from workshop_utils.paths import shown
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.core.paths import shown
+    from workshop_utils.serving.nim import stage
 
     if args.max_lora_rank < 1:
         raise WorkshopError(f"--max-lora-rank is {args.max_lora_rank}; it has to be above 0.")
@@ -150,8 +150,8 @@ def _stage(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     import os
 
-    from workshop_utils.errors import NimFailed, WorkshopError
-    from workshop_utils.nim import docker, readiness, store
+    from workshop_utils.core.errors import NimFailed, WorkshopError
+    from workshop_utils.serving.nim import docker, readiness, store
 
     nim = _nim(args)
     if not args.timeout > 0:
@@ -187,23 +187,23 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _compose(args: argparse.Namespace) -> int:
-    from workshop_utils.nim.compose import as_yaml, compose, header
+    from workshop_utils.serving.nim.compose import as_yaml, compose, header
 
     nim = _nim(args)
     return _write(header(nim) + as_yaml(compose(nim)), args.out)
 
 
 def _kubernetes(args: argparse.Namespace) -> int:
-    from workshop_utils.nim.compose import as_yaml
-    from workshop_utils.nim.kubernetes import header, manifest
+    from workshop_utils.serving.nim.compose import as_yaml
+    from workshop_utils.serving.nim.kubernetes import header, manifest
 
     nim = _nim(args)
     return _write(header(nim) + as_yaml(*manifest(nim, args.cache_size, args.store_size)), args.out)
 
 
 def _write(text: str, out: Path | None) -> int:
-    from workshop_utils.errors import OutputExists
-    from workshop_utils.paths import shown, write_text
+    from workshop_utils.core.errors import OutputExists
+    from workshop_utils.core.paths import shown, write_text
 
     if out is None:
         print(text, end="")

@@ -23,9 +23,9 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Answer, and say where."""
-    from workshop_utils import paths
     from workshop_utils.cli import overrides
-    from workshop_utils.finetune.predict import predict
+    from workshop_utils.core import paths
+    from workshop_utils.training.script.predict import predict
 
     print(f"predictions: {paths.shown(predict(overrides(args), args.data, args.out, args.trust))}")
     return 0

@@ -21,8 +21,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if no check failed, else 1."""
-    from workshop_utils import terminal
-    from workshop_utils.preflight import preflight
+    from workshop_utils.core import terminal
+    from workshop_utils.series.preflight import preflight
 
     checks = preflight()
     print(*(terminal.folded(line, 7) for check in checks for line in str(check).splitlines()), sep="\n")

@@ -30,7 +30,7 @@ ACTIONS = ("train", "import", "data", "test", "export", "all")
 
 def add_parser(subparsers) -> None:
     """Register the command, with an option for each field of the dataclass."""
-    from workshop_utils.recipe import options
+    from workshop_utils.training.recipe import options
 
     parser = subparsers.add_parser("recipe", help="fine-tuning with NeMo 2.0's recipes", description=HELP, allow_abbrev=False,
                                    usage="workshop recipe [ACTION] [options]")  # fmt: skip
@@ -55,7 +55,7 @@ def add_parser(subparsers) -> None:
 
 
 def _add_option(group, name: str) -> None:
-    from workshop_utils.recipe import options
+    from workshop_utils.training.recipe import options
 
     default = options.default(name)
     text = options.field(name).metadata["help"].replace("%", "%%")
@@ -72,7 +72,7 @@ def _add_option(group, name: str) -> None:
 
 
 def _metavar(name: str) -> str:
-    from workshop_utils.recipe import options
+    from workshop_utils.training.recipe import options
 
     words = options.described(name)
     if words.startswith("one of "):
@@ -82,8 +82,8 @@ def _metavar(name: str) -> str:
 
 def run(args) -> int:
     """Gather the options, check them, and do what is asked for."""
-    from workshop_utils.recipe import base_checkpoint, index, options
-    from workshop_utils.recipe.plan import resolve, shown_values
+    from workshop_utils.training.recipe import base_checkpoint, index, options
+    from workshop_utils.training.recipe.plan import resolve, shown_values
 
     _refuse_unknown(args)
     if args.list or args.options:
@@ -101,7 +101,7 @@ def run(args) -> int:
 
 
 def _print_notices(resolved) -> None:
-    from workshop_utils.recipe.plan import notices
+    from workshop_utils.training.recipe.plan import notices
 
     for line in notices(resolved):
         print(f"note: {line}", file=sys.stderr)
@@ -109,9 +109,8 @@ def _print_notices(resolved) -> None:
 
 def act(action: str, resolved) -> int:
     """Do ``action``, saying what came of each phase; the next begins only when the one before has succeeded."""
-    from workshop_utils.errors import WorkshopError
-    from workshop_utils.recipe.build import on_cpu, require_possible
-    from workshop_utils.recipe.plan import ONE_MACHINE
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.training.recipe.plan import ONE_MACHINE, on_cpu, require_possible
 
     phases = {"train": ("import", "data", "train"), "all": ("import", "data", "train", "test", "export")}.get(action, (action,))
     require_possible(resolved)
@@ -130,8 +129,9 @@ def act(action: str, resolved) -> int:
 
 def _require_sources(resolved) -> None:
     """Base and data set exist: said before an import that may take an hour. Raises WorkshopError."""
-    from workshop_utils import paths, workshop
-    from workshop_utils.recipe import base_checkpoint, dataset_sources
+    from workshop_utils.core import paths
+    from workshop_utils.series import workshop
+    from workshop_utils.training.recipe import base_checkpoint, dataset_sources
 
     if Path(resolved.dataset.dataset_name) == paths.data_dir() / "tickets":
         workshop.make_tickets()
@@ -140,8 +140,8 @@ def _require_sources(resolved) -> None:
 
 
 def _import(resolved) -> None:
-    from workshop_utils import paths
-    from workshop_utils.recipe.base_checkpoint import import_base
+    from workshop_utils.core import paths
+    from workshop_utils.training.recipe.base_checkpoint import import_base
 
     options = resolved.options
     print(
@@ -150,7 +150,7 @@ def _import(resolved) -> None:
 
 
 def _data(resolved) -> None:
-    from workshop_utils.recipe.prepare_data import prepare
+    from workshop_utils.training.recipe.prepare_data import prepare
 
     base = resolved.nemo_ckpt_dir if (resolved.nemo_ckpt_dir / "context").is_dir() else None
     print(
@@ -161,28 +161,28 @@ def _data(resolved) -> None:
 
 
 def _train(resolved) -> None:
-    from workshop_utils.recipe import job
+    from workshop_utils.training.recipe import job
 
     print(job.train(resolved))
 
 
 def _test(resolved) -> None:
-    from workshop_utils.recipe import predict
+    from workshop_utils.training.recipe import predict
 
     print(predict.test(resolved))
 
 
 def _export(resolved) -> None:
-    from workshop_utils import paths
-    from workshop_utils.recipe import deliver
+    from workshop_utils.core import paths
+    from workshop_utils.training.recipe import deliver
 
     print(f"export: {paths.shown(deliver.export(resolved))}")
 
 
 def gather(args):
     """:class:`RecipeOptions` from the command line over YAML over preset over defaults."""
-    from workshop_utils.recipe.options import from_file, from_mapping, from_text
-    from workshop_utils.recipe.presets import preset
+    from workshop_utils.training.recipe.options import from_file, from_mapping, from_text
+    from workshop_utils.training.recipe.presets import preset
 
     chosen = from_mapping(preset(args.preset) if args.preset else {}, where="preset: ")
     if args.config:
@@ -195,9 +195,9 @@ def gather(args):
 
 def _refuse_unknown(args) -> None:
     """A mistyped option or action, with the right one. Raises WorkshopError."""
-    from workshop_utils.errors import WorkshopError
-    from workshop_utils.recipe.options import names, nearest
-    from workshop_utils.recipe.presets import PRESETS
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.training.recipe.options import names, nearest
+    from workshop_utils.training.recipe.presets import PRESETS
 
     for word in args.rest:
         if word.startswith("-"):
@@ -211,9 +211,9 @@ def _refuse_unknown(args) -> None:
 
 
 def _nemo_run_configuration(resolved) -> str:
-    from workshop_utils import nemo_cpu
+    from workshop_utils.runtime import nemo_cpu
 
     nemo_cpu.apply()
-    from workshop_utils.recipe.build import finetune_recipe
+    from workshop_utils.training.recipe.build import finetune_recipe
 
     return str(finetune_recipe(resolved, preview=True))

@@ -33,8 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 if every notebook asked for passed, 1 if one failed, 130 after Ctrl-C."""
-    from workshop_utils import paths, report, run_notebooks
-    from workshop_utils.errors import WorkshopError
+    from workshop_utils.core import paths
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.series import report, run_notebooks
 
     only = [name for words in args.only for name in re.split(r"[,\s]+", words) if name]
     if args.only and not only:

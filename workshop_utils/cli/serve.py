@@ -63,9 +63,9 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Serve until stopped."""
-    from workshop_utils import orphans
-    from workshop_utils.errors import WorkshopError
-    from workshop_utils.serve import server
+    from workshop_utils.core.errors import WorkshopError
+    from workshop_utils.runtime import orphans
+    from workshop_utils.serving.server import server
 
     orphans.die_with_parent()
     for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body", "max_rank"):
@@ -91,8 +91,8 @@ def run(args) -> int:
 
 def _own_store() -> Path:
     """The store of the workshop, made where it is missing: adapters that are staged later are noticed."""
-    from workshop_utils import paths
-    from workshop_utils.errors import WorkshopError
+    from workshop_utils.core import paths
+    from workshop_utils.core.errors import WorkshopError
 
     store = paths.adapter_store()
     try:

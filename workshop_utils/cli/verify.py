@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils import terminal
-from workshop_utils.paths import shown
+from workshop_utils.core import terminal
+from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
-    from workshop_utils.doctor.report import Report
+    from workshop_utils.checkpoints.verify.report import Report
 
 DESCRIPTION = """\
 Tell whether a checkpoint is whole and safe to load, before a program spends minutes, or runs code, to find out.
@@ -53,8 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what was found, the verdict last; 0 sound, 1 unsound."""
-    from workshop_utils.doctor import manifest
-    from workshop_utils.doctor.verify import verify
+    from workshop_utils.checkpoints.verify import manifest
+    from workshop_utils.checkpoints.verify.verify import verify
 
     report = verify(args.path, args.deep, args.manifest, progress=not args.json)
     written = None
@@ -94,7 +94,7 @@ def as_dict(report: "Report") -> dict[str, Any]:
 
 
 def _print(report: "Report") -> None:
-    from workshop_utils.errors import UnsafeCheckpoint
+    from workshop_utils.core.errors import UnsafeCheckpoint
 
     if report.checkpoint:
         _say("format", report.checkpoint.format)

@@ -1,0 +1,106 @@
+"""Do chunks cover a tensor exactly once? Against a count of every element."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workshop_utils.checkpoints.formats.tensor import Chunk, Tensor
+from workshop_utils.checkpoints.verify import tiling
+
+
+def tensor(shape, boxes):
+    chunks = tuple(Chunk(tuple(offsets), tuple(sizes), "f", 0, 0) for offsets, sizes in boxes)
+    return Tensor("t", tuple(shape), "float32", chunks)
+
+
+def faults(shape, boxes) -> list[str]:
+    return [str(fault) for fault in tiling.faults(tensor(shape, boxes))]
+
+
+def counts(found: Tensor) -> dict[tuple[int, ...], int]:
+    """Element -> number of chunks that hold it, by writing all of them down."""
+    cells = dict.fromkeys(itertools.product(*map(range, found.shape)), 0)
+    for chunk in found.chunks:
+        for cell in itertools.product(
+            *(range(start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True))
+        ):
+            cells[cell] += 1
+    return cells
+
+
+@st.composite
+def tilings(draw):
+    """A tensor cut in halves at random places, then perhaps with a chunk less, twice, or moved."""
+    shape = draw(st.lists(st.integers(1, 4), max_size=3))
+    boxes = [([0] * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 6)) if shape else 0):
+        offsets, sizes = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        axis = draw(st.integers(0, len(shape) - 1))
+        cut = draw(st.integers(0, sizes[axis]))
+        for start, size in ((0, cut), (cut, sizes[axis] - cut)):
+            if size:
+                boxes.append(
+                    ([*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]], [*sizes[:axis], size, *sizes[axis + 1 :]])
+                )
+    for change in draw(st.lists(st.sampled_from(["drop", "double", "move", "swap"]), max_size=3)):
+        if not boxes:
+            break
+        at = draw(st.integers(0, len(boxes) - 1))
+        if change == "drop":
+            boxes.pop(at)
+        elif change == "double":
+            boxes.append(boxes[at])
+        else:
+            sizes = boxes[at][1]
+            free = [range(length - size + 1) for length, size in zip(shape, sizes, strict=True)]
+            boxes[at] = ([draw(st.sampled_from(places)) for places in free], sizes)
+    return tensor(shape, boxes)
+
+
+@settings(max_examples=400, deadline=None)
+@given(tilings())
+def test_against_a_count_of_every_element(found):
+    cells = counts(found)
+    assert (tiling.faults(found) == []) == all(count == 1 for count in cells.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(tilings())
+def test_the_place_that_is_named_is_a_faulty_one(found):
+    cells = counts(found)
+    for fault in tiling.faults(found):
+        inside = {cells[cell] for cell in itertools.product(*(range(*part) for part in fault.part))}
+        assert inside == {fault.chunks} != {1}
+
+
+def test_the_layers_that_are_damaged_are_named():
+    boxes = [((layer, 0, column), (1, 6, 4)) for layer in range(40) for column in (0, 4) if (layer, column) != (17, 4)]
+    boxes[5] = boxes[4]
+    found = faults((40, 6, 8), boxes)
+    assert found == ["[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [17, 0:6, 4:8]"] or found == [
+        "[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [2, 0:6, 4:8]", "no chunk covers [17, 0:6, 4:8]",
+    ]  # fmt: skip
+
+
+def test_a_chunk_that_sticks_out():
+    assert faults((4, 4), [((0, 0), (4, 4)), ((3, 3), (2, 1))]) == ["a chunk covers [3:5, 3], outside the shape"]
+
+
+def test_the_sizes_that_cancel_out():
+    """A gap and an overlap of the same size: the number of elements alone would not tell."""
+    boxes = [((0, 0), (1, 4)), ((0, 0), (1, 4))]
+    found = tensor((2, 4), boxes)
+    assert sum(math.prod(chunk.shape) for chunk in found.chunks) == found.elements
+    assert faults((2, 4), boxes) == ["[0, 0:4] is in 2 chunks", "no chunk covers [1, 0:4]"]
+
+
+@pytest.mark.parametrize(("shape", "boxes"), [((), [((), ())]), ((0, 3), []), ((0, 3), [((0, 0), (0, 3))])])
+def test_scalars_and_empty_tensors(shape, boxes):
+    assert faults(shape, boxes) == []
+
+
+def test_nothing_of_a_scalar():
+    assert faults((), []) == ["no chunk covers []"]

@@ -1,0 +1,95 @@
+"""The comparison of stored outputs: it must overlook what differs from run to run, and nothing else."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbval.plugin import get_sanitize_patterns
+from places import ROOT
+
+from workshop_utils.series.execute_notebook import execute, save
+
+MASKED = [
+    ("took 12.3 s, 17 tokens/s", "took 9.01 s, 250 tokens/s"),
+    ("/home/ada/clone/models/nemo2/one", "/srv/x/models/nemo2/one"),
+    ("started 2026-01-31 10:00:00", "started 2027-12-01T23:59:59.1"),
+    ("[00:10<00:05]", "[01:10<02:05]"),
+    ("torch 2.13.0+cpu", "torch 2.13.0+cu128"),
+    ("<object at 0x7f12ab34cd56>", "<object at 0x7fffffffffff>"),
+    ("/tmp/tmpab12/x.nemo", "/tmp/tmpcd34/x.nemo"),
+    ("\x1b[31mred\x1b[0m", "red"),
+]
+KEPT = [
+    ("30 layers", "31 layers"),
+    ("rank 0.52", "rank 0.61"),
+    ("models/nemo2/one", "models/nemo2/two"),
+    ("True", "False"),
+    ("2.13.0", "2.14.0"),
+]
+
+
+def sanitized(text: str) -> str:
+    for pattern, replacement in get_sanitize_patterns((ROOT / "tests" / "nbval_sanitize.cfg").read_text()):
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+@pytest.mark.parametrize(("one", "other"), MASKED)
+def test_what_differs_from_run_to_run_is_masked(one, other):
+    assert sanitized(one) == sanitized(other)
+
+
+@pytest.mark.parametrize(("one", "other"), KEPT)
+def test_what_a_learner_reads_is_not_masked(one, other):
+    assert sanitized(one) != sanitized(other)
+
+
+def compare(notebook: Path) -> subprocess.CompletedProcess:
+    """``pytest --nbval`` as ``make test`` calls it."""
+    shutil.copy(ROOT / "conftest.py", notebook.parent)
+    options = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(notebook.parent),
+        *options,
+        str(notebook),
+    ]
+    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=notebook.parent)
+
+
+def test_what_the_runner_stores_compares_equal(tmp_path):
+    file = tmp_path / "00_sample.ipynb"
+    cells = [
+        "from pathlib import Path\ndone = Path('done').exists()\nPath('done').touch()",
+        # A progress bar is shown only when there is something to do: as in a download.
+        "from tqdm.auto import tqdm\nfor _ in tqdm([] if done else [1, 2], disable=done): pass\nprint('there')",
+        "import time, sys; print('warning', file=sys.stderr); print(f'took {time.time():.2f} s')",
+        "import ipywidgets; ipywidgets.IntSlider()",
+        "6 * 7",
+    ]
+    nbformat.write(new_notebook(cells=[new_code_cell(cell) for cell in cells]), file)
+    done = execute(file)
+    assert done.result == "passed", done.error
+    save(done.notebook, file)
+    result = compare(file)
+    assert result.returncode == 0, result.stdout
+    assert "5 passed" in result.stdout
+
+
+def test_another_output_is_found(tmp_path):
+    file = tmp_path / "00_sample.ipynb"
+    outputs = [new_output("stream", name="stdout", text="41 layers\n")]
+    nbformat.write(new_notebook(cells=[new_code_cell("print('42 layers')", outputs=outputs, execution_count=1)]), file)
+    result = compare(file)
+    assert result.returncode == 1
+    assert "Cell outputs differ" in result.stdout

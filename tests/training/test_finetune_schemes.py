@@ -1,0 +1,278 @@
+"""Everything that the script can be asked for, each tried on a two-layer model with NeMo doing the work."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from tiny_model import write_rows
+
+from workshop_utils.adapters.export import export
+from workshop_utils.adapters.read import read_adapter
+from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.core.errors import UnsupportedAdapter
+from workshop_utils.training import script
+from workshop_utils.training.script.predict import predict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny(bridged_tiny, tmp_path_factory):
+    """A folder with ``bridged/tiny`` and rows, in which the runs of this module end up."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "bridged").symlink_to(bridged_tiny / "bridged")
+    write_rows(folder / "rows.jsonl", 32)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(tiny, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tiny))
+    monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def overrides(tiny, name: str, *more: str) -> list[str]:
+    return [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", f"exp_manager.exp_dir={tiny / 'runs'}", f"exp_manager.name={name}",
+            "trainer.max_steps=12", "trainer.val_check_interval=6", "model.peft.lora_tuning.adapter_dim=8", "model.optim.lr=2e-2",
+            "model.peft.lora_tuning.alpha=16", *more]  # fmt: skip
+
+
+def train(tiny, name: str, *more: str) -> tuple[script.Plan, list[float]]:
+    own = any("train_ds.file_names" in one for one in more)
+    plan = script.make_plan(overrides(tiny, name, *more), data=None if own else tiny / "rows.jsonl")
+    script.finetune(plan, progress=False)
+    return plan, [event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"]
+
+
+SETTINGS = {
+    "lora": [],
+    "canonical-lora": ["model.peft.lora_tuning.variant=canonical"],
+    "attention": ["model.peft.lora_tuning.target_modules=[attention]"],
+    "mlp": ["model.peft.lora_tuning.target_modules=[mlp]"],
+    "dropout": ["model.peft.lora_tuning.adapter_dropout=0.1"],
+    "adapter": ["model.peft.peft_scheme=adapter"],
+    "ia3": ["model.peft.peft_scheme=ia3"],
+    "ptuning": ["model.peft.peft_scheme=ptuning"],
+    "full": ["model.peft.peft_scheme=none", "model.optim.lr=1e-3"],
+    "whole-row-loss": ["model.answer_only_loss=false"],
+    "early-stop": ["exp_manager.early_stopping_callback_params.min_delta=100", "exp_manager.early_stopping_callback_params.patience=1",
+                   "trainer.val_check_interval=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_trains(tiny, name):
+    plan, losses = train(tiny, name, *SETTINGS[name])
+    assert plan.adapter.exists()
+    assert len(losses) == (4 if name == "early-stop" else 12)
+    assert losses[-1] < losses[0]
+    if name != "full":  # whose norms are left out of the estimate
+        told, = (int(fact.split()[1].replace(",", "")) for fact in plan.preflight.facts if fact.startswith("trainable: "))
+        table = 10 * 64 if name == "ptuning" else 0  # what the encoder says, kept for inference
+        assert identify(plan.adapter).parameters == told + table
+
+
+def test_one_layer_alone_is_trained_and_cannot_be_exported(tiny):
+    plan, losses = train(tiny, "layer", "model.peft.lora_tuning.layer_selection=[2]")
+    assert losses[-1] < losses[0]
+    with pytest.raises(UnsupportedAdapter, match="layer_selection is set"):
+        export(plan.adapter, "hf-peft")
+
+
+def test_mixed_precision_rounds_and_learns_alike(tiny):
+    _, whole = train(tiny, "lora")
+    _, mixed = train(tiny, "bf16", "trainer.precision=bf16-mixed")
+    differences = [abs(one - other) for one, other in zip(whole, mixed, strict=True)]
+    assert 0 < max(differences) < 0.02
+
+
+def test_training_goes_on_from_an_adapter(tiny):
+    plan, losses = train(tiny, "lora")
+    _, more = train(tiny, "more", f"model.peft.restore_from_path={plan.adapter}")
+    assert abs(more[0] - losses[-1]) < 0.1 < losses[0] - more[0]
+
+
+def test_two_files_in_proportion(tiny):
+    files = [write_rows(tiny / "one.jsonl", 20), write_rows(tiny / "two.jsonl", 20)]
+    for file in files:  # as NeMo reads them
+        rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+        file.write_text("".join(json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n" for row in rows))
+    names = json.dumps([str(file) for file in files])
+    plan, losses = train(
+        tiny, "two", f"model.data.train_ds.file_names={names}", f"model.data.validation_ds.file_names={names}",
+        "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]", "model.data.validation_ds.names=[one,two]",
+        "model.data.train_ds.label_key=reply", "model.data.train_ds.truncation_field=question",
+        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'", "model.optim.sched.warmup_steps=2",
+        "trainer.val_check_interval=0.5", "trainer.max_steps=20",
+    )  # fmt: skip
+    assert losses[-1] < losses[0]
+    # A part of the run, as the container's command line has it: NeMo's epoch is the whole run, more than twice the rows here.
+    assert [event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"] == [10, 20]
+
+
+def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
+    """Killed with SIGKILL after more than half of the steps, continued by the same command: the same losses bit for bit. Fewer steps are
+    left then than lie between two validations.
+    """
+    more = ("trainer.max_steps=90", "trainer.val_check_interval=30", "model.optim.lr=2e-3")
+    _, right = train(tiny, "whole-run", *more)
+    words = overrides(tiny, "killed", *more)
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    plan = script.make_plan(words, data=tiny / "rows.jsonl")
+    deadline = time.monotonic() + 200
+    while not any(event["step"] > 62 for event in script.read_events(plan.events)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    script.finetune(plan, progress=False)
+    printed = capsys.readouterr().out
+    assert "ended without a word after step" in printed and "Continuing from" in printed
+    found = {event["step"]: event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"}
+    resumed = [event["step"] for event in script.read_events(plan.events) if event["event"] == "start"][-1]
+    assert resumed == 60
+    assert [found[step] for step in range(1, 91)] == right
+    validated = [event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"]
+    assert validated == [30, 60, 90]
+
+
+def test_a_killed_worker_is_named_and_the_same_command_finishes(tiny):
+    words = overrides(tiny, "worker", "trainer.max_steps=60", "trainer.val_check_interval=5", "exp_manager.create_early_stopping_callback=false")
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    plan = script.make_plan(words, data=tiny / "rows.jsonl")
+    deadline = time.monotonic() + 200
+    while not any(event["step"] > 6 for event in script.read_events(plan.events)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    torchrun, = psutil.Process(process.pid).children()
+    worker = next(child for child in torchrun.children() if any(word.endswith("megatron_gpt_finetuning.py") for word in child.cmdline()))
+    worker.kill()
+    assert "was killed (SIGKILL)" in process.communicate(timeout=60)[1] and process.returncode == 1
+    assert script.finetune(plan, progress=False).exists()
+    starts = [event["step"] for event in script.read_events(plan.events) if event["event"] == "start"]
+    assert starts[0] == 0 and 5 <= starts[1] < 60
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_the_nemo_is_finished(tiny):
+    plan, _ = train(tiny, "late")
+    made = read_adapter(plan.adapter).weights
+    plan.adapter.unlink()
+    plan.record.write_text(json.dumps(json.loads(plan.record.read_text()) | {"status": "running"}))
+    script.finetune(plan, progress=False)
+    found = read_adapter(plan.adapter).weights
+    assert all((one == other).all() for place in made for one, other in zip(made[place], found[place], strict=True))
+
+
+@pytest.mark.parametrize("limit, size, said", [
+    (resource.RLIMIT_FSIZE, 100_000, "The disk is full, or a limit on the size of files is reached"),
+    (resource.RLIMIT_AS, 2_500_000_000, "Memory ran out: lower model.micro_batch_size"),
+])  # fmt: skip
+def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
+    """The cause is named, nothing is left running, and the same command finishes once there is room."""
+    words = overrides(tiny, f"limit-{limit}", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64")
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(limit, (size, size)))
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+    ours = [process for process in psutil.process_iter(["cmdline"]) if f"exp_manager.name=limit-{limit}" in (process.info["cmdline"] or [])]
+    assert ours == []
+    plan = script.make_plan(words, data=tiny / "rows.jsonl")
+    assert script.finetune(plan, progress=False).exists()
+
+
+FULL_DISK = """
+place=$0
+mount -t tmpfs -o size=40m none "$place" || exit 90
+"$@" &
+for tenth in $(seq 2000); do
+    grep -qs '"event": "step"' "$place"/*/workshop/events.jsonl && break
+    sleep 0.1
+done
+head -c 100m /dev/zero > "$place/filler" 2>/dev/null
+wait $! && exit 91
+rm "$place/filler"
+exec "$@"
+"""
+
+
+def test_a_full_disk_for_real(tiny):
+    """A tmpfs in a mount namespace of its own fills up while training: the cause is named, and with room the same command finishes."""
+    place = tiny / "disk"
+    place.mkdir()
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits the size of files instead")
+    words = overrides(tiny, "tmpfs", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64",
+                      f"exp_manager.exp_dir={place}", "trainer.max_steps=100", "trainer.val_check_interval=50")  # fmt: skip
+    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command], capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No space left on device" in done.stderr and "The disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert "The last start ended without a word" in done.stdout and "tmpfs.nemo" in done.stdout
+
+
+def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
+    """As in notebook 05: in a kernel, with the weights in bf16 (O2), whose optimizer has to be resumed, too."""
+    from jupyter_client.manager import start_new_kernel
+
+    words = overrides(tiny, "kernel", "trainer.max_steps=400", "trainer.precision=bf16-mixed", "model.megatron_amp_O2=true",
+                      "trainer.val_check_interval=5", "exp_manager.create_early_stopping_callback=false")  # fmt: skip
+    code = (f"from pathlib import Path\nfrom workshop_utils.training import script\n"
+            f"plan = script.make_plan({words!r}, data=Path({str(tiny / 'rows.jsonl')!r}))\nscript.finetune(plan, progress=False)")  # fmt: skip
+    plan = script.make_plan(words, data=tiny / "rows.jsonl")
+    manager, client = start_new_kernel(env=dict(os.environ))
+    try:
+        client.execute(code)
+        deadline = time.monotonic() + 200
+        while not any(event["step"] > 12 for event in script.read_events(plan.events)):
+            assert time.monotonic() < deadline, plan.log.read_text()[-2000:]
+            time.sleep(0.05)
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)["content"]
+    finally:
+        manager.shutdown_kernel(now=True)
+    assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
+    left = [process for process in psutil.process_iter(["cmdline"]) if "exp_manager.name=kernel" in (process.info["cmdline"] or [])]
+    assert left == []
+    record = json.loads(plan.record.read_text())
+    assert record["status"] == "interrupted" and 12 < record["steps"] < 400
+    script.finetune(plan, progress=False)
+    events = script.read_events(plan.events)
+    starts = [event["step"] for event in events if event["event"] == "start"]
+    losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+    assert starts[0] == 0 and starts[1] >= 10 and len(losses) == 400
+    assert losses[400] < losses[starts[1] + 1] < losses[1]
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_predictions(tiny, adapted):
+    plan, _ = train(tiny, "lora")
+    more = [f"model.peft.restore_from_path={plan.adapter}"] if adapted else []
+    file = predict([f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8", *more],
+                   data=write_rows(tiny / "test.jsonl", 5))  # fmt: skip
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["label"] for row in rows] == [f"it is {n}" for n in range(5)]
+    assert all({"input", "pred", "label"} <= row.keys() for row in rows)
+    assert file.name == ("lora-test.jsonl" if adapted else "base-test.jsonl")
+
+
+def test_a_lightning_checkpoint_answers_as_the_nemo_of_its_run(tiny):
+    """The last step is the best here."""
+    plan, _ = train(tiny, "lora")
+    checkpoint, = plan.adapter.parent.glob("*-last.ckpt")
+    words = [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8"]
+    said = [f"model.peft.restore_from_ckpt.checkpoint_dir={checkpoint.parent}", f"model.peft.restore_from_ckpt.checkpoint_name='{checkpoint.name}'"]
+    rows = write_rows(tiny / "test.jsonl", 5)
+    answers = [predict([*words, *more], rows, tiny / f"{number}.jsonl").read_text()
+               for number, more in enumerate(([f"model.peft.restore_from_path={plan.adapter}"], said, []))]  # fmt: skip
+    assert answers[0] == answers[1] != answers[2]

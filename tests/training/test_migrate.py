@@ -1,0 +1,263 @@
+"""NeMo 1.0 configuration -> NeMo 2.0 code. The arguments are compared with the installed NeMo's source; a slow test executes the code."""
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from places import ROOT
+from tiny_model import make_tiny_model
+
+from workshop_utils.cli import main
+from workshop_utils.core.errors import WorkshopError
+from workshop_utils.training.migrate import _flat, code, migrate
+from workshop_utils.training.migrate.signatures import parameters, schedules
+from workshop_utils.training.migrate.table import CHECKPOINTING, FP8_ROWS, FP16_ROWS, ROWS
+
+CONFIGURATION = ROOT / "workshop_utils/training/script/conf/megatron_gpt_finetuning_config.yaml"
+
+PRETRAINING = """\
+name: small
+trainer: {devices: 1, accelerator: cpu, precision: 32, max_steps: 20, val_check_interval: 10, gradient_clip_val: 1.0, logger: false}
+exp_manager:
+  exp_dir: /tmp/runs
+  name: ${name}
+  resume_if_exists: true
+  checkpoint_callback_params: {monitor: validation_loss, save_top_k: 2, filename: "${name}--{validation_loss:.2f}-{step}"}
+  create_early_stopping_callback: true
+  early_stopping_callback_params: {monitor: validation_loss, patience: 3}
+model:
+  tensor_model_parallel_size: 1
+  pipeline_model_parallel_size: 1
+  micro_batch_size: 2
+  global_batch_size: 4
+  encoder_seq_length: 64
+  max_position_embeddings: ${.encoder_seq_length}
+  num_layers: 2
+  hidden_size: 32
+  ffn_hidden_size: ${multiply:4, ${.hidden_size}}
+  num_attention_heads: 4
+  normalization: rmsnorm
+  activation: swiglu
+  bias: false
+  layernorm_epsilon: 1e-5
+  megatron_amp_O2: true
+  virtual_pipeline_model_parallel_size: null
+  dist_ckpt_format: zarr
+  dist_ckpt_load_on_device: true
+  dist_ckpt_parallel_save: false
+  dist_ckpt_parallel_save_within_dp: false
+  dist_ckpt_parallel_load: true
+  dist_ckpt_torch_dist_multiproc: 2
+  dist_ckpt_assume_constant_structure: true
+  dist_ckpt_parallel_dist_opt: false
+  dist_ckpt_load_strictness: log_all
+  data: {data_prefix: [1.0, some_text_document], splits_string: "900,50,50", seq_length: 64, data_impl: mmap}
+  tokenizer: {library: huggingface, type: tiny, use_fast: true}
+  optim:
+    name: distributed_fused_adam
+    lr: 2e-4
+    betas: [0.9, 0.98]
+    overlap_grad_sync: true
+    sched: {name: CosineAnnealing, warmup_steps: 5, min_lr: 2e-5, constant_steps: 0}
+"""
+
+FINETUNING = """\
+trainer: {devices: 1, accelerator: cpu, precision: bf16, max_steps: 20}
+model:
+  restore_from_path: models/base
+  pipeline_model_parallel_size: 2
+  micro_batch_size: 2
+  global_batch_size: 4
+  hidden_dropout: 0.1
+  optim: {name: adamw, lr: 1e-3}
+  peft: {peft_scheme: lora, lora_tuning: {target_modules: [attention_qkv, mlp], adapter_dim: 8, alpha: 16, adapter_dropout: 0.05}}
+  data:
+    train_ds: {file_names: [data/rows/training.jsonl], max_seq_length: 128, label_key: output, add_eos: true}
+    validation_ds: {file_names: [data/rows/validation.jsonl]}
+"""
+
+
+def written(folder, text, name="nemo1.yaml"):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+@pytest.mark.parametrize("row", [*ROWS, *FP16_ROWS, *FP8_ROWS], ids=lambda row: f"{row.key}-{row.target}")
+def test_every_row_of_the_table_names_an_argument_that_the_installed_nemo_takes(row):
+    assert row.argument in parameters(row.target)
+
+
+def test_the_table_holds_every_checkpoint_setting_of_nemo_1_and_not_the_name_of_nvidias_page():
+    keys = {row.key.rpartition(".")[2]: row.argument for row in CHECKPOINTING}
+    assert keys["dist_ckpt_load_on_device"] == "ckpt_load_directly_on_device"
+    assert keys["dist_ckpt_parallel_dist_opt"] == "ckpt_parallel_save_optim"
+    assert "ckpt_load_on_device" not in parameters("strategy")
+    assert {name for name in keys if name.startswith("dist_ckpt")} == {
+        f"dist_ckpt_{name}"
+        for name in ("format", "load_on_device", "parallel_save", "parallel_save_within_dp", "parallel_load", "torch_dist_multiproc",
+                     "assume_constant_structure", "parallel_dist_opt", "load_strictness")
+    }  # fmt: skip
+    mapped = {row.argument for row in CHECKPOINTING}
+    ours = {name for name in parameters("strategy") if "ckpt" in name}
+    assert ours - mapped == {"ckpt_load_optimizer", "ckpt_save_optimizer"}  # new in NeMo 2.0: NeMo 1.0 had no setting for them
+
+
+def test_the_table_in_docs_is_the_one_that_the_command_prints(capsys):
+    assert main(["migrate", "--table"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert printed in (ROOT / "docs/migrating-from-nemo1.md").read_text()
+
+
+def test_no_key_is_dropped(tmp_path):
+    """Each key of the file becomes an argument, stands among the rest with a reason, or is null."""
+    for path in (written(tmp_path, PRETRAINING), written(tmp_path, FINETUNING, "ft.yaml"), CONFIGURATION):
+        made = migrate(path)
+        used = {one.source for arguments in made.parts.values() for one in arguments.values()} | set(made.left)
+        text = path.read_text()
+        flat = _flat(yaml.safe_load(text))
+        known = {
+            "exp_manager.create_early_stopping_callback",
+            "model.optim.sched.name",
+            "model.peft.peft_scheme",
+            "model.peft.lora_tuning.variant",
+        }
+        missing = [key for key, value in flat.items() if value is not None and key not in used | known and "<<" not in key]
+        assert missing == []
+        assert made.unset == len([value for value in flat.values() if value is None]) or "<<" in text
+
+
+def test_values_are_translated(tmp_path):
+    made = migrate(written(tmp_path, PRETRAINING))
+    assert made.value("strategy", "save_ckpt_format") == "zarr"
+    assert (
+        made.value("strategy", "ckpt_async_save") is False
+    )  # zarr cannot be saved asynchronously, and NeMo 2.0's default is True
+    assert made.value("optimizer", "use_distributed_optimizer") is True
+    assert made.value("optimizer", "lr") == 2e-4
+    assert made.value("config", "gated_linear_unit") is True
+    assert made.value("config", "normalization") == "RMSNorm"
+    assert made.value("config", "ffn_hidden_size") == 128
+    assert made.value("checkpoint", "filename") == "small--{val_loss:.2f}-{step}"
+    assert made.value("stopping", "monitor") == "val_loss"
+    assert made.value("ddp", "overlap_grad_reduce") is True
+    assert "fp32" in made.left["model.megatron_amp_O2"][1]
+    assert made.unset == 1
+
+
+def test_an_adapter_is_translated(tmp_path):
+    made = migrate(written(tmp_path, FINETUNING))
+    assert made.value("peft", "target_modules") == ["linear_qkv", "linear_fc1", "linear_fc2"]
+    assert (made.value("peft", "dim"), made.value("peft", "alpha"), made.value("peft", "dropout")) == (8, 16, 0.05)
+    assert made.value("peft", "dropout_position") == "post"  # NeMo 1.0's default; NeMo 2.0's is pre
+    assert repr(made.value("strategy", "pipeline_dtype")) == "torch.bfloat16"
+    assert made.value("finetuning", "dataset_root") == "data/rows"
+    assert "model.data.validation_ds.file_names" in made.left
+
+
+@pytest.mark.parametrize(
+    ("change", "left"),
+    [
+        (("swiglu", "reglu"), "model.activation"),
+        (("CosineAnnealing", "Unheard"), "model.optim.sched.name"),
+        (("distributed_fused_adam", "sgdx"), "model.optim.name"),
+        (("precision: 32", "precision: 64"), "trainer.precision"),
+    ],
+)
+def test_a_value_without_a_counterpart_is_listed(tmp_path, change, left):
+    assert left in migrate(written(tmp_path, PRETRAINING.replace(*change))).left
+
+
+def test_schemes_without_a_counterpart_are_listed(tmp_path):
+    made = migrate(written(tmp_path, FINETUNING.replace("peft_scheme: lora,", "peft_scheme: ia3,")))
+    assert "peft" not in made.parts
+    assert {"model.peft.peft_scheme", "model.peft.lora_tuning.adapter_dim"} <= set(made.left)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {tensor_model_parallel_sise: 2}", "Did you mean model.tensor_model_parallel_size"),
+        ("model: {dist_ckpt_formatt: zarr}", "Did you mean model.dist_ckpt_format"),
+        ("a: [1", "line 1"),
+        ("- 1", "holds a list"),
+        ("model: 3", "nemo1.yaml, model: is 3"),
+        ("model: {lr: '${nope}'}", "model.lr"),
+        ("_target_: nemo.X", "NeMo 2.0"),
+        ("architectures: [X]", "Hugging Face"),
+        ("services: {}", "no NeMo 1.0 configuration"),
+        ("model: !!python/object:os.system {}", "line 1"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_place(tmp_path, capsys, text, message):
+    path = written(tmp_path, text)
+    assert main(["migrate", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "nemo1.yaml" in error
+
+
+def test_a_key_that_looks_mistyped_can_be_kept(tmp_path):
+    path = written(tmp_path, "model: {tensor_model_parallel_sise: 2}")
+    assert "model.tensor_model_parallel_sise" in migrate(path, allow_unknown=True).left
+
+
+def test_files_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "model.nemo").write_bytes(b"\x80\x02\x00" * 100)
+    for name in ("model.nemo", "absent.yaml"):
+        with pytest.raises(WorkshopError, match=name):
+            migrate(tmp_path / name)
+
+
+def test_the_command_writes_a_script_and_replaces_none(tmp_path, capsys):
+    path = written(tmp_path, PRETRAINING)
+    assert main(["migrate", str(path), "--out", str(tmp_path / "new.py")]) == 0
+    ast.parse((tmp_path / "new.py").read_text())
+    assert main(["migrate", str(path), "--out", str(tmp_path / "new.py")]) == 1
+    assert "there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(schedules()))
+def test_every_schedule_of_nemo_2_is_one_of_nemo_1s_names(name, tmp_path):
+    text = PRETRAINING.replace("name: CosineAnnealing", f"name: {name}")
+    assert f"nl.lr_scheduler.{name}Scheduler(" in code.script(migrate(written(tmp_path, text)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [PRETRAINING, FINETUNING], ids=["pretraining", "finetuning"])
+def test_the_printed_code_runs(tmp_path, text):
+    """What the script defines is built by NeMo itself; the strategy has then the values of the file."""
+    script = code.script(migrate(written(tmp_path, text)))
+    (tmp_path / "migrated.py").write_text(script)
+    make_tiny_model(tmp_path / "tiny")  # for its tokenizer
+    for end in ("bin", "idx"):  # the data module looks for them
+        (tmp_path / f"some_text_document.{end}").touch()
+    checks = {
+        PRETRAINING: "assert strategy.save_ckpt_format == 'zarr'; assert config.num_layers == 2; "
+        "assert optim.config.lr == 2e-4; assert strategy.parallel_save_optim is False",
+        FINETUNING: "assert peft.dim == 8; assert data.seq_length == 128; assert strategy.pipeline_model_parallel_size == 2",
+    }[text]
+    program = f"from workshop_utils.runtime import nemo_cpu\nnemo_cpu.apply()\nfrom migrated import *\n{checks}\nprint('built')"
+    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "WORKSHOP_DEVICE": "cpu"})  # fmt: skip
+    assert done.stdout.strip().endswith("built"), done.stderr[-2000:]
+
+
+def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
+    """Line breaks in keys and names, keys below a known one, and numbers that Python writes otherwise."""
+    tree = {"model": {"tensor_model_parallel_size": 2, "evil\nimport os #": 1, "optim": {"name": "fused_adam", "lr": float("inf"),
+            "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}}}}}  # fmt: skip
+    file = tmp_path / 'a"""\nimport os #.yaml'
+    file.write_text(yaml.safe_dump(tree))
+    made = ast.parse(code.script(migrate(file)))
+    assert not any(isinstance(node, ast.Import) for node in made.body)
+    assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(migrate(file))
+
+
+def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
+    (tmp_path / "old.yaml").write_text("model: {tensor_model_parallel_size: 2}\n")
+    (tmp_path / "file").write_text("mine")
+    assert main(["migrate", str(tmp_path / "old.yaml"), "--out", str(tmp_path / "file" / "new.py")]) == 1
+    assert "cannot be written (File exists). Choose another name" in capsys.readouterr().err

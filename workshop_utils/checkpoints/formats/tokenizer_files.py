@@ -1,0 +1,83 @@
+"""Kind and size of the vocabulary of a tokenizer's directory, where they can be told in a few milliseconds."""
+
+from pathlib import Path
+
+from workshop_utils.checkpoints.formats.safe_text import read_json
+from workshop_utils.core.errors import CheckpointError
+
+MAX_BYTES = 8 * 1024**2
+"""Larger vocabularies are not counted: it would take longer than everything else."""
+
+NAMES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+def is_one(path: Path) -> bool:
+    """Whether the directory ``path`` holds a tokenizer."""
+    return any((path / name).is_file() for name in NAMES)
+
+
+def describe(path: Path) -> str | None:
+    """``class, number of tokens`` of the tokenizer in the directory ``path``; None where there is none."""
+    if not is_one(path):
+        return None
+    kind = _kind(path)
+    count = vocabulary(path)
+    return f"{kind}, {count:,} tokens" if count else kind
+
+
+def vocabulary(path: Path) -> int | None:
+    """Number of tokens of the tokenizer in the directory ``path``, or None where that is not cheap to tell."""
+    fast, sentencepiece = path / "tokenizer.json", path / "tokenizer.model"
+    try:
+        if fast.is_file() and fast.stat().st_size <= MAX_BYTES:
+            return _count_fast(read_json(fast))
+        if sentencepiece.is_file() and sentencepiece.stat().st_size <= MAX_BYTES:
+            return count_pieces(sentencepiece.read_bytes())
+    except CheckpointError:
+        # A tokenizer that cannot be read does not keep the weights from being described.
+        return None
+    return None
+
+
+def count_pieces(content: bytes) -> int | None:
+    """Number of pieces in a SentencePiece model: fields 1 of a protobuf message (sentencepiece_model.proto). None if it is none."""
+    at, count = 0, 0
+    while at < len(content):
+        tag, at = _varint(content, at)
+        length, at = _varint(content, at)
+        # Every field at the top is a message or text of a length (wire type 2).
+        if tag & 7 != 2 or at + length > len(content):
+            return None
+        count += tag >> 3 == 1
+        at += length
+    return count or None
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 64, 7):
+        byte = content[at] if at < len(content) else 0
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            break
+    return value, at
+
+
+def _kind(path: Path) -> str:
+    if (path / "tokenizer_config.json").is_file():
+        try:
+            return str(read_json(path / "tokenizer_config.json").get("tokenizer_class"))
+        except CheckpointError:
+            return "tokenizer_config.json cannot be read"
+    return next(name for name in NAMES if (path / name).is_file())
+
+
+def _count_fast(described: dict) -> int | None:
+    model, added = described.get("model"), described.get("added_tokens")
+    known = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(known, dict | list):
+        return None
+    more = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    inside = known if isinstance(known, dict) else {entry[0] for entry in known if isinstance(entry, list) and entry}
+    return len(known) + sum(str(token.get("content")) not in inside for token in more)

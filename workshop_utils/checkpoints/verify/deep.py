@@ -1,0 +1,106 @@
+"""Read every value of a checkpoint once: is each chunk what the index says it is, and is every number finite?"""
+
+import io
+import itertools
+import zlib
+from typing import IO, TYPE_CHECKING
+
+from workshop_utils.checkpoints.formats import torch_archive, values
+from workshop_utils.checkpoints.formats.summary import Checkpoint
+from workshop_utils.checkpoints.formats.tensor import Chunk, Tensor
+from workshop_utils.checkpoints.verify import layers
+from workshop_utils.checkpoints.verify.report import Report
+from workshop_utils.core.errors import CheckpointError, UnsupportedCheckpoint
+from workshop_utils.core.paths import shown
+from workshop_utils.core.progress import progress_bar
+
+if TYPE_CHECKING:
+    import numpy
+
+_BLOCK = 1 << 20
+
+
+def check(report: Report, checkpoint: Checkpoint, tensors: list[Tensor], progress: bool = False) -> None:
+    """Read the chunks of ``tensors`` file by file; memory stays near twice the largest chunk."""
+    work = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks if chunk.length]
+    work.sort(key=lambda one: (one[1].file, one[1].start))
+    hidden = sum(1 for tensor in tensors if tensor.nbytes and not any(chunk.length for chunk in tensor.chunks))
+    unread: set[str] = set()
+    total = sum(chunk.length for _, chunk in work)
+    with progress_bar(total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress) as bar:
+        for file, held in itertools.groupby(work, key=lambda one: one[1].file):
+            try:
+                with values.open_part(checkpoint, file) as part:
+                    for tensor, chunk in held:
+                        _check_chunk(report, checkpoint, part, tensor, chunk, unread)
+                        bar.update(chunk.length)
+            except (OSError, EOFError, zlib.error) as error:
+                report.damaged(f"{shown(checkpoint.path)}: {file} cannot be read: {error}.")
+            except CheckpointError as error:
+                report.add(error)
+    report.checked.append(
+        f"every one of {total:,} bytes of weights was read: each chunk is what the index says, and every number is finite"
+    )
+    if unread:
+        report.untold.append(f"whether the values of quantised tensors ({', '.join(sorted(unread))}) make sense")
+    if hidden:
+        report.untold.append(f"whether the values of {hidden} tensors are finite: their bytes could not be told")
+
+
+def _check_chunk(
+    report: Report, checkpoint: Checkpoint, part: IO[bytes], tensor: Tensor, chunk: Chunk, unread: set[str]
+) -> None:
+    """Judge the bytes of one chunk; the dtype of one whose values cannot be read is added to ``unread``."""
+    where = f"{shown(checkpoint.path)}: {chunk.file}"
+    part.seek(chunk.start)
+    content = part.read(chunk.length)
+    try:
+        if tensor.packed:
+            _check_archive(report, where, content, tensor, chunk)
+        numbers = values.parse_chunk(content, tensor, chunk, where)
+    except UnsupportedCheckpoint:
+        unread.add(tensor.dtype)
+    except CheckpointError as error:
+        # Readers of archives do not know which tensor theirs is.
+        report.add(type(error)(str(error), error.tensor or tensor.name))
+    else:
+        _check_finite(report, where, numbers, tensor, chunk)
+
+
+def _check_archive(report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk) -> None:
+    """The ``torch.save`` archive of a chunk states dtype and shape itself: they have to be those of the index."""
+    place = layers.place(tensor, chunk)
+    saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
+    if not isinstance(saved, torch_archive.SavedTensor):
+        report.damaged(f"{where}: {place} holds a {type(saved).__name__}, not a tensor.", tensor.name)
+    elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
+        report.damaged(
+            f"{where}: {place} holds {list(saved.shape)} of {saved.dtype}, but the index says "
+            f"{list(chunk.shape)} of {tensor.dtype}. The file may be from another save.",
+            tensor.name,
+        )
+
+
+def _check_finite(report: Report, where: str, numbers: "numpy.ndarray", tensor: Tensor, chunk: Chunk) -> None:
+    import numpy
+
+    if numbers.dtype.kind in "iub":
+        return
+    flat = numbers.reshape(-1)
+    # In blocks: the answer for all numbers at once would take a quarter more memory.
+    bad, first = 0, None
+    for start in range(0, flat.size, _BLOCK):
+        finite = numpy.isfinite(flat[start : start + _BLOCK])
+        if not finite.all():
+            bad += int(finite.size - finite.sum())
+            first = start + int(finite.argmin()) if first is None else first
+    if first is None:
+        return
+    place = [
+        int(inside) + offset for inside, offset in zip(numpy.unravel_index(first, numbers.shape), chunk.offsets, strict=True)
+    ]
+    report.damaged(
+        f"{where}: {layers.place(tensor, chunk)} has {bad:,} values of {flat.size:,} in this chunk that are not finite; the first is "
+        f"{flat[first]} at {place}. The training diverged, or the file is damaged.",
+        tensor.name,
+    )

@@ -1,0 +1,82 @@
+"""Caches and settings in the workshop's own folder where the home cannot be written to: a container that runs as a stranger to
+it, a home on a read-only file system, no home at all.
+
+    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run a program of others (JupyterLab) with such places
+"""
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from workshop_utils.core import paths
+
+MOVED = "WORKSHOP_HOME_MOVED"
+"""Variable that names the folder which took the home's place, also to the processes that this one starts."""
+
+
+def places() -> dict[str, Path]:
+    """Variable -> the place that the libraries write to, which the variable names or, unset, the home and the XDG variables give."""
+    home = Path(os.path.expanduser("~"))
+    xdg = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".local/share"}
+    cache, config, data = (Path(os.environ.get(name) or home / place) for name, place in xdg.items())
+    usual = {
+        "XDG_CACHE_HOME": cache,
+        "HF_HOME": cache / "huggingface",
+        "NEMO_HOME": home / ".cache" / "nemo",
+        "NEMORUN_HOME": home / ".nemo_run",
+        "TRITON_CACHE_DIR": home / ".triton" / "cache",
+        "MPLCONFIGDIR": config / "matplotlib",
+        "JUPYTER_CONFIG_DIR": home / ".jupyter",
+        "JUPYTER_DATA_DIR": data / "jupyter",
+        "IPYTHONDIR": home / ".ipython",
+    }
+    return {variable: Path(os.environ.get(variable) or place) for variable, place in usual.items()}
+
+
+def stand_in() -> Path:
+    """``.home/`` of the workshop. Holds nothing unless a home cannot be written to."""
+    return paths.root() / ".home"
+
+
+def use_writable_places() -> None:
+    """Set, in this process and those that it starts, each variable of :func:`places` whose place cannot be written to, to one below
+    :func:`stand_in`, and HOME where it is no directory that can be entered.
+
+    What a person has set stays, and so does everything where the home can be written to. ``~/.config`` is not moved: pip and others
+    only read there.
+    """
+    home = Path(os.path.expanduser("~"))  # stays "~" for a user that the system does not know
+    homeless = not (home.is_absolute() and os.path.isdir(home) and os.access(home, os.X_OK))
+    shut = [variable for variable, place in places().items() if not os.environ.get(variable) and not can_be_written(place)]
+    if not (homeless or shut):
+        return
+    folder = _made(stand_in())
+    if homeless:
+        os.environ["HOME"] = str(folder)
+    os.environ.update({variable: str(folder / variable.lower()) for variable in shut})
+    os.environ[MOVED] = str(folder)
+
+
+def can_be_written(place: Path) -> bool:
+    """Whether ``place`` is a directory that can be written to, or one that can be made."""
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+
+
+def _made(folder: Path) -> Path:
+    """``folder``, or a temporary one that goes with this process where the workshop cannot be written to either."""
+    if can_be_written(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+    temporary = Path(tempfile.mkdtemp(prefix="workshop-home-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+if __name__ == "__main__":
+    use_writable_places()
+    os.execvp(sys.argv[1], sys.argv[1:])

@@ -1,0 +1,51 @@
+"""The one place where a person chooses model, device and data: ``workshop.yaml``, or environment variables that win over it."""
+
+import os
+from dataclasses import asdict, dataclass, fields
+
+import yaml
+
+from workshop_utils.core import paths
+from workshop_utils.core.errors import WorkshopError
+
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``model``: a name from ``workshop models``. ``device``: auto, cpu or gpu. ``data``: a JSON Lines file, or None for the tickets."""
+
+    model: str = "smollm2-135m-instruct"
+    device: str = "auto"
+    data: str | None = None
+
+
+def load_settings() -> Settings:
+    """Defaults, overridden by ``workshop.yaml``, overridden by WORKSHOP_MODEL, WORKSHOP_DEVICE and WORKSHOP_DATA.
+
+    Raises:
+        WorkshopError: the file is not a mapping of these three names.
+    """
+    file = paths.root() / "workshop.yaml"
+    chosen = {}
+    if file.exists():
+        try:
+            chosen = yaml.safe_load(file.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise WorkshopError(f"workshop.yaml is not YAML: {error}. Put it right, or delete it to go back to the defaults.") from None
+    names = [field.name for field in fields(Settings)]
+    if not isinstance(chosen, dict) or not set(chosen) <= set(names):
+        raise WorkshopError(f"workshop.yaml may hold {', '.join(names)}, and nothing else.")
+    for name in names:
+        if os.environ.get(f"WORKSHOP_{name.upper()}"):
+            chosen[name] = os.environ[f"WORKSHOP_{name.upper()}"]
+    return Settings(**chosen)
+
+
+def save_settings(settings: Settings) -> None:
+    """Write ``workshop.yaml``; the defaults need no file, so then it is removed."""
+    file = paths.root() / "workshop.yaml"
+    if settings == Settings():
+        file.unlink(missing_ok=True)
+    else:
+        paths.write_text(file, yaml.safe_dump(asdict(settings), sort_keys=False))

@@ -1,0 +1,37 @@
+"""Text on a terminal: names and values of a stranger's checkpoint may hold what it would obey, and lines may be longer than it is wide."""
+
+import shutil
+import sys
+import textwrap
+
+
+def one_line(text: str) -> str:
+    r"""``text`` with escapes for line ends, control characters and changes of the writing direction: ``\x1b``, ``\n``, ``\u202e``."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii") for character in text
+    )
+
+
+def lines(text: str) -> str:
+    """As :func:`one_line`, for a text of several lines: their ends and tabs stay."""
+    return "\n".join("\t".join(map(one_line, line.split("\t"))) for line in text.split("\n"))
+
+
+def width() -> int:
+    """Columns of the terminal, or as many as COLUMNS says; without either no line is too long."""
+    return shutil.get_terminal_size(fallback=(sys.maxsize, 24)).columns
+
+
+def folded(line: str, indent: int) -> str:
+    """``line``, on as many lines as :func:`width` asks for, all but the first ``indent`` columns to the right. Words stay whole."""
+    if len(line) <= width():
+        return line
+    return textwrap.fill(line, width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def plain(text: str, longest: int) -> str:
+    """``text`` for a message: shortened, and without what a terminal would obey."""
+    shortened = text if len(text) <= longest else f"{text[:longest]}..."
+    return shortened if shortened.isascii() and shortened.isprintable() else ascii(shortened)[1:-1]

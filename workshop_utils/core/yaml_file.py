@@ -1,0 +1,42 @@
+"""YAML that a person wrote: options, configurations of NeMo 1.0."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from workshop_utils.core.errors import WorkshopError
+
+
+class _Loader(yaml.SafeLoader):
+    """Builds plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 itself wants 1.0e-4."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789"))
+
+
+def read_mapping(path: Path | str) -> dict[str, Any]:
+    """The mapping in the YAML file at ``path``; an empty file is an empty one.
+
+    Raises:
+        WorkshopError: the file cannot be read, is no text, no YAML, or holds something else than a mapping of names.
+    """
+    path = Path(path)
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise WorkshopError(f"{path}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise WorkshopError(f"{path} is no text, and so no YAML. `workshop inspect` tells what a checkpoint is.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise WorkshopError(
+            f"{path}{where}: is not YAML that can be read here ({getattr(error, 'problem', None) or error})."
+        ) from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise WorkshopError(f"{path}: holds a {type(value).__name__}; a mapping is needed, one `name: value` a line.")
+    return value

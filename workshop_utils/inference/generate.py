@@ -1,0 +1,205 @@
+"""Greedy answers of a Hugging Face model, with or without a PEFT adapter, in batches.
+
+    model, tokenizer = load("models/huggingface/smollm2-135m-instruct", adapter="runs/exports/NAME/hf-peft")
+    generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]])    # ["Hello! How can I help?"]
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workshop_utils.checkpoints import sources
+from workshop_utils.checkpoints.formats.summary import Kind
+from workshop_utils.checkpoints.sources.catalogue import chosen_model
+from workshop_utils.checkpoints.verify.verify import require_sound
+from workshop_utils.core import paths
+from workshop_utils.core.chat_data import prompt_turns
+from workshop_utils.core.chat_template import read_tokenizer
+from workshop_utils.core.errors import NotACheckpoint
+from workshop_utils.core.progress import progress_bar
+from workshop_utils.runtime.device import choose_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = list[dict]
+"""A conversation: ``[{"role": "user", "content": "..."}, ...]``. A last turn by the assistant is the answer and not shown."""
+
+
+def model_directory(model: Path | str | None = None) -> Path:
+    """``model`` if it is a directory, else the fetched model of that name; without one, that of the settings.
+
+    Raises:
+        NotACheckpoint, WorkshopError: it is neither; see :func:`workshop_utils.checkpoints.sources.directory`.
+    """
+    found = sources.directory(chosen_model().name if model is None else model)
+    if not (found / "config.json").is_file():
+        raise NotACheckpoint(f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model.")
+    return found
+
+
+def as_peft(adapter: Path | str, trust: bool = False) -> Path:
+    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use, then reused); verified first.
+
+    Raises:
+        CheckpointError: it is unsafe or damaged; with ``trust`` that is only printed.
+        WorkshopError: see :func:`workshop_utils.adapters.export.export`.
+    """
+    adapter = Path(adapter)
+    if (adapter / "adapter_config.json").is_file():
+        require_sound(adapter, trust, (Kind.PEFT,))
+        return adapter
+    from workshop_utils.adapters.export import export
+
+    return export(adapter, "hf-peft", trust=trust)
+
+
+def load(
+    hf_model: Path | str, adapter: Path | str | None = None, trust: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready to generate, and its tokenizer, which pads on the left. fp32 on the CPU, bf16 on a GPU.
+
+    Args:
+        hf_model: directory of a Hugging Face model with a chat template.
+        adapter: a PEFT directory, or a ``.nemo`` that is exported first.
+        trust: what is found wrong with either is printed and not raised.
+
+    Raises:
+        CheckpointError: one of the two is unsafe or damaged.
+        NotACheckpoint: ``hf_model`` is no Hugging Face model directory, or has no chat template.
+    """
+    hf_model = Path(hf_model)
+    if not (hf_model / "config.json").is_file():
+        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
+    peft = None if adapter is None else as_peft(adapter, trust)  # what is wrong with it is said before anything is loaded
+    if (hf_model / "tokenizer.json").is_file():
+        read_tokenizer(hf_model / "tokenizer.json")  # transformers fails at a broken one without naming it
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_model, padding_side="left", trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise NotACheckpoint(f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct version of the model.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    gpu = choose_device().kind == "gpu"
+    # Said, because transformers asks the user otherwise when the model brings code along.
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=dtype, trust_remote_code=False)
+    if peft is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, peft)
+    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+    prefix: Messages | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """The most probable answer to each conversation, in the order given, without special tokens.
+
+    Conversations of similar length share a batch. The tokens that all prompts begin with (a system prompt, ``prefix``) go
+    through the model once; every batch starts from a copy of their keys and values.
+
+    Args:
+        conversations: see :data:`Messages`.
+        prefix: turns that come before those of every conversation, for instance worked examples; a conversation's own
+            system message stays in front of them.
+    """
+    import torch
+
+    if not conversations:
+        return []
+    prompts = [prompt_ids(tokenizer, with_prefix(prefix or [], turns)) for turns in conversations]
+    shared = common_start(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
+    answers = [""] * len(prompts)
+    with torch.inference_mode(), progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar:
+        cache = _prefill(model, prompts[0][:shared]) if shared else None
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            tokens = _greedy(model, tokenizer, [prompts[row] for row in rows], shared, cache, max_new_tokens)
+            for row, text in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+                answers[row] = text
+            bar.update(len(rows))
+    return answers
+
+
+def with_prefix(prefix: Messages, turns: Messages) -> Messages:
+    """``prefix`` and then what ``turns`` ask; a system message of ``turns`` keeps the first place."""
+    asked = prompt_turns(turns)
+    system = [turn for turn in asked[:1] if turn["role"] == "system"]
+    return system + list(prefix) + asked[len(system) :]
+
+
+def common_start(prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts share, at least one token of each prompt left over.
+
+    Compared as tokens, because the text of a prefix need not end where a token does.
+    """
+    # The first and the last in sorted order differ earliest.
+    first, last = min(prompts), max(prompts)
+    limit = min(len(prompt) for prompt in prompts) - 1
+    return next((at for at in range(limit) if first[at] != last[at]), limit)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
+    """Token ids of the conversation up to where the answer begins."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
+
+
+def _prefill(model: PreTrainedModel, ids: list[int]) -> Cache:
+    """Keys and values of ``ids`` for a batch of one."""
+    import torch
+    from transformers import DynamicCache
+
+    inputs = torch.tensor([ids], device=model.device)
+    return model(input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], shared: int,
+            cache: Cache | None, max_new_tokens: int) -> Tensor:  # fmt: skip
+    """New tokens ``[batch, <= max_new_tokens]``, padded after the stop token.
+
+    Padding stands between the shared tokens and the rest of a prompt, where the attention mask hides it; positions are counted
+    over the mask, so each token has the one it would have alone.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        rest = len(prompt) - shared
+        for at, values in ((slice(0, shared), prompt[:shared]), (slice(width - rest, width), prompt[shared:])):
+            ids[row, at], mask[row, at] = torch.tensor(values, dtype=ids.dtype), 1
+    if cache is not None:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(prompts))
+    stop = model.generation_config.eos_token_id
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+                              eos_token_id=tokenizer.eos_token_id if stop is None else stop)  # fmt: skip
+    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), past_key_values=cache,
+                            generation_config=config, use_model_defaults=False)  # fmt: skip
+    return output[:, width:]
+
+
+def logits(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]):
+    """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch, sequence]`` without padding."""
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor(token_ids, device=model.device)).logits.float().cpu().numpy()

@@ -1,0 +1,69 @@
+"""The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it.
+
+``python -m workshop_utils.series.lock`` (or ``make lock``) writes ``environment.yml`` anew after the lock was changed.
+"""
+
+import re
+from pathlib import Path
+
+from workshop_utils.core import paths
+from workshop_utils.core.errors import WorkshopError
+
+_PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;#]+)")
+
+_ENVIRONMENT = """\
+# For conda, Binder and repo2docker. Written by "make lock" from requirements.txt, which is the source: do not edit.
+name: nemo-lora-workshop
+channels:
+  - conda-forge
+dependencies:
+  - python=3.11
+  - pip
+  - pip:
+{pins}
+"""
+
+
+def lock_file() -> Path:
+    """``requirements.txt``, of the repository or as it came with an installed package."""
+    return paths.repository_file("requirements.txt")
+
+
+def read_lock(file: Path) -> dict[str, str]:
+    """Name (lower case, dashes) → version of every line of ``file``.
+
+    Raises:
+        WorkshopError: a line is no ``name==version``, or a name stands twice.
+    """
+    pins: dict[str, str] = {}
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        pin = _PIN.fullmatch(line)
+        if pin is None:
+            raise WorkshopError(f"{paths.shown(file)}, line {number}: {line!r} is not a pin. Write it as name==version.")
+        name = normalised(pin["name"])
+        if name in pins:
+            raise WorkshopError(f"{paths.shown(file)}, line {number}: {name} is pinned twice. Keep one of the lines.")
+        pins[name] = pin["version"]
+    return pins
+
+
+def normalised(name: str) -> str:
+    """The form in which two names of the same distribution are equal (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def environment_yaml(pins: dict[str, str]) -> str:
+    """The text of ``environment.yml`` for these pins."""
+    return _ENVIRONMENT.format(pins="\n".join(f"      - {name}=={version}" for name, version in pins.items()))
+
+
+def main() -> None:
+    """Write ``environment.yml`` from the lock."""
+    print("wrote", paths.shown(paths.write_text(paths.root() / "environment.yml", environment_yaml(read_lock(lock_file())))))
+
+
+if __name__ == "__main__":
+    main()

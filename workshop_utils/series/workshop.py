@@ -1,0 +1,121 @@
+"""What a notebook starts with: the chosen model, device and data, and each artifact of the series, made when it is missing.
+
+    ws = open_workshop()        # prints what was chosen and why
+    ws.nemo2_checkpoint()       # a path; fetched, converted, ... first if an earlier notebook has not done so
+
+Every step records its artifact for the report of ``make workshop``.
+"""
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop_utils.checkpoints import sources
+from workshop_utils.checkpoints.sources.catalogue import Model, chosen_model
+from workshop_utils.core import paths
+from workshop_utils.core.chat_data import make_tickets
+from workshop_utils.core.settings import SEED, Settings, load_settings
+from workshop_utils.runtime.device import Device, choose_device, quiet_environment
+from workshop_utils.runtime.processes import run_quietly
+from workshop_utils.series.report import record_artifact, record_metric
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """The choices, and the artifacts that follow from them."""
+
+    settings: Settings
+    model: Model
+    device: Device
+
+    def hf_model(self) -> Path:
+        """Hugging Face directory of the model; for a model that comes as NeMo 2.0, exported from there by NeMo."""
+        target = paths.huggingface_model(self.model.name)
+        if self.model.format == "huggingface":
+            sources.fetch(self.model.name)
+        elif not target.exists():
+            run_quietly("import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target))
+        return record_artifact("hf_model", target)
+
+    def nemo2_checkpoint(self) -> Path:
+        """NeMo 2.0 checkpoint of the model."""
+        target = paths.nemo2_checkpoint(self.model.name)
+        if self.model.format == "nemo2":
+            sources.fetch(self.model.name)
+        elif not target.exists():
+            run_quietly("import", str(self.hf_model()), "--out", str(target))
+        return record_artifact("nemo2_checkpoint", target)
+
+    def bridged_checkpoint(self) -> Path:
+        """The view of the NeMo 2.0 checkpoint that the script path loads."""
+        from workshop_utils.checkpoints.convert.bridge import bridge
+
+        return record_artifact("bridged_checkpoint", bridge(self.nemo2_checkpoint()))
+
+    def data_files(self) -> dict[str, Path]:
+        """``train``, ``validation`` and ``test`` files: the tickets, or what ``data`` in the settings names."""
+        if self.settings.data:
+            train = Path(self.settings.data).resolve()
+            files = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
+            return {"train": train} | {name: file if file.exists() else train for name, file in files.items()}
+        folder = make_tickets()
+        record_artifact("test_set", folder / "test.jsonl")
+        return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
+
+    def plan(self, *overrides: str):
+        """The training run of the series, with ``overrides`` on top (see :func:`workshop_utils.training.script.make_plan`)."""
+        from workshop_utils.training.script import make_plan
+
+        files = self.data_files()
+        base = f"model.restore_from_path={self.bridged_checkpoint()}"
+        return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
+
+    def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
+        """The run's overrides for any ``base``, loadable or not, and another run directory; always from the beginning."""
+        place = (
+            f"exp_manager.exp_dir={run_dir.parent}",
+            f"exp_manager.name={run_dir.name}",
+            "exp_manager.resume_if_exists=false",
+        )
+        settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
+        return [f"{key}={value}" for key, value in settings.items()]
+
+    def adapter(self, *overrides: str) -> Path:
+        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished before."""
+        from workshop_utils.training import script
+
+        plan = self.plan(*overrides)
+        adapter = script.finetune(plan)
+        record_metric("train_seconds", script.train_seconds(plan))
+        return adapter
+
+    def exports(self) -> dict[str, Path]:
+        """``nemo`` (TensorRT-LLM's order) and ``hf-peft``, made from :meth:`adapter`."""
+        from workshop_utils.adapters.export import export
+
+        adapter = self.adapter()
+        made = {form: export(adapter, form, base_model=self.model.name, overwrite=True) for form in ("nemo", "hf-peft")}
+        record_artifact("nemo_adapter", made["nemo"])
+        record_artifact("peft_adapter", made["hf-peft"])
+        return made
+
+
+def open_workshop(show: bool = True) -> Workshop:
+    """Read the settings, prepare this process for NeMo, and print model, device and seed.
+
+    Raises:
+        WorkshopError: the settings name an unknown model or device.
+    """
+    from workshop_utils.runtime import nemo_cpu
+
+    settings = load_settings()
+    if settings.device != "auto":
+        os.environ["WORKSHOP_DEVICE"] = settings.device
+    quiet_environment(os.environ)
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    nemo_cpu.apply()
+    workshop = Workshop(settings, chosen_model(), choose_device())
+    if show:
+        print(f"model:  {workshop.model.name}\ndevice: {workshop.device}\nseed:   {SEED}")
+    return workshop

@@ -1,0 +1,1 @@
+"""A server for learning, and the commands of a NIM."""

@@ -1,0 +1,162 @@
+"""The server as a process: load, listen, stop; and the same in the background of a notebook."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from workshop_utils.core.errors import WorkshopError
+from workshop_utils.runtime import orphans
+from workshop_utils.serving.server.service import Limits, Service
+
+if TYPE_CHECKING:
+    pass
+
+API_KEY = "WORKSHOP_API_KEY"
+_LISTENING = "listening on "
+_GRACE = 5
+"""Seconds that what is under way has to finish when the server is stopped."""
+
+
+def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None) -> None:
+    """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed.
+
+    Raises:
+        WorkshopError: the address cannot be had, or the base not be loaded.
+    """
+    listener = _listen(host, port)
+    import signal
+
+    import uvicorn
+
+    from workshop_utils.serving.server.app import create_app
+
+    app = create_app(service, api_key, service.limits.max_body)
+
+    class Server(uvicorn.Server):
+        """Closes the service when it stops."""
+        async def shutdown(self, sockets=None) -> None:
+            """End the engine while there are clients to hear of it, then the connections."""
+            await asyncio.to_thread(service.close, _GRACE)
+            await super().shutdown(sockets)
+
+    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE))
+    print(
+        f"{_LISTENING}http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}  (/v1/health/ready says when the model is loaded)",
+        flush=True,
+    )
+    loading = ThreadPoolExecutor(1).submit(service.load)
+    loading.add_done_callback(lambda done: _stop_after_failure(done, server, service))
+    # uvicorn hands the signal on when it has stopped. That is the wanted end, not an error.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    server.run(sockets=[listener])
+    if loading.done():
+        loading.result()
+        service.engine.thread.result()
+    print("stopped", flush=True)
+    if not loading.done():
+        os._exit(0)  # Python would wait for the thread that loads
+
+
+def _stop_after_failure(done: Future, server, service: Service) -> None:
+    """A server without a model, or whose engine has ended, is of no use."""
+
+    def end(_: Future) -> None:
+        """Answer no more requests, and have uvicorn stop."""
+        service.ready, server.should_exit = False, True
+
+    if done.exception():
+        end(done)
+    else:
+        service.engine.thread.add_done_callback(end)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+    except (OSError, OverflowError) as error:
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
+        raise WorkshopError(
+            f"cannot listen on {host}:{port}: {reason}. Stop the program that uses it, or choose another --port or --host."
+        ) from None
+
+
+@dataclass
+class Handle:
+    """A server in the background. ``url`` is ``http://HOST:PORT``; clients of OpenAI want ``f"{url}/v1"``. Ends with this process."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen
+
+    def stop(self) -> None:
+        """End it; a second time does nothing."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None,
+          refresh: float = 2, timeout: float = 180, trust: bool = False, **limits: int) -> Handle:  # fmt: skip
+    """Serve ``base`` and the adapters of ``store`` from a process in the background, and return when it is ready.
+
+    Args:
+        port: 0 for any free one.
+        limits: fields of :class:`Limits`.
+
+    Raises:
+        WorkshopError: it did not get ready; the message ends with what it wrote last.
+    """
+    Service(base, store, Limits(**limits))  # what is wrong with these is said here, at once
+    options = {"base": base, "store": store or None, "host": host, "port": port, "refresh": refresh, **limits}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+    command = [sys.executable, "-m", "workshop_utils", "serve", *words, *([] if store else ["--no-store"]), *(["--trust"] if trust else [])]
+    environment = os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
+    with tempfile.NamedTemporaryFile("w", prefix="workshop-serve-", suffix=".log", delete=False) as output:
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    log = Path(output.name)
+    handle = Handle("", log, process)
+    until = time.monotonic() + timeout
+    ready = False
+    try:
+        while time.monotonic() < until and process.poll() is None:
+            lines = log.read_text(errors="replace").splitlines()
+            handle.url = next((line.removeprefix(_LISTENING).split()[0] for line in lines if line.startswith(_LISTENING)), "")
+            ready = bool(handle.url) and _answers(f"{handle.url}/v1/health/ready")
+            if ready:
+                return handle
+            time.sleep(0.2)
+    finally:
+        if not ready:  # also when a cell is interrupted
+            handle.stop()
+    why = f"did not get ready in {timeout:g} s" if time.monotonic() >= until else "ended"
+    raise WorkshopError(f"the server {why}. It wrote:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _answers(url: str) -> bool:
+    import httpx
+
+    try:
+        return httpx.get(url, trust_env=False, timeout=5).is_success
+    except httpx.TransportError:
+        return False

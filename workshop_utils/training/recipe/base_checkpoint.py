@@ -1,0 +1,239 @@
+"""The base of a recipe run: from a Hugging Face id, a catalogue name, a directory or NGC to a NeMo 2.0 checkpoint, once.
+
+A checkpoint appears at its place whole or not at all: it is imported into a temporary directory beside it, which is renamed. A record
+(``import.json``) in it says what it was made from; only a checkpoint with the same record that also passes verification is reused.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from workshop_utils.checkpoints import sources
+from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.checkpoints.formats.summary import Kind
+from workshop_utils.checkpoints.verify.verify import require_sound, verify
+from workshop_utils.core import paths
+from workshop_utils.core.errors import CheckpointError, NotACheckpoint, OutputExists, WaitedTooLong, WorkshopError
+from workshop_utils.core.hashing import of_contents
+from workshop_utils.runtime.processes import run_quietly
+from workshop_utils.training.recipe import waiting
+
+RECORD = "import.json"
+TIMEOUT = 3600.0  # seconds
+# A half-written checkpoint holds nothing but these.
+_PARTS = {"context", "weights", RECORD}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a base comes from: ``name`` as it is recorded, and either a ``directory`` or a ``model`` that can be fetched."""
+
+    name: str
+    directory: Path | None = None
+    model: sources.Model | None = None
+
+    @property
+    def here(self) -> Path:
+        """Its directory on this machine, whether it is there or not."""
+        return self.directory or sources.location(self.model)
+
+
+def import_base(hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust: bool = False, rank: int | None = None) -> Path:
+    """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not there; ``target``.
+
+    ``hf_model_id`` is a name of ``workshop models``, ``org/model`` or ``hf://org/model`` (``@revision`` may follow), a directory (Hugging
+    Face or NeMo 2.0), or ``ngc://org/team/model:version``. A NeMo 2.0 source is linked to, not copied.
+
+    Where several processes ask at once, one imports; the others wait up to ``timeout`` seconds and say for whom. Under torchrun only
+    ``rank`` 0 (default: the environment's RANK) imports, and the other ranks wait for the checkpoint to appear on their disk.
+    What an interrupted import left is removed and the import done again. With ``trust``, findings of verification are only printed.
+
+    Raises:
+        WorkshopError: there is no such model, directory or name.
+        FetchError: it could not be downloaded.
+        CheckpointError: the source is unsafe, damaged, or of a family that NeMo cannot import.
+        OutputExists: ``target`` holds something that this function did not make; nothing is replaced.
+        WaitedTooLong: another process did not finish in time, or this rank's disk never got the checkpoint.
+    """
+    source, target = find_source(hf_model_id), Path(os.path.abspath(target))
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    if rank > 0:
+        return _wait_for_first_rank(source, target, timeout, trust, rank)
+    with waiting.alone_on(target, f"importing {source.name}", timeout):
+        waiting.remove_leftovers(target)
+        if _is_reusable(source, target, trust):
+            return target
+        _make(source, target, trust)
+    return target
+
+
+def find_source(hf_model_id: str) -> Source:
+    """What ``hf_model_id`` names; nothing is fetched. Raises WorkshopError, with the nearest names, when it is nothing."""
+    name = hf_model_id.strip()
+    if name.startswith("ngc://"):
+        return _of_ngc(name)
+    plain = name.removeprefix("hf://").rstrip("/")
+    if Path(plain).expanduser().is_dir():
+        directory = Path(plain).expanduser().resolve()
+        return Source(str(directory), directory=directory)
+    if plain in sources.catalogue():
+        return Source(plain, model=sources.find(plain))
+    if plain.startswith((".", "/", "~")) or plain.count("/") > 1:
+        raise WorkshopError(
+            f"hf_model_id: {plain} is no directory. Give a Hugging Face id (org/model), a name of `workshop models` or a directory."
+        )
+    if "/" not in plain:
+        return Source(plain, model=sources.find(plain))
+    address, _, revision = plain.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", address):
+        raise WorkshopError(f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision.")
+    known = [one for one in sources.catalogue().values() if one.source == "huggingface" and one.address == address]
+    if known and revision in ("", known[0].revision):
+        return Source(known[0].name, model=known[0])
+    return Source(plain, model=_unlisted(plain.replace("/", "--"), "huggingface", address, revision or None, "huggingface"))
+
+
+def _of_ngc(name: str) -> Source:
+    address = name.removeprefix("ngc://")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
+        raise WorkshopError(
+            f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
+        )
+    known = [one for one in sources.catalogue().values() if one.source == "ngc" and one.address == address]
+    if known:
+        return Source(known[0].name, model=known[0])
+    return Source(name, model=_unlisted(re.sub(r"[/:]", "--", address), "ngc", address, None, "nemo2"))
+
+
+def _unlisted(name: str, source: str, address: str, revision: str | None, form: str) -> sources.Model:
+    """A model that the catalogue does not list; its licence is not known here, so the messages point to its page."""
+    site = "https://huggingface.co" if source == "huggingface" else "https://catalog.ngc.nvidia.com"
+    page = f"{site}/{address}" if source == "huggingface" else site
+    return sources.Model(name, address, 0, source, address, revision, 0, "see its page", page, False, form, {})
+
+
+def _make(source: Source, target: Path, trust: bool) -> None:
+    """Fetch ``source`` where needed, import it (or link to it), and rename the result to ``target``."""
+    directory = _fetched(source)
+    kind = identify(directory).kind
+    if kind not in (Kind.HUGGINGFACE, Kind.NEMO2):
+        raise NotACheckpoint(
+            f"{paths.shown(directory)} is a {kind}; a base is a Hugging Face model or a NeMo 2.0 checkpoint. `workshop convert` may help."
+        )
+    with paths.new_directory(target) as part:
+        if kind is Kind.NEMO2:
+            from workshop_utils.checkpoints.formats import nemo2
+
+            directory = nemo2.locate(directory).resolve()
+            require_sound(directory, trust, (Kind.NEMO2,))
+            for name in ("context", "weights"):
+                (part / name).symlink_to(directory / name, target_is_directory=True)
+        else:
+            made = part / "checkpoint"
+            _import(directory, made, source.name, trust)
+            for content in made.iterdir():
+                content.rename(part / content.name)
+            made.rmdir()
+        record = {"source": source.name, "revision": source.model and source.model.revision, "files": of_contents(directory)}
+        (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
+def _import(model: Path, made: Path, name: str, trust: bool) -> None:
+    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a notebook's kernel."""
+    from workshop_utils.checkpoints.convert.huggingface import check
+
+    # That process does so, too, but its errors come back as text, and what it prints in spite of them is not seen.
+    check(model)
+    require_sound(model, trust, (Kind.HUGGINGFACE,))
+    print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
+    run_quietly("import", str(model), "--out", str(made), *(["--trust"] if trust else []))
+
+
+def _fetched(source: Source) -> Path:
+    """The directory of ``source``, downloaded first when it is not here."""
+    if source.directory:
+        return source.directory
+    if source.model.name in sources.catalogue():
+        return sources.fetch(source.model.name)
+    if not sources.is_present(source.model):
+        source.here.parent.mkdir(parents=True, exist_ok=True)
+        with waiting.alone_on(source.here, f"fetching {source.name}", TIMEOUT):
+            if not sources.is_present(source.model):
+                sources.source_of(source.model).download(source.model, source.here)
+    return source.here
+
+
+def _is_reusable(source: Source, target: Path, trust: bool) -> bool:
+    """Whether ``target`` is a whole import of ``source``; says why not on standard error. Raises OutputExists for foreign content."""
+    if not target.exists() and not target.is_symlink():
+        return False
+    where = paths.shown(target)
+    record = _read_record(target)
+    foreign = not target.is_dir() or {item.name for item in target.iterdir()} - _PARTS
+    sound = not foreign and _is_sound(target, trust)
+    if foreign or (record is None and sound):
+        what = (
+            "a checkpoint, and nothing says what it was made from" if sound else "something that is no import of this command"
+        )
+        raise OutputExists(
+            f"{where} holds {what}. Nothing was replaced. Move it away, or set nemo_ckpt_dir to another directory."
+        )
+    if not sound:
+        print(f"{where} is not whole (an interrupted or damaged import); it is imported again.", file=sys.stderr)
+    elif reason := _difference(record, source):
+        print(f"{where} was made from {reason}; it is imported again.", file=sys.stderr)
+    else:
+        return True
+    return False
+
+
+def _is_sound(target: Path, trust: bool) -> bool:
+    try:
+        report = verify(target)
+    except NotACheckpoint:
+        return False
+    if not report.sound and trust and report.checkpoint is not None:
+        require_sound(target, trust)
+        return True
+    return report.sound
+
+
+def _read_record(target: Path) -> dict | None:
+    try:
+        found = json.loads((target / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _difference(record: dict, source: Source) -> str | None:
+    """What ``record`` was made from, where that is not ``source`` as it is now. A source that has been removed since is not compared."""
+    if record.get("source") != source.name:
+        return f"{record.get('source')}, not from {source.name}"
+    if source.model and record.get("revision") != source.model.revision:
+        return f"revision {record.get('revision')}, not {source.model.revision}"
+    try:
+        changed = source.here.is_dir() and record.get("files") != of_contents(source.here)
+    except CheckpointError:
+        return None
+    return f"another state of {paths.shown(source.here)}" if changed else None
+
+
+def _wait_for_first_rank(source: Source, target: Path, timeout: float, trust: bool, rank: int) -> Path:
+    patience = waiting.Patience(timeout)
+    while not (_read_record(target) and not _difference(_read_record(target), source) and _is_sound(target, trust)):
+        who = waiting.holder(target) or "rank 0"
+        if patience.spent():
+            raise WaitedTooLong(
+                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for {paths.shown(target)}, which {who} should have made from {source.name}. "
+                "If the disks of the machines are not shared, run `workshop recipe import` on each of them first, or set nemo_ckpt_dir to "
+                "a shared directory. If rank 0 failed, its error stands in its log."
+            )
+        patience.say(f"rank {rank} waits for {paths.shown(target)}, which {who} makes from {source.name}")
+        time.sleep(min(waiting.PAUSE, timeout))
+    return target

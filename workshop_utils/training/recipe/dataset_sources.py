@@ -1,0 +1,186 @@
+"""Data sets from the Hugging Face Hub and from files, by the ``datasets`` library; with what identifies their content."""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workshop_utils.core import paths
+from workshop_utils.core.errors import DataError, FetchError
+from workshop_utils.core.nearest import did_you_mean, nearest
+from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+"""Ending of a file -> the builder of ``datasets`` that reads it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that is known and not loaded yet: ``revision`` is the Hub's commit, or the hash of the files' content."""
+
+    config: HFDatasetConfig
+    place: Path | None
+    revision: str
+    builder: Any = None
+
+    def load(self, scratch: Path) -> "list[Dataset]":
+        """The split, or the three own splits, that the configuration names; ``scratch`` takes the library's temporary files.
+
+        Raises :class:`DataError` for a split that is not there, a file that cannot be read, and a data set without rows.
+        """
+        with _explained(self.config):
+            if self.place is None:
+                self.builder.download_and_prepare()
+                found = self.builder.as_dataset()
+            else:
+                found = _read_local(self.place, self.config, scratch)
+        names = self.config.own_splits() or [self.config.split]
+        return [_split(found, name, self.config.dataset_name) for name in names]
+
+
+def find(config: HFDatasetConfig) -> Source:
+    """The source of ``config``; asks the Hub for its newest commit (or the library's cache, offline), or hashes the files.
+
+    Raises:
+        DataError: there is no such data set, configuration, file or format.
+        FetchError: the Hub cannot be reached and the data set is not cached.
+    """
+    place = Path(config.dataset_name).expanduser()
+    if place.exists():
+        if place.is_file() and place.suffix.lower() not in FORMATS:
+            raise DataError(
+                f"{paths.shown(place)}: files ending in {place.suffix or 'nothing'} are not read; known are {', '.join(FORMATS)}."
+            )
+        return Source(config, place.resolve(), _content(place))
+    if config.dataset_name.startswith((".", "/", "~")) or place.suffix.lower() in FORMATS or config.dataset_name.count("/") > 1:
+        raise DataError(f"{paths.shown(place)} does not exist.{_near(place)}")
+    if config.dataset_name == "pandas":  # CVE-2026-57845
+        raise DataError("dataset_name: pandas is the library's builder that reads pickles, which run code. Save the rows as Parquet or JSON Lines.")
+    import datasets
+
+    with _explained(config):
+        builder = datasets.load_dataset_builder(
+            config.dataset_name, config.dataset_config, trust_remote_code=False, **config.load_kwargs
+        )
+    return Source(config, None, builder.hash or str(builder.info.version), builder)
+
+
+def _near(place: Path) -> str:
+    there = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+    return did_you_mean(paths.shown(place.parent / name) for name in nearest(place.name, there))
+
+
+def _content(place: Path) -> str:
+    """Hash of the names and bytes of all files at ``place``."""
+    found = hashlib.sha256()
+    for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
+        found.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
+    import datasets
+
+    # A cache of this preparation only: the library's own knows files by path and time, not by content.
+    options = {"cache_dir": str(scratch / "cache")} | dict(config.load_kwargs)
+    if place.is_dir() and any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_from_disk(str(place))
+    if place.is_dir():
+        return datasets.load_dataset(str(place), config.dataset_config, trust_remote_code=False, **options)
+    kind = FORMATS[place.suffix.lower()]
+    if place.suffix.lower() == ".tsv":
+        options.setdefault("sep", "\t")
+    if place.suffix.lower() == ".jsonl":
+        _check_json_lines(place)
+    return datasets.load_dataset(kind, data_files=str(place), **options)
+
+
+def _check_json_lines(file: Path) -> None:
+    """The library's message about a broken line names neither the file nor the line."""
+    rows = 0
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                rows += 1
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{paths.shown(file)}, line {number}: not JSON in UTF-8 ({error}).") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{paths.shown(file)}, line {number}: a {type(row).__name__}, not an object.")
+    if not rows:
+        raise DataError(f"{paths.shown(file)} holds no rows: write one JSON object a line.")
+
+
+def _split(found: Any, name: str, source: str) -> "Dataset":
+    import datasets
+
+    if isinstance(found, datasets.Dataset):
+        if name != "train":
+            raise DataError(f"split: {source} is one data set without splits; leave split at 'train'.")
+        made = found
+    elif name in found:
+        made = found[name]
+    else:
+        raise DataError(f"split: {source} has no split {name!r}; it has {', '.join(found)}.")
+    if not len(made):
+        raise DataError(f"{source}, split {name!r}: no rows.")
+    return made
+
+
+@contextlib.contextmanager
+def _explained(config: HFDatasetConfig) -> Iterator[None]:
+    """Errors of the ``datasets`` library as ours."""
+    import datasets
+    import requests
+    from datasets import exceptions
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from workshop_utils.checkpoints.sources import proxy
+
+    name = config.dataset_name
+    # It announces each of its retries, with the whole exception.
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    except exceptions.DatasetNotFoundError as error:
+        raise DataError(
+            f"dataset_name: {_one_line(error)} Check the name at https://huggingface.co/datasets; a private or gated one needs HF_TOKEN."
+        ) from None
+    except (exceptions.DataFilesNotFoundError, exceptions.DatasetGenerationError, exceptions.DatasetBuildError) as error:
+        raise DataError(f"{name}: cannot be read: {_one_line(error.__cause__ or error)}") from None
+    except (requests.RequestException, HfHubHTTPError, ConnectionError) as error:
+        offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
+        raise FetchError(f"{name}: the Hub cannot be reached, and the data set is not in the cache (HF_HOME).{offline}{proxy.of_environment(ENDPOINT, str(error))} Go online and start again, "
+                         f"or give a file. ({_one_line(error)})") from None  # fmt: skip
+    except (ValueError, TypeError, KeyError, FileNotFoundError, UnicodeDecodeError) as error:
+        # The library's answer to unknown configurations, arguments (load_kwargs) and data sets that bring code along.
+        said = _one_line(error).partition(" Example of usage")[0]
+        if "trust_remote_code" in said:
+            said = (
+                "it comes with a script of its own, which is never run here. The Hub keeps a Parquet copy of most of them: "
+                'load_kwargs {"revision": "refs/convert/parquet"}.'
+            )
+        about = "dataset_config: " if "BuilderConfig" in said or "Config name" in said else ""
+        raise DataError(f"{about}{name}: {said}") from None
+    finally:
+        log.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    from workshop_utils.checkpoints.sources.proxy import without_credentials
+
+    return without_credentials(" ".join(str(error).split()))[:600]

@@ -1,0 +1,237 @@
+"""The export phase: a checkpoint of the run for those who have no NeMo 2.0, or no adapter.
+
+    hf_peft     the adapter, as Hugging Face PEFT                  {checkpoint}.hf_peft
+    merged      adapter and base in one, a NeMo 2.0 checkpoint     {checkpoint}.merged
+    hf_model    the merged, or fully fine-tuned, model for transformers   {checkpoint}.hf_model
+
+All lie in ``{output_dir}/exports``, not beside the checkpoint as the reference has them: NeMo reads every name in ``checkpoints/`` when it
+resumes, and fails at these. Nothing is called done before it has been loaded again and its logits compared with those that NeMo
+computes from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workshop_utils.adapters.export import ELSEWHERE, export_adapter
+from workshop_utils.checkpoints.formats import nemo2
+from workshop_utils.checkpoints.formats.safe_text import read_json
+from workshop_utils.checkpoints.formats.summary import Kind, dtypes
+from workshop_utils.checkpoints.verify.verify import require_sound
+from workshop_utils.core import paths
+from workshop_utils.core.errors import ConformanceFailed, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.paths import shown
+from workshop_utils.inference import nemo2_engine
+from workshop_utils.runtime.processes import run_job, run_quietly
+from workshop_utils.training.recipe import choose_checkpoint
+
+if TYPE_CHECKING:
+    import numpy
+
+    from workshop_utils.training.recipe.plan import Resolved
+
+FORMS = ("hf_peft", "merged", "hf_model")
+TO = {"hf_peft": "hf-peft", "merged": "nemo2-merged"}
+"""What :mod:`workshop_utils.adapters` calls them."""
+RECORD = "workshop_export.json"
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest difference of two logits, as a part of the largest logit, by the dtype of the exported weights."""
+_GONE, _LEFT = "It was not kept.", "It was left as it is; --overwrite makes it again."
+_ROWS, _LENGTH = 2, 24  # of the token ids whose logits are compared
+
+
+def export(
+    resolved: Resolved, form: str | None = None, checkpoint: Path | str | None = None, overwrite: bool | None = None
+) -> Path:
+    """Export a checkpoint of the run; returns the new directory. What the options say fills in what is not given.
+
+    An export of the same checkpoint is compared again and reused.
+
+    Args:
+        form: one of :data:`FORMS`.
+        checkpoint: best, last, or a directory.
+        overwrite: replace an export of another checkpoint, or a spoilt one.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
+        UnsupportedAdapter: the form does not suit the checkpoint: a full fine-tune has no adapter, and is merged already.
+        OutputExists: something else is where the export would go.
+        ConformanceFailed: the logits differ. The export is not kept.
+        GenerationFailed: NeMo failed; with what it wrote last.
+    """
+    options = resolved.options
+    form = form or ("hf_peft" if options.no_merge else "merged" if options.target == "nemo2" else "hf_model")
+    overwrite = options.overwrite if overwrite is None else overwrite
+    if form not in FORMS:
+        raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
+    chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
+    require_sound(chosen, options.trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
+    base = nemo2_engine.base_of(chosen, resolved.nemo_ckpt_dir)
+    if base is None and form != "hf_model":
+        raise UnsupportedAdapter(f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 model as it is. For Hugging Face "
+                                 "leave no_merge out and set target: hf.")  # fmt: skip
+    folder = resolved.output_dir / "exports"
+    way_out = _Export(chosen, base, folder, overwrite, options.trust, options.hf_model_id)
+    return {"hf_peft": way_out.hf_peft, "merged": way_out.merged, "hf_model": way_out.hf_model}[form]()
+
+
+class _Export:
+    """One checkpoint on its way out; NeMo's logits of it are computed once."""
+
+    def __init__(self, checkpoint: Path, base: Path | None, folder: Path, overwrite: bool, trust: bool, hf_model_id: str):
+        self.checkpoint, self.base, self.folder = checkpoint, base, folder
+        self.overwrite, self.trust, self.hf_model_id = overwrite, trust, hf_model_id
+        self.expected: numpy.ndarray | None = None
+
+    def place(self, form: str) -> Path:
+        """Where ``form`` goes. Put together as text: a suffix would eat into a name with dots."""
+        return self.folder / f"{self.checkpoint.name}.{form}"
+
+    def hf_peft(self) -> Path:
+        """The adapter alone."""
+        with self.huggingface_base() as base:
+            return self.exported(
+                "hf_peft", self.hf_model_id, "float32", lambda made: huggingface_logits(base, self.token_ids, made)
+            )
+
+    def merged(self) -> Path:
+        """Adapter and base in one NeMo 2.0 checkpoint."""
+
+        def logits(made: Path) -> numpy.ndarray:
+            """NeMo's logits ``[rows, tokens, vocabulary]`` of the checkpoint ``made``."""
+            # A view: a checkpoint that still has the name of an unfinished one is refused.
+            with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
+                for part in made.iterdir():
+                    (Path(view) / part.name).symlink_to(part.resolve())
+                return nemo_logits(Path(view), self.token_ids, self.trust)
+
+        return self.exported("merged", str(self.base), self.dtype, logits)
+
+    def exported(self, form: str, base_model: str, dtype: str, logits: Callable[[Path], numpy.ndarray]) -> Path:
+        """What :mod:`workshop_utils.adapters` makes of the adapter. Its ``logits`` are compared before it gets its name."""
+        target = self.place(form)
+
+        def accept(made: Path) -> None:
+            """Compare ``made``, which has no name yet, with the trained model. Raises as :meth:`compare`."""
+            self.compare(target, logits(made), dtype, "" if made == target else _GONE)
+
+        try:
+            export_adapter(self.checkpoint, TO[form], target, base_model=base_model, overwrite=self.overwrite,
+                               trust=self.trust, accept=accept)  # fmt: skip
+        except OutputExists as error:
+            raise OutputExists(str(error).replace(ELSEWHERE, "Move it away")) from error
+        return target
+
+    def hf_model(self) -> Path:
+        """The whole model for transformers; for an adapter by way of :meth:`merged`, which is kept."""
+        source, target = self.merged() if self.base else self.checkpoint, self.place("hf_model")
+        mark = {"checkpoint": self.checkpoint.name, "files": nemo2.contents_of(self.checkpoint)}
+        if not self.reusable(target, mark):
+            with paths.new_directory(target) as part:
+                to_huggingface(source, part, self.trust)
+                paths.write_text(part / RECORD, json.dumps(mark) + "\n")
+                self.compare(target, huggingface_logits(part, self.token_ids), self.dtype, _GONE)
+        else:
+            self.compare(target, huggingface_logits(target, self.token_ids), self.dtype, _LEFT)
+        return target
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights that are merged or exported: the base's, or the full model's."""
+        from workshop_utils.checkpoints.formats import nemo2
+
+        return dtypes(nemo2.describe(self.base or self.checkpoint).tensors)[0]
+
+    @property
+    def token_ids(self) -> list[list[int]]:
+        """The same token ids for every form, from the lower half of the vocabulary: rows at its end may only pad it, and NeMo's exporter
+        leaves those out."""
+        import random
+
+        from workshop_utils.checkpoints.formats import nemo2
+
+        rows = nemo2.describe(self.base or self.checkpoint).architecture.vocabulary or 256
+        draw = random.Random(0)
+        return [[draw.randrange(rows // 2) for _ in range(_LENGTH)] for _ in range(_ROWS)]
+
+    def compare(self, target: Path, found: numpy.ndarray, dtype: str, end: str) -> None:
+        """Raise ConformanceFailed, which ends in ``end``, unless ``found`` are the logits that NeMo computes from the checkpoint."""
+        if self.expected is None:
+            self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust, self.base)
+        rows = min(found.shape[-1], self.expected.shape[-1])  # NeMo may pad the vocabulary
+        expected = self.expected[..., :rows]
+        apart, allowed = abs(found[..., :rows] - expected).max(), TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
+        if not apart <= allowed:
+            raise ConformanceFailed(f"{shown(target)}: its logits differ from those that NeMo computes from {shown(self.checkpoint)} by up to "
+                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. {end}".rstrip())  # fmt: skip
+        print(f"{shown(target)}: re-loaded; its logits differ from NeMo's by at most {apart:.1e} (allowed: {allowed:.1e})")
+
+    def reusable(self, target: Path, mark: dict) -> bool:
+        """Whether ``target`` was made from the same checkpoint; raises OutputExists if it is something that may not be replaced."""
+        if not target.exists():
+            return False
+        ours = (target / RECORD).is_file()
+        if ours and not self.overwrite and read_json(target / RECORD) == mark:
+            return True
+        if not ours or not self.overwrite:
+            what = "an export of another checkpoint" if ours else "something that this command did not make"
+            fix = "--overwrite replaces it" if ours else "Move it away"
+            raise OutputExists(f"{shown(target)} is {what}. It was left as it is. {fix}.")
+        return False
+
+    @contextlib.contextmanager
+    def huggingface_base(self) -> Iterator[Path]:
+        """The base as transformers loads it: the one that was imported where it is still here, else exported for as long as it takes."""
+        from workshop_utils.training.recipe.base_checkpoint import find_source
+
+        here = None
+        with contextlib.suppress(WorkshopError):  # the id may name nothing on this machine
+            here = find_source(self.hf_model_id).here
+        if here and (here / "config.json").is_file():
+            require_sound(here, self.trust, (Kind.HUGGINGFACE,))
+            yield here
+            return
+        with tempfile.TemporaryDirectory(prefix="workshop-base-") as folder:
+            to_huggingface(self.base, Path(folder), self.trust)
+            yield Path(folder)
+
+
+def nemo_logits(checkpoint: Path, token_ids: list[list[int]], trust: bool = False, base: Path | None = None) -> numpy.ndarray:
+    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, an adapter with its ``base``, computed in a process of its own.
+
+    ``[rows, tokens, vocabulary]``.
+    """
+    import numpy
+
+    with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as folder:
+        job = {"checkpoint": str(checkpoint.resolve()), "token_ids": token_ids, "trust": trust, "base": base and str(base)}
+        run_job(nemo2_engine.__name__, Path(folder), job, checkpoint)
+        return numpy.load(Path(folder) / "logits.npy")
+
+
+def huggingface_logits(model: Path, token_ids: list[list[int]], adapter: Path | None = None) -> numpy.ndarray:
+    """The same by transformers, of a model directory or of one with a PEFT ``adapter``; in fp32 whatever the weights are in."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, trust_remote_code=False)
+    if adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, adapter)
+    with torch.inference_mode():
+        return loaded.eval()(torch.tensor(token_ids)).logits.float().numpy()
+
+
+def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
+    """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own exporter in a process of its own."""
+    made = folder / "model"
+    run_quietly("import", str(checkpoint), "--to-huggingface", "--out", str(made), *(["--trust"] if trust else []))
+    for file in made.iterdir():
+        file.rename(folder / file.name)
+    made.rmdir()

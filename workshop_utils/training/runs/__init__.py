@@ -1,0 +1,1 @@
+"""What both paths of training share: launch, events, records and the environment of the training processes."""
