@@ -1,4 +1,5 @@
-"""For ``pytest --nbval``: what of a notebook's output is compared, and in which environment its kernel runs."""
+"""For ``pytest --nbval``: what of a notebook's output is compared, and in which environment its
+kernel runs."""
 
 import os
 
@@ -15,16 +16,20 @@ os.environ.pop("MPLBACKEND", None)
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
-    """Standard error holds progress bars and warnings: ``workshop run --save-outputs`` does not store it."""
+    """Standard error holds progress bars and warnings: ``workshop run --save-outputs`` does not
+    store it."""
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr",)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Widgets are not stored either. A progress bar is one, and shows only when there was something to do."""
+    """Widgets are not stored either. A progress bar is one, and shows only when there was something
+    to do."""
     if hasattr(item, "compare_outputs"):
         compare = item.compare_outputs
-        item.compare_outputs = lambda test, ref, *args: compare(_without_widgets(test), _without_widgets(ref), *args)
+        item.compare_outputs = lambda test, ref, *args: compare(
+            _without_widgets(test), _without_widgets(ref), *args
+        )
 
 
 def _without_widgets(outputs: list) -> list:

@@ -5,11 +5,17 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-FILES = ("models/manifest.yaml", "requirements.txt", "data/make_tickets.py", "data/ticket_phrases.json")
+FILES = (
+    "models/manifest.yaml",
+    "requirements.txt",
+    "data/make_tickets.py",
+    "data/ticket_phrases.json",
+)
 
 
 class BuildWithFiles(build_py):
-    """Copies :data:`FILES` to where ``workshop_utils.core.paths.repository_file`` looks for them; an editable install needs no copy."""
+    """Copies :data:`FILES` to where ``workshop_utils.core.paths.repository_file`` looks for them;
+    an editable install needs no copy."""
 
     def run(self) -> None:
         """Build the package, then copy."""

@@ -1,11 +1,15 @@
-"""How long and how much memory it takes to know what is in a checkpoint: this workshop's reader against Megatron-Core's.
+"""How long and how much memory it takes to know what is in a checkpoint: this workshop's reader
+against Megatron-Core's.
 
-    .venv/bin/python benchmarks/checkpoint_readers.py [--repeats 5] [--output benchmarks/checkpoint_readers.json]
+    .venv/bin/python benchmarks/checkpoint_readers.py [--repeats 5] [--output
+    benchmarks/checkpoint_readers.json]
 
-Each measurement is a process of its own, the two readers by turns; medians are reported, and their ratios (Megatron-Core's divided
-by ours). ``seconds_reading`` is the call alone, ``seconds_process`` with the start of Python and all imports,
-``seconds_processor`` the same without the time that others had the processor, ``peak_mib`` the process's largest resident memory. Megatron-Core's reader is ``load_tensors_metadata``: it loads the pickle with no restriction and
-returns names, shapes and dtypes; ours also checks the place of each chunk against the files, and returns those.
+Each measurement is a process of its own, the two readers by turns; medians are reported, and their
+ratios (Megatron-Core's divided by ours). ``seconds_reading`` is the call alone, ``seconds_process``
+with the start of Python and all imports, ``seconds_processor`` the same without the time that
+others had the processor, ``peak_mib`` the process's largest resident memory. Megatron-Core's reader
+is ``load_tensors_metadata``: it loads the pickle with no restriction and returns names, shapes and
+dtypes; ours also checks the place of each chunk against the files, and returns those.
 """
 
 import argparse
@@ -31,7 +35,7 @@ from workshop_utils.checkpoints.formats import torch_dist
 begin = time.perf_counter()
 found = torch_dist.read_directory(Path(sys.argv[1]))
 print(time.perf_counter() - begin, len(found.tensors), sum(len(tensor.chunks) for tensor in found.tensors.values()))
-"""
+"""  # noqa: E501
 MEGATRON = """
 import sys, time
 from workshop_utils.runtime import nemo_cpu
@@ -44,9 +48,12 @@ print(time.perf_counter() - begin, len(found), 0)
 
 
 def measured(command: list[str]) -> tuple[dict[str, float], list[str]]:
-    """Seconds, processor seconds and peak MiB of ``command``, and the words of the last line of its output."""
+    """Seconds, processor seconds and peak MiB of ``command``, and the words of the last line of its
+    output."""
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begin
@@ -71,19 +78,37 @@ def compare(weights: Path, repeats: int) -> dict:
     tensors, chunks = map(int, counts["workshop"])
     if tensors != int(counts["megatron_core"][0]):
         raise SystemExit(f"{tensors} tensors here, {counts['megatron_core'][0]} in Megatron-Core")
-    medians = {name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()}
-    ratios = {key: round(medians["megatron_core"][key] / medians["workshop"][key], 2) for key in medians["workshop"]}
+    medians = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for name, found in runs.items()
+    }
+    ratios = {
+        key: round(medians["megatron_core"][key] / medians["workshop"][key], 2)
+        for key in medians["workshop"]
+    }
     size = (weights / ".metadata").stat().st_size
-    return {"metadata_bytes": size, "tensors": tensors, "chunks": chunks, "medians": medians, "ratios": ratios, "runs": runs}
+    return {
+        "metadata_bytes": size,
+        "tensors": tensors,
+        "chunks": chunks,
+        "medians": medians,
+        "ratios": ratios,
+        "runs": runs,
+    }
 
 
 def inspect(checkpoint: Path, repeats: int) -> dict:
     """``workshop inspect`` on ``checkpoint``, the whole process."""
     runs = []
     for _ in range(repeats):
-        found, _ = measured([str(Path(sys.executable).with_name("workshop")), "inspect", str(checkpoint)])
+        found, _ = measured(
+            [str(Path(sys.executable).with_name("workshop")), "inspect", str(checkpoint)]
+        )
         runs.append(found)
-    return {"medians": {key: statistics.median(run[key] for run in runs) for key in runs[0]}, "runs": runs}
+    return {
+        "medians": {key: statistics.median(run[key] for run in runs) for key in runs[0]},
+        "runs": runs,
+    }
 
 
 def machine() -> dict:
@@ -101,15 +126,21 @@ def machine() -> dict:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "models" / "nemo2" / "smollm2-135m-instruct")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=ROOT / "models" / "nemo2" / "smollm2-135m-instruct"
+    )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, Path(__file__).with_name("synthetic_index.py"), folder], check=True, stderr=subprocess.DEVNULL
+            [sys.executable, Path(__file__).with_name("synthetic_index.py"), folder],
+            check=True,
+            stderr=subprocess.DEVNULL,
         )
         results = {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -121,7 +152,12 @@ def main() -> None:
         }
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     for name in ("inspect", "embedded", "synthetic_100000_chunks"):
-        print(name, json.dumps({key: results[name][key] for key in ("medians", "ratios") if key in results[name]}))
+        print(
+            name,
+            json.dumps(
+                {key: results[name][key] for key in ("medians", "ratios") if key in results[name]}
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Megatron-Core's static against its dynamic engine on one NeMo 2.0 checkpoint: tokens a second, by turns, in one process.
+"""Megatron-Core's static against its dynamic engine on one NeMo 2.0 checkpoint: tokens a second, by
+turns, in one process.
 
     python benchmarks/inference_engines.py [CHECKPOINT] [--rounds 3] [--tokens 16]
 
-Prompts are test tickets in the model's chat template; answers are greedy, so both engines make the same tokens. The ratio is taken
-of processor seconds, which other programs on the machine disturb less than wall time. Writes ``inference_engines.json`` beside it.
+Prompts are test tickets in the model's chat template; answers are greedy, so both engines make the
+same tokens. The ratio is taken of processor seconds, which other programs on the machine disturb
+less than wall time. Writes ``inference_engines.json`` beside it.
 """
 
 import argparse
@@ -34,16 +36,24 @@ def timed(run, model, asked: list[str], tokens: int, batch: int) -> tuple[list, 
     sampling = nemo2_engine.Sampling(temperature=0, num_tokens_to_generate=tokens)
     limits = nemo2_engine.Limits(max_batch_size=batch, inference_max_seq_length=512)
     wall, processor = time.perf_counter(), time.process_time()
-    answers = sorted((answer.request, answer.tokens) for answer in run(model, asked, sampling, limits))
+    answers = sorted(
+        (answer.request, answer.tokens) for answer in run(model, asked, sampling, limits)
+    )
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     made = sum(len(one) for _, one in answers)
-    return answers, {"tokens": made, "tokens_per_second": made / wall, "tokens_per_processor_second": made / processor}
+    return answers, {
+        "tokens": made,
+        "tokens_per_second": made / wall,
+        "tokens_per_processor_second": made / processor,
+    }
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=paths.nemo2_checkpoint("smollm2-135m-instruct"))
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=paths.nemo2_checkpoint("smollm2-135m-instruct")
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=16)
     args = parser.parse_args()
@@ -60,14 +70,22 @@ def main() -> None:
             if answers["static"] != answers["dynamic"]:
                 raise SystemExit(f"the engines disagree at batch {batch}: nothing is recorded")
         median = {
-            name: {key: round(statistics.median(run[key] for run in made), 2) for key in made[0]} for name, made in runs.items()
+            name: {key: round(statistics.median(run[key] for run in made), 2) for key in made[0]}
+            for name, made in runs.items()
         }
         speed = "tokens_per_processor_second"
-        ratio = statistics.median(one[speed] / other[speed] for one, other in zip(runs["dynamic"], runs["static"], strict=True))
+        ratio = statistics.median(
+            one[speed] / other[speed]
+            for one, other in zip(runs["dynamic"], runs["static"], strict=True)
+        )
         found[f"batch_{batch}"] = median | {"dynamic_over_static": round(ratio, 2)}
         print(batch, json.dumps(found[f"batch_{batch}"]), flush=True)
-    machine = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "threads": os.environ.get("OMP_NUM_THREADS"),
-               "versions": {name: version(name) for name in ("megatron-core", "nemo-toolkit", "torch")}}  # fmt: skip
+    machine = {
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "versions": {name: version(name) for name in ("megatron-core", "nemo-toolkit", "torch")},
+    }
     record = {
         "date": date.today().isoformat(),
         "checkpoint": paths.shown(args.checkpoint),

@@ -1,10 +1,13 @@
-"""What batching brings, how soon the first token comes, and how the server stands a store that changes under load.
+"""What batching brings, how soon the first token comes, and how the server stands a store that
+changes under load.
 
     .venv/bin/python benchmarks/serving.py [--output benchmarks/serving.json]
 
-Batching and latency: the embedded model with its trained adapter under three names; eight chats of different adapters, one after the
-other and then all at once, by turns, three times. Processor seconds tell the same on a machine that others use. Load and faults: a tiny model, see ``tests/samples/serve_load.py``.
-The exit status is 1, after the record is written, where eight at once cost more than two thirds of the processor seconds of one after the other.
+Batching and latency: the embedded model with its trained adapter under three names; eight chats of
+different adapters, one after the other and then all at once, by turns, three times. Processor
+seconds tell the same on a machine that others use. Load and faults: a tiny model, see
+``tests/samples/serve_load.py``. The exit status is 1, after the record is written, where eight at
+once cost more than two thirds of the processor seconds of one after the other.
 """
 
 import argparse
@@ -24,27 +27,36 @@ from pathlib import Path
 import openai
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "samples"))
 
-import serve_load
-from serve_samples import write_base, write_peft
+import serve_load  # noqa: E402
+from serve_samples import write_base, write_peft  # noqa: E402
 
-from workshop_utils.serving.server import start
+from workshop_utils.serving.server import start  # noqa: E402
 
 NAME = "smollm2-135m-instruct"
 ADAPTER = ROOT / "runs" / "exports" / f"{NAME}-lora" / "hf-peft"
-QUESTION = "Write a long story about a printer, a cable and somebody who has lost their password, part {}."
+QUESTION = (
+    "Write a long story about a printer, a cable and somebody who has lost their password, part {}."
+)
 TOKENS = 16
 LEAST = 1.5
-"""What batching has to bring: processor seconds one after the other, divided by those of all at once."""
+"""What batching has to bring: processor seconds one after the other, divided by those of all at
+once."""
 
 
 def chat(client: openai.OpenAI, model: str, number: int) -> tuple[int, float, float]:
     """Tokens of one streamed answer, seconds to its first and to its last."""
     begin = time.perf_counter()
     first = 0.0
-    for chunk in client.chat.completions.create(model=model, messages=[{"role": "user", "content": QUESTION.format(number)}], temperature=0,
-                                                max_tokens=TOKENS, stream=True, stream_options={"include_usage": True}):  # fmt: skip
+    for chunk in client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION.format(number)}],
+        temperature=0,
+        max_tokens=TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    ):
         if not first and chunk.choices and chunk.choices[0].delta.content:
             first = time.perf_counter() - begin
     return chunk.usage.completion_tokens, first, time.perf_counter() - begin
@@ -60,12 +72,18 @@ def at_once(client: openai.OpenAI, pid: int, models: list[str], clients: int) ->
     """Eight chats by ``clients`` at a time."""
     begin, processor = time.perf_counter(), processor_seconds(pid)
     with ThreadPoolExecutor(clients) as pool:
-        found = list(pool.map(lambda number: chat(client, models[number % len(models)], number), range(8)))
+        found = list(
+            pool.map(lambda number: chat(client, models[number % len(models)], number), range(8))
+        )
     seconds = time.perf_counter() - begin
     tokens = sum(each[0] for each in found)
-    return {"seconds": round(seconds, 2), "tokens": tokens, "tokens_per_second": round(tokens / seconds, 2),
-            "processor_seconds": round(processor_seconds(pid) - processor, 2),
-            "seconds_to_first_token": round(statistics.median(each[1] for each in found), 3)}  # fmt: skip
+    return {
+        "seconds": round(seconds, 2),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 2),
+        "processor_seconds": round(processor_seconds(pid) - processor, 2),
+        "seconds_to_first_token": round(statistics.median(each[1] for each in found), 3),
+    }
 
 
 def batching(folder: Path) -> dict:
@@ -83,8 +101,14 @@ def batching(folder: Path) -> dict:
             runs["sequential"].append(at_once(client, server.process.pid, models, 1))
             runs["concurrent"].append(at_once(client, server.process.pid, models, 8))
         memory = serve_load.resident_mib(server.process.pid)
-    rates = {name: statistics.median(run["tokens_per_second"] for run in each) for name, each in runs.items()}
-    processor = {name: statistics.median(run["processor_seconds"] for run in each) for name, each in runs.items()}
+    rates = {
+        name: statistics.median(run["tokens_per_second"] for run in each)
+        for name, each in runs.items()
+    }
+    processor = {
+        name: statistics.median(run["processor_seconds"] for run in each)
+        for name, each in runs.items()
+    }
     return {
         "tokens_per_second": rates,
         "processor_seconds": processor,
@@ -108,13 +132,22 @@ def faults(folder: Path) -> dict:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "serving.json")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        machine = {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "python": platform.python_version(),
-                   "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "fastapi", "uvicorn", "openai")},
-                   "load_average": os.getloadavg()[0]}  # fmt: skip
+        machine = {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "peft", "fastapi", "uvicorn", "openai")
+            },
+            "load_average": os.getloadavg()[0],
+        }
         report = {
             "date": str(datetime.date.today()),
             "machine": machine,
@@ -124,7 +157,10 @@ def main() -> None:
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
     if (ratio := report["batching"]["processor_ratio"]) < LEAST:
-        sys.exit(f"eight chats at once take 1/{ratio} of the processor seconds of one after the other; it has to be 1/{LEAST} or less")
+        sys.exit(
+            f"eight chats at once take 1/{ratio} of the processor seconds of one after the "
+            f"other; it has to be 1/{LEAST} or less"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Write the tables of NOTICE.md: the licences of the pinned packages, and what their wheels bring along from others.
+"""Write the tables of NOTICE.md: the licences of the pinned packages, and what their wheels bring
+along from others.
 
-    python scripts/licences.py            in an environment with the pinned packages ("make lock" calls it)
+    python scripts/licences.py            in an environment with the pinned packages ("make lock"
+    calls it)
 
-It says what the wheels declare: their metadata, their licence texts and their lists of components (CycloneDX).
+It says what the wheels declare: their metadata, their licence texts and their lists of components
+(CycloneDX).
 """
 
 import json
@@ -11,11 +14,14 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from workshop_utils.series.lock import normalised, read_lock
 from workshop_utils.core.paths import write_text
+from workshop_utils.series.lock import normalised, read_lock
 
 ROOT = Path(__file__).resolve().parent.parent
-START, END = "<!-- Written by scripts/licences.py: do not edit. -->", "<!-- End of what it wrote. -->"
+START, END = (
+    "<!-- Written by scripts/licences.py: do not edit. -->",
+    "<!-- End of what it wrote. -->",
+)
 
 # How packages that do not use SPDX's names call these licences.
 SPDX = {
@@ -50,9 +56,17 @@ RUNTIME_OF_GCC = {"libgomp": "GPL-3.0-or-later WITH GCC-exception-3.1"}
 def licence(distribution: metadata.Distribution) -> str:
     """What ``distribution`` declares, in SPDX's words where it is clear which of them is meant."""
     declared = distribution.metadata
-    classifiers = [text.split(" :: ")[-1] for text in declared.get_all("Classifier", []) if text.startswith("License ::")]
+    classifiers = [
+        text.split(" :: ")[-1]
+        for text in declared.get_all("Classifier", [])
+        if text.startswith("License ::")
+    ]
     field = (declared.get("License") or "").strip()
-    named = [SPDX.get(text, text) for text in classifiers if text not in ("OSI Approved", "Other/Proprietary License")]
+    named = [
+        SPDX.get(text, text)
+        for text in classifiers
+        if text not in ("OSI Approved", "Other/Proprietary License")
+    ]
     if expression := declared.get("License-Expression"):
         return expression
     if re.fullmatch(r"[\w.+-]+-[\d.]+[\w.-]*( (AND|OR) [\w.+-]+)*", field):
@@ -68,17 +82,21 @@ def licence(distribution: metadata.Distribution) -> str:
 
 
 def shared_libraries(distribution: metadata.Distribution) -> list[str]:
-    """Paths of the shared libraries of others: those that were copied into ``NAME.libs``, and GCC's wherever they lie."""
+    """Paths of the shared libraries of others: those that were copied into ``NAME.libs``, and GCC's
+    wherever they lie."""
     names = [str(file) for file in _files(distribution) if re.search(r"\.so(\.\d+)*$", file.name)]
     return sorted(name for name in names if ".libs/" in name or _library(name) in RUNTIME_OF_GCC)
 
 
 def brought_along(distribution: metadata.Distribution) -> tuple[set[str], set[str]]:
-    """Names of the libraries of others in the wheel, and the licences that it names for what it contains beside its own."""
+    """Names of the libraries of others in the wheel, and the licences that it names for what it
+    contains beside its own."""
     libraries = {_library(name) for name in shared_libraries(distribution)}
     licences = {RUNTIME_OF_GCC[name] for name in libraries & set(RUNTIME_OF_GCC)}
     for text in _texts(distribution).values():
-        named = re.findall(r"^Name: .*\nFiles: .*\n(?:.*\n){0,4}?License: (.*)$", text, re.MULTILINE)
+        named = re.findall(
+            r"^Name: .*\nFiles: .*\n(?:.*\n){0,4}?License: (.*)$", text, re.MULTILINE
+        )
         licences |= {SPDX.get(spdx, spdx) for spdx in named}
         licences |= {spdx for phrase, spdx in TEXTS.items() if re.search(phrase, text)}
     for file in _files(distribution):
@@ -90,7 +108,8 @@ def brought_along(distribution: metadata.Distribution) -> tuple[set[str], set[st
 
 
 def _chosen(entry: dict) -> set[str]:
-    """The licences of a component, each that has to be kept; of several that it offers, MIT or Apache-2.0."""
+    """The licences of a component, each that has to be kept; of several that it offers, MIT or
+    Apache-2.0."""
     words = entry.get("expression") or entry["license"].get("id") or entry["license"].get("name")
     kept = set()
     for part in re.split(r" AND ", words):
@@ -101,19 +120,33 @@ def _chosen(entry: dict) -> set[str]:
 
 def tables(lock: Path) -> str:
     """Both tables, in Markdown."""
-    installed = {name: metadata.distribution(name) for name in sorted(map(normalised, read_lock(lock)))}
+    installed = {
+        name: metadata.distribution(name) for name in sorted(map(normalised, read_lock(lock)))
+    }
     by_licence: dict[str, list[str]] = {}
     for name, distribution in installed.items():
         by_licence.setdefault(licence(distribution), []).append(name)
     lines = ["| Licence | Packages |", "|---|---|"]
-    lines += [f"| {spdx} | {', '.join(names)} |" for spdx, names in sorted(by_licence.items(), key=lambda row: row[0].lower())]
-    lines += ["", "What wheels bring along from others, as far as they say so; texts are in the wheels:", ""]
-    lines += ["| Wheel | Shared libraries in it | Licences named for what is in it |", "|---|---|---|"]
+    lines += [
+        f"| {spdx} | {', '.join(names)} |"
+        for spdx, names in sorted(by_licence.items(), key=lambda row: row[0].lower())
+    ]
+    lines += [
+        "",
+        "What wheels bring along from others, as far as they say so; texts are in the wheels:",
+        "",
+    ]
+    lines += [
+        "| Wheel | Shared libraries in it | Licences named for what is in it |",
+        "|---|---|---|",
+    ]
     for name, distribution in installed.items():
         libraries, licences = brought_along(distribution)
         if libraries or licences:
             named = ", ".join(sorted(licences, key=str.lower)) or "see its licence text"
-            lines.append(f"| {name} | {', '.join(sorted(libraries, key=str.lower)) or '–'} | {named} |")
+            lines.append(
+                f"| {name} | {', '.join(sorted(libraries, key=str.lower)) or '–'} | {named} |"
+            )
     return "\n".join(lines)
 
 
@@ -130,20 +163,26 @@ def _library(path: str) -> str:
 
 @cache
 def _files(distribution: metadata.Distribution) -> list[metadata.PackagePath]:
-    """What the wheel installed: a file is read for it, which for torch has some ten thousand lines."""
+    """What the wheel installed: a file is read for it, which for torch has some ten thousand
+    lines."""
     return distribution.files or []
 
 
 @cache
 def _texts(distribution: metadata.Distribution) -> dict[str, str]:
-    """Licence texts in the wheel's metadata, by path; the rest of a wheel may hold those of test data."""
+    """Licence texts in the wheel's metadata, by path; the rest of a wheel may hold those of test
+    data."""
     found = [
         file
         for file in _files(distribution)
-        if re.search(r"\.dist-info/(licenses/)?[^/]*(licen[cs]e|copying|notice)", str(file), re.IGNORECASE)
+        if re.search(
+            r"\.dist-info/(licenses/)?[^/]*(licen[cs]e|copying|notice)", str(file), re.IGNORECASE
+        )
     ]
     return {
-        str(file): file.read_text(encoding="utf-8") for file in found if Path(file.locate()).is_file() and file.suffix != ".py"
+        str(file): file.read_text(encoding="utf-8")
+        for file in found
+        if Path(file.locate()).is_file() and file.suffix != ".py"
     }
 
 

@@ -8,14 +8,16 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_can_be_sent():
-    """A shell lets a job in the background ignore SIGINT, and its children with it: `make test &` would not see Ctrl-C work."""
+    """A shell lets a job in the background ignore SIGINT, and its children with it: `make test &`
+    would not see Ctrl-C work."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory):
-    """A directory with the NeMo 2.0 checkpoints ``plain`` and ``gpu``, made once; tests copy what they change."""
+    """A directory with the NeMo 2.0 checkpoints ``plain`` and ``gpu``, made once; tests copy what
+    they change."""
     directory = tmp_path_factory.mktemp("nemo2")
     checkpoint_samples.make(directory)
     return directory
@@ -23,7 +25,8 @@ def originals(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bridged_tiny(tmp_path_factory):
-    """A folder with a random two-layer Llama as ``hf/tiny``, imported by NeMo as ``nemo2/tiny``, and as the view ``bridged/tiny``."""
+    """A folder with a random two-layer Llama as ``hf/tiny``, imported by NeMo as ``nemo2/tiny``,
+    and as the view ``bridged/tiny``."""
     import subprocess
     import sys
 
@@ -49,7 +52,8 @@ def bridged_tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def nemo2_trained(bridged_tiny, tmp_path_factory):
-    """A folder where NeMo 2.0 trained ``bridged_tiny`` for four steps with each scheme of ``nemo2_trains``: ``SCHEME/checkpoints/*-last``."""
+    """A folder where NeMo 2.0 trained ``bridged_tiny`` for four steps with each scheme of
+    ``nemo2_trains``: ``SCHEME/checkpoints/*-last``."""
     import subprocess
     import sys
 
@@ -57,7 +61,13 @@ def nemo2_trained(bridged_tiny, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("nemo2_trained")
     nemo2_trains.write_data(folder / "data")
-    command = [sys.executable, nemo2_trains.__file__, str(bridged_tiny / "nemo2" / "tiny"), str(folder), *nemo2_trains.SCHEMES]
+    command = [
+        sys.executable,
+        nemo2_trains.__file__,
+        str(bridged_tiny / "nemo2" / "tiny"),
+        str(folder),
+        *nemo2_trains.SCHEMES,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

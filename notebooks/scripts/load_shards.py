@@ -1,4 +1,5 @@
-"""Load each DIRECTORY that save_shards.py wrote in one process, as Megatron-Core does it, and say what happened.
+"""Load each DIRECTORY that save_shards.py wrote in one process, as Megatron-Core does it, and say
+what happened.
 
     torchrun load_shards.py SEED DIRECTORY...
 
@@ -29,7 +30,10 @@ def load(directory: str, seed: int) -> str:
     else:
         cause = None
     if cause is not None:
-        return f"{type(cause).__name__}: {' '.join(str(cause).split()).replace(f'{directory}/', '')[:90]}"
+        return (
+            f"{type(cause).__name__}: "
+            f"{' '.join(str(cause).split()).replace(f'{directory}/', '')[:90]}"
+        )
     wrong = [name for name, part in right.items() if not torch.equal(part.data, loaded[name])]
     return f"loaded without an error, but {len(wrong)} of {len(right)} parts have wrong values" if wrong else "loaded, every value right"
 

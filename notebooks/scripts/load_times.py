@@ -1,6 +1,8 @@
-"""Load every weight of PATH into memory, in a process of its own, and print the seconds and the peak of memory as JSON.
+"""Load every weight of PATH into memory, in a process of its own, and print the seconds and the
+peak of memory as JSON.
 
-    python load_times.py PATH        a .safetensors file, weights/ of a NeMo 2.0 directory, or a .nemo archive
+    python load_times.py PATH        a .safetensors file, weights/ of a NeMo 2.0 directory, or a
+    .nemo archive
 
 A .nemo is unpacked to a temporary directory first, as NeMo 1 does. Imports count in neither figure.
 """

@@ -1,8 +1,10 @@
-"""Save a small made-up model with Megatron-Core, once for every SETTING, each process with its tensor-parallel slice.
+"""Save a small made-up model with Megatron-Core, once for every SETTING, each process with its
+tensor-parallel slice.
 
     torchrun --nproc_per_node 2 save_shards.py DIRECTORY 4:2 16:2 4:3
 
-A SETTING is LAYERS:WRITER_THREADS[:SEED]. The checkpoint goes to DIRECTORY/{processes}p_{layers}l_{threads}t[_seed]/iter_0000001.
+A SETTING is LAYERS:WRITER_THREADS[:SEED]. The checkpoint goes to
+DIRECTORY/{processes}p_{layers}l_{threads}t[_seed]/iter_0000001.
 """
 
 import sys
@@ -17,7 +19,8 @@ ROWS, HIDDEN = 256, 64
 
 
 def model(layers: int, seed: int) -> dict:
-    """A vocabulary-parallel embedding, one column-parallel matrix a layer and a norm that every process has."""
+    """A vocabulary-parallel embedding, one column-parallel matrix a layer and a norm that every
+    process has."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     generator = torch.Generator().manual_seed(seed)
     whole = {f"layer {n}": torch.randn(ROWS, HIDDEN, generator=generator) for n in range(layers)}

@@ -1,4 +1,5 @@
-"""A Llama of two layers with random weights and one token for each byte: `python small_llama.py DIRECTORY`, in Hugging Face format.
+"""A Llama of two layers with random weights and one token for each byte: `python small_llama.py
+DIRECTORY`, in Hugging Face format.
 
 Nobody wants its answers. It is there because a training step of it takes some milliseconds.
 """
@@ -12,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -31,6 +32,6 @@ if __name__ == "__main__":
     torch.manual_seed(1234)
     shape = LlamaConfig(vocab_size=384, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=1,
-                        eos_token_id=2, pad_token_id=0)  # fmt: skip
+                        eos_token_id=2, pad_token_id=0)
     LlamaForCausalLM(shape).save_pretrained(Path(sys.argv[1]))
     tokenizer().save_pretrained(Path(sys.argv[1]))

@@ -2,11 +2,14 @@
 
     python try_overrides.py SETTINGS.json RESULTS.json
 
-SETTINGS: {"folder": where the runs go, "data": FILE, "validation": FILE, "common": [overrides], "variants": {name: [overrides]}}.
-RESULTS: {name: {"problems", "warnings" of the preflight, "parameters", "losses" of the steps, "validation", "bytes" of the .nemo,
-"change": mean Frobenius norm of what LoRA adds to a weight}}; a variant that the preflight refuses has the first two alone.
+SETTINGS: {"folder": where the runs go, "data": FILE, "validation": FILE, "common": [overrides],
+"variants": {name: [overrides]}}.
+RESULTS: {name: {"problems", "warnings" of the preflight, "parameters", "losses" of the steps,
+"validation", "bytes" of the .nemo, "change": mean Frobenius norm of what LoRA adds to a weight}}; a
+variant that the preflight refuses has the first two alone.
 
-`workshop finetune` starts torchrun, and with it NeMo, for every run. Here each run gets a forked copy of a process that has imported it.
+`workshop finetune` starts torchrun, and with it NeMo, for every run. Here each run gets a forked
+copy of a process that has imported it.
 """
 
 import json
@@ -64,7 +67,7 @@ def result(plan: Plan) -> dict:
     events = read_events(plan.events)
     losses = {kind: [event["loss"] for event in events if event["event"] == kind] for kind in ("step", "validation")}
     found = {"parameters": identify(plan.adapter).parameters, "losses": losses["step"], "validation": losses["validation"],
-             "bytes": plan.adapter.stat().st_size}  # fmt: skip
+             "bytes": plan.adapter.stat().st_size}
     # An adapter of some layers alone is one that no server reads, nor does our reader.
     if plan.config.model.peft.peft_scheme == "lora" and not plan.config.model.peft.lora_tuning.layer_selection:
         lora = read_adapter(plan.adapter)
@@ -75,7 +78,8 @@ def result(plan: Plan) -> dict:
 
 def main(settings: dict) -> dict:
     """Plan, train and look at every variant, each from the beginning."""
-    torch.set_num_threads(1)  # a forked copy has no threads but its own, and waits for ever for those of OpenMP
+    # a forked copy has no threads but its own, and waits for ever for those of OpenMP
+    torch.set_num_threads(1)
     import_nemo()
     results, plans = {}, {}
     for name, overrides in settings["variants"].items():
@@ -91,5 +95,6 @@ def main(settings: dict) -> dict:
 
 
 if __name__ == "__main__":
-    # What is printed while NeMo is imported does not matter; the logs of the runs hold what they say.
+    # What is printed while NeMo is imported does not matter; the logs of the runs hold what they
+    # say.
     Path(sys.argv[2]).write_text(json.dumps(main(json.loads(Path(sys.argv[1]).read_text()))))

@@ -14,24 +14,47 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @pytest.mark.parametrize(
     "base, wanted",
-    [("org/model", "org/model"), ("smollm2-135m-instruct", HUB), ("smollm2-135m-instruct-hub", HUB), ("", ""),
-     ("/somewhere/models/bridged/smollm2-135m-instruct", HUB), ("/a/b/own-llama.nemo", "own-llama"), ("own-llama", "own-llama"),
-     ("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct")],
-)  # fmt: skip
+    [
+        ("org/model", "org/model"),
+        ("smollm2-135m-instruct", HUB),
+        ("smollm2-135m-instruct-hub", HUB),
+        ("", ""),
+        ("/somewhere/models/bridged/smollm2-135m-instruct", HUB),
+        ("/a/b/own-llama.nemo", "own-llama"),
+        ("own-llama", "own-llama"),
+        ("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+    ],
+)
 def test_the_id_of_a_base(base, wanted):
     assert base_id(base) == wanted
 
 
 @pytest.mark.parametrize(
     "one, other, same",
-    [("meta/llama-3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", True), (HUB, "models/huggingface/smollm2-135m-instruct", True),
-     (HUB, "/x/nemo2/smollm2-135m-instruct-hub", True), (HUB, "meta/llama-3.1-8b-instruct", False), (HUB, "", False)],
-)  # fmt: skip
+    [
+        ("meta/llama-3.1-8b-instruct", "meta-llama/Llama-3.1-8B-Instruct", True),
+        (HUB, "models/huggingface/smollm2-135m-instruct", True),
+        (HUB, "/x/nemo2/smollm2-135m-instruct-hub", True),
+        (HUB, "meta/llama-3.1-8b-instruct", False),
+        (HUB, "", False),
+    ],
+)
 def test_two_bases(one, other, same):
     assert same_base(one, other) is same_base(other, one) is same
 
 
-@pytest.mark.parametrize("base, place", [("org/model", False), ("model-1.0", False), ("/a", True), ("./a", True), ("a/b/c", True), ("~/a", True), ("..", True)])
+@pytest.mark.parametrize(
+    "base, place",
+    [
+        ("org/model", False),
+        ("model-1.0", False),
+        ("/a", True),
+        ("./a", True),
+        ("a/b/c", True),
+        ("~/a", True),
+        ("..", True),
+    ],
+)
 def test_places(base, place):
     assert is_place(base) is place
 
@@ -39,7 +62,9 @@ def test_places(base, place):
 def recorded(root, base=None, **options):
     """What an export of an adapter that was trained on ``tiny-llama`` or ``base`` records."""
     source = root / "n.nemo"
-    write_adapter(source, config_of(GQA) | ({"restore_from_path": base} if base else {}), tensors_of(GQA))
+    write_adapter(
+        source, config_of(GQA) | ({"restore_from_path": base} if base else {}), tensors_of(GQA)
+    )
     directory = export(source, "hf-peft", root / "out", overwrite=True, **options)
     return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
 
@@ -47,7 +72,11 @@ def recorded(root, base=None, **options):
 def test_what_an_export_records(tmp_path):
     assert recorded(tmp_path) == "tiny-llama"
     assert recorded(tmp_path, base_model="org/base") == "org/base"
-    assert recorded(tmp_path, "/x/bridged/smollm2-135m-instruct") == recorded(tmp_path, base_model="smollm2-135m-instruct") == HUB
+    assert (
+        recorded(tmp_path, "/x/bridged/smollm2-135m-instruct")
+        == recorded(tmp_path, base_model="smollm2-135m-instruct")
+        == HUB
+    )
 
 
 def test_the_directory_of_a_base_does_not_replace_its_id(tmp_path):
@@ -55,17 +84,29 @@ def test_the_directory_of_a_base_does_not_replace_its_id(tmp_path):
     tiny_llama(GQA).save_pretrained(here)
     assert recorded(tmp_path, base_model=str(here)) == "download"
     peft = export(tmp_path / "n.nemo", "hf-peft", tmp_path / "peft", base_model="org/base")
-    assert export_adapter(peft, "nemo", tmp_path / "again", base_model=str(here)).record.base == "org/base"
+    assert (
+        export_adapter(peft, "nemo", tmp_path / "again", base_model=str(here)).record.base
+        == "org/base"
+    )
     (tmp_path / "smollm2-135m-instruct").symlink_to(here)
-    assert export_adapter(peft, "nemo", tmp_path / "known", base_model=str(tmp_path / "smollm2-135m-instruct")).record.base == HUB
+    assert (
+        export_adapter(
+            peft, "nemo", tmp_path / "known", base_model=str(tmp_path / "smollm2-135m-instruct")
+        ).record.base
+        == HUB
+    )
 
 
 def test_an_export_with_another_name_of_its_base_is_made_again(tmp_path):
-    """Those that an earlier version made, with the name of the base's directory, are not in the way."""
+    """Those that an earlier version made, with the name of the base's directory, are not in the
+    way."""
     recorded(tmp_path, base_model="llama")
     for base, reused in (("org/Llama", False), ("org/Llama", True), ("llama", False)):
         made = export_adapter(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model=base)
         assert (made.reused, made.record.base) == (reused, base)
-        assert json.loads((made.path / "adapter_config.json").read_text())["base_model_name_or_path"] == base
+        assert (
+            json.loads((made.path / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == base
+        )
     with pytest.raises(OutputExists, match="another adapter, or for another reader, base"):
         export(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model="org/other")

@@ -1,4 +1,5 @@
-"""Adapters, sound and broken in every way that users have reported, judged by the rules of their readers."""
+"""Adapters, sound and broken in every way that users have reported, judged by the rules of their
+readers."""
 
 import gzip
 import io
@@ -54,9 +55,17 @@ def broken(found) -> str:
 
 @pytest.mark.parametrize(
     "form, reader",
-    [("hf-peft", "peft"), ("hf-peft", "vllm"), ("hf-peft", "nim1"), ("hf-peft", "nim2"), ("hf-peft", "trtllm"), ("trtllm", "trtllm"),
-     ("trtllm", "nim1"), ("nemo", "nemo")],
-)  # fmt: skip
+    [
+        ("hf-peft", "peft"),
+        ("hf-peft", "vllm"),
+        ("hf-peft", "nim1"),
+        ("hf-peft", "nim2"),
+        ("hf-peft", "trtllm"),
+        ("trtllm", "trtllm"),
+        ("trtllm", "nim1"),
+        ("nemo", "nemo"),
+    ],
+)
 def test_an_export_conforms_to_its_readers(exported, form, reader):
     found = judge(exported[form], reader)
     assert found.conforms, broken(found)
@@ -65,9 +74,15 @@ def test_an_export_conforms_to_its_readers(exported, form, reader):
 
 @pytest.mark.parametrize(
     "form, reader, words",
-    [("trtllm", "nim2", "--to hf-peft"), ("trtllm", "vllm", "--to hf-peft"), ("trtllm", "nemo", "one after the other, for TensorRT-LLM"),
-     ("nemo", "trtllm", "attention_qkv only"), ("nemo", "nim1", "attention_qkv only"), ("hf-peft", "nemo", "--to nemo --reader nemo")],
-)  # fmt: skip
+    [
+        ("trtllm", "nim2", "--to hf-peft"),
+        ("trtllm", "vllm", "--to hf-peft"),
+        ("trtllm", "nemo", "one after the other, for TensorRT-LLM"),
+        ("nemo", "trtllm", "attention_qkv only"),
+        ("nemo", "nim1", "attention_qkv only"),
+        ("hf-peft", "nemo", "--to nemo --reader nemo"),
+    ],
+)
 def test_an_export_for_somebody_else_is_refused_with_a_way_out(exported, form, reader, words):
     assert words in broken(judge(exported[form], reader))
 
@@ -98,28 +113,102 @@ VIEWED = torch.randn(64, 8)
 #: What is wrong, (configuration, tensors), words of the rule, fault and fix.
 NEMO_FAULTS = {
     "alpha not baked in": (lora(alpha=32), None, "alpha is 32 and adapter_dim 4"),
-    "order not stated": (config_of(GQA, alpha=4), None, "not stated, and NeMo writes them interleaved"),
-    "order of NeMo": (trtllm_config(workshop=OURS | {"qkv_order": "interleaved"}), None, "they are interleaved"),
-    "o_proj": (trtllm_config(), tensors_of(GQA, ("attention_qkv", "attention_dense")), "attention_qkv only: the key 'model.decoder.layers.0.self_attention.adapter_layer.lora_dense"),
-    "no layer in the key": (None, {key.replace("layers.", "blocks."): value for key, value in tensors_of(GQA).items()}, "the layer's number is in every key"),
-    "wrong ending": (None, changed(**{f"{FIRST}.scale.weight": torch.ones(1, 1)}), "keys end in linear_in.weight or linear_out.weight"),
-    "missing half": (None, {key: value for key, value in tensors_of(GQA).items() if key != OUT}, "layer 0, attention_qkv has no linear_out"),
-    "missing layer": (None, {key: value for key, value in tensors_of(GQA).items() if "layers.0." not in key}, "layer 0 has no adapter"),
+    "order not stated": (
+        config_of(GQA, alpha=4),
+        None,
+        "not stated, and NeMo writes them interleaved",
+    ),
+    "order of NeMo": (
+        trtllm_config(workshop=OURS | {"qkv_order": "interleaved"}),
+        None,
+        "they are interleaved",
+    ),
+    "o_proj": (
+        trtllm_config(),
+        tensors_of(GQA, ("attention_qkv", "attention_dense")),
+        (
+            "attention_qkv only: the key "
+            "'model.decoder.layers.0.self_attention.adapter_layer.lora_dense"
+        ),
+    ),
+    "no layer in the key": (
+        None,
+        {key.replace("layers.", "blocks."): value for key, value in tensors_of(GQA).items()},
+        "the layer's number is in every key",
+    ),
+    "wrong ending": (
+        None,
+        changed(**{f"{FIRST}.scale.weight": torch.ones(1, 1)}),
+        "keys end in linear_in.weight or linear_out.weight",
+    ),
+    "missing half": (
+        None,
+        {key: value for key, value in tensors_of(GQA).items() if key != OUT},
+        "layer 0, attention_qkv has no linear_out",
+    ),
+    "missing layer": (
+        None,
+        {key: value for key, value in tensors_of(GQA).items() if "layers.0." not in key},
+        "layer 0 has no adapter",
+    ),
     "local layers": (trtllm_config(num_layers=4), None, "layer 2 has no adapter"),
-    "transposed": (None, changed(**{OUT: tensors_of(GQA)[OUT].T.contiguous()}), r"linear_out.weight is [4, 64]"),
-    "three dimensions": (None, changed(**{OUT: torch.ones(1, 64, 4)}), "flat dictionary of two-dimensional tensors"),
+    "transposed": (
+        None,
+        changed(**{OUT: tensors_of(GQA)[OUT].T.contiguous()}),
+        r"linear_out.weight is [4, 64]",
+    ),
+    "three dimensions": (
+        None,
+        changed(**{OUT: torch.ones(1, 64, 4)}),
+        "flat dictionary of two-dimensional tensors",
+    ),
     "wrong rank": (lora(adapter_dim=8, alpha=8), None, "adapter_dim 8"),
-    "no heads": ({key: value for key, value in trtllm_config().items() if key != "num_query_groups"}, None, "num_query_groups is missing"),
-    "parallel": (trtllm_config(pipeline_model_parallel_size=2), None, "one tensor-parallel and one pipeline-parallel rank"),
+    "no heads": (
+        {key: value for key, value in trtllm_config().items() if key != "num_query_groups"},
+        None,
+        "num_query_groups is missing",
+    ),
+    "parallel": (
+        trtllm_config(pipeline_model_parallel_size=2),
+        None,
+        "one tensor-parallel and one pipeline-parallel rank",
+    ),
     "canonical": (lora(variant="canonical"), None, "variant is 'canonical'"),
-    "whole model": ({key: value for key, value in trtllm_config().items() if key != "peft"}, None, "whole model"),
+    "whole model": (
+        {key: value for key, value in trtllm_config().items() if key != "peft"},
+        None,
+        "whole model",
+    ),
     "nan": (None, changed(**{IN: torch.full((4, 32), float("nan"))}), "holds NaN or infinity"),
-    "untrained": (None, {key: value * ("linear_in" in key) for key, value in tensors_of(GQA).items()}, "every B is zero"),
-    "mixed dtypes": (None, changed(**{OUT: tensors_of(GQA)[OUT].bfloat16()}), "it has float32, bfloat16"),
-    "integers": (None, {key: value.to(torch.int8) for key, value in tensors_of(GQA).items()}, "it has int8"),
-    "shared": (None, changed(**dict.fromkeys((IN, IN.replace("layers.0", "layers.1")), torch.ones(4, 32))), "share their bytes"),
-    "views": (None, {key: torch.randn(512, 512)[: value.shape[0], : value.shape[1]] for key, value in tensors_of(GQA).items()}, "storage of its own"),
-}  # fmt: skip
+    "untrained": (
+        None,
+        {key: value * ("linear_in" in key) for key, value in tensors_of(GQA).items()},
+        "every B is zero",
+    ),
+    "mixed dtypes": (
+        None,
+        changed(**{OUT: tensors_of(GQA)[OUT].bfloat16()}),
+        "it has float32, bfloat16",
+    ),
+    "integers": (
+        None,
+        {key: value.to(torch.int8) for key, value in tensors_of(GQA).items()},
+        "it has int8",
+    ),
+    "shared": (
+        None,
+        changed(**dict.fromkeys((IN, IN.replace("layers.0", "layers.1")), torch.ones(4, 32))),
+        "share their bytes",
+    ),
+    "views": (
+        None,
+        {
+            key: torch.randn(512, 512)[: value.shape[0], : value.shape[1]]
+            for key, value in tensors_of(GQA).items()
+        },
+        "storage of its own",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", NEMO_FAULTS)
@@ -130,7 +219,10 @@ def test_a_broken_nemo(root, fault):
 
 
 def members(**more):
-    return {"model_config.yaml": yaml.safe_dump(trtllm_config()).encode(), "model_weights.ckpt": saved(tensors_of(GQA))} | more
+    return {
+        "model_config.yaml": yaml.safe_dump(trtllm_config()).encode(),
+        "model_weights.ckpt": saved(tensors_of(GQA)),
+    } | more
 
 
 class Evil:
@@ -140,14 +232,29 @@ class Evil:
 
 #: Members of the tar -> words.
 ARCHIVES = {
-    "several ranks": ({"model_config.yaml": members()["model_config.yaml"], "mp_rank_00/model_weights.ckpt": saved(tensors_of(GQA)),
-                       "mp_rank_01/model_weights.ckpt": saved(tensors_of(GQA))}, "parts of 2 model-parallel ranks: mp_rank_00/"),
-    "more files": (members(**{"notes.txt": b"x"}), "exactly model_config.yaml and model_weights.ckpt"),
-    "no configuration": ({"model_weights.ckpt": saved(tensors_of(GQA))}, "has no model_config.yaml"),
+    "several ranks": (
+        {
+            "model_config.yaml": members()["model_config.yaml"],
+            "mp_rank_00/model_weights.ckpt": saved(tensors_of(GQA)),
+            "mp_rank_01/model_weights.ckpt": saved(tensors_of(GQA)),
+        },
+        "parts of 2 model-parallel ranks: mp_rank_00/",
+    ),
+    "more files": (
+        members(**{"notes.txt": b"x"}),
+        "exactly model_config.yaml and model_weights.ckpt",
+    ),
+    "no configuration": (
+        {"model_weights.ckpt": saved(tensors_of(GQA))},
+        "has no model_config.yaml",
+    ),
     "cut off": (members(**{"model_weights.ckpt": saved(tensors_of(GQA))[:900]}), "cut off"),
     "code": (members(**{"model_weights.ckpt": saved({IN: Evil()})}), "nothing in it runs code"),
-    "code in the configuration": (members(**{"model_config.yaml": b"a: !!python/object/apply:os.system [ls]\n"}), "nothing in it runs code"),
-}  # fmt: skip
+    "code in the configuration": (
+        members(**{"model_config.yaml": b"a: !!python/object/apply:os.system [ls]\n"}),
+        "nothing in it runs code",
+    ),
+}
 
 
 @pytest.mark.parametrize("fault", ARCHIVES)
@@ -170,19 +277,34 @@ def tar_of(path: Path, entries: list[tuple[tarfile.TarInfo, bytes]]) -> Path:
 def test_mixed_prefixes_duplicates_links_and_gzip(root):
     config, weights = members().values()
     mixed = tar_of(
-        root / "m.nemo", [(tarfile.TarInfo("./model_config.yaml"), config), (tarfile.TarInfo("model_weights.ckpt"), weights)]
+        root / "m.nemo",
+        [
+            (tarfile.TarInfo("./model_config.yaml"), config),
+            (tarfile.TarInfo("model_weights.ckpt"), weights),
+        ],
     )
     assert "the prefixes differ" in broken(judge(mixed, "trtllm"))
-    twice = [(tarfile.TarInfo(name), content) for name, content in [*members().items(), ("./model_weights.ckpt", weights)]]
+    twice = [
+        (tarfile.TarInfo(name), content)
+        for name, content in [*members().items(), ("./model_weights.ckpt", weights)]
+    ]
     assert "twice" in broken(judge(tar_of(root / "d.nemo", twice), "trtllm"))
     link = tarfile.TarInfo("model_weights.ckpt")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     assert "is a link" in broken(
-        judge(tar_of(root / "l.nemo", [(tarfile.TarInfo("model_config.yaml"), config), (link, b"")]), "trtllm")
+        judge(
+            tar_of(root / "l.nemo", [(tarfile.TarInfo("model_config.yaml"), config), (link, b"")]),
+            "trtllm",
+        )
     )
     out = tarfile.TarInfo("../model_weights.ckpt")
     assert "leads out" in broken(
-        judge(tar_of(root / "o.nemo", [(tarfile.TarInfo("model_config.yaml"), config), (out, weights)]), "trtllm")
+        judge(
+            tar_of(
+                root / "o.nemo", [(tarfile.TarInfo("model_config.yaml"), config), (out, weights)]
+            ),
+            "trtllm",
+        )
     )
     packed = root / "g.nemo"
     packed.write_bytes(gzip.compress(nemo_of(root).read_bytes()))
@@ -192,7 +314,9 @@ def test_mixed_prefixes_duplicates_links_and_gzip(root):
 def test_a_rank_over_the_maximum(root, exported):
     assert "NIM_MAX_LORA_RANK" in broken(judge(exported["trtllm"], "nim1", max_rank=2))
     assert "it is 4" in broken(judge(exported["hf-peft"], "vllm", max_rank=2))
-    large = export(write_adapter(root / "a.nemo", config_of(GQA, rank=17), tensors_of(GQA, rank=17)), "hf-peft")
+    large = export(
+        write_adapter(root / "a.nemo", config_of(GQA, rank=17), tensors_of(GQA, rank=17)), "hf-peft"
+    )
     assert "at most 16" in broken(judge(large, "vllm"))
     assert judge(large, "nim2").conforms
     assert judge(large, "peft").conforms
@@ -221,26 +345,81 @@ def renamed(old: str, new: str):
 
 PEFT_FAULTS = {
     "no prefix": ({}, renamed("base_model.model.", ""), "B stays zero"),
-    "half a prefix": ({}, renamed("base_model.model.model.", "base_model.model."), "keys are base_model.model.model.layers.N"),
-    "the adapter's name": ({}, renamed(".weight", ".default.weight"), "keys are base_model.model.model.layers.N"),
-    "unknown module": ({"target_modules": ["qkv_proj"]}, lambda s: {"base_model.model.model.embed_tokens.lora_A.weight": torch.ones(4, 8)}, "embed_tokens"),
-    "missing half": ({}, without("layers.0.self_attn.q_proj.lora_B"), "q_proj.lora_B.weight is missing"),
+    "half a prefix": (
+        {},
+        renamed("base_model.model.model.", "base_model.model."),
+        "keys are base_model.model.model.layers.N",
+    ),
+    "the adapter's name": (
+        {},
+        renamed(".weight", ".default.weight"),
+        "keys are base_model.model.model.layers.N",
+    ),
+    "unknown module": (
+        {"target_modules": ["qkv_proj"]},
+        lambda s: {"base_model.model.model.embed_tokens.lora_A.weight": torch.ones(4, 8)},
+        "embed_tokens",
+    ),
+    "missing half": (
+        {},
+        without("layers.0.self_attn.q_proj.lora_B"),
+        "q_proj.lora_B.weight is missing",
+    ),
     "missing layer": ({}, without("layers.0.mlp.down_proj"), "is missing in layer 0"),
-    "wrong layers": ({}, lambda s: {key.replace("layers.0", "layers.7"): value for key, value in s.items()}, "missing in layer"),
+    "wrong layers": (
+        {},
+        lambda s: {key.replace("layers.0", "layers.7"): value for key, value in s.items()},
+        "missing in layer",
+    ),
     "wrong rank": ({"r": 8}, None, "r = 8"),
     "another module": ({"target_modules": ["q_proj"]}, None, "does not name in target_modules"),
-    "module without tensors": ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]}, None, "lm_head"),
-    "nan": ({}, lambda s: s | {f"{PREFIX}.lora_A.weight": torch.full((4, 32), float("inf"))}, "holds NaN or infinity"),
-    "untrained": ({}, lambda s: {key: value * ("lora_A" in key) for key, value in s.items()}, "every B is zero"),
-    "mixed dtypes": ({}, lambda s: {key: value.half() if "q_proj" in key else value for key, value in s.items()}, "float32, float16"),
+    "module without tensors": (
+        {
+            "target_modules": [
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                "lm_head",
+            ]
+        },
+        None,
+        "lm_head",
+    ),
+    "nan": (
+        {},
+        lambda s: s | {f"{PREFIX}.lora_A.weight": torch.full((4, 32), float("inf"))},
+        "holds NaN or infinity",
+    ),
+    "untrained": (
+        {},
+        lambda s: {key: value * ("lora_A" in key) for key, value in s.items()},
+        "every B is zero",
+    ),
+    "mixed dtypes": (
+        {},
+        lambda s: {key: value.half() if "q_proj" in key else value for key, value in s.items()},
+        "float32, float16",
+    ),
     "double": ({}, lambda s: {key: value.double() for key, value in s.items()}, "it has float64"),
     "kind": ({"peft_type": "LOHA"}, None, "peft_type is 'LORA': it is 'LOHA'"),
     "task": ({"task_type": None}, None, "NeMo's exporter leaves it out"),
     "no rank": ({"r": "absent"}, None, "r is a positive whole number"),
     "no alpha": ({"lora_alpha": "absent"}, None, "lora_alpha is a positive number"),
     "no base": ({"base_model_name_or_path": None}, None, "--base ID"),
-    "absolute base": ({"base_model_name_or_path": "/home/somebody/llama"}, None, "a place on the machine of the training"),
-    "relative base": ({"base_model_name_or_path": "../models/llama"}, None, "a place on the machine"),
+    "absolute base": (
+        {"base_model_name_or_path": "/home/somebody/llama"},
+        None,
+        "a place on the machine of the training",
+    ),
+    "relative base": (
+        {"base_model_name_or_path": "../models/llama"},
+        None,
+        "a place on the machine",
+    ),
     "base in folders": ({"base_model_name_or_path": "models/huggingface/llama"}, None, "--base ID"),
     "base in the home": ({"base_model_name_or_path": "~/llama"}, None, "a place on the machine"),
     "base on a drive": ({"base_model_name_or_path": "C:\\llama"}, None, "a place on the machine"),
@@ -250,15 +429,35 @@ PEFT_FAULTS = {
     "rank pattern": ({"rank_pattern": {"q_proj": 4}}, None, "rank_pattern is set"),
     "no targets": ({"target_modules": "absent"}, None, "target_modules is None"),
     "targets that are no names": ({"target_modules": 5}, None, "target_modules is 5"),
-    "other layers": ({"layers_to_transform": [5]}, None, "layers_to_transform = [5], but the tensors are for the layers 0, 1"),
-    "a layer too few": ({"layers_to_transform": 0}, None, "layers_to_transform = 0, but the tensors are"),
-    "a picked layer is missing": ({"layers_to_transform": [0, 1]}, without("layers.0.mlp.down_proj"), "is missing in layer 0"),
+    "other layers": (
+        {"layers_to_transform": [5]},
+        None,
+        "layers_to_transform = [5], but the tensors are for the layers 0, 1",
+    ),
+    "a layer too few": (
+        {"layers_to_transform": 0},
+        None,
+        "layers_to_transform = 0, but the tensors are",
+    ),
+    "a picked layer is missing": (
+        {"layers_to_transform": [0, 1]},
+        without("layers.0.mlp.down_proj"),
+        "is missing in layer 0",
+    ),
     "alpha without end": ({"lora_alpha": 1e300}, None, "lora_alpha is a positive number"),
-    "pattern that is none": ({"alpha_pattern": {"q_proj": "x"}}, None, "alpha_pattern is {'q_proj': 'x'}, no table"),
+    "pattern that is none": (
+        {"alpha_pattern": {"q_proj": "x"}},
+        None,
+        "alpha_pattern is {'q_proj': 'x'}, no table",
+    ),
     "dora by a number": ({"use_dora": 1}, None, "has its lora_magnitude_vector"),
-    "saved modules that are none": ({"modules_to_save": 5}, lambda s: s | {"base_model.model.x": torch.ones(1)}, "the key 'base_model.model.x'"),
+    "saved modules that are none": (
+        {"modules_to_save": 5},
+        lambda s: s | {"base_model.model.x": torch.ones(1)},
+        "the key 'base_model.model.x'",
+    ),
     "module of another": ({"megatron_core": "os"}, None, "do not load it"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", PEFT_FAULTS)
@@ -269,7 +468,9 @@ def test_a_broken_peft_adapter(root, exported, fault, reader):
     assert words in text, text
 
 
-@pytest.mark.parametrize("base, notes", [("meta-llama/Llama-3.2-1B-Instruct", 0), ("tiny-llama", 1)])
+@pytest.mark.parametrize(
+    "base, notes", [("meta-llama/Llama-3.2-1B-Instruct", 0), ("tiny-llama", 1)]
+)
 def test_an_id_without_an_organisation_is_noted(root, exported, base, notes):
     found = judge(peft_copy(root, exported, {"base_model_name_or_path": base}), "peft")
     assert found.conforms
@@ -301,7 +502,10 @@ def fixed(path: Path, reader: str, root: Path):
     return judge(next(iter(root.glob("mended/*.nemo")), root / "mended"), reader)
 
 
-@pytest.mark.parametrize("fault", ["no prefix", "the adapter's name", "mixed dtypes", "double", "no base", "rank pattern"])
+@pytest.mark.parametrize(
+    "fault",
+    ["no prefix", "the adapter's name", "mixed dtypes", "double", "no base", "rank pattern"],
+)
 def test_the_command_of_a_fix_mends_the_adapter(root, exported, fault, monkeypatch):
     monkeypatch.chdir(root)
     config, tensors, _ = PEFT_FAULTS[fault]
@@ -310,7 +514,9 @@ def test_the_command_of_a_fix_mends_the_adapter(root, exported, fault, monkeypat
     assert mended.conforms, broken(mended)
 
 
-@pytest.mark.parametrize("fault", ["alpha not baked in", "order not stated", "order of NeMo", "mixed dtypes", "shared"])
+@pytest.mark.parametrize(
+    "fault", ["alpha not baked in", "order not stated", "order of NeMo", "mixed dtypes", "shared"]
+)
 def test_the_command_of_a_fix_mends_the_nemo(root, fault, monkeypatch):
     monkeypatch.chdir(root)
     config, state, _ = NEMO_FAULTS[fault]
@@ -318,7 +524,9 @@ def test_the_command_of_a_fix_mends_the_nemo(root, fault, monkeypatch):
     assert mended.conforms, broken(mended)
 
 
-@pytest.mark.parametrize("fault", ["missing half", "missing layer", "wrong ending", "transposed", "views"])
+@pytest.mark.parametrize(
+    "fault", ["missing half", "missing layer", "wrong ending", "transposed", "views"]
+)
 def test_what_cannot_be_mended_is_not_exported_from_itself(root, fault):
     config, state, _ = NEMO_FAULTS[fault]
     text = broken(judge(nemo_of(root, config, state), "trtllm"))
@@ -328,7 +536,9 @@ def test_what_cannot_be_mended_is_not_exported_from_itself(root, fault):
 
 
 def test_what_peft_takes_and_servers_do_not(root, exported):
-    path = peft_copy(root, exported, {"modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}})
+    path = peft_copy(
+        root, exported, {"modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}}
+    )
     assert judge(path, "peft").conforms
     assert not judge(path, "vllm").conforms
     state = load_file(path / "adapter_model.safetensors")
@@ -340,7 +550,9 @@ def test_what_peft_takes_and_servers_do_not(root, exported):
 
 def test_weights_that_are_none(root, exported):
     path = peft_copy(root, exported)
-    (path / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (path / "adapter_model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\n"
+    )
     assert "it can be read" in broken(judge(path, "vllm"))
     (path / "adapter_model.safetensors").unlink()
     assert "has no weights" in broken(judge(path, "vllm"))
@@ -408,7 +620,9 @@ def test_the_command(root, exported, capsys):
     printed = capsys.readouterr().out
     assert "✓ OK    " in printed
     assert "loader is closed" in printed
-    assert cli.main(["conform", str(exported["hf-peft"]), "--reader", "vllm", "--max-rank", "1"]) == 1
+    assert (
+        cli.main(["conform", str(exported["hf-peft"]), "--reader", "vllm", "--max-rank", "1"]) == 1
+    )
     assert "✗ FAIL  the rank is at most 1" in capsys.readouterr().out
     assert cli.main(["conform", str(exported["trtllm"]), "--reader", "trtllm", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -425,5 +639,9 @@ def test_names_cannot_speak_to_the_terminal(root, exported, capsys):
 
 
 def test_no_torch_is_needed(exported):
-    code = f"import sys; from workshop_utils.adapters.rules.judge import judge; judge({str(exported['hf-peft'])!r}, 'vllm'); judge({str(exported['trtllm'])!r}, 'trtllm'); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from workshop_utils.adapters.rules.judge import judge; "
+        f"judge({str(exported['hf-peft'])!r}, 'vllm'); judge({str(exported['trtllm'])!r}, "
+        "'trtllm'); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

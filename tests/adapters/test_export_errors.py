@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from export_samples import ALL, GQA, MHA, NAMES, config_of, saved, tensors_of, write_adapter, write_tar
+from export_samples import (
+    ALL,
+    GQA,
+    MHA,
+    NAMES,
+    config_of,
+    saved,
+    tensors_of,
+    write_adapter,
+    write_tar,
+)
 from safetensors.torch import load_file, save_file
 
 from workshop_utils.adapters import write_nemo1, write_peft
@@ -42,32 +52,100 @@ CONFIG_FAULTS = {
     "whole model": (lambda c: c.pop("peft"), NotACheckpoint, "whole model"),
     "no scheme": (lambda c: c["peft"].update(peft_scheme=None), NotACheckpoint, "whole model"),
     "p-tuning": (lambda c: c["peft"].update(peft_scheme="ptuning"), NotACheckpoint, "ptuning"),
-    "no lora_tuning": (lambda c: c["peft"].pop("lora_tuning"), DamagedCheckpoint, "peft.lora_tuning"),
-    "canonical": (lambda c: c["peft"]["lora_tuning"].update(variant="canonical"), UnsupportedAdapter, "canonical"),
-    "layer selection": (lambda c: c["peft"]["lora_tuning"].update(layer_selection=[1]), UnsupportedAdapter, "layer_selection"),
-    "tied": (lambda c: c["peft"]["lora_tuning"].update(weight_tying=True), UnsupportedAdapter, "weight_tying"),
-    "alpha missing": (lambda c: c["peft"]["lora_tuning"].pop("alpha"), DamagedCheckpoint, "no peft.lora_tuning.alpha"),
-    "alpha null": (lambda c: c["peft"]["lora_tuning"].update(alpha=None), DamagedCheckpoint, "no peft.lora_tuning.alpha"),
-    "alpha text": (lambda c: c["peft"]["lora_tuning"].update(alpha="32"), DamagedCheckpoint, "positive number"),
-    "alpha zero": (lambda c: c["peft"]["lora_tuning"].update(alpha=0), DamagedCheckpoint, "positive number"),
-    "rank missing": (lambda c: c["peft"]["lora_tuning"].pop("adapter_dim"), DamagedCheckpoint, "adapter_dim"),
-    "wrong rank": (lambda c: c["peft"]["lora_tuning"].update(adapter_dim=8), DamagedCheckpoint, "adapter_dim 8"),
+    "no lora_tuning": (
+        lambda c: c["peft"].pop("lora_tuning"),
+        DamagedCheckpoint,
+        "peft.lora_tuning",
+    ),
+    "canonical": (
+        lambda c: c["peft"]["lora_tuning"].update(variant="canonical"),
+        UnsupportedAdapter,
+        "canonical",
+    ),
+    "layer selection": (
+        lambda c: c["peft"]["lora_tuning"].update(layer_selection=[1]),
+        UnsupportedAdapter,
+        "layer_selection",
+    ),
+    "tied": (
+        lambda c: c["peft"]["lora_tuning"].update(weight_tying=True),
+        UnsupportedAdapter,
+        "weight_tying",
+    ),
+    "alpha missing": (
+        lambda c: c["peft"]["lora_tuning"].pop("alpha"),
+        DamagedCheckpoint,
+        "no peft.lora_tuning.alpha",
+    ),
+    "alpha null": (
+        lambda c: c["peft"]["lora_tuning"].update(alpha=None),
+        DamagedCheckpoint,
+        "no peft.lora_tuning.alpha",
+    ),
+    "alpha text": (
+        lambda c: c["peft"]["lora_tuning"].update(alpha="32"),
+        DamagedCheckpoint,
+        "positive number",
+    ),
+    "alpha zero": (
+        lambda c: c["peft"]["lora_tuning"].update(alpha=0),
+        DamagedCheckpoint,
+        "positive number",
+    ),
+    "rank missing": (
+        lambda c: c["peft"]["lora_tuning"].pop("adapter_dim"),
+        DamagedCheckpoint,
+        "adapter_dim",
+    ),
+    "wrong rank": (
+        lambda c: c["peft"]["lora_tuning"].update(adapter_dim=8),
+        DamagedCheckpoint,
+        "adapter_dim 8",
+    ),
     "no hidden size": (lambda c: c.pop("hidden_size"), DamagedCheckpoint, "hidden_size"),
     "no layers": (lambda c: c.update(num_layers=0), DamagedCheckpoint, "num_layers"),
     "too few layers": (lambda c: c.update(num_layers=1), DamagedCheckpoint, "layer 1"),
-    "too many layers": (lambda c: c.update(num_layers=3), DamagedCheckpoint, "layer 2 has no adapter"),
-    "other groups": (lambda c: c.update(num_query_groups=4), DamagedCheckpoint, r"asks for \[96, 4\]"),
-    "uneven groups": (lambda c: c.update(num_query_groups=3), DamagedCheckpoint, "not a multiple of num_query_groups"),
+    "too many layers": (
+        lambda c: c.update(num_layers=3),
+        DamagedCheckpoint,
+        "layer 2 has no adapter",
+    ),
+    "other groups": (
+        lambda c: c.update(num_query_groups=4),
+        DamagedCheckpoint,
+        r"asks for \[96, 4\]",
+    ),
+    "uneven groups": (
+        lambda c: c.update(num_query_groups=3),
+        DamagedCheckpoint,
+        "not a multiple of num_query_groups",
+    ),
     "other channels": (lambda c: c.update(kv_channels=16), DamagedCheckpoint, "4/2/16"),
-    "uneven channels": (lambda c: c.update(kv_channels=None, hidden_size=30), DamagedCheckpoint, "kv_channels is not set"),
+    "uneven channels": (
+        lambda c: c.update(kv_channels=None, hidden_size=30),
+        DamagedCheckpoint,
+        "kv_channels is not set",
+    ),
     "unknown target": (
         lambda c: c["peft"]["lora_tuning"].update(target_modules=["attention_qkv", "lm_head"]),
         UnsupportedAdapter,
         "unknown target 'lm_head'",
     ),
-    "other targets": (lambda c: c["peft"]["lora_tuning"].update(target_modules=["all"]), DamagedCheckpoint, "target_modules"),
-    "two ranks": (lambda c: c.update(tensor_model_parallel_size=2), DamagedCheckpoint, "2 tensor-parallel ranks x 1 pipeline stages, the archive holds model_weights.ckpt"),
-    "two stages": (lambda c: c.update(pipeline_model_parallel_size=2), DamagedCheckpoint, "1 tensor-parallel ranks x 2"),
+    "other targets": (
+        lambda c: c["peft"]["lora_tuning"].update(target_modules=["all"]),
+        DamagedCheckpoint,
+        "target_modules",
+    ),
+    "two ranks": (
+        lambda c: c.update(tensor_model_parallel_size=2),
+        DamagedCheckpoint,
+        "2 tensor-parallel ranks x 1 pipeline stages, the archive holds model_weights.ckpt",
+    ),
+    "two stages": (
+        lambda c: c.update(pipeline_model_parallel_size=2),
+        DamagedCheckpoint,
+        "1 tensor-parallel ranks x 2",
+    ),
     "strange order": (lambda c: c.update(workshop={"qkv_order": "kvq"}), DamagedCheckpoint, "kvq"),
 }
 
@@ -85,24 +163,68 @@ def test_a_wrong_configuration_is_named(root, fault):
 
 
 TENSOR_FAULTS = {
-    "missing half": (lambda s: s.pop(OUT), DamagedCheckpoint, "layer 0, attention_qkv has no linear_out"),
-    "missing other half": (lambda s: s.pop(IN), DamagedCheckpoint, "layer 0, attention_qkv has no linear_in"),
-    "missing layer": (lambda s: (s.pop(IN), s.pop(OUT)), DamagedCheckpoint, "layer 0 has no adapter for attention_qkv"),
-    "nan": (lambda s: s[IN].fill_(float("nan")), DamagedCheckpoint, "layer 0, attention_qkv linear_in.weight holds NaN"),
+    "missing half": (
+        lambda s: s.pop(OUT),
+        DamagedCheckpoint,
+        "layer 0, attention_qkv has no linear_out",
+    ),
+    "missing other half": (
+        lambda s: s.pop(IN),
+        DamagedCheckpoint,
+        "layer 0, attention_qkv has no linear_in",
+    ),
+    "missing layer": (
+        lambda s: (s.pop(IN), s.pop(OUT)),
+        DamagedCheckpoint,
+        "layer 0 has no adapter for attention_qkv",
+    ),
+    "nan": (
+        lambda s: s[IN].fill_(float("nan")),
+        DamagedCheckpoint,
+        "layer 0, attention_qkv linear_in.weight holds NaN",
+    ),
     "infinity": (lambda s: s[OUT][0].fill_(float("inf")), DamagedCheckpoint, "NaN or infinity"),
-    "one-dimensional": (lambda s: s.update({IN: torch.ones(4)}), DamagedCheckpoint, r"linear_in.weight is \[4\]"),
-    "transposed": (lambda s: s.update({OUT: s[OUT].T}), DamagedCheckpoint, r"linear_out.weight is \[4, 64\]"),
-    "integers": (lambda s: s.update({key: value.to(torch.int8) for key, value in s.items()}), UnsupportedAdapter, "int8"),
-    "one of integers": (lambda s: s.update({IN: s[IN].to(torch.int8)}), DamagedCheckpoint, "is int8; in the other layers"),
-    "base weight": (lambda s: s.update({"model.embedding.weight": torch.ones(2, 2)}), NotACheckpoint, "embedding"),
+    "one-dimensional": (
+        lambda s: s.update({IN: torch.ones(4)}),
+        DamagedCheckpoint,
+        r"linear_in.weight is \[4\]",
+    ),
+    "transposed": (
+        lambda s: s.update({OUT: s[OUT].T}),
+        DamagedCheckpoint,
+        r"linear_out.weight is \[4, 64\]",
+    ),
+    "integers": (
+        lambda s: s.update({key: value.to(torch.int8) for key, value in s.items()}),
+        UnsupportedAdapter,
+        "int8",
+    ),
+    "one of integers": (
+        lambda s: s.update({IN: s[IN].to(torch.int8)}),
+        DamagedCheckpoint,
+        "is int8; in the other layers",
+    ),
+    "base weight": (
+        lambda s: s.update({"model.embedding.weight": torch.ones(2, 2)}),
+        NotACheckpoint,
+        "embedding",
+    ),
     "unknown adapter": (
         lambda s: s.update(
-            {"model.decoder.layers.0.mlp.adapter_layer.lora_moe_hto4h_adapter.linear_in.weight": torch.ones(1, 1)}
+            {
+                "model.decoder.layers.0.mlp.adapter_layer.lora_moe_hto4h_adapter.linear_in.weight": torch.ones(  # noqa: E501
+                    1, 1
+                )
+            }
         ),
         UnsupportedAdapter,
         "lora_moe_hto4h_adapter",
     ),
-    "twice": (lambda s: s.update({IN.replace("model.", "model.module."): s[IN]}), DamagedCheckpoint, "two tensors"),
+    "twice": (
+        lambda s: s.update({IN.replace("model.", "model.module."): s[IN]}),
+        DamagedCheckpoint,
+        "two tensors",
+    ),
     "nested": (lambda s: s.update({"model_0": {}}), NotACheckpoint, "model_0"),
     "empty": (lambda s: s.clear(), NotACheckpoint, "no tensors"),
 }
@@ -123,7 +245,10 @@ class Evil:
 
 
 def test_code_in_the_weights_is_not_run(root, capsys):
-    members = {"model_config.yaml": yaml.safe_dump(config_of(GQA)).encode(), "model_weights.ckpt": saved({"key": Evil()})}
+    members = {
+        "model_config.yaml": yaml.safe_dump(config_of(GQA)).encode(),
+        "model_weights.ckpt": saved({"key": Evil()}),
+    }
     with pytest.raises(UnsafeCheckpoint, match="something else than tensors"):
         read_adapter(write_tar(root / "a.nemo", members))
     members["model_weights.ckpt"] = pickle.dumps(Evil())
@@ -133,13 +258,17 @@ def test_code_in_the_weights_is_not_run(root, capsys):
 
 
 def test_truncated_weights(root):
-    members = {"model_config.yaml": yaml.safe_dump(config_of(GQA)).encode(), "model_weights.ckpt": saved(tensors_of(GQA))[:700]}
+    members = {
+        "model_config.yaml": yaml.safe_dump(config_of(GQA)).encode(),
+        "model_weights.ckpt": saved(tensors_of(GQA))[:700],
+    }
     with pytest.raises(DamagedCheckpoint, match="model_weights.ckpt"):
         read_adapter(write_tar(root / "a.nemo", members))
 
 
 def parts_of(state: dict, tensor: int, pipeline: int) -> dict[str, bytes]:
-    """``state`` of a gated model as ``tensor`` x ``pipeline`` ranks would hold and save it, written from NeMo's layers, not from ours."""
+    """``state`` of a gated model as ``tensor`` x ``pipeline`` ranks would hold and save it, written
+    from NeMo's layers, not from ours."""
 
     layers = 1 + max(int(re.search(r"layers\.(\d+)", name)[1]) for name in state)
     members = {}
@@ -150,14 +279,22 @@ def parts_of(state: dict, tensor: int, pipeline: int) -> dict[str, bytes]:
                 layer = int(re.search(r"layers\.(\d+)", name)[1])
                 if layer * pipeline // layers != stage:
                     continue
-                if "hto4h_adapter.linear_out" in name:  # the gate's rows, then those of the up projection, of this rank
+                if (
+                    "hto4h_adapter.linear_out" in name
+                ):  # the gate's rows, then those of the up projection, of this rank
                     mine = torch.cat([half.chunk(tensor)[rank] for half in whole.chunk(2)])
                 elif ("dense" in name or "4htoh" in name) and "linear_in" in name:
                     mine = whole.chunk(tensor, dim=1)[rank]
                 else:
                     mine = whole.chunk(tensor)[rank]
-                part[name.replace(f"layers.{layer}.", f"layers.{layer - stage * layers // pipeline}.")] = mine.clone()
-            folder = f"tp_rank_{rank:02}_pp_rank_{stage:03}" if pipeline > 1 else f"mp_rank_{rank:02}"
+                part[
+                    name.replace(
+                        f"layers.{layer}.", f"layers.{layer - stage * layers // pipeline}."
+                    )
+                ] = mine.clone()
+            folder = (
+                f"tp_rank_{rank:02}_pp_rank_{stage:03}" if pipeline > 1 else f"mp_rank_{rank:02}"
+            )
             members[f"{folder}/model_weights.ckpt"] = saved(part)
     return members
 
@@ -166,12 +303,20 @@ def parts_of(state: dict, tensor: int, pipeline: int) -> dict[str, bytes]:
 def test_parts_of_several_ranks_are_put_together(root, tensor, pipeline):
 
     state = tensors_of(GQA, ALL)
-    config = config_of(GQA, ALL) | {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-    members = {"model_config.yaml": yaml.safe_dump(config).encode(), **parts_of(state, tensor, pipeline)}
+    config = config_of(GQA, ALL) | {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+    }
+    members = {
+        "model_config.yaml": yaml.safe_dump(config).encode(),
+        **parts_of(state, tensor, pipeline),
+    }
     merged = read_adapter(write_tar(root / "a.nemo", members)).weights
     whole = read_adapter(write_adapter(root / "b.nemo", config_of(GQA, ALL), state)).weights
     assert merged.keys() == whole.keys()
-    assert all(torch.equal(merged[place][half], whole[place][half]) for place in whole for half in (0, 1))
+    assert all(
+        torch.equal(merged[place][half], whole[place][half]) for place in whole for half in (0, 1)
+    )
 
 
 def test_parts_that_do_not_belong_together(root):
@@ -179,14 +324,32 @@ def test_parts_that_do_not_belong_together(root):
     text = yaml.safe_dump(config).encode()
     members = {"model_config.yaml": text, **parts_of(tensors_of(GQA), 2, 1)}
     lacking = {name: content for name, content in members.items() if "01" not in name}
-    with pytest.raises(DamagedCheckpoint, match="2 tensor-parallel ranks x 1 pipeline stages, the archive holds mp_rank_00"):
+    with pytest.raises(
+        DamagedCheckpoint,
+        match="2 tensor-parallel ranks x 1 pipeline stages, the archive holds mp_rank_00",
+    ):
         read_adapter(write_tar(root / "a.nemo", lacking))
     other = parts_of(tensors_of(GQA, rank=8), 2, 1)
     with pytest.raises(DamagedCheckpoint, match="do not have one shape"):
-        read_adapter(write_tar(root / "b.nemo", members | {name: content for name, content in other.items() if "01" in name}))
+        read_adapter(
+            write_tar(
+                root / "b.nemo",
+                members | {name: content for name, content in other.items() if "01" in name},
+            )
+        )
     fewer = {name: value for name, value in tensors_of(GQA).items() if "layers.0." in name}
     with pytest.raises(DamagedCheckpoint, match="hold different tensors"):
-        read_adapter(write_tar(root / "c.nemo", members | {"mp_rank_01/model_weights.ckpt": parts_of(fewer, 2, 1)["mp_rank_01/model_weights.ckpt"]}))
+        read_adapter(
+            write_tar(
+                root / "c.nemo",
+                members
+                | {
+                    "mp_rank_01/model_weights.ckpt": parts_of(fewer, 2, 1)[
+                        "mp_rank_01/model_weights.ckpt"
+                    ]
+                },
+            )
+        )
 
 
 def test_no_weights_or_no_tar(root):
@@ -225,7 +388,10 @@ def test_trtllm_takes_attention_qkv_only(root):
 
 def test_a_plain_mlp_has_no_gate(root):
     config = {**config_of(GQA, ("mlp_fc1",)), "activation": "gelu"}
-    state = {key: tensor[:48] if "linear_out" in key else tensor for key, tensor in tensors_of(GQA, ("mlp_fc1",)).items()}
+    state = {
+        key: tensor[:48] if "linear_out" in key else tensor
+        for key, tensor in tensors_of(GQA, ("mlp_fc1",)).items()
+    }
     path = write_adapter(root / "a.nemo", config, state)
     assert export(path, "nemo", reader="nemo").exists()
     with pytest.raises(UnsupportedAdapter, match="gate"):
@@ -235,7 +401,9 @@ def test_a_plain_mlp_has_no_gate(root):
 
 @pytest.mark.parametrize("to", ["nemo", "hf-peft"])
 def test_an_untrained_adapter_is_refused(root, to):
-    state = {key: tensor * (0 if "linear_out" in key else 1) for key, tensor in tensors_of(GQA).items()}
+    state = {
+        key: tensor * (0 if "linear_out" in key else 1) for key, tensor in tensors_of(GQA).items()
+    }
     with pytest.raises(ConformanceFailed, match="trained.*every B is zero"):
         export(write_adapter(root / "a.nemo", config_of(GQA), state), to)
     assert not [path for path in root.rglob("*") if path.is_file() and path.name != "a.nemo"]
@@ -337,7 +505,10 @@ def broken_peft(change):
 
 PEFT_KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 PEFT_FAULTS = {
-    "no prefix": (lambda s: s.update({PEFT_KEY.removeprefix("base_model."): s.pop(PEFT_KEY)}), "the key 'model.model"),
+    "no prefix": (
+        lambda s: s.update({PEFT_KEY.removeprefix("base_model."): s.pop(PEFT_KEY)}),
+        "the key 'model.model",
+    ),
     "missing": (lambda s: s.pop(PEFT_KEY), "q_proj.lora_B"),
     "half the scale": (lambda s: s.update({PEFT_KEY: s[PEFT_KEY] / 2}), "q_proj: off by"),
     "wrong shape": (lambda s: s.update({PEFT_KEY: s[PEFT_KEY][:8].clone()}), "lora_B is"),

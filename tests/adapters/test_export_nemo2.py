@@ -1,4 +1,5 @@
-"""Adapters that NeMo 2.0 itself trains and saves, exported, against the logits that NeMo itself computes with them."""
+"""Adapters that NeMo 2.0 itself trains and saves, exported, against the logits that NeMo itself
+computes with them."""
 
 import json
 import shutil
@@ -25,13 +26,19 @@ VOCABULARY = 384
 
 
 def nemo(script: str, *words: object) -> None:
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, words)], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, words)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def trained(bridged_tiny, tmp_path_factory):
-    """Scheme -> (adapter directory of NeMo 2.0, NeMo's logits), and ``tokens``; also merged into NeMo 2.0, with NeMo's logits."""
+    """Scheme -> (adapter directory of NeMo 2.0, NeMo's logits), and ``tokens``; also merged into
+    NeMo 2.0, with NeMo's logits."""
     from nemo2_trains import write_data
 
     folder = tmp_path_factory.mktemp("nemo2-adapters")
@@ -39,7 +46,10 @@ def trained(bridged_tiny, tmp_path_factory):
     base = bridged_tiny / "nemo2" / "tiny"
     nemo("nemo2_trains.py", base, folder, *SCHEMES)
     adapters = [next((folder / scheme / "checkpoints").glob("*-last")) for scheme in SCHEMES]
-    merged = [export(path, "nemo2-merged", folder / f"{path.parts[-3]}-merged", base_model=base) for path in adapters]
+    merged = [
+        export(path, "nemo2-merged", folder / f"{path.parts[-3]}-merged", base_model=base)
+        for path in adapters
+    ]
     nemo("nemo2_logits.py", folder / "logits.npz", base, *adapters, *merged)
     return (
         folder,
@@ -71,10 +81,17 @@ def test_every_form_computes_what_nemo_computes(trained, bridged_tiny, tmp_path,
     wanted, tokens = found[str(at)][..., :VOCABULARY], found["tokens"]
     effect = numpy.abs(wanted - found["0"][..., :VOCABULARY]).max()
     assert effect > 0.05
-    forms = {"hf-peft": export(adapters[scheme], "hf-peft", tmp_path / "p"), "nemo2-merged": merged[scheme]}
+    forms = {
+        "hf-peft": export(adapters[scheme], "hf-peft", tmp_path / "p"),
+        "nemo2-merged": merged[scheme],
+    }
     forms["hf-merged"] = export(adapters[scheme], "hf-merged", tmp_path / "m", base_model=hf)
     with_peft = PeftModel.from_pretrained(load(hf), str(forms["hf-peft"])).eval()
-    for got in (answers(with_peft, tokens), answers(load(forms["hf-merged"]), tokens), found[str(at + 3)][..., :VOCABULARY]):
+    for got in (
+        answers(with_peft, tokens),
+        answers(load(forms["hf-merged"]), tokens),
+        found[str(at + 3)][..., :VOCABULARY],
+    ):
         assert numpy.abs(got - wanted).max() < 1e-3 * effect
     if scheme == "dora":
         with pytest.raises(UnsupportedAdapter, match="DoRA"):
@@ -91,12 +108,19 @@ def test_a_nemotron_whose_mlp_has_no_gate(tmp_path):
     from tiny_families import make_tiny_family
 
     hf, base = make_tiny_family(tmp_path / "tiny", "nemotron"), tmp_path / "nemo2"
-    subprocess.run([sys.executable, "-m", "workshop_utils", "import", hf, "--out", base], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "workshop_utils", "import", hf, "--out", base],
+        check=True,
+        capture_output=True,
+    )
     write_data(tmp_path / "data")
     schemes = ("lora", "dora")
     nemo("nemo2_trains.py", base, tmp_path, *schemes)
     adapters = [next((tmp_path / scheme / "checkpoints").glob("*-last")) for scheme in schemes]
-    merged = [export(path, "nemo2-merged", tmp_path / f"merged{at}", base_model=base) for at, path in enumerate(adapters)]
+    merged = [
+        export(path, "nemo2-merged", tmp_path / f"merged{at}", base_model=base)
+        for at, path in enumerate(adapters)
+    ]
     nemo("nemo2_logits.py", tmp_path / "logits.npz", base, *adapters, *merged)
     found = numpy.load(tmp_path / "logits.npz")
     for at, adapter in enumerate(adapters):
@@ -110,7 +134,10 @@ def test_a_nemotron_whose_mlp_has_no_gate(tmp_path):
             assert numpy.abs(got - wanted).max() < 2e-3 * effect
         proof = prove(adapter, {"hf-peft": made, "nemo2-merged": merged[at]}, hf)
         assert proof.proven, proof.table()
-    for wrong in (Shape(hidden=64, channels=16, ffn=96), Shape(hidden=64, channels=16, ffn=96, groups=4, gated=False)):
+    for wrong in (
+        Shape(hidden=64, channels=16, ffn=96),
+        Shape(hidden=64, channels=16, ffn=96, groups=4, gated=False),
+    ):
         other = write_adapter(tmp_path / "o.nemo", config_of(wrong, ALL), tensors_of(wrong, ALL))
         with pytest.raises(UnsupportedAdapter, match="is not the base of"):
             export(other, "nemo2-merged", tmp_path / "no", base_model=base)
@@ -121,7 +148,10 @@ def test_canonical_lora_says_why_its_rank_grew(trained, tmp_path):
     adapter = read_adapter(adapters["canonical_lora"])
     assert (adapter.rank, adapter.alpha) == (12, 24)
     assert "Megatron-Bridge, #1818" in adapter.notes[0]
-    assert "Megatron-Bridge, #1818" in (export(adapters["canonical_lora"], "hf-peft", tmp_path / "p") / "README.md").read_text()
+    assert (
+        "Megatron-Bridge, #1818"
+        in (export(adapters["canonical_lora"], "hf-peft", tmp_path / "p") / "README.md").read_text()
+    )
 
 
 def test_no_server_reads_it_as_it_is(trained):
@@ -154,6 +184,10 @@ def test_a_context_that_does_not_fit(trained, tmp_path, fault):
 def test_the_base_is_not_needed(trained, tmp_path):
     _, adapters, _, _ = trained
     copy = Path(shutil.copytree(adapters["lora"], tmp_path / "copy"))
-    (copy / "weights" / "adapter_metadata.json").write_text(json.dumps({"model_ckpt_path": "/gone/llama/weights"}))
-    config = json.loads((export(copy, "hf-peft", tmp_path / "p", name="a") / "adapter_config.json").read_text())
+    (copy / "weights" / "adapter_metadata.json").write_text(
+        json.dumps({"model_ckpt_path": "/gone/llama/weights"})
+    )
+    config = json.loads(
+        (export(copy, "hf-peft", tmp_path / "p", name="a") / "adapter_config.json").read_text()
+    )
     assert config["base_model_name_or_path"] == "llama"

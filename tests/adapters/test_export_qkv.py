@@ -10,7 +10,9 @@ from workshop_utils.checkpoints.formats.qkv import Heads, join, reorder, split
 @st.composite
 def heads_and_columns(draw):
     groups = draw(st.integers(1, 6))
-    return Heads(groups * draw(st.integers(1, 5)), groups, draw(st.integers(1, 8))), draw(st.integers(1, 4))
+    return Heads(groups * draw(st.integers(1, 5)), groups, draw(st.integers(1, 8))), draw(
+        st.integers(1, 4)
+    )
 
 
 def numbered(heads: Heads, columns: int) -> torch.Tensor:
@@ -21,8 +23,12 @@ def numbered(heads: Heads, columns: int) -> torch.Tensor:
 def test_there_and_back_is_the_identity(drawn):
     heads, columns = drawn
     rows = numbered(heads, columns)
-    assert torch.equal(reorder(reorder(rows, heads, "interleaved", "qkv"), heads, "qkv", "interleaved"), rows)
-    assert torch.equal(reorder(reorder(rows, heads, "qkv", "interleaved"), heads, "interleaved", "qkv"), rows)
+    assert torch.equal(
+        reorder(reorder(rows, heads, "interleaved", "qkv"), heads, "qkv", "interleaved"), rows
+    )
+    assert torch.equal(
+        reorder(reorder(rows, heads, "qkv", "interleaved"), heads, "interleaved", "qkv"), rows
+    )
     for order in ("interleaved", "qkv"):
         assert torch.equal(join(*split(rows, heads, order), heads, order), rows)
 
@@ -37,11 +43,15 @@ def test_every_head_lands_where_megatron_has_it(drawn):
     for group in range(heads.groups):
         for member in range(size):
             start = (group * size + member) * heads.channels
-            assert torch.equal(query[start : start + heads.channels], rows[row : row + heads.channels])
+            assert torch.equal(
+                query[start : start + heads.channels], rows[row : row + heads.channels]
+            )
             row += heads.channels
         for matrix in (key, value):
             start = group * heads.channels
-            assert torch.equal(matrix[start : start + heads.channels], rows[row : row + heads.channels])
+            assert torch.equal(
+                matrix[start : start + heads.channels], rows[row : row + heads.channels]
+            )
             row += heads.channels
     assert row == heads.rows
 
@@ -49,4 +59,13 @@ def test_every_head_lands_where_megatron_has_it(drawn):
 def test_a_known_case():
     # Two groups of two heads, one channel: q0 q1 k0 v0 | q2 q3 k1 v1.
     rows = torch.arange(8).reshape(8, 1)
-    assert reorder(rows, Heads(4, 2, 1), "interleaved", "qkv").flatten().tolist() == [0, 1, 4, 5, 2, 6, 3, 7]
+    assert reorder(rows, Heads(4, 2, 1), "interleaved", "qkv").flatten().tolist() == [
+        0,
+        1,
+        4,
+        5,
+        2,
+        6,
+        3,
+        7,
+    ]

@@ -1,4 +1,5 @@
-"""Adapters of PEFT and of Lightning checkpoints as sources, merged models, and the proof: judged by PEFT and transformers themselves."""
+"""Adapters of PEFT and of Lightning checkpoints as sources, merged models, and the proof: judged by
+PEFT and transformers themselves."""
 
 import json
 from pathlib import Path
@@ -26,7 +27,13 @@ from workshop_utils.adapters import merge
 from workshop_utils.adapters.export import export, export_adapter
 from workshop_utils.adapters.proof import prove
 from workshop_utils.adapters.read import read_adapter
-from workshop_utils.core.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.errors import (
+    ConformanceFailed,
+    DamagedCheckpoint,
+    OutputExists,
+    UnsupportedAdapter,
+    WorkshopError,
+)
 from workshop_utils.series import plots
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,7 +56,10 @@ def trained_by_peft(root: Path, modules=EVERY, base=None, **fields) -> Path:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(5)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": list(modules)} | fields)
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": list(modules)}
+        | fields
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base or root / "base"), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +73,11 @@ def answers(root: Path, adapter: Path) -> torch.Tensor:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "base"), str(adapter)).eval())
+    return logits(
+        PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(root / "base"), str(adapter)
+        ).eval()
+    )
 
 
 def model_answers(directory: Path) -> torch.Tensor:
@@ -77,7 +91,10 @@ KINDS = {
     "q and v": {"modules": ["q_proj", "v_proj"]},
     "gate": {"modules": ["gate_proj"]},
     "rslora": {"use_rslora": True},
-    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"k_proj": 3}},
+    "patterns": {
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"k_proj": 3},
+    },
     "dora": {"use_dora": True},
     "layers": {"layers_to_transform": [1]},
 }
@@ -105,7 +122,9 @@ def test_what_peft_trained_is_exported_to_every_form(root, kind, shape):
 
 def test_separate_matrices_are_fused_exactly(root):
     base = base_of(root)
-    made = export_adapter(trained_by_peft(root, ["q_proj", "k_proj", "v_proj"]), "nemo", base_model=str(base))
+    made = export_adapter(
+        trained_by_peft(root, ["q_proj", "k_proj", "v_proj"]), "nemo", base_model=str(base)
+    )
     assert (made.record.rank, made.record.qkv_order, made.record.base) == (12, "qkv", "base")
     assert any("rank 12 in place of 4" in note for note in made.notes)
     # One A for q, k and v, as NeMo trains it: the rank stays.
@@ -119,7 +138,9 @@ def test_a_nemo_of_a_peft_adapter_needs_the_heads_of_its_base(root):
     source = trained_by_peft(root)
     with pytest.raises(UnsupportedAdapter, match="attention_qkv only"):
         export(source, "nemo")
-    config = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/base"}
+    config = json.loads((source / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "org/base"
+    }
     (source / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedAdapter, match="--base DIR"):
         export(source, "nemo", reader="nemo")
@@ -136,9 +157,14 @@ def test_qwen_3_for_which_nemo_has_no_exporter(root):
     source = trained_by_peft(root, base=base)
     wanted = answers(root, source)
     nemo = export(source, "nemo", root / "n", reader="nemo", base_model=str(base))
-    torch.testing.assert_close(answers(root, export(nemo, "hf-peft", root / "b")), wanted, atol=5e-4, rtol=1e-4)
     torch.testing.assert_close(
-        model_answers(export(nemo, "hf-merged", root / "m", base_model=str(base))), wanted, atol=5e-4, rtol=1e-4
+        answers(root, export(nemo, "hf-peft", root / "b")), wanted, atol=5e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        model_answers(export(nemo, "hf-merged", root / "m", base_model=str(base))),
+        wanted,
+        atol=5e-4,
+        rtol=1e-4,
     )
 
 
@@ -151,17 +177,27 @@ def test_nemotron_whose_mlp_has_no_gate(root):
 
     base = make_tiny_family(root / "base", "nemotron")
     source = write_adapter(root / "n.nemo", config_of(NEMOTRON, ALL), tensors_of(NEMOTRON, ALL))
-    reference = add_like_nemo(AutoModelForCausalLM.from_pretrained(base).eval(), NEMOTRON, tensors_of(NEMOTRON, ALL), 2.0)
+    reference = add_like_nemo(
+        AutoModelForCausalLM.from_pretrained(base).eval(), NEMOTRON, tensors_of(NEMOTRON, ALL), 2.0
+    )
     wanted = logits(reference)
     assert (wanted - model_answers(base)).abs().max() > 0.1
     peft = export(source, "hf-peft", root / "p")
-    assert json.loads((peft / "adapter_config.json").read_text())["target_modules"] == sorted(set(EVERY) - {"gate_proj"})
+    assert json.loads((peft / "adapter_config.json").read_text())["target_modules"] == sorted(
+        set(EVERY) - {"gate_proj"}
+    )
     merged = export(source, "hf-merged", root / "m", base_model=str(base))
     back = export(peft, "nemo", root / "b", reader="nemo", base_model=str(base))
-    for got in (answers(root, peft), model_answers(merged), answers(root, export(back, "hf-peft", root / "p2"))):
+    for got in (
+        answers(root, peft),
+        model_answers(merged),
+        answers(root, export(back, "hf-peft", root / "p2")),
+    ):
         torch.testing.assert_close(got, wanted, atol=5e-3, rtol=1e-3)
     proof = prove(source, {"hf-peft": peft, "hf-merged": merged, "nemo": back}, base)
-    assert proof.proven and [form.proven for form in proof.forms] == [True, True, None], proof.table()
+    assert proof.proven and [form.proven for form in proof.forms] == [True, True, None], (
+        proof.table()
+    )
     assert "has no gate" in proof.forms[2].untold
 
 
@@ -172,7 +208,12 @@ def test_what_peft_trained_for_a_base_without_a_gate(root):
     source = trained_by_peft(root, ["q_proj", "up_proj"], base)
     nemo = export(source, "nemo", root / "n", reader="nemo", base_model=str(base))
     assert read_adapter(nemo).weights[1, "mlp_fc1"].linear_out.shape == (96, 4)
-    torch.testing.assert_close(answers(root, export(nemo, "hf-peft", root / "b")), answers(root, source), atol=5e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        answers(root, export(nemo, "hf-peft", root / "b")),
+        answers(root, source),
+        atol=5e-4,
+        rtol=1e-4,
+    )
     base_of(root, Shape(hidden=64, channels=16, ffn=96))
     gated = trained_by_peft(root, ["gate_proj"])
     make_tiny_family(base, "nemotron")
@@ -221,12 +262,16 @@ def test_prefixes_that_peft_would_skip_are_mended_when_trusted(root):
     wanted = answers(root, source)
     state = load_file(source / "adapter_model.safetensors")
     save_file(
-        {key.removeprefix("base_model.model."): value for key, value in state.items()}, source / "adapter_model.safetensors"
+        {key.removeprefix("base_model.model."): value for key, value in state.items()},
+        source / "adapter_model.safetensors",
     )
     with pytest.raises(DamagedCheckpoint, match="base_model.model"):
         export(source, "hf-peft", root / "again")
     torch.testing.assert_close(
-        answers(root, export(source, "hf-peft", root / "again", trust=True)), wanted, atol=2e-4, rtol=1e-4
+        answers(root, export(source, "hf-peft", root / "again", trust=True)),
+        wanted,
+        atol=2e-4,
+        rtol=1e-4,
     )
 
 
@@ -241,18 +286,26 @@ def test_a_bin_file_is_read_without_torch_load(root):
 
 
 def ckpt(root: Path, config: dict | None, state: dict) -> Path:
-    """What Lightning saves for NeMo 1; the configuration as plain values, or as the hparams.yaml beside it."""
+    """What Lightning saves for NeMo 1; the configuration as plain values, or as the hparams.yaml
+    beside it."""
     import yaml
 
     folder = root / "run" / "checkpoints"
     folder.mkdir(parents=True)
     if config is None:
         (root / "run" / "version_0").mkdir()
-        (root / "run" / "version_0" / "hparams.yaml").write_text(yaml.safe_dump({"cfg": config_of(GQA, ALL)}))
+        (root / "run" / "version_0" / "hparams.yaml").write_text(
+            yaml.safe_dump({"cfg": config_of(GQA, ALL)})
+        )
     content = {
-        "state_dict": state, "epoch": 0, "global_step": 5, "pytorch-lightning_version": "2.4.0", "optimizer_states": [],
-        "callbacks": {"NeMoModelCheckpoint{}": {}}, "hyper_parameters": {"cfg": config} if config else {},
-    }  # fmt: skip
+        "state_dict": state,
+        "epoch": 0,
+        "global_step": 5,
+        "pytorch-lightning_version": "2.4.0",
+        "optimizer_states": [],
+        "callbacks": {"NeMoModelCheckpoint{}": {}},
+        "hyper_parameters": {"cfg": config} if config else {},
+    }
     torch.save(content, folder / "last.ckpt")
     return folder / "last.ckpt"
 
@@ -260,9 +313,12 @@ def ckpt(root: Path, config: dict | None, state: dict) -> Path:
 @pytest.mark.parametrize("config", [config_of(GQA, ALL), None], ids=["in it", "beside it"])
 def test_a_lightning_checkpoint_is_exported_as_the_nemo_of_its_run(root, config):
     state = tensors_of(GQA, ALL)
-    found = load_file(export(ckpt(root, config, state), "hf-peft", root / "c") / "adapter_model.safetensors")
+    found = load_file(
+        export(ckpt(root, config, state), "hf-peft", root / "c") / "adapter_model.safetensors"
+    )
     wanted = load_file(
-        export(write_adapter(root / "n.nemo", config_of(GQA, ALL), state), "hf-peft", root / "n") / "adapter_model.safetensors"
+        export(write_adapter(root / "n.nemo", config_of(GQA, ALL), state), "hf-peft", root / "n")
+        / "adapter_model.safetensors"
     )
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -295,7 +351,10 @@ def test_a_merged_model_keeps_the_dtype_and_the_files_of_its_base(root):
     source = write_adapter(root / "n.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
     merged = export(source, "hf-merged", base_model=str(root / "base"))
     assert len(list(merged.glob("model-*.safetensors"))) == 2
-    wanted = {file.name for file in (root / "base").iterdir()} | {"README.md", "workshop_export.json"}
+    wanted = {file.name for file in (root / "base").iterdir()} | {
+        "README.md",
+        "workshop_export.json",
+    }
     assert {file.name for file in merged.iterdir()} == wanted
     from transformers import AutoModelForCausalLM
 
@@ -344,7 +403,10 @@ def test_the_command_prints_the_rules(root, capsys):
     assert cli.main(["export", str(source), "--to", "hf-merged", "--base", str(base)]) == 0
     printed = capsys.readouterr().out
     assert "✓ OK    each module's update equals the trained one" in printed
-    assert cli.main(["export", str(source), "--to", "hf-peft", "--no-check", "--dtype", "float16"]) == 0
+    assert (
+        cli.main(["export", str(source), "--to", "hf-peft", "--no-check", "--dtype", "float16"])
+        == 0
+    )
     assert "none, as you asked" in capsys.readouterr().out
 
 
@@ -352,10 +414,18 @@ def test_the_proof(root):
     base = base_of(root)
     source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
     forms = {
-        "hf-peft": export(source, "hf-peft"), "trtllm": export(source, "nemo"), "nemo": export(source, "nemo", reader="nemo"),
+        "hf-peft": export(source, "hf-peft"),
+        "trtllm": export(source, "nemo"),
+        "nemo": export(source, "nemo", reader="nemo"),
         "hf-merged": export(source, "hf-merged", base_model=str(base)),
-        "half": export(source, "hf-merged", root / "runs" / "exports" / "n" / "half", base_model=str(base), dtype="bfloat16"),
-    }  # fmt: skip
+        "half": export(
+            source,
+            "hf-merged",
+            root / "runs" / "exports" / "n" / "half",
+            base_model=str(base),
+            dtype="bfloat16",
+        ),
+    }
     found = prove(source, forms, base)
     assert found.proven, found.table()
     assert [form.proven for form in found.forms] == [True] * 5
@@ -385,7 +455,9 @@ def test_the_proof_sees_wrong_rows_and_a_missing_scale(root, monkeypatch):
     source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
     right = export(source, "hf-peft")
     config = root / "half" / "adapter_config.json"
-    wrong = write_adapter(root / "w.nemo", config_of(GQA) | {"workshop": {"qkv_order": "qkv"}}, tensors_of(GQA))
+    wrong = write_adapter(
+        root / "w.nemo", config_of(GQA) | {"workshop": {"qkv_order": "qkv"}}, tensors_of(GQA)
+    )
     swapped = export(wrong, "hf-peft", root / "swapped")
     export(source, "hf-peft", root / "half")
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
@@ -396,9 +468,14 @@ def test_the_proof_sees_wrong_rows_and_a_missing_scale(root, monkeypatch):
 
 
 def rewritten(directory: Path, change) -> Path:
-    """The merged model in ``directory`` with every tensor that ``change`` gives back in place of its own."""
+    """The merged model in ``directory`` with every tensor that ``change`` gives back in place of
+    its own."""
     file = directory / "model.safetensors"
-    save_file({name: change(name, tensor) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    save_file(
+        {name: change(name, tensor) for name, tensor in load_file(file).items()},
+        file,
+        metadata={"format": "pt"},
+    )
     return directory
 
 
@@ -406,11 +483,20 @@ def rewritten(directory: Path, change) -> Path:
 def test_half_precision_hides_no_wrong_scale(root, dtype, monkeypatch):
     """An update far smaller than the weights, at 1.3 times its size."""
     base = base_of(root)
-    small = {name: tensor * (0.02 if "linear_out" in name else 1) for name, tensor in tensors_of(GQA, ALL).items()}
+    small = {
+        name: tensor * (0.02 if "linear_out" in name else 1)
+        for name, tensor in tensors_of(GQA, ALL).items()
+    }
     source = write_adapter(root / "n.nemo", config_of(GQA, ALL), small)
     more = write_adapter(root / "m.nemo", config_of(GQA, ALL, alpha=8 * 1.3), small)
-    right = {to: export(source, to, root / f"right-{to}", base_model=str(base), dtype=dtype) for to in ("hf-merged", "hf-peft")}
-    wrong = {f"wrong {to}": export(more, to, root / f"wrong-{to}", base_model=str(base), dtype=dtype) for to in right}
+    right = {
+        to: export(source, to, root / f"right-{to}", base_model=str(base), dtype=dtype)
+        for to in ("hf-merged", "hf-peft")
+    }
+    wrong = {
+        f"wrong {to}": export(more, to, root / f"wrong-{to}", base_model=str(base), dtype=dtype)
+        for to in right
+    }
     found = prove(source, right | wrong, base)
     assert [form.proven for form in found.forms] == [True, True, False, False], found.table()
     monkeypatch.setattr(merge, "updated", lambda weight, *_: weight)
@@ -424,7 +510,10 @@ def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
     merged = export(source, "hf-merged", base_model=str(base))
     assert prove(source, {"merged": merged}, base).proven
     rewritten(
-        merged, lambda name, tensor: tensor.index_fill(0, torch.arange(1, 63), float("nan")) if "embed" in name else tensor
+        merged,
+        lambda name, tensor: (
+            tensor.index_fill(0, torch.arange(1, 63), float("nan")) if "embed" in name else tensor
+        ),
     )
     found = prove(source, {"merged": merged}, base, trust=True)
     assert (found.proven, found.forms[0].untold) == (False, "its logits are no numbers")
@@ -432,7 +521,9 @@ def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
     plots.plot_proof(found)
     none = {name: tensor * ("linear_in" in name) for name, tensor in tensors_of(GQA).items()}
     idle = write_adapter(root / "i.nemo", config_of(GQA), none)
-    found = prove(idle, {"peft": export(idle, "hf-peft", root / "idle", check=False)}, base, trust=True)
+    found = prove(
+        idle, {"peft": export(idle, "hf-peft", root / "idle", check=False)}, base, trust=True
+    )
     assert (found.effect, found.proven, found.forms[0].proven) == (0, False, None)
     assert "nothing to prove" in found.table()
 
@@ -440,7 +531,11 @@ def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
 def test_the_proof_says_what_it_cannot_load(root):
     base = base_of(root, GQA_HEAD_DIM)
     source = write_adapter(root / "n.nemo", config_of(GQA_HEAD_DIM), tensors_of(GQA_HEAD_DIM))
-    found = prove(source, {"nemo": export(source, "nemo", reader="nemo"), "hf-peft": export(source, "hf-peft")}, base)
+    found = prove(
+        source,
+        {"nemo": export(source, "nemo", reader="nemo"), "hf-peft": export(source, "hf-peft")},
+        base,
+    )
     assert [form.proven for form in found.forms] == [None, True]
     assert "head size" in found.forms[0].untold
     assert found.proven

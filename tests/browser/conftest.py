@@ -27,11 +27,18 @@ class Lab:
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """JupyterLab with nobody's settings but its own, on a free port; what the page saves does not reach the repository."""
+    """JupyterLab with nobody's settings but its own, on a free port; what the page saves does not
+    reach the repository."""
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(ROOT / "notebooks", home / "tree" / "notebooks", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(
+        ROOT / "notebooks",
+        home / "tree" / "notebooks",
+        ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
+    )
     # Cells outside the window are not drawn otherwise.
-    settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings = (
+        home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    )
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"windowingMode": "none"}))
     port, token = free_port(), secrets.token_hex(16)
@@ -50,8 +57,16 @@ def lab(tmp_path_factory):
         "--LabApp.expose_app_in_browser=True",
     ]
     command += ["--allow-root"] if os.geteuid() == 0 else []
-    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
-    environment = os.environ | {name: str(home / folder) for name, folder in places.items()} | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    places = {
+        "JUPYTER_CONFIG_DIR": "config",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
+    environment = (
+        os.environ
+        | {name: str(home / folder) for name, folder in places.items()}
+        | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    )
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -67,15 +82,21 @@ def browser(tmp_path_factory):
     """A headless Chromium with a profile of its own."""
     from selenium import webdriver
 
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    program = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     driver = shutil.which("chromedriver")
     if not program or not driver:
-        pytest.fail("Chromium or chromedriver is missing: run `make test-browser`, which installs them where it may")
+        pytest.fail(
+            "Chromium or chromedriver is missing: run `make test-browser`, which installs them "
+            "where it may"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = program
     options.set_capability("goog:loggingPrefs", {"browser": "SEVERE"})
     switches = (
-        "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking disable-component-update"
+        "headless=new no-sandbox disable-gpu disable-quic no-first-run "
+        "disable-background-networking disable-component-update"
     )
     for switch in [
         *switches.split(),

@@ -21,7 +21,8 @@ BROKEN = [
 
 pytestmark = pytest.mark.browser
 
-# Drawn: as many cells as the file has, every text cell rendered, every image loaded, and the kernel at rest.
+# Drawn: as many cells as the file has, every text cell rendered, every image loaded, and the kernel
+# at rest.
 READY = """
     const panel = window.jupyterapp?.shell.currentWidget;
     if (!panel?.content?.widgets || !panel.sessionContext?.isReady) return false;
@@ -41,8 +42,10 @@ HEIGHT = """
 
 THEMES = ["JupyterLab Light", "JupyterLab Dark", "JupyterLab Dark High Contrast"]
 
-# Of every diagram: each text with its colour and the one behind it, and the colours of the lines with that of the page. A diagram is
-# an image, of which a page sees no colours; so it is taken apart beside the page, where the page's styles do not reach it.
+# Of every diagram: each text with its colour and the one behind it, and the colours of the lines
+# with that of the page. A diagram is
+# an image, of which a page sees no colours; so it is taken apart beside the page, where the page's
+# styles do not reach it.
 COLOURS = """
     const opaque = colour => /^rgb\\(/.test(colour) ? colour : null;
     return [...document.querySelectorAll('.jp-Notebook .jp-RenderedMermaid img')].map(image => {
@@ -70,7 +73,7 @@ COLOURS = """
         host.remove();
         return {alt: image.alt, texts, lines};
     });
-"""
+"""  # noqa: E501
 
 
 def open_notebook(browser, lab, file: Path) -> dict:
@@ -79,9 +82,14 @@ def open_notebook(browser, lab, file: Path) -> dict:
     kinds = [cell["cell_type"] for cell in content["cells"]]
     browser.get("about:blank")
     browser.get_log("browser")  # what leaving the page before had to say
-    browser.get(f"{lab.address}/lab/workspaces/{file.stem}/tree/notebooks/{file.name}?reset&token={lab.token}")
+    browser.get(
+        f"{lab.address}/lab/workspaces/{file.stem}/tree/notebooks/{file.name}?reset&token={lab.token}"
+    )
     drawn = WebDriverWait(browser, 120)
-    drawn.until(lambda page: page.execute_script(READY, len(kinds), kinds.count("markdown")), f"{file.name} was not drawn")
+    drawn.until(
+        lambda page: page.execute_script(READY, len(kinds), kinds.count("markdown")),
+        f"{file.name} was not drawn",
+    )
     return content
 
 
@@ -95,16 +103,27 @@ def screenshot(browser, name: str) -> None:
 
 
 def texts(browser, selector: str) -> list[str]:
-    """Texts of the elements in the open notebook, and in what lies over it, that match ``selector``."""
-    return browser.execute_script("return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", selector)
+    """Texts of the elements in the open notebook, and in what lies over it, that match
+    ``selector``."""
+    return browser.execute_script(
+        "return [...document.querySelectorAll(arguments[0])].map(one => one.innerText)", selector
+    )
 
 
 def change_theme(browser, name: str) -> None:
     """As the menu does it, without closing anything."""
-    change = "const [theme, done] = arguments; jupyterapp.commands.execute('apputils:change-theme', {theme}).then(() => done(''), done)"
+    change = (
+        "const [theme, done] = arguments; jupyterapp.commands.execute('apputils:change-theme', "
+        "{theme}).then(() => done(''), done)"
+    )
     assert not browser.execute_async_script(change, name)
-    shown = "return document.body.dataset.jpThemeName === arguments[0] && document.body.dataset.jpThemeLight"
-    WebDriverWait(browser, 30).until(lambda page: page.execute_script(shown, name), f"there is no theme {name}")
+    shown = (
+        "return document.body.dataset.jpThemeName === arguments[0] && "
+        "document.body.dataset.jpThemeLight"
+    )
+    WebDriverWait(browser, 30).until(
+        lambda page: page.execute_script(shown, name), f"there is no theme {name}"
+    )
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -112,27 +131,57 @@ def test_nothing_is_broken_on_the_page(browser, lab, file):
     content = open_notebook(browser, lab, file)
     screenshot(browser, file.stem)
     assert texts(browser, ".jp-Dialog, .Toastify__toast") == []
-    meant = [output for cell in content["cells"] for output in cell.get("outputs", []) if output["output_type"] == "error"]
-    assert len(texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']")) == len(meant)
+    meant = [
+        output
+        for cell in content["cells"]
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "error"
+    ]
+    assert len(
+        texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']")
+    ) == len(meant)
     assert texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']") == []
-    assert texts(browser, ".jp-Notebook .katex-error, .jp-Notebook mjx-merror, .jp-RenderedMermaid.jp-mod-error") == []
+    assert (
+        texts(
+            browser,
+            ".jp-Notebook .katex-error, .jp-Notebook mjx-merror, .jp-RenderedMermaid.jp-mod-error",
+        )
+        == []
+    )
     page = "\n".join(texts(browser, ".jp-Notebook"))
     assert [sign for sign in BROKEN if sign in page] == []
-    images = "return [...document.querySelectorAll('.jp-Notebook img')].filter(one => !one.naturalWidth).map(one => one.alt || one.src)"
+    images = (
+        "return [...document.querySelectorAll('.jp-Notebook img')].filter(one => "
+        "!one.naturalWidth).map(one => one.alt || one.src)"
+    )
     assert browser.execute_script(images) == []
-    assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ] == []
 
 
 def test_the_first_notebook_runs_in_the_browser(browser, lab):
-    """Run All in JupyterLab, not nbclient: the kernel is the right one, and the form is there to be used."""
+    """Run All in JupyterLab, not nbclient: the kernel is the right one, and the form is there to be
+    used."""
     content = open_notebook(browser, lab, NOTEBOOKS[0])
     browser.set_script_timeout(180)
-    run = "const done = arguments[0]; jupyterapp.commands.execute('notebook:run-all-cells').then(() => done(true), e => done(String(e)))"
+    run = (
+        "const done = arguments[0]; "
+        "jupyterapp.commands.execute('notebook:run-all-cells').then(() => done(true), e => "
+        "done(String(e)))"
+    )
     assert browser.execute_async_script(run) is True
-    counts = "return jupyterapp.shell.currentWidget.content.widgets.map(one => one.model.executionCount).filter(one => one)"
+    counts = (
+        "return jupyterapp.shell.currentWidget.content.widgets.map(one => "
+        "one.model.executionCount).filter(one => one)"
+    )
     code = sum(cell["cell_type"] == "code" for cell in content["cells"])
-    WebDriverWait(browser, 60).until(lambda page: len(page.execute_script(counts)) == code, "not every cell ran")
-    WebDriverWait(browser, 30).until(lambda _: texts(browser, ".jp-Notebook .widget-dropdown"), "the form was not drawn")
+    WebDriverWait(browser, 60).until(
+        lambda page: len(page.execute_script(counts)) == code, "not every cell ran"
+    )
+    WebDriverWait(browser, 30).until(
+        lambda _: texts(browser, ".jp-Notebook .widget-dropdown"), "the form was not drawn"
+    )
     screenshot(browser, f"{NOTEBOOKS[0].stem}-run")
     assert texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']") == []
     assert texts(browser, ".jp-Dialog") == []
@@ -141,14 +190,22 @@ def test_the_first_notebook_runs_in_the_browser(browser, lab):
 def test_the_map_of_the_series_leads_to_the_notebooks(browser, lab):
     open_notebook(browser, lab, NOTEBOOKS[0])
     links = browser.find_elements("css selector", ".jp-Notebook table a")
-    assert [Path(urlsplit(link.get_attribute("href")).path).name for link in links] == [file.name for file in NOTEBOOKS]
+    assert [Path(urlsplit(link.get_attribute("href")).path).name for link in links] == [
+        file.name for file in NOTEBOOKS
+    ]
     links[4].click()
     opened = "return window.jupyterapp.shell.currentWidget.context?.path"
-    WebDriverWait(browser, 30).until(lambda page: page.execute_script(opened) == f"notebooks/{NOTEBOOKS[4].name}")
+    WebDriverWait(browser, 30).until(
+        lambda page: page.execute_script(opened) == f"notebooks/{NOTEBOOKS[4].name}"
+    )
 
 
 @pytest.mark.parametrize("first", THEMES[:2])
-@pytest.mark.parametrize("file", [file for file in NOTEBOOKS if "```mermaid" in file.read_text()], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [file for file in NOTEBOOKS if "```mermaid" in file.read_text()],
+    ids=lambda file: file.stem,
+)
 def test_diagrams_stay_legible_when_the_theme_changes(browser, lab, file, first):
     open_notebook(browser, lab, file)
     try:
@@ -162,7 +219,9 @@ def test_diagrams_stay_legible_when_the_theme_changes(browser, lab, file, first)
                 assert f"accTitle: {diagram['alt']}\\n" in file.read_text()
                 assert diagram["texts"]
                 assert diagram["lines"]
-                assert [text for text in diagram["texts"] if contrast(*text[1:]) < TEXT] == [], theme
+                assert [text for text in diagram["texts"] if contrast(*text[1:]) < TEXT] == [], (
+                    theme
+                )
                 assert [line for line in diagram["lines"] if contrast(*line) < LINES] == [], theme
     finally:
         change_theme(browser, THEMES[0])

@@ -14,7 +14,13 @@ from workshop_utils.checkpoints.convert.bridge import bridge
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.cli import main
 from workshop_utils.core import paths
-from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.core.errors import (
+    DamagedCheckpoint,
+    NotACheckpoint,
+    OutputExists,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+)
 
 
 @pytest.fixture
@@ -34,7 +40,8 @@ def copy(originals: Path, flavour: str) -> Path:
 
 
 def change(checkpoint: Path, **fields) -> dict:
-    """Change fields of ``model.yaml``: ``config={...}``, ``tokenizer={...}`` or top-level ones; a value of ... takes it out."""
+    """Change fields of ``model.yaml``: ``config={...}``, ``tokenizer={...}`` or top-level ones; a
+    value of ... takes it out."""
     file = checkpoint / "context" / "model.yaml"
     model = yaml.safe_load(file.read_text())
     for name, value in fields.items():
@@ -52,7 +59,11 @@ def config_of(view: Path) -> dict:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_megatron_core_loads_the_view_under_the_names_of_nemo_1(originals, root, flavour):
@@ -65,7 +76,10 @@ def test_megatron_core_loads_the_view_under_the_names_of_nemo_1(originals, root,
     loaded = samples.load(view, flavour)
     expected = {name: samples.weight(name, None, flavour) for name in samples.WHOLE_SHAPES}
     for layer in range(samples.LAYERS):
-        expected |= {f"decoder.layers.{layer}.{name}": samples.weight(name, layer, flavour) for name in samples.LAYER_SHAPES}
+        expected |= {
+            f"decoder.layers.{layer}.{name}": samples.weight(name, layer, flavour)
+            for name in samples.LAYER_SHAPES
+        }
     if flavour == "plain":
         del expected["output_layer.weight"]
     tensors = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
@@ -73,10 +87,21 @@ def test_megatron_core_loads_the_view_under_the_names_of_nemo_1(originals, root,
     for name, value in expected.items():
         assert tensors[f"model.{name}"].dtype == value.dtype
         assert torch.equal(tensors[f"model.{name}"], value), name
-    objects = {name: pickle.loads(value.getvalue())["extra_fp8_variables"]["name"] for name, value in loaded.items() if not isinstance(value, torch.Tensor)}
-    expected_objects = [(layer, name) for layer in range(samples.LAYERS) for name in samples.EXTRA_STATE]
+    objects = {
+        name: pickle.loads(value.getvalue())["extra_fp8_variables"]["name"]
+        for name, value in loaded.items()
+        if not isinstance(value, torch.Tensor)
+    }
+    expected_objects = [
+        (layer, name) for layer in range(samples.LAYERS) for name in samples.EXTRA_STATE
+    ]
     assert objects == (
-        {f"model.decoder.layers.{layer}.{name}": f"{name} {layer}" for layer, name in expected_objects} if flavour == "gpu" else {}
+        {
+            f"model.decoder.layers.{layer}.{name}": f"{name} {layer}"
+            for layer, name in expected_objects
+        }
+        if flavour == "gpu"
+        else {}
     )
     assert contents(checkpoint) == before, "the NeMo 2.0 directory has to stay as it is"
 
@@ -98,17 +123,45 @@ def test_no_weight_is_copied_and_optimizer_state_is_left_out(originals, root):
 def test_the_configuration_is_translated(originals, root):
     config = config_of(bridge(copy(originals, "gpu")))
     expected = {
-        "num_layers": samples.LAYERS, "hidden_size": samples.HIDDEN, "ffn_hidden_size": samples.FFN,
-        "num_attention_heads": samples.HEADS, "num_query_groups": samples.GROUPS, "kv_channels": samples.HEAD_DIM,
-        "encoder_seq_length": 512, "max_position_embeddings": 512, "normalization": "rmsnorm", "activation": "fast-swiglu",
-        "bias": False, "qkv_bias": False, "position_embedding_type": "rope", "rotary_base": 500000.0, "rotary_percentage": 1.0,
-        "share_embeddings_and_output_weights": False, "override_vocab_size": samples.VOCABULARY, "precision": "bf16-mixed",
-        "scale_positional_embedding": True, "scale_factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "old_context_len": 256, "layernorm_epsilon": 1e-05, "init_method_std": 0.02, "mcore_gpt": True,
-    }  # fmt: skip
+        "num_layers": samples.LAYERS,
+        "hidden_size": samples.HIDDEN,
+        "ffn_hidden_size": samples.FFN,
+        "num_attention_heads": samples.HEADS,
+        "num_query_groups": samples.GROUPS,
+        "kv_channels": samples.HEAD_DIM,
+        "encoder_seq_length": 512,
+        "max_position_embeddings": 512,
+        "normalization": "rmsnorm",
+        "activation": "fast-swiglu",
+        "bias": False,
+        "qkv_bias": False,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000.0,
+        "rotary_percentage": 1.0,
+        "share_embeddings_and_output_weights": False,
+        "override_vocab_size": samples.VOCABULARY,
+        "precision": "bf16-mixed",
+        "scale_positional_embedding": True,
+        "scale_factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "old_context_len": 256,
+        "layernorm_epsilon": 1e-05,
+        "init_method_std": 0.02,
+        "mcore_gpt": True,
+    }
     assert {name: config[name] for name in expected} == expected
-    # Fields that Megatron-Core's TransformerConfig would take over the derived ones must not be there.
-    assert not {"activation_func", "params_dtype", "bf16", "init_method", "gated_linear_unit", "_target_", "config"} & set(config)
+    # Fields that Megatron-Core's TransformerConfig would take over the derived ones must not be
+    # there.
+    assert not {
+        "activation_func",
+        "params_dtype",
+        "bf16",
+        "init_method",
+        "gated_linear_unit",
+        "_target_",
+        "config",
+    } & set(config)
 
 
 def test_without_rope_scaling_and_in_single_precision(originals, root):
@@ -121,19 +174,41 @@ def test_without_rope_scaling_and_in_single_precision(originals, root):
 
 def test_fields_that_an_older_dump_leaves_out_come_from_the_class(originals, root):
     checkpoint = copy(originals, "gpu")
-    left = ("seq_length", "layernorm_epsilon", "normalization", "gated_linear_unit", "activation_func", "params_dtype",
-            "share_embeddings_and_output_weights", "scale_factor", "old_context_len", "vocab_size")  # fmt: skip
+    left = (
+        "seq_length",
+        "layernorm_epsilon",
+        "normalization",
+        "gated_linear_unit",
+        "activation_func",
+        "params_dtype",
+        "share_embeddings_and_output_weights",
+        "scale_factor",
+        "old_context_len",
+        "vocab_size",
+    )
     change(checkpoint, config=dict.fromkeys(left, ...))
     config = config_of(bridge(checkpoint))
-    assert (config["encoder_seq_length"], config["scale_factor"], config["old_context_len"]) == (4096, 8.0, 8192)
-    assert (config["activation"], config["normalization"], config["layernorm_epsilon"]) == ("fast-swiglu", "rmsnorm", 1e-05)
-    assert config["precision"] == "bf16-mixed", "the weights say bfloat16, whatever the default of the class is"
+    assert (config["encoder_seq_length"], config["scale_factor"], config["old_context_len"]) == (
+        4096,
+        8.0,
+        8192,
+    )
+    assert (config["activation"], config["normalization"], config["layernorm_epsilon"]) == (
+        "fast-swiglu",
+        "rmsnorm",
+        1e-05,
+    )
+    assert config["precision"] == "bf16-mixed", (
+        "the weights say bfloat16, whatever the default of the class is"
+    )
 
 
 def test_numbers_that_yaml_reads_as_text(originals, root):
     checkpoint = copy(originals, "plain")
     file = checkpoint / "context" / "model.yaml"
-    file.write_text(file.read_text().replace("layernorm_epsilon: 1.0e-05", "layernorm_epsilon: 1e-05"))
+    file.write_text(
+        file.read_text().replace("layernorm_epsilon: 1.0e-05", "layernorm_epsilon: 1e-05")
+    )
     assert config_of(bridge(checkpoint))["layernorm_epsilon"] == 1e-05
 
 
@@ -149,14 +224,24 @@ def test_a_sentencepiece_tokenizer(originals, root):
     checkpoint = copy(originals, "plain")
     (checkpoint / "context" / "tokenizer.model").write_bytes(b"model")
     kind = "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer"
-    change(checkpoint, tokenizer={"_target_": kind, "pretrained_model_name": ..., "model_path": "tokenizer.model"})
+    change(
+        checkpoint,
+        tokenizer={"_target_": kind, "pretrained_model_name": ..., "model_path": "tokenizer.model"},
+    )
     tokenizer = config_of(bridge(checkpoint))["tokenizer"]
-    assert (tokenizer["library"], tokenizer["model"]) == ("sentencepiece", str(checkpoint / "context" / "tokenizer.model"))
+    assert (tokenizer["library"], tokenizer["model"]) == (
+        "sentencepiece",
+        str(checkpoint / "context" / "tokenizer.model"),
+    )
 
 
 def test_a_tokenizer_named_on_the_hub(originals, root):
     checkpoint = copy(originals, "plain")
-    wrapped = {"_target_": "nemo.lightning.io.artifact.file.DirOrStringArtifact", "attr": "meta-llama/Llama-3.2-1B", "skip": True}
+    wrapped = {
+        "_target_": "nemo.lightning.io.artifact.file.DirOrStringArtifact",
+        "attr": "meta-llama/Llama-3.2-1B",
+        "skip": True,
+    }
     change(checkpoint, tokenizer={"pretrained_model_name": wrapped})
     assert config_of(bridge(checkpoint))["tokenizer"]["type"] == "meta-llama/Llama-3.2-1B"
 
@@ -164,25 +249,73 @@ def test_a_tokenizer_named_on_the_hub(originals, root):
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"_target_": "nemo.collections.llm.gpt.model.mixtral.MixtralModel"}, UnsupportedCheckpoint, "_target_.*MixtralModel"),
+        (
+            {"_target_": "nemo.collections.llm.gpt.model.mixtral.MixtralModel"},
+            UnsupportedCheckpoint,
+            "_target_.*MixtralModel",
+        ),
         ({"_target_": "os.system"}, UnsafeCheckpoint, "_target_ names 'os.system'"),
-        ({"config": {"_target_": "evil.Config"}}, UnsafeCheckpoint, r"config\._target_.*evil\.Config"),
-        ({"config": {"_target_": "nemo.collections.llm.gpt.model.qwen2.Qwen2Config"}}, UnsupportedCheckpoint, "Qwen2Config"),
+        (
+            {"config": {"_target_": "evil.Config"}},
+            UnsafeCheckpoint,
+            r"config\._target_.*evil\.Config",
+        ),
+        (
+            {"config": {"_target_": "nemo.collections.llm.gpt.model.qwen2.Qwen2Config"}},
+            UnsupportedCheckpoint,
+            "Qwen2Config",
+        ),
         ({"config": ...}, DamagedCheckpoint, "field config is missing"),
         ({"config": {"num_layers": ...}}, DamagedCheckpoint, r"config\.num_layers is missing"),
         ({"config": {"hidden_size": "big"}}, DamagedCheckpoint, r"config\.hidden_size is 'big'"),
-        ({"config": {"num_attention_heads": 3.5}}, DamagedCheckpoint, r"config\.num_attention_heads is 3\.5"),
+        (
+            {"config": {"num_attention_heads": 3.5}},
+            DamagedCheckpoint,
+            r"config\.num_attention_heads is 3\.5",
+        ),
         ({"config": {"num_query_groups": 3}}, DamagedCheckpoint, "no multiple of num_query_groups"),
-        ({"config": {"num_moe_experts": 8}}, UnsupportedCheckpoint, r"config\.num_moe_experts is 8"),
-        ({"config": {"qk_layernorm": True}}, UnsupportedCheckpoint, r"config\.qk_layernorm is True"),
-        ({"config": {"activation_func": {"_target_": "torch.tanh"}}}, UnsupportedCheckpoint, r"config\.activation_func is 'tanh'"),
+        (
+            {"config": {"num_moe_experts": 8}},
+            UnsupportedCheckpoint,
+            r"config\.num_moe_experts is 8",
+        ),
+        (
+            {"config": {"qk_layernorm": True}},
+            UnsupportedCheckpoint,
+            r"config\.qk_layernorm is True",
+        ),
+        (
+            {"config": {"activation_func": {"_target_": "torch.tanh"}}},
+            UnsupportedCheckpoint,
+            r"config\.activation_func is 'tanh'",
+        ),
         ({"config": {"num_layers": 3}}, DamagedCheckpoint, "linear_qkv.*has the shape.*asks for"),
-        ({"config": {"share_embeddings_and_output_weights": False}}, DamagedCheckpoint, "output_layer.weight is missing"),
+        (
+            {"config": {"share_embeddings_and_output_weights": False}},
+            DamagedCheckpoint,
+            "output_layer.weight is missing",
+        ),
         ({"tokenizer": ...}, UnsupportedCheckpoint, r"tokenizer\._target_ is None"),
-        ({"tokenizer": {"_target_": "evil.Tokenizer"}}, UnsafeCheckpoint, r"tokenizer\._target_ names 'evil\.Tokenizer'"),
-        ({"tokenizer": {"pretrained_model_name": "../../secret"}}, UnsafeCheckpoint, "outside the checkpoint"),
-        ({"tokenizer": {"pretrained_model_name": "/gone/tokenizer"}}, DamagedCheckpoint, r"tokenizer\.pretrained_model_name"),
-        ({"tokenizer": {"pretrained_model_name": ...}}, DamagedCheckpoint, "pretrained_model_name is missing"),
+        (
+            {"tokenizer": {"_target_": "evil.Tokenizer"}},
+            UnsafeCheckpoint,
+            r"tokenizer\._target_ names 'evil\.Tokenizer'",
+        ),
+        (
+            {"tokenizer": {"pretrained_model_name": "../../secret"}},
+            UnsafeCheckpoint,
+            "outside the checkpoint",
+        ),
+        (
+            {"tokenizer": {"pretrained_model_name": "/gone/tokenizer"}},
+            DamagedCheckpoint,
+            r"tokenizer\.pretrained_model_name",
+        ),
+        (
+            {"tokenizer": {"pretrained_model_name": ...}},
+            DamagedCheckpoint,
+            "pretrained_model_name is missing",
+        ),
     ],
 )
 def test_what_cannot_be_translated_is_named(originals, root, fields, error, words):
@@ -227,7 +360,9 @@ def test_a_moved_repository(originals, tmp_path, monkeypatch):
     (tmp_path / "here").rename(tmp_path / "there")
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path / "there"))
     view, checkpoint = paths.bridged_checkpoint("plain"), paths.nemo2_checkpoint("plain")
-    assert (view / "model_weights" / "__0_0.distcp").resolve() == checkpoint / "weights" / "__0_0.distcp"
+    assert (
+        view / "model_weights" / "__0_0.distcp"
+    ).resolve() == checkpoint / "weights" / "__0_0.distcp"
     assert bridge(checkpoint) == view
     assert config_of(view)["tokenizer"]["type"] == str(checkpoint / "context" / "nemo_tokenizer")
 
@@ -254,7 +389,10 @@ def test_nothing_else_is_overwritten(originals, root):
 
 def test_an_interrupted_build_leaves_nothing(originals, root, monkeypatch):
     checkpoint = copy(originals, "plain")
-    monkeypatch.setattr("workshop_utils.checkpoints.formats.torch_dist_writer.write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        "workshop_utils.checkpoints.formats.torch_dist_writer.write_index",
+        lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()),
+    )
     with pytest.raises(KeyboardInterrupt):
         bridge(checkpoint)
     assert list(paths.bridged_checkpoint("plain").parent.iterdir()) == []

@@ -1,4 +1,5 @@
-"""NeMo itself loads the view of a checkpoint as a GPU writes it, and computes what transformers computes."""
+"""NeMo itself loads the view of a checkpoint as a GPU writes it, and computes what transformers
+computes."""
 
 import shutil
 
@@ -14,17 +15,32 @@ pytestmark = pytest.mark.slow
 
 
 def hugging_face_logits(tokens):
-    """``[1, sequence, vocabulary]`` of the ``gpu`` sample as a Hugging Face model in float32, put together here without the code under test."""
+    """``[1, sequence, vocabulary]`` of the ``gpu`` sample as a Hugging Face model in float32, put
+    together here without the code under test."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 256}  # fmt: skip
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
     config = LlamaConfig(
-        vocab_size=samples.VOCABULARY, hidden_size=samples.HIDDEN, intermediate_size=samples.FFN, num_hidden_layers=samples.LAYERS,
-        num_attention_heads=samples.HEADS, num_key_value_heads=samples.GROUPS, head_dim=samples.HEAD_DIM, rope_scaling=scaling,
-        rope_theta=500000.0, rms_norm_eps=1e-5, tie_word_embeddings=False, max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=samples.VOCABULARY,
+        hidden_size=samples.HIDDEN,
+        intermediate_size=samples.FFN,
+        num_hidden_layers=samples.LAYERS,
+        num_attention_heads=samples.HEADS,
+        num_key_value_heads=samples.GROUPS,
+        head_dim=samples.HEAD_DIM,
+        rope_scaling=scaling,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+    )
 
     def weight(name, layer=None):
         return samples.weight(name, layer, "gpu").float()
@@ -41,8 +57,12 @@ def hugging_face_logits(tokens):
         fused = fused.reshape(samples.GROUPS, per_group + 2, samples.HEAD_DIM, samples.HIDDEN)
         gate, up = weight("mlp.linear_fc1.weight", layer).chunk(2)
         state |= {
-            f"{start}input_layernorm.weight": weight("self_attention.linear_qkv.layer_norm_weight", layer),
-            f"{start}post_attention_layernorm.weight": weight("mlp.linear_fc1.layer_norm_weight", layer),
+            f"{start}input_layernorm.weight": weight(
+                "self_attention.linear_qkv.layer_norm_weight", layer
+            ),
+            f"{start}post_attention_layernorm.weight": weight(
+                "mlp.linear_fc1.layer_norm_weight", layer
+            ),
             f"{start}self_attn.q_proj.weight": fused[:, :per_group].reshape(-1, samples.HIDDEN),
             f"{start}self_attn.k_proj.weight": fused[:, per_group].reshape(-1, samples.HIDDEN),
             f"{start}self_attn.v_proj.weight": fused[:, per_group + 1].reshape(-1, samples.HIDDEN),
@@ -68,8 +88,17 @@ def test_logits_of_a_gpu_checkpoint(originals, tmp_path, older_dump):
         shutil.copy(file, checkpoint / "context" / "nemo_tokenizer")
     if older_dump:
         described = yaml.safe_load((checkpoint / "context" / "model.yaml").read_text())
-        for name in ("activation_func", "gated_linear_unit", "normalization", "layernorm_epsilon", "vocab_size", "params_dtype",
-                     "share_embeddings_and_output_weights", "low_freq_factor", "high_freq_factor"):  # fmt: skip
+        for name in (
+            "activation_func",
+            "gated_linear_unit",
+            "normalization",
+            "layernorm_epsilon",
+            "vocab_size",
+            "params_dtype",
+            "share_embeddings_and_output_weights",
+            "low_freq_factor",
+            "high_freq_factor",
+        ):
             del described["config"][name]
         (checkpoint / "context" / "model.yaml").write_text(yaml.safe_dump(described))
     tokens = np.random.default_rng(0).integers(3, 250, size=(1, 300))

@@ -1,4 +1,5 @@
-"""Conversion between the formats of NeMo, on checkpoints that Megatron-Core wrote; NeMo itself reads the results in test_convert_nemo."""
+"""Conversion between the formats of NeMo, on checkpoints that Megatron-Core wrote; NeMo itself
+reads the results in test_convert_nemo."""
 
 import io
 import os
@@ -14,12 +15,25 @@ from tiny_model import make_tiny_model
 
 from workshop_utils.checkpoints.convert import convert, readers
 from workshop_utils.checkpoints.convert import weights as weights_module
-from workshop_utils.checkpoints.formats import gpt_config, nemo1_config, nemo2, nemo_archive, torch_dist, values
+from workshop_utils.checkpoints.formats import (
+    gpt_config,
+    nemo1_config,
+    nemo2,
+    nemo_archive,
+    torch_dist,
+    values,
+)
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.safe_text import read_yaml
 from workshop_utils.cli import main
-from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, OutputExists, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.core.errors import (
+    DamagedCheckpoint,
+    NotACheckpoint,
+    OutputExists,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+)
 
 
 @pytest.fixture
@@ -37,7 +51,8 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def checkpoint(originals, root, tokenizer, request):
-    """A NeMo 2.0 checkpoint as a GPU writes it (bfloat16, Llama 3.1 rope, _extra_state, optimizer state), with a real tokenizer."""
+    """A NeMo 2.0 checkpoint as a GPU writes it (bfloat16, Llama 3.1 rope, _extra_state, optimizer
+    state), with a real tokenizer."""
     made = Path(shutil.copytree(originals / getattr(request, "param", "gpu"), root / "source"))
     for file in tokenizer.glob("*token*"):
         shutil.copy(file, made / "context" / "nemo_tokenizer")
@@ -54,10 +69,14 @@ def megatron(tmp_path_factory):
 
 
 def weights(path: Path) -> dict[str, tuple[str, bytes]]:
-    """Name without prefix -> (dtype, bytes) of every tensor of the model in a NeMo or Megatron checkpoint."""
+    """Name without prefix -> (dtype, bytes) of every tensor of the model in a NeMo or Megatron
+    checkpoint."""
     found = identify(path)
     return {
-        tensor.name.removeprefix("module.").removeprefix("model."): (tensor.dtype, values.read_tensor(found, tensor).tobytes())
+        tensor.name.removeprefix("module.").removeprefix("model."): (
+            tensor.dtype,
+            values.read_tensor(found, tensor).tobytes(),
+        )
         for tensor in found.tensors
     }
 
@@ -96,7 +115,9 @@ def test_megatron_core_loads_what_was_written(checkpoint, root, form, request):
     loaded = samples.load(root / "made", flavour)
     for layer in range(samples.LAYERS):
         for name in samples.LAYER_SHAPES:
-            assert torch.equal(loaded[f"model.decoder.layers.{layer}.{name}"], samples.weight(name, layer, flavour)), name
+            assert torch.equal(
+                loaded[f"model.decoder.layers.{layer}.{name}"], samples.weight(name, layer, flavour)
+            ), name
     embedding = "embedding.word_embeddings.weight"
     assert torch.equal(loaded[f"model.{embedding}"], samples.weight(embedding, None, flavour))
 
@@ -115,9 +136,11 @@ def test_sharded_weights_are_linked_to_the_files_themselves(checkpoint, root):
 
 @pytest.mark.parametrize("form", ["directory", "archive", "old Megatron-LM", "iteration"])
 def test_ranks_are_put_together(megatron, root, tokenizer, form):
-    source = {"directory": megatron / "ranks", "archive": root / "ranks.nemo", "old Megatron-LM": megatron / "lm"}.get(
-        form, megatron / "iter"
-    )
+    source = {
+        "directory": megatron / "ranks",
+        "archive": root / "ranks.nemo",
+        "old Megatron-LM": megatron / "lm",
+    }.get(form, megatron / "iter")
     if form == "archive":
         with tarfile.open(source, "w") as archive:
             archive.add(megatron / "ranks", ".")
@@ -129,14 +152,19 @@ def test_ranks_are_put_together(megatron, root, tokenizer, form):
     }
     if form in ("directory", "archive"):
         fc1 = made.tensors["module.decoder.layers.mlp.linear_fc1.weight"]
-        # Nothing was put together: two ranks, each with a half of the gate and one of up, for each layer.
+        # Nothing was put together: two ranks, each with a half of the gate and one of up, for each
+        # layer.
         assert len(fc1.chunks) == parallel_samples.LAYERS * 2 * 2
         assert (root / "made" / "weights" / "__0_0.distcp").is_file()
     stated = fields(root / "made")
-    assert (stated["add_qkv_bias"], stated["kv_channels"], stated["vocab_size"]) == (True, 12, parallel_samples.ROWS)
-    assert read_yaml(root / "made" / "context" / "model.yaml")["_target_"].endswith(".Qwen2Model"), (
-        "known by the bias of q, k and v"
+    assert (stated["add_qkv_bias"], stated["kv_channels"], stated["vocab_size"]) == (
+        True,
+        12,
+        parallel_samples.ROWS,
     )
+    assert read_yaml(root / "made" / "context" / "model.yaml")["_target_"].endswith(
+        ".Qwen2Model"
+    ), "known by the bias of q, k and v"
 
 
 def test_experts_are_put_together(megatron, root, tokenizer):
@@ -149,7 +177,10 @@ def test_experts_are_put_together(megatron, root, tokenizer):
     }
     (source / "model_config.yaml").write_text(yaml.safe_dump(config))
     convert(source, root / "made", "nemo2", tokenizer=tokenizer)
-    made, reference = nemo2.read(root / "made"), torch_dist.read_directory(megatron / "experts_reference")
+    made, reference = (
+        nemo2.read(root / "made"),
+        torch_dist.read_directory(megatron / "experts_reference"),
+    )
     assert {name: tensor.shape for name, tensor in made.tensors.items()} == {
         f"module.{name}": tensor.shape for name, tensor in reference.tensors.items()
     }
@@ -159,23 +190,44 @@ def test_experts_are_put_together(megatron, root, tokenizer):
 
 def test_a_run_config_of_megatron_bridge(megatron, root, tokenizer):
     source = Path(shutil.copytree(megatron / "reference", root / "iter_0000010"))
-    model = {name: getattr(parallel_samples.ARGUMENTS, name) for name in
-             ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "seq_length",
-              "position_embedding_type", "rotary_base", "normalization", "add_bias_linear", "add_qkv_bias")}  # fmt: skip
-    model |= {"_target_": "megatron.bridge.models.qwen.qwen_provider.Qwen2ModelProvider", "gated_linear_unit": True, "layernorm_epsilon": 1e-5,
-              "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-              "share_embeddings_and_output_weights": True}  # fmt: skip
+    model = {
+        name: getattr(parallel_samples.ARGUMENTS, name)
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "ffn_hidden_size",
+            "seq_length",
+            "position_embedding_type",
+            "rotary_base",
+            "normalization",
+            "add_bias_linear",
+            "add_qkv_bias",
+        )
+    }
+    model |= {
+        "_target_": "megatron.bridge.models.qwen.qwen_provider.Qwen2ModelProvider",
+        "gated_linear_unit": True,
+        "layernorm_epsilon": 1e-5,
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "share_embeddings_and_output_weights": True,
+    }
     (source / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
     convert(source, root / "made", "nemo2", tokenizer=tokenizer)
     assert weights(root / "made") == weights(megatron / "iter")
     assert fields(root / "made")["ffn_hidden_size"] == parallel_samples.FFN
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda path: shutil.rmtree(path / "tp_rank_01_pp_rank_001"), "rank"),
-    (lambda path: _change(path, num_layers=6), "linear_fc1|is missing, or a layer"),
-    (lambda path: _change(path, hidden_size=64), "has the shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda path: shutil.rmtree(path / "tp_rank_01_pp_rank_001"), "rank"),
+        (lambda path: _change(path, num_layers=6), "linear_fc1|is missing, or a layer"),
+        (lambda path: _change(path, hidden_size=64), "has the shape"),
+    ],
+)
 def test_ranks_that_do_not_fit_are_damaged(megatron, root, tokenizer, change, words):
     source = Path(shutil.copytree(megatron / "ranks", root / "ranks"))
     change(source)
@@ -203,7 +255,11 @@ def test_dtype_is_kept_unless_asked(checkpoint, root):
     assert {dtype for dtype, _ in weights(root / "made").values()} == {"float16"}
     assert {dtype for dtype, _ in weights(root / "as_is.nemo").values()} == {"bfloat16"}
     config = read_yaml(root / "made" / "context" / "model.yaml")["config"]
-    assert (config["fp16"], config["bf16"], config["params_dtype"]["_target_"]) == (True, False, "torch.float16")
+    assert (config["fp16"], config["bf16"], config["params_dtype"]["_target_"]) == (
+        True,
+        False,
+        "torch.float16",
+    )
 
 
 def test_what_is_written_passes_verification(checkpoint, root, capsys):
@@ -219,9 +275,12 @@ def test_a_sentencepiece_tokenizer(checkpoint, root):
 
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["number one", "it is two", "three of them"] * 10), model_writer=written, vocab_size=30,
-        hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(["number one", "it is two", "three of them"] * 10),
+        model_writer=written,
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (root / "mine.model").write_bytes(written.getvalue())
     convert(checkpoint, root / "made.nemo", "nemo1", tokenizer=root / "mine.model")
     config = nemo_archive.read_config(root / "made.nemo")
@@ -234,14 +293,19 @@ def test_a_sentencepiece_tokenizer(checkpoint, root):
     assert described["_target_"].endswith("SentencePieceTokenizer")
     assert (root / "back" / "context" / described["model_path"]).read_bytes() == written.getvalue()
     convert(root / "back", root / "again", "nemo1")
-    assert Path(read_yaml(root / "again" / "model_config.yaml")["tokenizer"]["model"]).read_bytes() == written.getvalue()
+    assert (
+        Path(read_yaml(root / "again" / "model_config.yaml")["tokenizer"]["model"]).read_bytes()
+        == written.getvalue()
+    )
 
 
 def test_only_the_tokenizer_comes_along(megatron, root, tokenizer):
     convert(megatron / "iter", root / "made", "nemo2", tokenizer=tokenizer)
     assert {file.name for file in (root / "made" / "context" / "nemo_tokenizer").iterdir()} == {
-        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    }  # fmt: skip
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
 
 
 def test_a_given_tokenizer_replaces_a_missing_one(checkpoint, root, tokenizer):
@@ -255,13 +319,28 @@ def test_a_given_tokenizer_replaces_a_missing_one(checkpoint, root, tokenizer):
     assert weights(root / "made") == weights(checkpoint)
 
 
-@pytest.mark.parametrize("described, words", [
-    ({"library": "huggingface", "type": "meta-llama/Llama-3.2-1B"}, "names its tokenizer 'meta-llama/Llama-3.2-1B', which is not here"),
-    ({"library": "huggingface", "type": "/gone/tokenizer"}, "which is not here.*--tokenizer DIR"),
-    ({"library": "megatron", "type": "GPT2BPETokenizer"}, "has no tokenizer that can be taken along.*--tokenizer"),
-    ({"library": "sentencepiece", "model": "nemo:gone.model"}, "has no tokenizer that can be taken along"),
-    (None, "has no tokenizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "described, words",
+    [
+        (
+            {"library": "huggingface", "type": "meta-llama/Llama-3.2-1B"},
+            "names its tokenizer 'meta-llama/Llama-3.2-1B', which is not here",
+        ),
+        (
+            {"library": "huggingface", "type": "/gone/tokenizer"},
+            "which is not here.*--tokenizer DIR",
+        ),
+        (
+            {"library": "megatron", "type": "GPT2BPETokenizer"},
+            "has no tokenizer that can be taken along.*--tokenizer",
+        ),
+        (
+            {"library": "sentencepiece", "model": "nemo:gone.model"},
+            "has no tokenizer that can be taken along",
+        ),
+        (None, "has no tokenizer"),
+    ],
+)
 def test_a_tokenizer_that_is_not_here_is_asked_for(megatron, root, described, words):
     source = Path(shutil.copytree(megatron / "ranks", root / "ranks"))
     _change(source, tokenizer=described)
@@ -280,18 +359,39 @@ def test_a_tokenizer_outside_the_checkpoint_is_not_read(megatron, root):
         convert(megatron / "ranks", root / "made", "nemo2", tokenizer=root)
 
 
-@pytest.mark.parametrize("changes, error, words", [
-    ({"mcore_gpt": False}, UnsupportedCheckpoint, "mcore_gpt is False: .*convert_nemo_gpt_to_mcore"),
-    ({"position_embedding_type": "learned_absolute"}, UnsupportedCheckpoint, "position_embedding_type is 'learned_absolute'"),
-    ({"name": "megatron_falcon_gpt"}, UnsupportedCheckpoint, "name is 'megatron_falcon_gpt'"),
-    ({"activation": "approx-gelu"}, UnsupportedCheckpoint, "activation is 'approx-gelu'"),
-    ({"normalization": "batchnorm"}, UnsupportedCheckpoint, "normalization is 'batchnorm'"),
-    ({"apply_embedding_scaling": True}, UnsupportedCheckpoint, "apply_embedding_scaling is True"),
-    ({"target": "nemo.collections.nlp.models.language_modeling.megatron_t5_model.MegatronT5Model"}, UnsupportedCheckpoint, "target is"),
-    ({"num_query_groups": 3}, DamagedCheckpoint, "no multiple of num_query_groups"),
-    ({"hidden_size": "big"}, DamagedCheckpoint, "hidden_size is 'big'"),
-    ({"num_layers": None}, DamagedCheckpoint, "num_layers is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        (
+            {"mcore_gpt": False},
+            UnsupportedCheckpoint,
+            "mcore_gpt is False: .*convert_nemo_gpt_to_mcore",
+        ),
+        (
+            {"position_embedding_type": "learned_absolute"},
+            UnsupportedCheckpoint,
+            "position_embedding_type is 'learned_absolute'",
+        ),
+        ({"name": "megatron_falcon_gpt"}, UnsupportedCheckpoint, "name is 'megatron_falcon_gpt'"),
+        ({"activation": "approx-gelu"}, UnsupportedCheckpoint, "activation is 'approx-gelu'"),
+        ({"normalization": "batchnorm"}, UnsupportedCheckpoint, "normalization is 'batchnorm'"),
+        (
+            {"apply_embedding_scaling": True},
+            UnsupportedCheckpoint,
+            "apply_embedding_scaling is True",
+        ),
+        (
+            {
+                "target": "nemo.collections.nlp.models.language_modeling.megatron_t5_model.MegatronT5Model"  # noqa: E501
+            },
+            UnsupportedCheckpoint,
+            "target is",
+        ),
+        ({"num_query_groups": 3}, DamagedCheckpoint, "no multiple of num_query_groups"),
+        ({"hidden_size": "big"}, DamagedCheckpoint, "hidden_size is 'big'"),
+        ({"num_layers": None}, DamagedCheckpoint, "num_layers is missing"),
+    ],
+)
 def test_what_a_configuration_of_nemo_1_may_not_say(changes, error, words):
     with pytest.raises(error, match=words):
         nemo1_config.read_fields(parallel_samples.CONFIG | changes, "model_config.yaml")
@@ -308,24 +408,39 @@ SMALL = {
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for family in FAMILIES.values() for kind in list(family.configs)[:1] + [family.scaled] if kind]
+    "kind",
+    [
+        kind
+        for family in FAMILIES.values()
+        for kind in [*list(family.configs)[:1], family.scaled]
+        if kind
+    ],
 )
 def test_every_family_comes_back_from_nemo_1(kind):
     family = next(family for family in FAMILIES.values() if kind in family.configs)
     model = {"_target_": family.models[0], "config": {"_target_": kind, **SMALL, "vocab_size": 256}}
     stated = gpt_config.read_fields(model, "model.yaml")
     config = nemo1_config.from_fields(stated, family, 256, "bfloat16", {}, "model.yaml")
-    back, found = nemo1_config.read_fields(yaml.safe_load(yaml.safe_dump(config)), "model_config.yaml")
+    back, found = nemo1_config.read_fields(
+        yaml.safe_load(yaml.safe_dump(config)), "model_config.yaml"
+    )
     assert back | {"vocab_size": 256} == stated
     assert found is family
     without_our_note = {name: value for name, value in config.items() if name != "workshop"}
-    assert nemo1_config.read_fields(without_our_note, "model_config.yaml")[1] is family, "known by its features"
+    assert nemo1_config.read_fields(without_our_note, "model_config.yaml")[1] is family, (
+        "known by its features"
+    )
 
 
 def test_the_layers_with_norms_of_q_and_k_are_named():
     family = FAMILIES["qwen3"]
-    model = {"_target_": family.models[0], "config": {"_target_": next(iter(family.configs)), **SMALL}}
-    config = nemo1_config.from_fields(gpt_config.read_fields(model, ""), family, 256, "float32", {}, "")
+    model = {
+        "_target_": family.models[0],
+        "config": {"_target_": next(iter(family.configs)), **SMALL},
+    }
+    config = nemo1_config.from_fields(
+        gpt_config.read_fields(model, ""), family, 256, "float32", {}, ""
+    )
     assert config["name"] == "decoder_block_gpt"
     # With any other layers NeMo 1 leaves the norms out, whatever the configuration says.
     assert nemo1_config.read_fields(config | {"name": ""}, "")[0]["qk_layernorm"] is False
@@ -338,8 +453,12 @@ def test_other_formats_get_a_sentence(checkpoint, root, tokenizer):
     with pytest.raises(UnsupportedCheckpoint, match="Lightning.*megatron_ckpt_to_nemo"):
         convert(root / "last.ckpt", root / "made", "nemo2")
     shutil.copytree(checkpoint, root / "old")
-    (root / "old" / "weights" / "metadata.json").write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
-    with pytest.raises(UnsupportedCheckpoint, match="zarr weights cannot be read here.*load and save"):
+    (root / "old" / "weights" / "metadata.json").write_text(
+        '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
+    )
+    with pytest.raises(
+        UnsupportedCheckpoint, match="zarr weights cannot be read here.*load and save"
+    ):
         readers.read(root / "old")
     (root / "gguf.gguf").write_bytes(b"GGUF")
     with pytest.raises((DamagedCheckpoint, UnsupportedCheckpoint)):
@@ -384,8 +503,15 @@ def test_relative_paths(checkpoint, root, monkeypatch):
     monkeypatch.chdir(root)
     for target in ("made", "made.nemo"):
         convert(checkpoint.name, target, "nemo1")
-        config = read_yaml(root / "made" / "model_config.yaml") if target == "made" else nemo_archive.read_config(root / target)
-        assert (Path(config["tokenizer"]["type"]).is_absolute(), Path(config["tokenizer"]["type"]).is_dir()) == (True, True)
+        config = (
+            read_yaml(root / "made" / "model_config.yaml")
+            if target == "made"
+            else nemo_archive.read_config(root / target)
+        )
+        assert (
+            Path(config["tokenizer"]["type"]).is_absolute(),
+            Path(config["tokenizer"]["type"]).is_dir(),
+        ) == (True, True)
     shutil.rmtree(checkpoint.name)
     convert("made.nemo", "back", "nemo2")
     assert (root / "back" / "context" / "nemo_tokenizer" / "tokenizer.json").is_file()
@@ -408,7 +534,9 @@ def test_an_interrupted_conversion_leaves_what_was_there(checkpoint, root, monke
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("workshop_utils.checkpoints.formats.torch_dist_writer.write_index", interrupted)
+    monkeypatch.setattr(
+        "workshop_utils.checkpoints.formats.torch_dist_writer.write_index", interrupted
+    )
     with pytest.raises(KeyboardInterrupt):
         convert(checkpoint, root / target, "nemo1", overwrite=True)
     assert sorted(root.iterdir()) == there
@@ -437,20 +565,36 @@ def test_the_command(checkpoint, root, capsys):
 
 
 def test_nothing_is_put_together_on_disk_before_an_archive(megatron, root, tokenizer, monkeypatch):
-    """Layers of four ranks go into the tar one by one; other readers of tars agree with what was written."""
+    """Layers of four ranks go into the tar one by one; other readers of tars agree with what was
+    written."""
     seen = []
     original = weights_module.write
 
     def write(source, written, dtype):
         found = original(source, written, dtype)
-        seen.append(sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and file.suffix != ".partial"))
+        seen.append(
+            sum(
+                file.stat().st_size
+                for file in root.rglob("*")
+                if file.is_file() and file.suffix != ".partial"
+            )
+        )
         return found
 
     monkeypatch.setattr(weights_module, "write", write)
-    convert(megatron / "lm", root / "made.nemo", "nemo1", tokenizer=tokenizer, dtype="bfloat16", trust=True)
+    convert(
+        megatron / "lm",
+        root / "made.nemo",
+        "nemo1",
+        tokenizer=tokenizer,
+        dtype="bfloat16",
+        trust=True,
+    )
     assert seen == [0]
     with tarfile.open(root / "made.nemo") as archive:
         names = archive.getnames()
         archive.extractall(root / "out")
-    assert sorted(names) == sorted(f"./{member.name}" for member in nemo_archive.members(root / "made.nemo"))
+    assert sorted(names) == sorted(
+        f"./{member.name}" for member in nemo_archive.members(root / "made.nemo")
+    )
     assert weights(root / "out") == weights(root / "made.nemo")

@@ -1,4 +1,5 @@
-"""NeMo itself loads what ``workshop convert`` wrote, and computes what transformers computes, for every family."""
+"""NeMo itself loads what ``workshop convert`` wrote, and computes what transformers computes, for
+every family."""
 
 import json
 import shutil
@@ -29,13 +30,19 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders ``hf``, ``nemo2`` (imported by NeMo), ``nemo1`` (converted), ``back`` (and back), with a folder for each family."""
+    """Folders ``hf``, ``nemo2`` (imported by NeMo), ``nemo1`` (converted), ``back`` (and back),
+    with a folder for each family."""
     root = tmp_path_factory.mktemp("families")
     for name in FAMILIES:
         make_tiny_family(root / "hf" / name, name)
     # All in one process: loading NeMo takes longer than all the imports.
     (root / "import_all.py").write_text(IMPORT_ALL)
-    command = [sys.executable, root / "import_all.py", root / "nemo2", *(root / "hf" / name for name in FAMILIES)]
+    command = [
+        sys.executable,
+        root / "import_all.py",
+        root / "nemo2",
+        *(root / "hf" / name for name in FAMILIES),
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     for name in FAMILIES:
@@ -65,7 +72,10 @@ def expected(models):
 
 def weights(path: Path) -> dict[str, bytes]:
     found = identify(path)
-    return {tensor.name.partition(".")[2]: values.read_tensor(found, tensor).tobytes() for tensor in found.tensors}
+    return {
+        tensor.name.partition(".")[2]: values.read_tensor(found, tensor).tobytes()
+        for tensor in found.tensors
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,16 +92,25 @@ def test_round_trips_are_bit_equal(models, family):
 
 @pytest.fixture(scope="module")
 def nemo2_logits(models, tmp_path_factory):
-    paths = [models / folder / name for folder in ("nemo2", "back", "from_archive") for name in FAMILIES]
+    paths = [
+        models / folder / name for folder in ("nemo2", "back", "from_archive") for name in FAMILIES
+    ]
     found = nemo_loads.logits("nemo2", paths, TOKENS, tmp_path_factory.mktemp("nemo2"))
-    return {(path.parent.name, path.name): logits for path, logits in zip(paths, found, strict=True)}
+    return {
+        (path.parent.name, path.name): logits for path, logits in zip(paths, found, strict=True)
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_in_nemo_2(nemo2_logits, expected, family):
     assert np.abs(expected[family]).max() > 1
     for folder in ("nemo2", "back", "from_archive"):
-        assert np.abs(nemo2_logits[folder, family][..., : expected[family].shape[-1]] - expected[family]).max() < 2e-5, folder
+        assert (
+            np.abs(
+                nemo2_logits[folder, family][..., : expected[family].shape[-1]] - expected[family]
+            ).max()
+            < 2e-5
+        ), folder
 
 
 @pytest.fixture(scope="module")
@@ -134,39 +153,62 @@ if __name__ == "__main__":
 
 
 def test_nemo_exports_what_was_converted(models, tmp_path):
-    """From Hugging Face to NeMo 2.0, NeMo 1, NeMo 2.0 and back to Hugging Face: the same weights and sizes."""
+    """From Hugging Face to NeMo 2.0, NeMo 1, NeMo 2.0 and back to Hugging Face: the same weights
+    and sizes."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    families = [name for name in FAMILIES if name != "llama31"]  # NeMo's exporter writes 8192 for the original length of any rope
+    families = [
+        name for name in FAMILIES if name != "llama31"
+    ]  # NeMo's exporter writes 8192 for the original length of any rope
     (tmp_path / "export_all.py").write_text(EXPORT_ALL)
-    command = [sys.executable, tmp_path / "export_all.py", tmp_path, *(models / "back" / name for name in families)]
+    command = [
+        sys.executable,
+        tmp_path / "export_all.py",
+        tmp_path,
+        *(models / "back" / name for name in families),
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     for name in families:
-        before, after = (AutoModelForCausalLM.from_pretrained(path / name) for path in (models / "hf", tmp_path))
+        before, after = (
+            AutoModelForCausalLM.from_pretrained(path / name) for path in (models / "hf", tmp_path)
+        )
         assert type(before) is type(after)
         state = before.state_dict()
         # The exporters write as many rows of the embedding as the tokenizer has tokens.
-        assert all(torch.equal(value, state[key][: len(value)]) for key, value in after.state_dict().items()), name
+        assert all(
+            torch.equal(value, state[key][: len(value)])
+            for key, value in after.state_dict().items()
+        ), name
         assert state.keys() == after.state_dict().keys()
 
 
 def test_nemo_generates_and_trains(models, tmp_path):
-    """``llm.generate`` gives the tokens of transformers, and ``llm.finetune`` starts from the checkpoint and saves."""
+    """``llm.generate`` gives the tokens of transformers, and ``llm.finetune`` starts from the
+    checkpoint and saves."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = [{"input": f"number {i}?", "output": f"it is {i}"} for i in range(16)]
     for name in ("training", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, Path(nemo_loads.__file__).with_name("nemo_trains.py"), models / "from_archive" / "llama2", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path)
+    command = [
+        sys.executable,
+        Path(nemo_loads.__file__).with_name("nemo_trains.py"),
+        models / "from_archive" / "llama2",
+        tmp_path,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     result = json.loads((tmp_path / "result.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(models / "hf" / "llama2").eval()
     tokenizer = AutoTokenizer.from_pretrained(models / "hf" / "llama2")
     ids = tokenizer("number 1?", return_tensors="pt")
-    tokens = model.generate(ids["input_ids"], max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    tokens = model.generate(ids["input_ids"], max_new_tokens=4, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
     assert result["texts"] == [tokenizer.decode(tokens)]
     assert result["step"] == 3
     assert 0 < result["metrics"]["reduced_train_loss"] < 20
@@ -179,13 +221,23 @@ def test_fiddle_reads_our_graph_as_it_reads_nemos(models, made_by_us, tmp_path):
     source = models / ("back" if made_by_us else "nemo2") / "mixtral" / "context"
     shutil.copy(source / "io.json", tmp_path / "io.json")
     program = (
-        "import json, sys; from workshop_utils.runtime import nemo_cpu; nemo_cpu.apply(); from nemo.collections import llm;"
-        "from nemo.lightning.io.api import load_context; from pathlib import Path;"
-        "found = load_context(Path(sys.argv[1]), build=False); config = found.model.config;"
-        "print('FOUND', json.dumps([found.model.__fn_or_cls__.__name__, config.num_moe_experts, config.activation_func.__name__,"
-        " str(config.params_dtype), found.trainer.strategy.__fn_or_cls__.__name__, found.extra]))"
+        "import json, sys; from workshop_utils.runtime import nemo_cpu; nemo_cpu.apply(); from "
+        "nemo.collections import llm;from nemo.lightning.io.api import load_context; from "
+        "pathlib import Path;found = load_context(Path(sys.argv[1]), build=False); config = "
+        "found.model.config;print('FOUND', json.dumps([found.model.__fn_or_cls__.__name__, "
+        "config.num_moe_experts, config.activation_func.__name__, str(config.params_dtype), "
+        "found.trainer.strategy.__fn_or_cls__.__name__, found.extra]))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line, done.stderr[-3000:]
-    assert json.loads(line.removeprefix("FOUND ")) == ["MixtralModel", 4, "silu", "torch.float32", "MegatronStrategy", {}]
+    assert json.loads(line.removeprefix("FOUND ")) == [
+        "MixtralModel",
+        4,
+        "silu",
+        "torch.float32",
+        "MegatronStrategy",
+        {},
+    ]

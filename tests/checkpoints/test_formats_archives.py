@@ -1,4 +1,5 @@
-"""``.nemo`` archives, the files of torch.save, Hugging Face directories, and ``workshop inspect`` on all of them."""
+"""``.nemo`` archives, the files of torch.save, Hugging Face directories, and ``workshop inspect``
+on all of them."""
 
 import io
 import json
@@ -17,7 +18,13 @@ from workshop_utils.checkpoints.formats import huggingface, nemo_archive, torch_
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.cli import main
-from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint, WorkshopError
+from workshop_utils.core.errors import (
+    DamagedCheckpoint,
+    NotACheckpoint,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+    WorkshopError,
+)
 
 CONFIG = export_samples.config_of(export_samples.GQA)
 
@@ -40,11 +47,17 @@ def adapter_state() -> dict:
     import torch
 
     key = "model.decoder.layers.{}.self_attention.adapter_layer.lora_kqv_adapter.{}.weight"
-    return {key.format(layer, half): torch.ones(4, 32) for layer in range(2) for half in ("linear_in", "linear_out")}
+    return {
+        key.format(layer, half): torch.ones(4, 32)
+        for layer in range(2)
+        for half in ("linear_in", "linear_out")
+    }
 
 
 def tar(path: Path, *entries: tarfile.TarInfo | tuple[str, bytes], **options) -> Path:
-    with tarfile.open(path, options.get("mode", "w"), format=options.get("format", tarfile.GNU_FORMAT)) as archive:
+    with tarfile.open(
+        path, options.get("mode", "w"), format=options.get("format", tarfile.GNU_FORMAT)
+    ) as archive:
         for entry in entries:
             if isinstance(entry, tuple):
                 info = tarfile.TarInfo(entry[0])
@@ -69,11 +82,16 @@ def test_what_is_written_is_read_back_and_always_the_same(root):
     path = nemo_archive.write(root / "a.nemo", CONFIG, b"weights")
     assert nemo_archive.read_config(path) == CONFIG
     assert nemo_archive.read_member(path, "model_weights.ckpt") == b"weights"
-    assert [member.stored_name for member in nemo_archive.members(path)] == ["model_config.yaml", "model_weights.ckpt"]
+    assert [member.stored_name for member in nemo_archive.members(path)] == [
+        "model_config.yaml",
+        "model_weights.ckpt",
+    ]
     again = nemo_archive.write(root / "b.nemo", CONFIG, b"weights")
     assert again.read_bytes() == path.read_bytes()
     with tarfile.open(path, "r:") as archive:
-        assert {(entry.type, entry.mtime, entry.uname) for entry in archive} == {(tarfile.REGTYPE, 0, "")}
+        assert {(entry.type, entry.mtime, entry.uname) for entry in archive} == {
+            (tarfile.REGTYPE, 0, "")
+        }
 
 
 def test_nothing_is_left_when_writing_fails(root):
@@ -83,9 +101,16 @@ def test_nothing_is_left_when_writing_fails(root):
 
 
 def test_the_names_that_nemo_writes(root):
-    path = tar(root / "a.nemo", special("./", tarfile.DIRTYPE), *((f"./{name}", content) for name, content in GOOD))
+    path = tar(
+        root / "a.nemo",
+        special("./", tarfile.DIRTYPE),
+        *((f"./{name}", content) for name, content in GOOD),
+    )
     assert nemo_archive.read_config(path) == CONFIG
-    assert [member.stored_name for member in nemo_archive.members(path)] == ["./model_config.yaml", "./model_weights.ckpt"]
+    assert [member.stored_name for member in nemo_archive.members(path)] == [
+        "./model_config.yaml",
+        "./model_weights.ckpt",
+    ]
     with nemo_archive.open_member(path, "model_weights.ckpt") as file:
         assert file.read() == b"weights"
 
@@ -139,7 +164,8 @@ def test_an_archive_cut_off_anywhere(root):
 
 
 def test_an_entry_with_a_negative_size_ends(root):
-    """The size field in base 256 may be negative; a loop that trusts it never ends (CVE-2025-8194)."""
+    """The size field in base 256 may be negative; a loop that trusts it never ends
+    (CVE-2025-8194)."""
     content = bytearray(tar(root / "a.nemo", *GOOD).read_bytes())
     header = bytearray(content[:512])
     header[124:136] = b"\xff" + (2**88 - 1024).to_bytes(11, "big")
@@ -160,16 +186,26 @@ def test_members_that_are_too_large_are_not_read(root):
 def test_tensors_of_torch_save(dtype):
     import torch
 
-    state = {"a": torch.zeros(3, 2).to(getattr(torch, dtype)), "b": torch.nn.Parameter(torch.zeros(5)), "step": 3}
+    state = {
+        "a": torch.zeros(3, 2).to(getattr(torch, dtype)),
+        "b": torch.nn.Parameter(torch.zeros(5)),
+        "step": 3,
+    }
     found = torch_archive.read_tensors(io.BytesIO(saved(state)), "x")
-    assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {"a": ((3, 2), dtype), "b": ((5,), "float32")}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in found.items()} == {
+        "a": ((3, 2), dtype),
+        "b": ((5,), "float32"),
+    }
 
 
 def test_a_state_dict_of_a_module():
     import torch
 
     found = torch_archive.read_tensors(io.BytesIO(saved(torch.nn.Linear(2, 3).state_dict())), "x")
-    assert {name: tensor.shape for name, tensor in found.items()} == {"weight": (3, 2), "bias": (3,)}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        "weight": (3, 2),
+        "bias": (3,),
+    }
 
 
 class Evil:
@@ -179,7 +215,9 @@ class Evil:
 
 def test_code_in_the_weights_is_not_run(root):
     path = nemo_archive.write(root / "a.nemo", CONFIG, saved({"a": Evil()}))
-    with pytest.raises(UnsafeCheckpoint, match=r"model_weights\.ckpt is a pickle that would call __builtin__\.exec"):
+    with pytest.raises(
+        UnsafeCheckpoint, match=r"model_weights\.ckpt is a pickle that would call __builtin__\.exec"
+    ):
         identify(path)
 
 
@@ -202,8 +240,15 @@ def answers(found) -> dict:
 def test_an_adapter_of_the_script_path(root):
     found = identify(nemo_archive.write(root / "a.nemo", CONFIG, saved(adapter_state())))
     assert found.format == "NeMo 1 archive (.nemo), LoRA adapter"
-    assert (found.adapter.rank, found.adapter.alpha, found.adapter.targets) == (4, 8, ("attention_qkv",))
-    assert (found.adapter.base, found.adapter.base_is_here) == ("/somewhere/models/bridged/tiny-llama", False)
+    assert (found.adapter.rank, found.adapter.alpha, found.adapter.targets) == (
+        4,
+        8,
+        ("attention_qkv",),
+    )
+    assert (found.adapter.base, found.adapter.base_is_here) == (
+        "/somewhere/models/bridged/tiny-llama",
+        False,
+    )
     assert found.parameters == 4 * 4 * 32
     assert answers(found)["PEFT"] == ("after", "workshop export a.nemo --to hf-peft")
     assert answers(found)["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
@@ -214,7 +259,10 @@ def test_an_export_names_its_reader(root):
     config = CONFIG | {"workshop": {"reader": reader, "qkv_order": "qkv", "alpha_baked_in": True}}
     found = identify(nemo_archive.write(root / "a.nemo", config, saved(adapter_state())))
     assert found.made_for == reader
-    assert {name for name, (answer, _) in answers(found).items() if answer == "yes"} == {"TensorRT-LLM", "NIM 1.x"}
+    assert {name for name, (answer, _) in answers(found).items() if answer == "yes"} == {
+        "TensorRT-LLM",
+        "NIM 1.x",
+    }
     assert "workshop export TRAINED.nemo --to hf-peft" in answers(found)["script path"][1]
     assert found.notes == ("q, k, v rows: qkv; alpha baked in: True",)
 
@@ -248,12 +296,24 @@ def test_a_bridged_view(root, originals):
 def hf_model(root):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}  # fmt: skip
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        rope_scaling=scaling, rope_theta=5000.0, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_scaling=scaling,
+        rope_theta=5000.0,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(root / "hf")
     return root / "hf", model
@@ -263,11 +323,25 @@ def test_a_hugging_face_model(hf_model):
     path, model = hf_model
     found = identify(path)
     assert found.format == "Hugging Face model directory (llama)"
-    assert {tensor.name: tensor.shape for tensor in found.tensors} == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert {tensor.name: tensor.shape for tensor in found.tensors} == {
+        k: tuple(v.shape) for k, v in model.state_dict().items()
+    }
     assert found.parameters == model.num_parameters()
     sizes = found.architecture
-    assert (sizes.layers, sizes.groups, sizes.head_dim, sizes.ffn, sizes.vocabulary, sizes.tied) == (2, 2, 8, 48, 64, False)
-    assert sizes.rope_scaling == {"scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 64}
+    assert (
+        sizes.layers,
+        sizes.groups,
+        sizes.head_dim,
+        sizes.ffn,
+        sizes.vocabulary,
+        sizes.tied,
+    ) == (2, 2, 8, 48, 64, False)
+    assert sizes.rope_scaling == {
+        "scale_factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "old_context_len": 64,
+    }
 
 
 def test_a_sharded_hugging_face_model(hf_model):
@@ -297,7 +371,14 @@ def test_damaged_safetensors(hf_model):
     path, _ = hf_model
     file = path / "model.safetensors"
     whole = file.read_bytes()
-    for content in (b"", whole[:5], whole[:100], whole[:-1], struct.pack("<Q", 2**63) + whole[8:], struct.pack("<Q", 3) + b"[1]"):
+    for content in (
+        b"",
+        whole[:5],
+        whole[:100],
+        whole[:-1],
+        struct.pack("<Q", 2**63) + whole[8:],
+        struct.pack("<Q", 3) + b"[1]",
+    ):
         file.write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=r"model\.safetensors"):
             huggingface.read_safetensors(file)
@@ -314,13 +395,19 @@ def test_a_peft_adapter(hf_model):
     from peft import LoraConfig, get_peft_model
 
     path, model = hf_model
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = str(path)
     adapted.save_pretrained(path.parent / "adapter")
     found = identify(path.parent / "adapter")
     assert found.format == "Hugging Face PEFT adapter directory (LORA)"
-    assert (found.adapter.rank, found.adapter.alpha, found.adapter.targets) == (4, 8, ("q_proj", "v_proj"))
+    assert (found.adapter.rank, found.adapter.alpha, found.adapter.targets) == (
+        4,
+        8,
+        ("q_proj", "v_proj"),
+    )
     assert (found.adapter.base, found.adapter.base_is_here) == (str(path), True)
     assert found.parameters == 2 * (4 * (32 + 32) + 4 * (32 + 16))
 
@@ -330,17 +417,28 @@ def test_the_command(root, hf_model, capsys):
     assert main(["inspect", str(path), "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert "2 layers, hidden 32, FFN 48" in printed
-    assert "model.embed_tokens.weight  float32  [64, 32]  8,192 bytes\n    model.safetensors  byte " in printed
+    assert (
+        "model.embed_tokens.weight  float32  [64, 32]  8,192 bytes\n    model.safetensors  byte "
+        in printed
+    )
     assert main(["inspect", str(path), "--json", "--tensors"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["path"], found["parameters"], found["dtype"]) == ("hf", model.num_parameters(), "float32")
+    assert (found["path"], found["parameters"], found["dtype"]) == (
+        "hf",
+        model.num_parameters(),
+        "float32",
+    )
     assert found["tensors"][0].keys() == {"name", "shape", "dtype", "chunks", "packed", "bytes"}
-    assert sum(sum(cells.values()) for cells in found["shards"].values()) == sum(tensor["bytes"] for tensor in found["tensors"])
+    assert sum(sum(cells.values()) for cells in found["shards"].values()) == sum(
+        tensor["bytes"] for tensor in found["tensors"]
+    )
     assert main(["inspect", str(path), "--shards"]) == 0
     assert "All 2 layers are in one file." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "hf/config.json", ".", "empty", "text.txt", "cut.nemo"])
+@pytest.mark.parametrize(
+    "wrong", ["nothing", "hf/config.json", ".", "empty", "text.txt", "cut.nemo"]
+)
 def test_the_command_on_what_is_no_checkpoint(root, hf_model, capsys, wrong):
     (root / "empty").mkdir()
     (root / "text.txt").write_text("hello")

@@ -1,4 +1,5 @@
-"""The architecture of every family, from the Hugging Face directory that transformers writes and from what NeMo makes of it."""
+"""The architecture of every family, from the Hugging Face directory that transformers writes and
+from what NeMo makes of it."""
 
 import subprocess
 import sys
@@ -27,7 +28,9 @@ EXPECTED = {
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("families")
-    return {family: tiny_families.make_tiny_family(directory / family, family) for family in EXPECTED}
+    return {
+        family: tiny_families.make_tiny_family(directory / family, family) for family in EXPECTED
+    }
 
 
 def told(sizes) -> tuple:
@@ -38,7 +41,11 @@ def told(sizes) -> tuple:
 def test_hugging_face(models, family):
     found = identify(models[family])
     assert told(found.architecture) == EXPECTED[family]
-    assert (found.architecture.layers, found.architecture.hidden, found.architecture.groups) == (2, 64, 2)
+    assert (found.architecture.layers, found.architecture.hidden, found.architecture.groups) == (
+        2,
+        64,
+        2,
+    )
     assert found.version.startswith("transformers 4.")
     assert found.tokenizer == "PreTrainedTokenizer, 259 tokens"
 
@@ -72,7 +79,11 @@ def test_other_nemo2_families_without_an_entry_in_our_tables(originals, tmp_path
     model["config"]["_target_"] = "nemo.collections.llm.gpt.model.gemma.GemmaConfig2B"
     file.write_text(yaml.safe_dump(model))
     found = identify(directory)
-    assert (found.architecture.family, found.architecture.layers, found.architecture.tied) == ("GemmaModel", 2, True)
+    assert (found.architecture.family, found.architecture.layers, found.architecture.tied) == (
+        "GemmaModel",
+        2,
+        True,
+    )
     assert any("families that are supported" in note for note in found.notes)
     model["_target_"] = "os.system"
     file.write_text(yaml.safe_dump(model))
@@ -102,11 +113,18 @@ def test_the_vocabulary_of_sentencepiece(tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text(
-        "\n".join(f"the {word} of {number}" for number in range(50) for word in ("train", "model", "adapter", "weights"))
+        "\n".join(
+            f"the {word} of {number}"
+            for number in range(50)
+            for word in ("train", "model", "adapter", "weights")
+        )
     )
     make_tiny_model(tmp_path / "hf")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(tmp_path / "hf" / "tokenizer"), vocab_size=30, minloglevel=2
+        input=str(text),
+        model_prefix=str(tmp_path / "hf" / "tokenizer"),
+        vocab_size=30,
+        minloglevel=2,
     )
     (tmp_path / "hf" / "tokenizer.json").unlink()
     assert identify(tmp_path / "hf").tokenizer.endswith(", 30 tokens")
@@ -118,14 +136,16 @@ def test_the_vocabulary_of_sentencepiece(tmp_path):
 def test_nemo2_after_its_own_importers(models, tmp_path):
     families = ("mixtral", "qwen3", "nemotron")
     code = (
-        "import sys; from workshop_utils.checkpoints.convert.huggingface import import_checkpoint\n"
-        "if __name__ == '__main__':\n"
-        "    for source, target in zip(sys.argv[1::2], sys.argv[2::2]): import_checkpoint(source, target)\n"
+        "import sys; from workshop_utils.checkpoints.convert.huggingface import "
+        "import_checkpoint\nif __name__ == '__main__':\n    for source, target in "
+        "zip(sys.argv[1::2], sys.argv[2::2]): import_checkpoint(source, target)\n"
     )
     script = tmp_path / "importing.py"
     script.write_text(code)
     places = [str(path) for family in families for path in (models[family], tmp_path / family)]
-    done = subprocess.run([sys.executable, script, *places], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, *places], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for family in families:
         found, source = identify(tmp_path / family), identify(models[family])

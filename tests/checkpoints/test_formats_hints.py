@@ -15,7 +15,7 @@ from tiny_model import make_tiny_model
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1234\n"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1234\n"  # noqa: E501
 PAGE = b"<!DOCTYPE html><html><head><title>401 Unauthorized</title></head></html>"
 
 
@@ -113,7 +113,11 @@ def test_pointers_and_pages(root, content, words):
         message = says(root / name)
         assert words in message
         assert message.startswith(name)
-    for place in ("models/hf/model.safetensors", f"{NEMO2}/weights/.metadata", f"{NEMO2}/weights/__0_0.distcp"):
+    for place in (
+        "models/hf/model.safetensors",
+        f"{NEMO2}/weights/.metadata",
+        f"{NEMO2}/weights/__0_0.distcp",
+    ):
         (root / place).write_bytes(content)
         top = "models/hf" if "hf" in place else NEMO2
         message = says(root / top, DamagedCheckpoint)
@@ -154,13 +158,17 @@ def test_what_may_not_be_read():
         locked.write_bytes(b"x" * 600)
         locked.chmod(0o000)
         code = (
-            "import os, sys\nfrom workshop_utils.checkpoints.formats.identify import identify\nfrom workshop_utils.core.errors import NotACheckpoint\n"
-            "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-            "for path in sys.argv[1:]:\n"
-            "    try: identify(path)\n"
-            "    except NotACheckpoint as error: print(error)\n"
+            "import os, sys\nfrom workshop_utils.checkpoints.formats.identify import "
+            "identify\nfrom workshop_utils.core.errors import NotACheckpoint\nif os.geteuid() == "
+            "0: os.setgid(65534); os.setuid(65534)\nfor path in sys.argv[1:]:\n    try: "
+            "identify(path)\n    except NotACheckpoint as error: print(error)\n"
         )
-        done = subprocess.run([sys.executable, "-c", code, closed, locked], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, closed, locked],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.stdout.count("may not be read by you") == 2, done.stderr
     assert "chmod -R a+rX" in done.stdout
 

@@ -1,4 +1,5 @@
-"""Hugging Face directories as transformers and PEFT write them: parts, ``.bin``, kinds of adapters; nothing heavy is imported."""
+"""Hugging Face directories as transformers and PEFT write them: parts, ``.bin``, kinds of adapters;
+nothing heavy is imported."""
 
 import json
 import shutil
@@ -54,14 +55,18 @@ def test_parts_with_an_index(root, safe):
     if "lm_head.weight" not in {tensor.name for tensor in found.tensors}:
         del stored["lm_head.weight"]
     assert len({tensor.files[0] for tensor in found.tensors}) > 1
-    assert {Path(tensor.files[0]).suffix for tensor in found.tensors} == {".safetensors" if safe else ".bin"}
+    assert {Path(tensor.files[0]).suffix for tensor in found.tensors} == {
+        ".safetensors" if safe else ".bin"
+    }
     check_values(found, stored)
     assert found.architecture.tied
 
     index = next((root / "parts").glob("*.index.json"))
     described = json.loads(index.read_text())
     name = next(iter(described["weight_map"]))
-    other = next(part for part in described["weight_map"].values() if part != described["weight_map"][name])
+    other = next(
+        part for part in described["weight_map"].values() if part != described["weight_map"][name]
+    )
     described["weight_map"][name] = other
     index.write_text(json.dumps(described))
     with pytest.raises(DamagedCheckpoint, match=f"says that {name} is in {other}, and it is not"):
@@ -70,7 +75,9 @@ def test_parts_with_an_index(root, safe):
     assert identify(root / "parts", faults.append).tensors
     assert [fault.tensor for fault in faults] == [name]
 
-    described["weight_map"][name] = str(next(part for part in described["weight_map"].values() if part != other))
+    described["weight_map"][name] = str(
+        next(part for part in described["weight_map"].values() if part != other)
+    )
     (root / "parts" / other).unlink()
     faults = []
     found = identify(root / "parts", faults.append)
@@ -106,7 +113,15 @@ def test_every_damaged_tensor_is_reported(root):
 def adapter(root: Path, name: str, safe: bool = True, **changes) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | changes)
+    config = LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "task_type": "CAUSAL_LM",
+        }
+        | changes
+    )
     adapted = get_peft_model(model_of(root / "hf"), config)
     adapted.peft_config["default"].base_model_name_or_path = str(root / "hf")
     adapted.save_pretrained(root / name, safe_serialization=safe)
@@ -115,7 +130,11 @@ def adapter(root: Path, name: str, safe: bool = True, **changes) -> Path:
 
 def test_adapters_of_peft(root):
     found = identify(adapter(root, "bin", safe=False))
-    assert (found.adapter.rank, found.adapter.variant, found.adapter.base_is_here) == (4, "LoRA", True)
+    assert (found.adapter.rank, found.adapter.variant, found.adapter.base_is_here) == (
+        4,
+        "LoRA",
+        True,
+    )
     assert {tensor.files[0] for tensor in found.tensors} == {"adapter_model.bin"}
     check_values(found, torch.load(root / "bin" / "adapter_model.bin", weights_only=True))
     assert {reader.name for reader in loads_in(found) if reader.answer == "no"} == {
@@ -125,7 +144,10 @@ def test_adapters_of_peft(root):
     }
     shutil.rmtree(root / "hf" / "nothing", ignore_errors=True)
     (root / "hf").rename(root / "moved")
-    assert identify(root / "bin").adapter.base_is_here is None or not identify(root / "bin").adapter.base_is_here
+    assert (
+        identify(root / "bin").adapter.base_is_here is None
+        or not identify(root / "bin").adapter.base_is_here
+    )
 
 
 def test_dora_and_different_ranks(root):
@@ -145,10 +167,20 @@ def test_what_the_configuration_of_an_adapter_lacks_is_in_its_tensors(root):
     (path / "adapter_config.json").write_text(json.dumps(config))
     found = identify(path).adapter
     assert (found.rank, found.variant) == (4, "LoRA")
-    assert found.targets == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert found.targets == (
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    )
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": {"a": []}}', '{"weight_map": {"a": "b"}}', "["])
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": {"a": []}}', '{"weight_map": {"a": "b"}}', "["]
+)
 def test_an_index_beside_one_file_is_not_looked_at(root, index):
     (root / "hf" / "model.safetensors.index.json").write_text(index)
     assert identify(root / "hf").tensors
@@ -160,14 +192,26 @@ def test_code_beside_the_weights_is_named(root):
 
 
 def test_nothing_heavy_is_imported_for_any_format(root, originals):
-    torch.save({"state_dict": {"a": torch.ones(2)}, "pytorch-lightning_version": "2.4.0"}, root / "a.ckpt")
+    torch.save(
+        {"state_dict": {"a": torch.ones(2)}, "pytorch-lightning_version": "2.4.0"}, root / "a.ckpt"
+    )
     tiny_gguf.write_gguf(root / "a.gguf")
     write_adapter(root / "a.nemo", config_of(GQA), tensors_of(GQA))
     code = (
-        "import sys\nfrom workshop_utils.checkpoints.formats.identify import identify\nfrom workshop_utils.checkpoints.verify.loads_in import loads_in\n"
-        "for path in sys.argv[1:]: loads_in(identify(path))\n"
-        "print(sorted({'torch', 'numpy', 'nemo', 'megatron', 'transformers', 'gguf', 'safetensors', 'zarr'} & set(sys.modules)))"
+        "import sys\nfrom workshop_utils.checkpoints.formats.identify import identify\nfrom "
+        "workshop_utils.checkpoints.verify.loads_in import loads_in\nfor path in sys.argv[1:]: "
+        "loads_in(identify(path))\nprint(sorted({'torch', 'numpy', 'nemo', 'megatron', "
+        "'transformers', 'gguf', 'safetensors', 'zarr'} & set(sys.modules)))"
     )
-    paths = [root / "a.ckpt", root / "a.gguf", root / "a.nemo", root / "hf", originals / "gpu", adapter(root, "peft")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False)
+    paths = [
+        root / "a.ckpt",
+        root / "a.gguf",
+        root / "a.nemo",
+        root / "hf",
+        originals / "gpu",
+        adapter(root, "peft"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "[]", done.stderr

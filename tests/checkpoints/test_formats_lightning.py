@@ -34,8 +34,14 @@ def trained(tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("lightning")
     module = Module(4, 0.1)
-    trainer = pl.Trainer(max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                         default_root_dir=directory)  # fmt: skip
+    trainer = pl.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=directory,
+    )
     trainer.fit(module, torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=2))
     trainer.save_checkpoint(directory / "a.ckpt")
     return directory / "a.ckpt", module
@@ -52,17 +58,24 @@ def test_what_the_trainer_saved(trained):
 
     path, module = trained
     found = identify(path)
-    assert (found.format, found.version) == ("Lightning checkpoint (.ckpt)", f"Lightning {lightning.__version__}")
+    assert (found.format, found.version) == (
+        "Lightning checkpoint (.ckpt)",
+        f"Lightning {lightning.__version__}",
+    )
     assert {tensor.name: tensor.shape for tensor in found.tensors} == {
         k: tuple(v.shape) for k, v in module.state_dict().items()
     }
     for tensor in found.tensors:
-        assert torch.equal(torch.from_numpy(read_tensor(found, tensor).copy()), module.state_dict()[tensor.name].detach())
+        assert torch.equal(
+            torch.from_numpy(read_tensor(found, tensor).copy()),
+            module.state_dict()[tensor.name].detach(),
+        )
     epoch = torch.load(path, weights_only=True)["epoch"]
     assert found.notes[:3] == (
-        f"saved in epoch {epoch}, after step 2", "6 tensors of optimizer state beside the weights",
+        f"saved in epoch {epoch}, after step 2",
+        "6 tensors of optimizer state beside the weights",
         "hyper-parameters, never instantiated here: width, rate",
-    )  # fmt: skip
+    )
     assert {reader.answer for reader in loads_in(found)} == {"no"}
     assert "load_from_checkpoint" in loads_in(found)[0].how
 
@@ -79,10 +92,14 @@ def nemo_state() -> dict:
     from omegaconf import OmegaConf
 
     return {
-        "epoch": 0, "global_step": 5, "pytorch-lightning_version": "2.4.0", "state_dict": tensors_of(GQA),
-        "callbacks": {"NeMoModelCheckpoint{'monitor': 'validation_loss'}": {}}, "optimizer_states": [],
+        "epoch": 0,
+        "global_step": 5,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": tensors_of(GQA),
+        "callbacks": {"NeMoModelCheckpoint{'monitor': 'validation_loss'}": {}},
+        "optimizer_states": [],
         "hyper_parameters": OmegaConf.create({"cfg": config_of(GQA)}),
-    }  # fmt: skip
+    }
 
 
 def test_nemo1(root):
@@ -91,13 +108,19 @@ def test_nemo1(root):
     torch.save(nemo_state(), path)
     found = identify(path)
     assert found.format == "Lightning checkpoint (.ckpt) (of NeMo 1)"
-    assert (found.adapter.rank, found.adapter.targets, found.architecture) == (4, ("attention_qkv",), None)
+    assert (found.adapter.rank, found.adapter.targets, found.architecture) == (
+        4,
+        ("attention_qkv",),
+        None,
+    )
     (root / "version_0").mkdir()
     (root / "version_0" / "hparams.yaml").write_text(yaml.safe_dump({"cfg": config_of(GQA)}))
     found = identify(path)
     assert (found.adapter.alpha, found.architecture.layers) == (8, 2)
     assert "version_0/hparams.yaml" in found.notes[-1]
-    (root / "version_0" / "hparams.yaml").write_text("cfg: !!python/object/apply:os.system ['true']\n")
+    (root / "version_0" / "hparams.yaml").write_text(
+        "cfg: !!python/object/apply:os.system ['true']\n"
+    )
     assert identify(path).architecture is None
     reasons = {reader.name: (reader.answer, reader.how) for reader in loads_in(found)}
     assert reasons["script path"][0] == "yes"
@@ -134,7 +157,9 @@ def test_an_instantiator_of_somebody_else_is_refused(trained, root):
     """CVE-2026-58659: text alone, so that no pickle gives it away."""
     state = torch.load(trained[0], weights_only=True)
     for name, safe in ((INSTANTIATORS[0], True), (INSTANTIATORS[1], True), ("os.system", False)):
-        torch.save(state | {"hyper_parameters": {"_instantiator": name, "width": 4}}, root / "a.ckpt")
+        torch.save(
+            state | {"hyper_parameters": {"_instantiator": name, "width": 4}}, root / "a.ckpt"
+        )
         if safe:
             identify(root / "a.ckpt")
             continue

@@ -1,4 +1,5 @@
-"""Directories of Megatron-LM, Megatron-Bridge, zarr and NeMo 1's sharded trainings, all written by Megatron-Core."""
+"""Directories of Megatron-LM, Megatron-Bridge, zarr and NeMo 1's sharded trainings, all written by
+Megatron-Core."""
 
 import shutil
 import tarfile
@@ -35,13 +36,30 @@ def answers(found) -> dict:
 
 def check_model(found, prefix: str, scaled: bool = False) -> None:
     sizes = found.architecture
-    assert (sizes.family, sizes.layers, sizes.hidden, sizes.heads, sizes.groups, sizes.head_dim, sizes.ffn, sizes.vocabulary) == (
-        "Llama", checkpoint_samples.LAYERS, checkpoint_samples.HIDDEN, checkpoint_samples.HEADS, checkpoint_samples.GROUPS,
-        checkpoint_samples.HEAD_DIM, checkpoint_samples.FFN, checkpoint_samples.VOCABULARY,
-    )  # fmt: skip
+    assert (
+        sizes.family,
+        sizes.layers,
+        sizes.hidden,
+        sizes.heads,
+        sizes.groups,
+        sizes.head_dim,
+        sizes.ffn,
+        sizes.vocabulary,
+    ) == (
+        "Llama",
+        checkpoint_samples.LAYERS,
+        checkpoint_samples.HIDDEN,
+        checkpoint_samples.HEADS,
+        checkpoint_samples.GROUPS,
+        checkpoint_samples.HEAD_DIM,
+        checkpoint_samples.FFN,
+        checkpoint_samples.VOCABULARY,
+    )
     assert (sizes.tied, sizes.rope_base, bool(sizes.rope_scaling)) == (False, 500000.0, scaled)
     names = {f"{prefix}decoder.layers.{name}" for name in checkpoint_samples.LAYER_SHAPES}
-    assert {tensor.name for tensor in found.tensors} == names | {f"{prefix}{name}" for name in checkpoint_samples.WHOLE_SHAPES}
+    assert {tensor.name for tensor in found.tensors} == names | {
+        f"{prefix}{name}" for name in checkpoint_samples.WHOLE_SHAPES
+    }
     assert found.dtype == "bfloat16"
 
 
@@ -49,11 +67,16 @@ def test_megatron_lm(root):
     found = identify(root / "lm" / "iter_0000020")
     assert found.format == "Megatron checkpoint (iter_*) (Megatron-LM, torch_dist)"
     assert found.version == "torch_dist 1, checkpoint version 3.0"
-    assert found.notes == ("saved after iteration 20", "1 tensors of optimizer state beside the weights")
+    assert found.notes == (
+        "saved after iteration 20",
+        "1 tensors of optimizer state beside the weights",
+    )
     assert found.tokenizer == "HuggingFaceTokenizer: /somewhere/tokenizer"
     check_model(found, "")
     name = "decoder.layers.mlp.linear_fc1.weight"
-    values = read_tensor(found, next(tensor for tensor in found.tensors if tensor.name == name), layer=1)
+    values = read_tensor(
+        found, next(tensor for tensor in found.tensors if tensor.name == name), layer=1
+    )
     wanted = checkpoint_samples.weight("mlp.linear_fc1.weight", 1, "gpu")
     assert torch.equal(torch.from_numpy(values.astype("float32")), wanted.float())
     convert = "workshop convert saves/lm/iter_0000020 models/nemo2/lm-iter_0000020 --to nemo2"
@@ -64,7 +87,9 @@ def test_megatron_bridge(root):
     found = identify(root / "bridge" / "iter_0000005")
     assert found.format == "Megatron checkpoint (iter_*) (Megatron-Bridge, torch_dist)"
     check_model(found, "", scaled=True)
-    assert found.tokenizer == "HuggingFaceTokenizer: meta-llama/Llama-3.1-8B (a copy is in tokenizer/)"
+    assert (
+        found.tokenizer == "HuggingFaceTokenizer: meta-llama/Llama-3.1-8B (a copy is in tokenizer/)"
+    )
     assert answers(found)["Megatron-Bridge"][0] == "yes"
     assert "export_ckpt" in answers(found)["vLLM"][1]
 
@@ -87,12 +112,19 @@ def test_adapters_of_nemo2(root, kind):
     found = identify(root / "nemo2" / kind)
     assert found.format == "NeMo 2.0 adapter directory (torch_dist)"
     adapter = found.adapter
-    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.variant) == (4, 8, ("linear_qkv",), kind)
+    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.variant) == (
+        4,
+        8,
+        ("linear_qkv",),
+        kind,
+    )
     assert (adapter.base, adapter.base_is_here) == ("/gone/base", False)
     assert answers(found)["PEFT"][0] == ("after" if kind == "LoRA" else "no")
     base = root / "base"
     base.mkdir()
-    (root / "nemo2" / kind / "weights" / "adapter_metadata.json").write_text(f'{{"model_ckpt_path": "{base}"}}')
+    (root / "nemo2" / kind / "weights" / "adapter_metadata.json").write_text(
+        f'{{"model_ckpt_path": "{base}"}}'
+    )
     assert answers(identify(root / "nemo2" / kind))["NeMo 2.0 API"][0] == "yes"
 
 
@@ -110,9 +142,16 @@ def test_zarr(root):
     assert any("zarr is deprecated" in note for note in found.notes)
     check_model(found, "module.", scaled=True)
     name = "output_layer.weight"
-    values = read_tensor(found, next(tensor for tensor in found.tensors if tensor.name == f"module.{name}"))
-    assert torch.equal(torch.from_numpy(values.astype("float32")), checkpoint_samples.weight(name, None, "gpu").float())
-    assert [name for name, (answer, _) in answers(found).items() if answer == "yes"] == ["NeMo 2.0 API"]
+    values = read_tensor(
+        found, next(tensor for tensor in found.tensors if tensor.name == f"module.{name}")
+    )
+    assert torch.equal(
+        torch.from_numpy(values.astype("float32")),
+        checkpoint_samples.weight(name, None, "gpu").float(),
+    )
+    assert [name for name, (answer, _) in answers(found).items() if answer == "yes"] == [
+        "NeMo 2.0 API"
+    ]
     (root / "zarr" / "weights" / "module.decoder.layers.mlp.linear_fc1.weight" / "1.0.0").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"mlp\.linear_fc1\.weight has 1 chunks of 2"):
         identify(root / "zarr")
@@ -122,28 +161,43 @@ def test_zarr(root):
 def test_zarr_of_nemo1(root, packed):
     directory = root / "nemo1-zarr"
     shutil.copytree(root / "zarr" / "weights", directory / "model_weights")
-    (directory / "model_config.yaml").write_text(yaml.safe_dump({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}))
+    (directory / "model_config.yaml").write_text(
+        yaml.safe_dump({"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4})
+    )
     if packed:
         with tarfile.open(root / "a.nemo", "w") as archive:
             archive.add(directory, "./")
     found = identify(root / "a.nemo" if packed else directory)
     assert any("zarr is deprecated" in note for note in found.notes)
     name = "mlp.linear_fc1.weight"
-    tensor = next(tensor for tensor in found.tensors if tensor.name == f"module.decoder.layers.{name}")
+    tensor = next(
+        tensor for tensor in found.tensors if tensor.name == f"module.decoder.layers.{name}"
+    )
     values = read_tensor(found, tensor, layer=1)
-    assert torch.equal(torch.from_numpy(values.astype("float32")), checkpoint_samples.weight(name, 1, "gpu").float())
+    assert torch.equal(
+        torch.from_numpy(values.astype("float32")),
+        checkpoint_samples.weight(name, 1, "gpu").float(),
+    )
 
 
 def test_a_training_of_nemo1_with_sharded_weights(root):
     found = identify(root / "nemo1")
-    assert (found.format, found.version) == ("Lightning checkpoint (.ckpt) (sharded, torch_dist)", "Lightning 2.4.0")
+    assert (found.format, found.version) == (
+        "Lightning checkpoint (.ckpt) (sharded, torch_dist)",
+        "Lightning 2.4.0",
+    )
     assert found.notes[0] == "saved in epoch 1, after step 30"
 
 
 def test_the_old_form(root):
     found = identify(root / "old" / "iter_0000003")
-    assert (found.format, found.parallel) == ("Megatron checkpoint (iter_*) (Megatron-LM, torch)", (2, 1))
-    assert {tensor.files[0] for tensor in found.tensors} == {f"mp_rank_{rank:02d}/model_optim_rng.pt" for rank in range(2)}
+    assert (found.format, found.parallel) == (
+        "Megatron checkpoint (iter_*) (Megatron-LM, torch)",
+        (2, 1),
+    )
+    assert {tensor.files[0] for tensor in found.tensors} == {
+        f"mp_rank_{rank:02d}/model_optim_rng.pt" for rank in range(2)
+    }
     for tensor in found.tensors:
         rank = int(tensor.files[0][8:10])
         assert tensor.name == "language_model.encoder.layers.0.mlp.dense_h_to_4h.weight"
@@ -172,7 +226,10 @@ def test_parts_name_their_top(root):
         "lm/iter_0000010/__0_0.distcp",
         "zarr/weights",
     ):
-        with pytest.raises(NotACheckpoint, match="Give its top directory: saves/(old/iter_0000003|lm/iter_0000010|zarr)$"):
+        with pytest.raises(
+            NotACheckpoint,
+            match="Give its top directory: saves/(old/iter_0000003|lm/iter_0000010|zarr)$",
+        ):
             identify(root / part)
 
 

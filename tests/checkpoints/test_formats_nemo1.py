@@ -1,4 +1,5 @@
-"""NeMo 1: archives and unpacked directories, whole models and adapters, parts that were not merged."""
+"""NeMo 1: archives and unpacked directories, whole models and adapters, parts that were not
+merged."""
 
 import shutil
 import tarfile
@@ -16,7 +17,9 @@ from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint
 
 CONFIG = export_samples.config_of(export_samples.GQA) | {"nemo_version": "2.4.1"}
-MODEL = {key: value for key, value in CONFIG.items() if key != "peft"} | {"normalization": "rmsnorm"}
+MODEL = {key: value for key, value in CONFIG.items() if key != "peft"} | {
+    "normalization": "rmsnorm"
+}
 TEXT = yaml.safe_dump(CONFIG).encode()
 
 
@@ -48,14 +51,27 @@ def unpacked(archive: Path) -> Path:
 
 def test_a_full_model_and_its_values(root):
     state = model_state()
-    members = {"model_config.yaml": yaml.safe_dump(MODEL).encode(), "model_weights.ckpt": saved(state)}
+    members = {
+        "model_config.yaml": yaml.safe_dump(MODEL).encode(),
+        "model_weights.ckpt": saved(state),
+    }
     found = identify(write_tar(root / "a.nemo", members))
-    assert (found.format, found.version, found.adapter) == ("NeMo 1 archive (.nemo)", "NeMo 2.4.1", None)
+    assert (found.format, found.version, found.adapter) == (
+        "NeMo 1 archive (.nemo)",
+        "NeMo 2.4.1",
+        None,
+    )
     assert (found.architecture.family, found.architecture.vocabulary) == ("Llama", 64)
     for tensor in found.tensors:
         assert torch.equal(torch.from_numpy(read_tensor(found, tensor).copy()), state[tensor.name])
-    assert answers(found)["NeMo 2.0 API"] == ("after", "workshop convert a.nemo models/nemo2/a --to nemo2")
-    assert answers(found)["script path"] == ("yes", "workshop finetune model.restore_from_path=a.nemo")
+    assert answers(found)["NeMo 2.0 API"] == (
+        "after",
+        "workshop convert a.nemo models/nemo2/a --to nemo2",
+    )
+    assert answers(found)["script path"] == (
+        "yes",
+        "workshop finetune model.restore_from_path=a.nemo",
+    )
 
 
 def test_a_model_that_was_trained_with_lora_settings_is_no_adapter(root):
@@ -72,19 +88,36 @@ def test_the_unpacked_directory_says_the_same(root):
         packed.architecture,
         packed.version,
     )
-    assert {(t.name, t.shape, t.files[0]) for t in directory.tensors} == {(t.name, t.shape, t.files[0]) for t in packed.tensors}
+    assert {(t.name, t.shape, t.files[0]) for t in directory.tensors} == {
+        (t.name, t.shape, t.files[0]) for t in packed.tensors
+    }
     assert directory.folder == ""
-    assert answers(directory)["PEFT"] == ("after", "tar -cf a.nemo -C a . && workshop export a.nemo --to hf-peft")
+    assert answers(directory)["PEFT"] == (
+        "after",
+        "tar -cf a.nemo -C a . && workshop export a.nemo --to hf-peft",
+    )
 
 
 def test_rank_and_targets_from_the_tensors_where_the_configuration_lacks_them(root):
     config = CONFIG | {"peft": {"peft_scheme": "lora", "lora_tuning": {"variant": "nemo"}}}
     adapter = identify(
-        write_adapter(root / "a.nemo", config, tensors_of(export_samples.GQA, export_samples.ALL, rank=8))
+        write_adapter(
+            root / "a.nemo", config, tensors_of(export_samples.GQA, export_samples.ALL, rank=8)
+        )
     ).adapter
-    assert (adapter.rank, adapter.targets) == (8, ("attention_dense", "attention_qkv", "mlp_fc1", "mlp_fc2"))
-    adapter = identify(write_adapter(root / "b.nemo", {**CONFIG, "peft": None}, tensors_of(export_samples.GQA))).adapter
-    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.base_is_here) == (4, None, ("attention_qkv",), False)
+    assert (adapter.rank, adapter.targets) == (
+        8,
+        ("attention_dense", "attention_qkv", "mlp_fc1", "mlp_fc2"),
+    )
+    adapter = identify(
+        write_adapter(root / "b.nemo", {**CONFIG, "peft": None}, tensors_of(export_samples.GQA))
+    ).adapter
+    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.base_is_here) == (
+        4,
+        None,
+        ("attention_qkv",),
+        False,
+    )
 
 
 def test_an_archive_under_another_name(root):
@@ -122,7 +155,15 @@ def parts(folders: list[str], config: dict = CONFIG, **changes: bytes) -> dict[s
     ("folders", "sizes"),
     [
         (["mp_rank_00", "mp_rank_01"], (2, 1)),
-        (["tp_rank_00_pp_rank_000", "tp_rank_01_pp_rank_000", "tp_rank_00_pp_rank_001", "tp_rank_01_pp_rank_001"], (2, 2)),
+        (
+            [
+                "tp_rank_00_pp_rank_000",
+                "tp_rank_01_pp_rank_000",
+                "tp_rank_00_pp_rank_001",
+                "tp_rank_01_pp_rank_001",
+            ],
+            (2, 2),
+        ),
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
@@ -131,14 +172,21 @@ def test_parts_of_ranks(root, folders, sizes, packed):
     found = identify(archive if packed else unpacked(archive))
     assert found.parallel == sizes
     assert f"{len(folders)} model-parallel ranks" in found.notes[0]
-    assert {tensor.files[0] for tensor in found.tensors} == {f"{folder}/model_weights.ckpt" for folder in folders}
+    assert {tensor.files[0] for tensor in found.tensors} == {
+        f"{folder}/model_weights.ckpt" for folder in folders
+    }
     out = [tensor for tensor in found.tensors if "linear_out" in tensor.name]
     assert {tensor.shape for tensor in out} == {(32, 4)}
     assert len(out) == 2 * len(folders)
-    assert found.nbytes == sum(len(content) for name, content in parts(folders).items() if name.endswith("ckpt"))
+    assert found.nbytes == sum(
+        len(content) for name, content in parts(folders).items() if name.endswith("ckpt")
+    )
     answer, how = answers(found)["script path"]
     assert answer == "yes"
-    assert f"model.tensor_model_parallel_size={sizes[0]} model.pipeline_model_parallel_size={sizes[1]}" in how
+    assert (
+        f"model.tensor_model_parallel_size={sizes[0]} model.pipeline_model_parallel_size={sizes[1]}"
+        in how
+    )
     # workshop export puts the parts together.
     assert answers(found)["vLLM"][0] == "after"
     assert "--to hf-peft" in answers(found)["vLLM"][1]
@@ -146,7 +194,9 @@ def test_parts_of_ranks(root, folders, sizes, packed):
 
 def test_the_vocabulary_is_split_over_the_ranks(root):
     members = {"model_config.yaml": yaml.safe_dump(MODEL).encode()}
-    members |= {f"mp_rank_{rank:02d}/model_weights.ckpt": saved(model_state(rows=32)) for rank in range(2)}
+    members |= {
+        f"mp_rank_{rank:02d}/model_weights.ckpt": saved(model_state(rows=32)) for rank in range(2)
+    }
     found = identify(write_tar(root / "a.nemo", members))
     assert (found.adapter, found.architecture.vocabulary, found.parallel) == (None, 64, (2, 1))
 
@@ -155,7 +205,11 @@ def test_a_missing_part_is_named(root):
     with pytest.raises(DamagedCheckpoint, match="lacks the part of tensor-parallel rank 1"):
         identify(write_tar(root / "a.nemo", parts(["mp_rank_00", "mp_rank_02"])))
     with pytest.raises(DamagedCheckpoint, match="lacks the part of tensor-parallel rank 1"):
-        identify(write_tar(root / "b.nemo", parts(["mp_rank_00"], CONFIG | {"tensor_model_parallel_size": 2})))
+        identify(
+            write_tar(
+                root / "b.nemo", parts(["mp_rank_00"], CONFIG | {"tensor_model_parallel_size": 2})
+            )
+        )
     faults = []
     found = identify(root / "b.nemo", faults.append)
     assert len(faults) == 1
@@ -170,7 +224,9 @@ class Evil:
 
 
 def test_code_in_one_part_is_not_run(root):
-    members = parts(["mp_rank_00", "mp_rank_01"]) | {"mp_rank_01/model_weights.ckpt": saved({"a": Evil()})}
+    members = parts(["mp_rank_00", "mp_rank_01"]) | {
+        "mp_rank_01/model_weights.ckpt": saved({"a": Evil()})
+    }
     with pytest.raises(UnsafeCheckpoint, match=r"mp_rank_01/model_weights\.ckpt.*exec"):
         identify(write_tar(root / "a.nemo", members))
 
@@ -191,6 +247,9 @@ def test_sharded_weights(root, originals, packed):
     found, source = identify(root / "a.nemo" if packed else directory), identify(originals / "gpu")
     assert {tensor.name for tensor in found.tensors} == {tensor.name for tensor in source.tensors}
     name = "module.decoder.layers.mlp.linear_fc1.weight"
-    ours, theirs = (next(tensor for tensor in checkpoint.tensors if tensor.name == name) for checkpoint in (found, source))
+    ours, theirs = (
+        next(tensor for tensor in checkpoint.tensors if tensor.name == name)
+        for checkpoint in (found, source)
+    )
     assert (read_tensor(found, ours) == read_tensor(source, theirs)).all()
     assert found.architecture.vocabulary == source.architecture.vocabulary

@@ -1,4 +1,5 @@
-"""A short run of every fuzzer. atheris is in an environment of its own: ``ATHERIS_PYTHON=/tmp/fuzz/bin/python pytest -m slow tests/checkpoints/test_fuzz.py``."""
+"""A short run of every fuzzer. atheris is in an environment of its own:
+``ATHERIS_PYTHON=/tmp/fuzz/bin/python pytest -m slow tests/checkpoints/test_fuzz.py``."""
 
 import os
 import subprocess
@@ -14,7 +15,9 @@ PYTHON = os.environ.get("ATHERIS_PYTHON", sys.executable)
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    if subprocess.run([PYTHON, "-c", "import atheris, yaml"], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [PYTHON, "-c", "import atheris, yaml"], capture_output=True, check=False
+    ).returncode:
         pytest.skip("atheris is not installed; see tests/fuzz/README.md")
     directory = tmp_path_factory.mktemp("corpus")
     seeds.write(directory)
@@ -24,9 +27,19 @@ def corpus(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", readers.TARGETS)
 def test_nothing_is_found(corpus, target, tmp_path):
-    options = ["-max_total_time=20", "-timeout=5", "-rss_limit_mb=700", "-max_len=16384", f"-artifact_prefix={tmp_path}/"]
+    options = [
+        "-max_total_time=20",
+        "-timeout=5",
+        "-rss_limit_mb=700",
+        "-max_len=16384",
+        f"-artifact_prefix={tmp_path}/",
+    ]
     done = subprocess.run(
-        [PYTHON, HERE / "run.py", target, corpus / target, *options], capture_output=True, text=True, check=False, timeout=300
+        [PYTHON, HERE / "run.py", target, corpus / target, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(tmp_path.iterdir())

@@ -29,17 +29,24 @@ for name in ("llama", "llama_nemotron", "mistral", "mixtral", "qwen2", "qwen3", 
                     fields[field.name] = getattr(made, "__name__", made)
             found[f"{kind.__module__}.{kind.__name__}"] = fields
 print("FOUND", json.dumps([found, models], default=str))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 def test_the_defaults_are_those_of_the_installed_nemo():
-    """Compares every class of the table, and that no plain class of these modules is missing from it."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    """Compares every class of the table, and that no plain class of these modules is missing from
+    it."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line, done.stderr[-3000:]
     installed, models = json.loads(line.removeprefix("FOUND "))
-    known = {kind: defaults for family in gpt_classes.FAMILIES.values() for kind, defaults in family.configs.items()}
+    known = {
+        kind: defaults
+        for family in gpt_classes.FAMILIES.values()
+        for kind, defaults in family.configs.items()
+    }
     for kind, defaults in known.items():
         # Classes of other families than Megatron-Core's plain GPT lack some fields altogether.
         assert {name: installed[kind].get(name) for name in defaults} == defaults, kind
@@ -54,4 +61,6 @@ def test_the_defaults_are_those_of_the_installed_nemo():
         "Qwen3Config235B_A22B",
     )
     assert all(name.startswith(unlike) for name in others), others
-    assert {model for family in gpt_classes.FAMILIES.values() for model in family.models} <= set(models)
+    assert {model for family in gpt_classes.FAMILIES.values() for model in family.models} <= set(
+        models
+    )

@@ -1,4 +1,5 @@
-"""Hostile and damaged files: each is refused by the right class, nothing runs, in bounded time and memory."""
+"""Hostile and damaged files: each is refused by the right class, nothing runs, in bounded time and
+memory."""
 
 import json
 import pickle
@@ -16,14 +17,23 @@ READER = TESTS / "samples" / "hostile_reader.py"
 
 
 def read_all(files: dict[str, bytes], directory: Path) -> dict[str, dict]:
-    """Feed ``files`` (name -> content) to the readers in a process of its own; name -> what came out."""
+    """Feed ``files`` (name -> content) to the readers in a process of its own; name -> what came
+    out."""
     directory.mkdir(parents=True)
     for name, content in files.items():
         (directory / name).write_bytes(content)
-    done = subprocess.run([sys.executable, READER, directory], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, READER, directory],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = {line["name"]: line for line in lines if "name" in line}
-    assert len(found) == len(files), f"{lines[-1]} was the last: {done.returncode} {done.stderr[-2000:]}"
+    assert len(found) == len(files), (
+        f"{lines[-1]} was the last: {done.returncode} {done.stderr[-2000:]}"
+    )
     return found
 
 
@@ -34,7 +44,9 @@ def cases(tmp_path_factory):
     corpus = hostile_files.corpus(f"touch {canary}")
     files = {f"{number:04}.{case.reader}": case.content for number, case in enumerate(corpus)}
     results = read_all(files, tmp_path_factory.mktemp("hostile") / "files")
-    return dict(zip((case.name for case in corpus), zip(corpus, results.values(), strict=True), strict=True)), canary
+    return dict(
+        zip((case.name for case in corpus), zip(corpus, results.values(), strict=True), strict=True)
+    ), canary
 
 
 NAMES = [case.name for case in hostile_files.corpus("true")]
@@ -56,7 +68,17 @@ def test_nothing_was_run(cases):
 
 def test_the_samples_are_real(tmp_path):
     """What the readers refuse does run when it is loaded carelessly."""
-    for way in ("REDUCE", "STACK_GLOBAL", "INST", "OBJ", "eval", "getattr", "thrown away", "memo", "pickle in a pickle"):
+    for way in (
+        "REDUCE",
+        "STACK_GLOBAL",
+        "INST",
+        "OBJ",
+        "eval",
+        "getattr",
+        "thrown away",
+        "memo",
+        "pickle in a pickle",
+    ):
         canary = tmp_path / way.replace(" ", "-")
         pickle.loads(hostile_files.gadgets(f"touch {canary}")[way])
         assert canary.exists(), way
@@ -111,5 +133,9 @@ def test_cut_off_at_every_byte(tmp_path):
         for length in range(0, end, max(1, end // 400)):
             cuts[f"{kind}-{length:05}.{kind}"] = content[:length]
     results = read_all(cuts, tmp_path / "cuts")
-    accepted = {name: result for name, result in results.items() if not result["kind"].endswith("Checkpoint")}
+    accepted = {
+        name: result
+        for name, result in results.items()
+        if not result["kind"].endswith("Checkpoint")
+    }
     assert not accepted

@@ -1,4 +1,5 @@
-"""Whatever is done to a genuine file, or made up from the parts of its format: only a WorkshopError comes out, in bounded memory."""
+"""Whatever is done to a genuine file, or made up from the parts of its format: only a WorkshopError
+comes out, in bounded memory."""
 
 import pickle
 import struct
@@ -9,9 +10,27 @@ from hostile_reader import bounded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-SETTINGS = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+SETTINGS = settings(
+    max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
 
-INTERESTING = [0, 1, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+INTERESTING = [
+    0,
+    1,
+    127,
+    128,
+    255,
+    256,
+    2**15,
+    2**16 - 1,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 1,
+]
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +38,10 @@ def corpus(tmp_path_factory):
     """Target -> genuine files."""
     directory = tmp_path_factory.mktemp("seeds")
     seeds.write(directory)
-    return {target: [file.read_bytes() for file in sorted((directory / target).iterdir())] for target in readers.TARGETS}
+    return {
+        target: [file.read_bytes() for file in sorted((directory / target).iterdir())]
+        for target in readers.TARGETS
+    }
 
 
 def run(target: str, data: bytes) -> bool:
@@ -31,7 +53,9 @@ def run(target: str, data: bytes) -> bool:
 def edits(draw: st.DrawFn) -> list[tuple]:
     """Changes of a file: where (as a part of its length), what, and with what."""
     place = st.floats(0, 1)
-    number = st.tuples(st.sampled_from(INTERESTING), st.sampled_from(["<B", "<H", "<I", "<Q", ">I"]))
+    number = st.tuples(
+        st.sampled_from(INTERESTING), st.sampled_from(["<B", "<H", "<I", "<Q", ">I"])
+    )
     return draw(
         st.lists(
             st.one_of(
@@ -39,7 +63,9 @@ def edits(draw: st.DrawFn) -> list[tuple]:
                 st.tuples(place, st.just("insert"), st.binary(min_size=1, max_size=20)),
                 st.tuples(place, st.just("number"), number),
                 st.tuples(place, st.just("remove"), st.integers(1, 40)),
-                st.tuples(place, st.just("repeat"), st.tuples(st.integers(1, 60), st.integers(2, 2000))),
+                st.tuples(
+                    place, st.just("repeat"), st.tuples(st.integers(1, 60), st.integers(2, 2000))
+                ),
                 st.tuples(place, st.just("copy"), st.tuples(place, st.integers(1, 60))),
                 st.tuples(place, st.just("cut"), st.none()),
             ),
@@ -86,23 +112,39 @@ def test_changed_files(corpus, target):
 
 
 OPCODES = st.one_of(
-    st.sampled_from([bytes([op]) for op in b"()]}Nlteusab.012R\x81\x92\x93\x94\x85\x86\x87\x88\x89\x8f\x90\x91oQ"]),
+    st.sampled_from(
+        [
+            bytes([op])
+            for op in b"()]}Nlteusab.012R\x81\x92\x93\x94\x85\x86\x87\x88\x89\x8f\x90\x91oQ"
+        ]
+    ),
     st.integers(0, 20).map(lambda n: b"h" + bytes([n])),
     st.integers(0, 20).map(lambda n: b"q" + bytes([n])),
     st.integers(0, 255).map(lambda n: b"K" + bytes([n])),
     st.sampled_from(INTERESTING).map(lambda n: b"\x8a\x09" + n.to_bytes(9, "little")),
-    st.sampled_from(["a", "0", "storage", "cpu", "state_dict", "torch", "Size", "fqn", "offset", "latin1"]).map(
-        lambda text: b"\x8c" + bytes([len(text)]) + text.encode()
-    ),
+    st.sampled_from(
+        ["a", "0", "storage", "cpu", "state_dict", "torch", "Size", "fqn", "offset", "latin1"]
+    ).map(lambda text: b"\x8c" + bytes([len(text)]) + text.encode()),
     st.sampled_from(
         [
-            b"ctorch\nSize\n", b"ctorch\nFloatStorage\n", b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n",
-            b"cargparse\nNamespace\n", b"cposix\nsystem\n", b"c_codecs\nencode\n", b"ccollections\ndefaultdict\n", b"cbuiltins\nlist\n",
-            b"ctorch.distributed.checkpoint.metadata\nMetadata\n", b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n",
-            b"ctorch.distributed.checkpoint.metadata\nTensorProperties\n", b"\x82\x01", b"Px\n", b"iposix\nsystem\n",
+            b"ctorch\nSize\n",
+            b"ctorch\nFloatStorage\n",
+            b"ctorch._utils\n_rebuild_tensor_v2\n",
+            b"ccollections\nOrderedDict\n",
+            b"cargparse\nNamespace\n",
+            b"cposix\nsystem\n",
+            b"c_codecs\nencode\n",
+            b"ccollections\ndefaultdict\n",
+            b"cbuiltins\nlist\n",
+            b"ctorch.distributed.checkpoint.metadata\nMetadata\n",
+            b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n",
+            b"ctorch.distributed.checkpoint.metadata\nTensorProperties\n",
+            b"\x82\x01",
+            b"Px\n",
+            b"iposix\nsystem\n",
         ]
     ),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("target", ["index", "scan", "state"])
@@ -115,10 +157,14 @@ def test_made_up_pickles(target):
     check()
 
 
-PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+PLAIN = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
+)
 KEYS = st.text() | st.integers(-(2**61) + 2, 2**61 - 2) | st.none() | st.booleans() | st.binary()
 VALUES = st.recursive(
-    PLAIN, lambda inside: st.lists(inside) | st.lists(inside).map(tuple) | st.dictionaries(KEYS, inside), max_leaves=40
+    PLAIN,
+    lambda inside: st.lists(inside) | st.lists(inside).map(tuple) | st.dictionaries(KEYS, inside),
+    max_leaves=40,
 )
 
 
@@ -127,7 +173,10 @@ VALUES = st.recursive(
 def test_plain_values_come_back_as_pickle_has_them(value, protocol):
     from workshop_utils.checkpoints.formats import restricted_pickle
 
-    allowed = {("_codecs", "encode"): lambda text, encoding: text.encode(encoding), ("__builtin__", "bytes"): bytes}
+    allowed = {
+        ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+        ("__builtin__", "bytes"): bytes,
+    }
     assert restricted_pickle.load(pickle.dumps(value, protocol), "x", allowed) == value
     assert restricted_pickle.scan(pickle.dumps(value, protocol), "x", allowed) == []
 
@@ -141,7 +190,9 @@ def test_made_up_indexes(data):
     from torch.distributed.checkpoint.filesystem import _StorageInfo
 
     sizes = st.lists(st.sampled_from([0, 1, 2, 3, 2**31, 2**62]), max_size=3).map(torch.Size)
-    odd = sizes | st.sampled_from([None, -1, 2**70, "x", (1, "a"), (-1,), [1], (True,), ((1,),), 1.5, {}])
+    odd = sizes | st.sampled_from(
+        [None, -1, 2**70, "x", (1, "a"), (-1,), [1], (True,), ((1,),), 1.5, {}]
+    )
     names = st.sampled_from(["a", "b", "module.x", "", "../x", "é\n", None, 3, ("a",)])
     file = st.sampled_from(["__0_0.distcp", "__0_1.distcp", "../x", "/x", "", None, 3, "a\0"])
     metadata = classes.Metadata({}, None, {})
@@ -163,7 +214,9 @@ def test_made_up_indexes(data):
         properties = classes.TensorProperties(
             dtype=data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.complex64]))
         )
-        entry = classes.TensorStorageMetadata(properties, data.draw(odd), data.draw(st.just(chunks) | st.none()))
+        entry = classes.TensorStorageMetadata(
+            properties, data.draw(odd), data.draw(st.just(chunks) | st.none())
+        )
         metadata.state_dict_metadata[name] = data.draw(
             st.just(entry) | st.sampled_from([classes.BytesStorageMetadata(), None, 3])
         )

@@ -32,7 +32,9 @@ def checkpoint(kind: Kind, **changes) -> Checkpoint:
 
 
 def answers(kind: Kind, **changes) -> dict[str, tuple[str, str]]:
-    return {reader.name: (reader.answer, reader.how) for reader in loads_in(checkpoint(kind, **changes))}
+    return {
+        reader.name: (reader.answer, reader.how) for reader in loads_in(checkpoint(kind, **changes))
+    }
 
 
 OTHER = dataclasses.replace(LLAMA, family="gemma")
@@ -41,7 +43,10 @@ CASES = {
     "nemo2 zarr": (Kind.NEMO2, {"detail": "zarr"}),
     "nemo2 of another family": (Kind.NEMO2, {"architecture": OTHER}),
     "nemo2 adapter": (Kind.NEMO2_ADAPTER, {"adapter": LORA}),
-    "nemo2 adapter without base": (Kind.NEMO2_ADAPTER, {"adapter": dataclasses.replace(LORA, base_is_here=False)}),
+    "nemo2 adapter without base": (
+        Kind.NEMO2_ADAPTER,
+        {"adapter": dataclasses.replace(LORA, base_is_here=False)},
+    ),
     "nemo2 dora": (Kind.NEMO2_ADAPTER, {"adapter": dataclasses.replace(LORA, variant="DoRA")}),
     "nemo1": (Kind.NEMO1_ARCHIVE, {}),
     "nemo1 directory": (Kind.NEMO1_DIRECTORY, {}),
@@ -49,21 +54,45 @@ CASES = {
     "nemo1 of another family": (Kind.NEMO1_ARCHIVE, {"architecture": OTHER}),
     "nemo1 adapter": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": LORA}),
     "nemo1 adapter parts": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": LORA, "parallel": (2, 1)}),
-    "nemo1 adapter directory": (Kind.NEMO1_DIRECTORY, {"adapter": dataclasses.replace(LORA, targets=("mlp_fc1",))}),
-    "nemo1 p-tuning": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": Adapter(None, None, (), None, None, "not LoRA")}),
-    "export": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": LORA, "made_for": "TensorRT-LLM's .nemo reader"}),
+    "nemo1 adapter directory": (
+        Kind.NEMO1_DIRECTORY,
+        {"adapter": dataclasses.replace(LORA, targets=("mlp_fc1",))},
+    ),
+    "nemo1 p-tuning": (
+        Kind.NEMO1_ARCHIVE_ADAPTER,
+        {"adapter": Adapter(None, None, (), None, None, "not LoRA")},
+    ),
+    "export": (
+        Kind.NEMO1_ARCHIVE_ADAPTER,
+        {"adapter": LORA, "made_for": "TensorRT-LLM's .nemo reader"},
+    ),
     "view": (Kind.BRIDGED_VIEW, {"notes": ("a view of the NeMo 2.0 checkpoint models/nemo2/a",)}),
     "lightning": (Kind.LIGHTNING, {}),
     "lightning of nemo": (Kind.LIGHTNING, {"detail": "of NeMo 1"}),
     "megatron-lm": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"}),
     "megatron-lm old": (Kind.MEGATRON, {"detail": "Megatron-LM, torch", "parallel": (2, 1)}),
-    "megatron-lm of another family": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist", "architecture": OTHER}),
+    "megatron-lm of another family": (
+        Kind.MEGATRON,
+        {"detail": "Megatron-LM, torch_dist", "architecture": OTHER},
+    ),
     "megatron-bridge": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"}),
-    "megatron-bridge of another family": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist", "architecture": OTHER}),
-    "megatron-bridge adapter": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist", "adapter": LORA}),
+    "megatron-bridge of another family": (
+        Kind.MEGATRON,
+        {"detail": "Megatron-Bridge, torch_dist", "architecture": OTHER},
+    ),
+    "megatron-bridge adapter": (
+        Kind.MEGATRON,
+        {"detail": "Megatron-Bridge, torch_dist", "adapter": LORA},
+    ),
     "hugging face": (Kind.HUGGINGFACE, {"detail": "llama"}),
-    "hugging face of another family": (Kind.HUGGINGFACE, {"detail": "gemma", "architecture": OTHER}),
-    "hugging face quantised": (Kind.HUGGINGFACE, {"tensors": (whole("a", (2,), "uint8", "f", 0, 2),)}),
+    "hugging face of another family": (
+        Kind.HUGGINGFACE,
+        {"detail": "gemma", "architecture": OTHER},
+    ),
+    "hugging face quantised": (
+        Kind.HUGGINGFACE,
+        {"tensors": (whole("a", (2,), "uint8", "f", 0, 2),)},
+    ),
     "hugging face without architecture": (Kind.HUGGINGFACE, {"architecture": None}),
     "peft": (Kind.PEFT, {"architecture": None, "adapter": LORA}),
     "peft dora": (Kind.PEFT, {"adapter": dataclasses.replace(LORA, variant="DoRA")}),
@@ -71,7 +100,10 @@ CASES = {
     "peft without base": (Kind.PEFT, {"adapter": dataclasses.replace(LORA, base=None, rank=None)}),
     "gguf": (Kind.GGUF, {"detail": "llama, Q4_1"}),
     "gguf of another family": (Kind.GGUF, {"detail": "gemma2, Q4_1", "architecture": OTHER}),
-    "gguf of an architecture that transformers lacks": (Kind.GGUF, {"detail": "mamba2, Q4_1", "architecture": OTHER}),
+    "gguf of an architecture that transformers lacks": (
+        Kind.GGUF,
+        {"detail": "mamba2, Q4_1", "architecture": OTHER},
+    ),
     "gguf adapter": (Kind.GGUF, {"detail": "llama, float32", "adapter": LORA}),
 }
 
@@ -92,7 +124,8 @@ def test_every_reader_is_answered_and_every_command_exists(case, tmp_path, monke
         assert reader.answer in ("yes", "after", "no")
         assert reader.how
         for command in re.findall(
-            r"\bworkshop ((?:models|import|bridge|finetune|export|convert|inspect|verify) [^;&]*)", reader.how
+            r"\bworkshop ((?:models|import|bridge|finetune|export|convert|inspect|verify) [^;&]*)",
+            reader.how,
         ):
             # In a sentence the command ends where the words of the sentence go on.
             words = shlex.split(command.partition(", ")[0].partition("...")[0])
@@ -117,7 +150,9 @@ def test_who_can_load_it_as_it_is():
     assert yes("nemo2") == {"NeMo 2.0 API"}
     assert yes("nemo2 adapter") == {"NeMo 2.0 API"}
     assert yes("nemo2 adapter without base") == set()
-    assert yes("nemo1") == yes("nemo1 adapter") == yes("view") == yes("nemo1 parts") == {"script path"}
+    assert (
+        yes("nemo1") == yes("nemo1 adapter") == yes("view") == yes("nemo1 parts") == {"script path"}
+    )
     assert yes("export") == {"TensorRT-LLM", "NIM 1.x"}
     assert yes("hugging face") == {"transformers", "PEFT", "Megatron-Bridge"} | servers
     assert yes("peft") == {"transformers", "PEFT"} | servers
@@ -129,11 +164,16 @@ def test_who_can_load_it_as_it_is():
 
 
 def test_paths_are_quoted():
-    assert answers(*CASES["nemo1"][:1])["script path"][1] == "workshop finetune model.restore_from_path='a b/model.nemo'"
+    assert (
+        answers(*CASES["nemo1"][:1])["script path"][1]
+        == "workshop finetune model.restore_from_path='a b/model.nemo'"
+    )
 
 
 def test_the_base_of_an_adapter_is_in_the_commands():
-    how = answers(Kind.PEFT, adapter=dataclasses.replace(LORA, base="meta-llama/Llama-3.2-1B", rank=12))
+    how = answers(
+        Kind.PEFT, adapter=dataclasses.replace(LORA, base="meta-llama/Llama-3.2-1B", rank=12)
+    )
     assert "vllm serve meta-llama/Llama-3.2-1B --enable-lora --max-lora-rank 16" in how["vLLM"][1]
     how = answers(Kind.NEMO1_ARCHIVE_ADAPTER, adapter=LORA)
     assert "model.restore_from_path=/models/base" in how["script path"][1]

@@ -24,9 +24,16 @@ def test_what_is_written(checkpoint):
     target = manifest.write(checkpoint)
     assert target == checkpoint.with_name("a.manifest.json")
     described = json.loads(target.read_text())
-    assert (described["format"], described["version"], described["checkpoint"]) == ("workshop manifest", 1, "a")
+    assert (described["format"], described["version"], described["checkpoint"]) == (
+        "workshop manifest",
+        1,
+        "a",
+    )
     content = (checkpoint / "config.json").read_bytes()
-    assert described["files"]["config.json"] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert described["files"]["config.json"] == {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     assert list(described["files"]) == ["config.json", "weights/.metadata", "weights/__0_0.distcp"]
 
 
@@ -40,7 +47,11 @@ def test_differences(checkpoint):
     (checkpoint / "config.json").unlink()
     (checkpoint / "weights" / "__0_1.distcp").touch()
     found = manifest.compare(checkpoint, target)
-    assert (found.changed, found.missing, found.new) == (["weights/__0_0.distcp"], ["config.json"], ["weights/__0_1.distcp"])
+    assert (found.changed, found.missing, found.new) == (
+        ["weights/__0_0.distcp"],
+        ["config.json"],
+        ["weights/__0_1.distcp"],
+    )
 
 
 def test_a_copy_elsewhere_and_a_manifest_inside(checkpoint, tmp_path):
@@ -67,8 +78,19 @@ def test_links_count_as_what_they_lead_to_and_end(checkpoint, tmp_path):
     assert manifest.compare(view, target).changed == ["__0_0.distcp"]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "workshop manifest", "version": 2, "files": {"a": {}}}',
-                                     '{"format": "workshop manifest", "version": 1, "files": {"a": {"bytes": "1", "sha256": ""}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": "workshop manifest", "version": 2, "files": {"a": {}}}',
+        (
+            '{"format": "workshop manifest", "version": 1, "files": {"a": {"bytes": "1", "sha256": '
+            '""}}}'
+        ),
+    ],
+)
 def test_what_is_no_manifest(checkpoint, content):
     file = checkpoint.with_name("m.json")
     file.write_text(content)

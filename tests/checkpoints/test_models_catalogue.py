@@ -26,7 +26,9 @@ def model(tmp_path):
     """A Hugging Face directory in two shards."""
     from safetensors.numpy import save_file
 
-    shards = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate("ab", 1)}
+    shards = {
+        name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate("ab", 1)
+    }
     for name, file in shards.items():
         save_file({name: np.ones(10, np.float32)}, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -69,7 +71,9 @@ def test_a_whole_directory_counts(model):
     assert wholeness.huggingface(model)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"]
+)
 def test_a_missing_file_does_not_count(model, name):
     (model / name).unlink()
     assert not wholeness.huggingface(model)
@@ -83,7 +87,13 @@ def test_a_cut_shard_does_not_count(model, kept):
 
 
 def test_nemo2_wholeness(tmp_path):
-    files = ["context/model.yaml", "context/io.json", "weights/.metadata", "weights/metadata.json", "weights/common.pt"]
+    files = [
+        "context/model.yaml",
+        "context/io.json",
+        "weights/.metadata",
+        "weights/metadata.json",
+        "weights/common.pt",
+    ]
     for name in [*files, "weights/__0_0.distcp"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -97,7 +107,12 @@ def test_nemo2_wholeness(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "end", "pad", "expected"),
     [
-        (["<|eot_id|>", "<|finetune_right_pad_id|>"], "<|eot_id|>", None, "<|finetune_right_pad_id|>"),
+        (
+            ["<|eot_id|>", "<|finetune_right_pad_id|>"],
+            "<|eot_id|>",
+            None,
+            "<|finetune_right_pad_id|>",
+        ),
         (["<|endoftext|>", "<|im_end|>"], {"content": "<|im_end|>"}, "<|im_end|>", "<|endoftext|>"),
         (["<pad>", "</s>"], "</s>", "<pad>", "<pad>"),
     ],
@@ -105,7 +120,9 @@ def test_nemo2_wholeness(tmp_path):
 def test_pad_token(tmp_path, tokens, end, pad, expected):
     added = [{"id": number, "content": token} for number, token in enumerate(tokens)]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end, "pad_token": pad}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": end, "pad_token": pad})
+    )
     (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
     pad_token.ensure(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == expected
@@ -125,8 +142,20 @@ def test_no_token_to_pad_with(tmp_path):
 
 def test_the_command_lists(empty):
     table = workshop(empty, "models").stdout.splitlines()
-    assert table[0].split() == ["name", "parameters", "source", "size", "licence", "gated", "present"]
-    assert next(line for line in table if line.startswith(f"{EMBEDDED} ")).split()[1:4] == ["135M", "PyPI", "93"]
+    assert table[0].split() == [
+        "name",
+        "parameters",
+        "source",
+        "size",
+        "licence",
+        "gated",
+        "present",
+    ]
+    assert next(line for line in table if line.startswith(f"{EMBEDDED} ")).split()[1:4] == [
+        "135M",
+        "PyPI",
+        "93",
+    ]
     rows = json.loads(workshop(empty, "models", "--json").stdout)
     assert [row["name"] for row in rows] == list(catalogue())
     assert not any(row["present"] for row in rows)
@@ -144,6 +173,11 @@ def test_listing_loads_no_heavy_module(empty):
     import subprocess
     import sys
 
-    code = "import sys; from workshop_utils.cli import main; main(['models']); print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from workshop_utils.cli import main; main(['models']); "
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines()[-1] == "[]"

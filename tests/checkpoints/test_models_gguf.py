@@ -43,13 +43,20 @@ def test_weights_are_the_ggufs(tiny):
     weights = load_file(directory / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {np.dtype("float32")}
     assert "lm_head.weight" not in weights, "the output is tied to the embedding, as in the GGUF"
-    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], tensors["token_embd.weight"])
-    np.testing.assert_array_equal(weights["model.layers.1.mlp.down_proj.weight"], tensors["blk.1.ffn_down.weight"])
-    # llama.cpp keeps the two halves of each rotary pair side by side, Hugging Face keeps them half a head apart.
+    np.testing.assert_array_equal(
+        weights["model.embed_tokens.weight"], tensors["token_embd.weight"]
+    )
+    np.testing.assert_array_equal(
+        weights["model.layers.1.mlp.down_proj.weight"], tensors["blk.1.ffn_down.weight"]
+    )
+    # llama.cpp keeps the two halves of each rotary pair side by side, Hugging Face keeps them half
+    # a head apart.
     for name, heads in (("q", HEADS), ("k", GROUPS)):
         stored = tensors[f"blk.0.attn_{name}.weight"]
         expected = stored.reshape(heads, -1, 2, HIDDEN).swapaxes(1, 2).reshape(stored.shape)
-        np.testing.assert_array_equal(weights[f"model.layers.0.self_attn.{name}_proj.weight"], expected)
+        np.testing.assert_array_equal(
+            weights[f"model.layers.0.self_attn.{name}_proj.weight"], expected
+        )
 
 
 def test_configuration(tiny):
@@ -82,13 +89,20 @@ def test_text_is_split_as_the_model_learned_it(tokenizer, text, pieces):
 def test_tokenizer_settings(tiny, tokenizer):
     from transformers import AutoTokenizer
 
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+    )
     assert tokenizer.chat_template == TEMPLATE
     assert tokenizer.model_max_length == 128
     batch = tokenizer(["hi", "hi hi hi"], padding=True)
     assert batch.input_ids[0][:2] == [tokenizer.pad_token_id] * 2, "padded on the left"
     assert set(batch) == {"input_ids", "attention_mask"}, "only what a Llama takes"
-    assert AutoTokenizer.from_pretrained(tiny[1], use_fast=False)("hi").input_ids == tokenizer("hi").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tiny[1], use_fast=False)("hi").input_ids
+        == tokenizer("hi").input_ids
+    )
 
 
 @pytest.mark.slow
@@ -108,9 +122,11 @@ def test_the_embedded_model_answers_and_stops_in_a_batch(embedded):
         return [row[inputs.input_ids.shape[1] :].tolist() for row in made]
 
     together = answer(rendered)
-    assert tokenizer.decode(together[0], skip_special_tokens=True) == "The capital of France is Paris."
+    assert (
+        tokenizer.decode(together[0], skip_special_tokens=True) == "The capital of France is Paris."
+    )
     assert 2 in together[0], "the turn ends with <|im_end|>"
-    for text, row in zip(rendered, together):
+    for text, row in zip(rendered, together, strict=False):
         alone = answer([text])[0]
         assert row[: len(alone)] == alone, "padding changes no answer"
         assert set(row[len(alone) :]) <= {tokenizer.pad_token_id}

@@ -18,15 +18,21 @@ MIB = 1 << 20
 
 
 def tiny_repository() -> dict[str, bytes]:
-    """Files of a repository as published: a pad token that is the end token, and second copies of the weights."""
+    """Files of a repository as published: a pad token that is the end token, and second copies of
+    the weights."""
     weights = save({"model.embed_tokens.weight": np.zeros((6 * MIB,), np.float32)})  # 24 MiB
-    tokens = [{"id": i, "content": token} for i, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))]
+    tokens = [
+        {"id": i, "content": token}
+        for i, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    ]
     return {
         "config.json": json.dumps({"model_type": "llama", "eos_token_id": 2}).encode(),
         "generation_config.json": json.dumps({"eos_token_id": 2, "pad_token_id": 2}).encode(),
         "model.safetensors": weights,
         "tokenizer.json": json.dumps({"added_tokens": tokens, "model": {"vocab": {}}}).encode(),
-        "tokenizer_config.json": json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}).encode(),
+        "tokenizer_config.json": json.dumps(
+            {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+        ).encode(),
         "special_tokens_map.json": json.dumps({"pad_token": {"content": "<|im_end|>"}}).encode(),
         "LICENSE.txt": b"the licence",
         "pytorch_model.bin": b"x" * 100,
@@ -36,7 +42,8 @@ def tiny_repository() -> dict[str, bytes]:
 
 
 class Hub:
-    """What the Hub answers. ``token`` gates the files; ``damage`` may change an answer once it is made."""
+    """What the Hub answers. ``token`` gates the files; ``damage`` may change an answer once it is
+    made."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
@@ -86,13 +93,20 @@ def hub(files):
 
 
 def fetch(root: Root, hub: Hub, **environment: str):
-    environment = {"HF_ENDPOINT": hub.double.url, "HF_HOME": str(root.path / "hf-home")} | environment
+    environment = {
+        "HF_ENDPOINT": hub.double.url,
+        "HF_HOME": str(root.path / "hf-home"),
+    } | environment
     return workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
 
 
 def test_a_model_is_fetched_once_and_is_usable(root, hub):
     result = fetch(root, hub)
-    assert (result.returncode, result.stdout, result.stderr) == (0, f"models/huggingface/{MODEL}\n", "")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        f"models/huggingface/{MODEL}\n",
+        "",
+    )
     directory = root.path / "models" / "huggingface" / MODEL
     assert {file.name for file in directory.iterdir()} == {
         "LICENSE.txt",
@@ -103,12 +117,20 @@ def test_a_model_is_fetched_once_and_is_usable(root, hub):
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    assert json.loads((directory / "tokenizer_config.json").read_text())["pad_token"] == "<|endoftext|>"
-    assert json.loads((directory / "special_tokens_map.json").read_text())["pad_token"] == "<|endoftext|>"
+    assert (
+        json.loads((directory / "tokenizer_config.json").read_text())["pad_token"]
+        == "<|endoftext|>"
+    )
+    assert (
+        json.loads((directory / "special_tokens_map.json").read_text())["pad_token"]
+        == "<|endoftext|>"
+    )
     for name in ("config.json", "generation_config.json"):
         assert json.loads((directory / name).read_text())["pad_token_id"] == 0
         assert json.loads((directory / name).read_text())["eos_token_id"] == 2
-    assert (directory / "model.safetensors").stat().st_nlink == 2, "the weights lie on the disk once"
+    assert (directory / "model.safetensors").stat().st_nlink == 2, (
+        "the weights lie on the disk once"
+    )
     cached = next((root.path / "hf-home").rglob("snapshots/*/tokenizer_config.json"))
     assert b'"pad_token": "<|im_end|>"' in cached.read_bytes(), "the Hub's cache is left as it was"
     assert root.leftovers() == []
@@ -136,7 +158,9 @@ def test_two_at_once_fetch_once(root, hub):
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(lambda _: fetch(root, hub), range(2)))
     assert [result.returncode for result in results] == [0, 0]
-    weights = [request.method for request in hub.double.seen(f"/{REPO}/resolve/{SHA}/model.safetensors")]
+    weights = [
+        request.method for request in hub.double.seen(f"/{REPO}/resolve/{SHA}/model.safetensors")
+    ]
     assert weights.count("GET") == 1
 
 
@@ -154,7 +178,11 @@ def test_a_broken_connection_is_resumed_with_a_range_request(root, hub):
 
     hub.damage = lambda request, answer: answer
     assert fetch(root, hub).returncode == 0
-    resumed = [r.headers["range"] for r in hub.double.seen(path) if r.method == "GET" and "range" in r.headers]
+    resumed = [
+        r.headers["range"]
+        for r in hub.double.seen(path)
+        if r.method == "GET" and "range" in r.headers
+    ]
     assert resumed == [f"bytes={15 * MIB}-"]
     fetched = root.path / "models" / "huggingface" / MODEL / "model.safetensors"
     assert fetched.read_bytes() == hub.files["model.safetensors"]
@@ -189,7 +217,9 @@ def test_wrong_bytes_are_refused_and_fetched_again(root, hub):
     failed_with(fetch(root, hub), "config.json", "checksum")
     hub.damage = lambda request, answer: answer
     assert fetch(root, hub).returncode == 0
-    assert (root.path / "models" / "huggingface" / MODEL / "config.json").read_text().count("llama") == 1
+    assert (root.path / "models" / "huggingface" / MODEL / "config.json").read_text().count(
+        "llama"
+    ) == 1
 
 
 def test_the_manifests_sha256_counts(tmp_path, hub):
@@ -200,18 +230,31 @@ def test_the_manifests_sha256_counts(tmp_path, hub):
 
 def test_a_gated_repository_says_what_to_accept_and_where(root, hub):
     hub.token = "good"
-    failed_with(fetch(root, hub), "gated", f"https://huggingface.co/{REPO}", "Test Licence", "HF_TOKEN")
-    failed_with(fetch(root, hub, HF_TOKEN="stranger"), "no access (403)", f"https://huggingface.co/{REPO}", "Test Licence")
+    failed_with(
+        fetch(root, hub), "gated", f"https://huggingface.co/{REPO}", "Test Licence", "HF_TOKEN"
+    )
+    failed_with(
+        fetch(root, hub, HF_TOKEN="stranger"),
+        "no access (403)",
+        f"https://huggingface.co/{REPO}",
+        "Test Licence",
+    )
     assert fetch(root, hub, HF_TOKEN="good").returncode == 0
 
 
 def test_a_refused_token(root):
     def refuse(request: Request) -> Answer:
-        return Answer(status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"})
+        return Answer(
+            status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
+        )
 
     with serve(refuse) as double:
         environment = {"HF_ENDPOINT": double.url, "HF_HOME": str(root.path), "HF_TOKEN": "old"}
-        failed_with(workshop(root, "models", "fetch", MODEL, **environment), "refuses the token (401)", "HF_TOKEN")
+        failed_with(
+            workshop(root, "models", "fetch", MODEL, **environment),
+            "refuses the token (401)",
+            "HF_TOKEN",
+        )
 
 
 @pytest.mark.parametrize(
@@ -247,5 +290,7 @@ def test_offline_uses_the_hubs_cache(root, hub, tmp_path_factory):
     next((root.path / "hf-home").rglob("snapshots/*/model.safetensors")).unlink()
     another = Root(tmp_path_factory.mktemp("another"))
     another.add(MODEL, source="huggingface", address=REPO)
-    failed_with(fetch(another, hub, HF_HUB_OFFLINE="1", HF_HOME=home), "only a part", "HF_HUB_OFFLINE")
+    failed_with(
+        fetch(another, hub, HF_HUB_OFFLINE="1", HF_HOME=home), "only a part", "HF_HUB_OFFLINE"
+    )
     assert not (another.path / "models" / "huggingface" / MODEL).exists()

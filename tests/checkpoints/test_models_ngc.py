@@ -1,4 +1,5 @@
-"""Fetching from NGC: the real ngcsdk against a double (slow: its environment is made once), and a stand-in for the ngc command."""
+"""Fetching from NGC: the real ngcsdk against a double (slow: its environment is made once), and a
+stand-in for the ngc command."""
 
 import os
 import stat
@@ -17,7 +18,14 @@ LAST = "weights/__0_1.distcp"
 @pytest.fixture
 def root(tmp_path) -> Root:
     root = Root(tmp_path)
-    root.add(MODEL, source="ngc", address=TARGET, gated=True, format="nemo2", licence_url="https://example.org/terms")
+    root.add(
+        MODEL,
+        source="ngc",
+        address=TARGET,
+        gated=True,
+        format="nemo2",
+        licence_url="https://example.org/terms",
+    )
     return root
 
 
@@ -59,7 +67,10 @@ class TestSdk:
 
     def fetch(self, root: Root, ngc: Ngc, key: str = KEY):
         environment = {"NGC_API_KEY": key, "NGC_CLI_API_URL": ngc.url, "NGC_CLI_AUTH_URL": ngc.url}
-        environment |= {"REQUESTS_CA_BUNDLE": str(ngc.certificate), "PATH": os.path.dirname(sys.executable)}
+        environment |= {
+            "REQUESTS_CA_BUNDLE": str(ngc.certificate),
+            "PATH": os.path.dirname(sys.executable),
+        }
         return workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
 
     def test_a_cut_download_is_refused_and_resumed(self, root, ngc):
@@ -70,8 +81,16 @@ class TestSdk:
         ngc.cut = {}
         before = len(ngc.double.requests)
         result = self.fetch(root, ngc)
-        assert (result.returncode, result.stdout, result.stderr) == (0, f"models/nemo2/{MODEL}\n", "")
-        again = [request.path for request in ngc.double.requests[before:] if request.path.startswith(STORE)]
+        assert (result.returncode, result.stdout, result.stderr) == (
+            0,
+            f"models/nemo2/{MODEL}\n",
+            "",
+        )
+        again = [
+            request.path
+            for request in ngc.double.requests[before:]
+            if request.path.startswith(STORE)
+        ]
         assert again == [STORE + LAST], "finished files are not fetched again"
         assert present(root) == set(ngc.files)
         for name, content in ngc.files.items():
@@ -94,7 +113,12 @@ class TestSdk:
         assert present(root) == set()
 
     def test_a_refused_key(self, root, ngc):
-        failed_with(self.fetch(root, ngc, key="nvapi-bad"), "refuses the key", "401", "https://org.ngc.nvidia.com/setup")
+        failed_with(
+            self.fetch(root, ngc, key="nvapi-bad"),
+            "refuses the key",
+            "401",
+            "https://org.ngc.nvidia.com/setup",
+        )
 
     @pytest.mark.parametrize(
         ("status", "words"),
@@ -116,9 +140,18 @@ class TestSdk:
         failed_with(self.fetch(root, ngc), TARGET, "cannot be reached")
 
     def test_a_dead_proxy(self, root, ngc):
-        environment = {"NGC_API_KEY": KEY, "PATH": os.path.dirname(sys.executable), "HTTPS_PROXY": "http://me:secret@127.0.0.1:9"}
+        environment = {
+            "NGC_API_KEY": KEY,
+            "PATH": os.path.dirname(sys.executable),
+            "HTTPS_PROXY": "http://me:secret@127.0.0.1:9",
+        }
         result = workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
-        failed_with(result, TARGET, "cannot be reached", "The proxy http://127.0.0.1:9 of HTTPS_PROXY was used and does not answer")
+        failed_with(
+            result,
+            TARGET,
+            "cannot be reached",
+            "The proxy http://127.0.0.1:9 of HTTPS_PROXY was used and does not answer",
+        )
         assert "secret" not in result.stderr
 
 
@@ -139,12 +172,19 @@ for name in {names!r}:
 
 
 def with_command(root: Root, said: str, status: int, names: list[str]):
-    """Fetch with a stand-in for the ``ngc`` command that says ``said``, writes ``names`` and ends with ``status``."""
+    """Fetch with a stand-in for the ``ngc`` command that says ``said``, writes ``names`` and ends
+    with ``status``."""
     command = root.path / "bin" / "ngc"
     command.parent.mkdir()
-    command.write_text(COMMAND.format(python=sys.executable, target=TARGET, said=said, status=status, key=KEY, names=names))
+    command.write_text(
+        COMMAND.format(
+            python=sys.executable, target=TARGET, said=said, status=status, key=KEY, names=names
+        )
+    )
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    return workshop(root, "models", "fetch", MODEL, "--quiet", PATH=str(command.parent), NGC_API_KEY=KEY)
+    return workshop(
+        root, "models", "fetch", MODEL, "--quiet", PATH=str(command.parent), NGC_API_KEY=KEY
+    )
 
 
 def test_the_ngc_command_is_used_where_it_is(root):

@@ -24,7 +24,9 @@ def clean(monkeypatch):
 def test_the_variable_and_the_proxy_are_named_and_no_password(clean, name):
     clean.setenv(name, DEAD)
     said = proxy.of_environment("https://hub.invalid", "")
-    assert said.startswith(f" The proxy http://127.0.0.1:9 of {name} was used and does not answer (Connection refused)")
+    assert said.startswith(
+        f" The proxy http://127.0.0.1:9 of {name} was used and does not answer (Connection refused)"
+    )
     assert SECRET not in said
 
 
@@ -55,11 +57,18 @@ def test_one_that_answers_says_what(clean):
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         clean.setenv("HTTPS_PROXY", address)
         refused = (
-            "ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407 Proxy Authentication Required'))"
+            "ProxyError('Cannot connect to proxy.', OSError('Tunnel connection failed: 407 Proxy "
+            "Authentication Required'))"
         )
         answer = " and answered: 407 Proxy Authentication Required"
-        assert proxy.of_environment("https://hub.invalid", refused) == f" The proxy {address} of HTTPS_PROXY was used{answer}."
-        assert proxy.of_environment("https://hub.invalid", "reset") == f" The proxy {address} of HTTPS_PROXY was used."
+        assert (
+            proxy.of_environment("https://hub.invalid", refused)
+            == f" The proxy {address} of HTTPS_PROXY was used{answer}."
+        )
+        assert (
+            proxy.of_environment("https://hub.invalid", "reset")
+            == f" The proxy {address} of HTTPS_PROXY was used."
+        )
 
 
 def test_pips_own_setting_comes_first(clean, tmp_path):
@@ -77,7 +86,12 @@ def test_pips_own_setting_comes_first(clean, tmp_path):
 @pytest.fixture
 def root(tmp_path):
     root = Root(tmp_path)
-    root.add("wheel", source="pypi", address="tiny-gguf==1.0", files={"tiny_gguf-1.0-py3-none-any.whl": "0" * 64})
+    root.add(
+        "wheel",
+        source="pypi",
+        address="tiny-gguf==1.0",
+        files={"tiny_gguf-1.0-py3-none-any.whl": "0" * 64},
+    )
     root.add("hub", source="huggingface", address="maker/tiny")
     root.add("ngc", source="ngc", address="nvidia/nemo/tiny:2.0", gated=True, format="nemo2")
     return root
@@ -96,21 +110,46 @@ def test_a_download_from_the_index(root):
 
 @pytest.mark.parametrize("value", [DEAD, "socks5://me:secret@127.0.0.1:9", "http://me:secret@["])
 def test_a_download_from_the_hub(root, value):
-    result = workshop(root, "models", "fetch", "hub", "--quiet", HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=value)
+    result = workshop(
+        root,
+        "models",
+        "fetch",
+        "hub",
+        "--quiet",
+        HF_ENDPOINT="https://hub.invalid",
+        HTTPS_PROXY=value,
+    )
     failed_with(
-        result, "maker/tiny", "of HTTPS_PROXY was used and does not answer" if "9" in value else "HTTPS_PROXY names the proxy"
+        result,
+        "maker/tiny",
+        "of HTTPS_PROXY was used and does not answer"
+        if "9" in value
+        else "HTTPS_PROXY names the proxy",
     )
     assert SECRET not in result.stderr and "secret" not in result.stderr
 
 
 def test_a_proxy_that_refuses(root):
     with serve(lambda request: Answer(status=403)) as double:  # it knows no CONNECT
-        result = workshop(root, "models", "fetch", "hub", "--quiet", HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=double.url)
+        result = workshop(
+            root,
+            "models",
+            "fetch",
+            "hub",
+            "--quiet",
+            HF_ENDPOINT="https://hub.invalid",
+            HTTPS_PROXY=double.url,
+        )
         failed_with(result, f"The proxy {double.url} of HTTPS_PROXY was used and answered: 501")
 
 
 def test_ngcs_client_cannot_be_installed(root):
-    index = {"PIP_INDEX_URL": "https://index.invalid/simple", "PIP_RETRIES": "0", "NGC_API_KEY": "x", "PATH": os.defpath}
+    index = {
+        "PIP_INDEX_URL": "https://index.invalid/simple",
+        "PIP_RETRIES": "0",
+        "NGC_API_KEY": "x",
+        "PATH": os.defpath,
+    }
     result = workshop(root, "models", "fetch", "ngc", "--quiet", HTTPS_PROXY=DEAD, **index)
     failed_with(
         result,

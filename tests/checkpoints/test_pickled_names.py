@@ -1,4 +1,5 @@
-"""What writers of checkpoints leave in their pickles is read, and ``getattr`` is taken for members of enumerations and for nothing else."""
+"""What writers of checkpoints leave in their pickles is read, and ``getattr`` is taken for members
+of enumerations and for nothing else."""
 
 import enum
 import importlib
@@ -21,8 +22,14 @@ from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.core.errors import UnsafeCheckpoint
 
 SAMPLES = TESTS / "data" / "checkpoints"
-GENUINE = ["megatron-bridge-0.3.1/llama/iter_0000000", "megatron-bridge-0.3.1/lora/iter_0000001", "megatron-core-0.19.2/iter_0000003",
-           "megatron-bridge-0.6.2/llama/iter_0000000", "megatron-bridge-0.6.2/lora/iter_0000001", "python-3.11.2/iter_0000003"]  # fmt: skip
+GENUINE = [
+    "megatron-bridge-0.3.1/llama/iter_0000000",
+    "megatron-bridge-0.3.1/lora/iter_0000001",
+    "megatron-core-0.19.2/iter_0000003",
+    "megatron-bridge-0.6.2/llama/iter_0000000",
+    "megatron-bridge-0.6.2/lora/iter_0000001",
+    "python-3.11.2/iter_0000003",
+]
 
 ENUM = b"cmegatron.core.transformer.enums\nAttnBackend\n"
 NAME = b"X\x05\x00\x00\x00flash"
@@ -33,7 +40,9 @@ class ByName(pickle.Pickler):
     """Pickles members of enumerations as Python 3.11.0 to 3.11.4 does, in any Python."""
 
     def reducer_override(self, value):
-        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+        return (
+            (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+        )
 
 
 def by_name(value, protocol: int) -> bytes:
@@ -43,7 +52,8 @@ def by_name(value, protocol: int) -> bytes:
 
 
 def calls(pickled: bytes) -> list[str]:
-    """What the readers of both kinds of file say that ``pickled`` would call; they agree whether it is anything."""
+    """What the readers of both kinds of file say that ``pickled`` would call; they agree whether it
+    is anything."""
     found = torch_archive.scan_bare(pickled, "x")
     assert bool(restricted_pickle.scan(pickled, "x")) == bool(found)
     return found
@@ -70,20 +80,47 @@ def test_members_of_every_enumeration(protocol):
 @pytest.mark.parametrize(
     ("pickled", "called"),
     {
-        "a chain": (GETATTR + GETATTR + ENUM + NAME + b"\x86R" + b"X\x04\x00\x00\x00name\x86R.", "builtins.getattr("),
-        "a chain through a class": (GETATTR + GETATTR + ENUM + b"X\x09\x00\x00\x00__class__\x86R" + NAME + b"\x86R.", "__class__"),
-        "underscores": (GETATTR + ENUM + b"X\x0e\x00\x00\x00__subclasses__\x86R.", "__subclasses__"),
+        "a chain": (
+            GETATTR + GETATTR + ENUM + NAME + b"\x86R" + b"X\x04\x00\x00\x00name\x86R.",
+            "builtins.getattr(",
+        ),
+        "a chain through a class": (
+            GETATTR + GETATTR + ENUM + b"X\x09\x00\x00\x00__class__\x86R" + NAME + b"\x86R.",
+            "__class__",
+        ),
+        "underscores": (
+            GETATTR + ENUM + b"X\x0e\x00\x00\x00__subclasses__\x86R.",
+            "__subclasses__",
+        ),
         "one underscore": (GETATTR + ENUM + b"X\x0c\x00\x00\x00_member_map_\x86R.", "_member_map_"),
         "a member that does not exist": (GETATTR + ENUM + b"X\x05\x00\x00\x00smash\x86R.", "smash"),
         "a dotted name": (GETATTR + ENUM + b"X\x0a\x00\x00\x00flash.name\x86R.", "flash.name"),
-        "a class that is no enumeration": (GETATTR + b"ctorch\nSize\n" + NAME + b"\x86R.", "getattr"),
-        "a class that only describes": (GETATTR + b"ctorch.distributed.checkpoint.metadata\nMetadata\n" + NAME + b"\x86R.", "getattr"),
-        "an enumeration that is not on the list": (GETATTR + b"cenum\nEnum\n" + NAME + b"\x86R.", "enum.Enum"),
+        "a class that is no enumeration": (
+            GETATTR + b"ctorch\nSize\n" + NAME + b"\x86R.",
+            "getattr",
+        ),
+        "a class that only describes": (
+            GETATTR + b"ctorch.distributed.checkpoint.metadata\nMetadata\n" + NAME + b"\x86R.",
+            "getattr",
+        ),
+        "an enumeration that is not on the list": (
+            GETATTR + b"cenum\nEnum\n" + NAME + b"\x86R.",
+            "enum.Enum",
+        ),
         "a module": (GETATTR + b"cos\npath\n" + b"X\x06\x00\x00\x00system\x86R.", "system"),
         "a name from the memo": (NAME + b"q\x000" + GETATTR + ENUM + b"h\x00\x86R.", "flash"),
-        "a name from the memo, long": (NAME + b"r\x00\x00\x00\x000" + GETATTR + ENUM + b"j\x00\x00\x00\x00\x86R.", "flash"),
-        "a name from the memo, protocol 0": (NAME + b"p0\n0" + GETATTR + ENUM + b"g0\n\x86R.", "flash"),
-        "the arguments from the memo": (ENUM + b"X\x05\x00\x00\x00smash\x86q\x000" + GETATTR + b"h\x00R.", "smash"),
+        "a name from the memo, long": (
+            NAME + b"r\x00\x00\x00\x000" + GETATTR + ENUM + b"j\x00\x00\x00\x00\x86R.",
+            "flash",
+        ),
+        "a name from the memo, protocol 0": (
+            NAME + b"p0\n0" + GETATTR + ENUM + b"g0\n\x86R.",
+            "flash",
+        ),
+        "the arguments from the memo": (
+            ENUM + b"X\x05\x00\x00\x00smash\x86q\x000" + GETATTR + b"h\x00R.",
+            "smash",
+        ),
         "a name that is no text": (GETATTR + ENUM + b"C\x05flash\x86R.", "getattr"),
         "a default": (GETATTR + ENUM + NAME + b"K\x01\x87R.", "getattr"),
         "one argument": (GETATTR + ENUM + b"\x85R.", "getattr"),
@@ -94,9 +131,12 @@ def test_members_of_every_enumeration(protocol):
         "changed": (GETATTR + b"}b.", "getattr"),
         "hasattr": (b"c__builtin__\nhasattr\n" + ENUM + NAME + b"\x86R.", "hasattr"),
     }.values(),
-)  # fmt: skip
+)
 def test_nothing_else_goes_through_getattr(pickled, called):
-    for content in (b"\x80\x02" + pickled, b"\x80\x04" + pickled.replace(b"__builtin__", b"builtins")):
+    for content in (
+        b"\x80\x02" + pickled,
+        b"\x80\x04" + pickled.replace(b"__builtin__", b"builtins"),
+    ):
         if called:
             assert any(called in call for call in calls(content)), calls(content)
             with pytest.raises(UnsafeCheckpoint):
@@ -107,15 +147,24 @@ def test_nothing_else_goes_through_getattr(pickled, called):
 
 def test_a_member_beside_something_hostile_is_no_excuse():
     member = GETATTR + ENUM + NAME + b"\x86R"
-    assert calls(b"\x80\x02]" + member + b"acposix\nsystem\nX\x01\x00\x00\x00x\x85Ra.") == ["posix.system('x')"]
+    assert calls(b"\x80\x02]" + member + b"acposix\nsystem\nX\x01\x00\x00\x00x\x85Ra.") == [
+        "posix.system('x')"
+    ]
 
 
 def test_the_samples_name_what_they_are_kept_for():
     def names(path: str) -> set[str]:
-        texts = [argument for _, argument, _ in pickletools.genops((SAMPLES / path / ".metadata").read_bytes()) if isinstance(argument, str)]
+        texts = [
+            argument
+            for _, argument, _ in pickletools.genops((SAMPLES / path / ".metadata").read_bytes())
+            if isinstance(argument, str)
+        ]
         return {text for text in texts if text in ("getattr", "SavePlan", "MCoreSavePlan")}
 
-    assert names(GENUINE[0]) == {"SavePlan", "getattr"} and names(GENUINE[-1]) == {"MCoreSavePlan", "getattr"}
+    assert names(GENUINE[0]) == {"SavePlan", "getattr"} and names(GENUINE[-1]) == {
+        "MCoreSavePlan",
+        "getattr",
+    }
     assert not (SAMPLES / GENUINE[2] / "common.pt").exists()
 
 
@@ -131,9 +180,15 @@ def test_genuine_checkpoints_are_sound_and_read_as_torch_reads_them(name):
     reader = dcp.FileSystemReader(SAMPLES / name)
     stored = reader.read_metadata().state_dict_metadata
     for tensor in checkpoint.tensors:
-        expected = {tensor.name: torch.empty(stored[tensor.name].size, dtype=stored[tensor.name].properties.dtype)}
+        expected = {
+            tensor.name: torch.empty(
+                stored[tensor.name].size, dtype=stored[tensor.name].properties.dtype
+            )
+        }
         dcp.load(expected, storage_reader=reader, no_dist=True)
-        assert torch.equal(torch.from_numpy(read_tensor(checkpoint, tensor)), expected[tensor.name]), tensor.name
+        assert torch.equal(
+            torch.from_numpy(read_tensor(checkpoint, tensor)), expected[tensor.name]
+        ), tensor.name
 
 
 def test_what_debians_python_wrote_for_torch_save():
@@ -148,7 +203,11 @@ def test_tensors_in_a_plain_pickle_as_transformer_engine_has_them(compressed):
     """In its ``_extra_state``: torch.storage._load_from_bytes(what torch.save wrote)."""
     import torch
 
-    state = {"scale_fwd": torch.ones(3), "amax_history_fwd": torch.zeros(4, 2), "extra_fp8_variables": {"num_gemms": 1}}
+    state = {
+        "scale_fwd": torch.ones(3),
+        "amax_history_fwd": torch.zeros(4, 2),
+        "extra_fp8_variables": {"num_gemms": 1},
+    }
     content = pickle.dumps(state, 4)
     assert b"_load_from_bytes" in content and torch_archive.scan_bare(content, "x") == []
     evil = io.BytesIO()
@@ -182,14 +241,19 @@ def test_every_dtype_of_torch_is_known_with_its_size():
 
     known = DTYPE_BYTES | restricted_pickle.OTHER_DTYPE_BYTES
     dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    assert {str(dtype).removeprefix("torch."): dtype.itemsize for dtype in dtypes}.items() <= known.items()
+    assert {
+        str(dtype).removeprefix("torch."): dtype.itemsize for dtype in dtypes
+    }.items() <= known.items()
 
 
 def test_state_that_megatron_core_019_keeps_in_the_index():
     found = identify(SAMPLES / GENUINE[2])
     assert "saved after iteration 3" in found.notes
     report = verify(SAMPLES / GENUINE[2])
-    assert "the state that is not sharded is in the index, as Megatron-Core 0.19 writes it" in report.checked
+    assert (
+        "the state that is not sharded is in the index, as Megatron-Core 0.19 writes it"
+        in report.checked
+    )
 
 
 def test_a_checkpoint_without_that_state_is_damaged(tmp_path):
@@ -207,17 +271,26 @@ def test_a_megatron_bridge_checkpoint_becomes_a_nemo2_one(tmp_path):
     convert(source, tmp_path / "nemo2", "nemo2", tokenizer=source / "tokenizer")
     assert verify(tmp_path / "nemo2", deep=True).sound
     found = identify(tmp_path / "nemo2")
-    assert found.architecture == identify(source).architecture and found.architecture.family == "Llama"
+    assert (
+        found.architecture == identify(source).architecture and found.architecture.family == "Llama"
+    )
     for tensor in identify(source).tensors:
         both = []
         for directory, prefix in ((source, ""), (tmp_path / "nemo2" / "weights", "module.")):
-            both.append({prefix + tensor.name: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))})
+            both.append(
+                {
+                    prefix + tensor.name: torch.empty(
+                        tensor.shape, dtype=getattr(torch, tensor.dtype)
+                    )
+                }
+            )
             dcp.load(both[-1], storage_reader=dcp.FileSystemReader(directory), no_dist=True)
         assert torch.equal(*(value for state in both for value in state.values())), tensor.name
 
 
 def test_trust_goes_on_past_a_name_that_is_not_on_the_list(tmp_path, capsys, monkeypatch):
-    """A harmless name of a later writer, or worse: it is printed, nothing of it is run, and what is written does not have it."""
+    """A harmless name of a later writer, or worse: it is printed, nothing of it is run, and what is
+    written does not have it."""
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     source = SAMPLES / GENUINE[0]
     convert(source, tmp_path / "nemo2", "nemo2", tokenizer=source / "tokenizer")
@@ -233,6 +306,8 @@ def test_trust_goes_on_past_a_name_that_is_not_on_the_list(tmp_path, capsys, mon
     made = bridge(tmp_path / "nemo2", tmp_path / "view", trust=True)
     printed = capsys.readouterr()
     assert "builtins.print('executed')" in printed.err and "executed" not in printed.out
-    assert b"print" not in (made / "model_weights" / ".metadata").read_bytes() and verify(made).sound
+    assert (
+        b"print" not in (made / "model_weights" / ".metadata").read_bytes() and verify(made).sound
+    )
     convert(tmp_path / "nemo2", tmp_path / "nemo1", "nemo1", trust=True)
     assert b"print" not in (tmp_path / "nemo1" / "model_weights" / ".metadata").read_bytes()

@@ -5,38 +5,83 @@ import pytest
 from workshop_utils.checkpoints.formats import safe_text
 
 GENUINE = [
-    "nemo.collections.llm.gpt.model.llama.LlamaModel", "nemo.collections.llm.gpt.model.llama.Llama31Config8B",
-    "nemo.collections.llm.gpt.model.base.default_layer_spec", "nemo.collections.llm.gpt.model.base.gpt_forward_step",
-    "nemo.collections.llm.gpt.model.gemma2.gemma2_layer_spec", "nemo.collections.llm.fn.activation.openai_gelu",
-    "nemo.collections.llm.peft.lora.LoRA", "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-    "nemo.lightning.pytorch.optim.megatron.MegatronOptimizerModule", "nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler",
-    "nemo.lightning.io.artifact.hf_auto.from_pretrained", "nemo.lightning.io.artifact.file.DirOrStringArtifact",
-    "megatron.core.transformer.enums.AttnBackend", "megatron.core.optimizer.optimizer_config.OptimizerConfig",
-    "megatron.core.optimizer.OptimizerConfig", "megatron.core.distributed.distributed_data_parallel_config.DistributedDataParallelConfig",
-    "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider", "megatron.bridge.training.config.ConfigContainer",
-    "torch.nn.functional.silu", "torch.bfloat16", "torch.nn.init.normal_", "functools.partial",
-    "transformers.generation.configuration_utils.GenerationConfig", "nemo.collections.llm.gpt.model.qwen3.Qwen3Config30B_A3B",
-    "nemo.collections.llm.t5.model.t5.T5Model", "nemo.collections.llm.gpt.data.packed_sequence.PackedSequenceSpecs",
-    "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer", "megatron.core.optimizer.OptimizerConfig",
-    "nemo.lightning.pytorch.plugins.mixed_precision.MegatronMixedPrecision", "megatron.core.transformer.enums.AttnBackend.auto",
-    "nemo.lightning.pytorch.strategies.megatron_strategy.MegatronStrategy", "nemo.lightning.pytorch.strategies.MegatronStrategy",
-    "nemo.lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint", "nemo.lightning.pytorch.callbacks.ModelCheckpoint",
-]  # fmt: skip
+    "nemo.collections.llm.gpt.model.llama.LlamaModel",
+    "nemo.collections.llm.gpt.model.llama.Llama31Config8B",
+    "nemo.collections.llm.gpt.model.base.default_layer_spec",
+    "nemo.collections.llm.gpt.model.base.gpt_forward_step",
+    "nemo.collections.llm.gpt.model.gemma2.gemma2_layer_spec",
+    "nemo.collections.llm.fn.activation.openai_gelu",
+    "nemo.collections.llm.peft.lora.LoRA",
+    "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+    "nemo.lightning.pytorch.optim.megatron.MegatronOptimizerModule",
+    "nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler",
+    "nemo.lightning.io.artifact.hf_auto.from_pretrained",
+    "nemo.lightning.io.artifact.file.DirOrStringArtifact",
+    "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.optimizer.OptimizerConfig",
+    "megatron.core.distributed.distributed_data_parallel_config.DistributedDataParallelConfig",
+    "megatron.bridge.models.llama.llama_provider.Llama3ModelProvider",
+    "megatron.bridge.training.config.ConfigContainer",
+    "torch.nn.functional.silu",
+    "torch.bfloat16",
+    "torch.nn.init.normal_",
+    "functools.partial",
+    "transformers.generation.configuration_utils.GenerationConfig",
+    "nemo.collections.llm.gpt.model.qwen3.Qwen3Config30B_A3B",
+    "nemo.collections.llm.t5.model.t5.T5Model",
+    "nemo.collections.llm.gpt.data.packed_sequence.PackedSequenceSpecs",
+    "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",
+    "megatron.core.optimizer.OptimizerConfig",
+    "nemo.lightning.pytorch.plugins.mixed_precision.MegatronMixedPrecision",
+    "megatron.core.transformer.enums.AttnBackend.auto",
+    "nemo.lightning.pytorch.strategies.megatron_strategy.MegatronStrategy",
+    "nemo.lightning.pytorch.strategies.MegatronStrategy",
+    "nemo.lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "nemo.lightning.pytorch.callbacks.ModelCheckpoint",
+]
 
 FOREIGN = [
-    "torch.load", "torch.hub.load", "torch.jit.load", "torch.nn.functional.silu.__globals__", "torch.utils.data.DataLoader",
-    "torch.utils.cpp_extension.load", "torch.utils.collect_env.run", "subprocess.run", "subprocess.Popen", "builtins.eval", "builtins.exec",
-    "os.system", "nemo.collections.llm.api.import_ckpt", "nemo.collections.llm.api.finetune", "nemo.collections.llm.utils.factory",
-    "nemo.lightning.io.mixin.load", "nemo.lightning.io.mixin.pickle_load", "nemo.lightning.io.artifact.pickle.PickleArtifact",
-    "nemo.utils.app_state.AppState", "nemo.core.connectors.save_restore_connector.SaveRestoreConnector",
-    "nemo.collections.asr.parts.utils.os.system", "nemo.collections.llm.gpt.model.base.os.system", "megatron.core.utils.os.system",
-    "nemo.collections.llm.gpt.model.base.GPTModel.load_from_checkpoint", "nemo.collections.llm.gpt.model.base.torch.load",
-    "megatron.core.dist_checkpointing.serialization.load", "transformers.AutoModel.from_pretrained", "transformers.pipeline",
-    "transformers.dynamic_module_utils.get_class_from_dynamic_module", "numpy.load", "pickle.loads", "nemo", "", "torch.bfloat16\nos.system",
+    "torch.load",
+    "torch.hub.load",
+    "torch.jit.load",
+    "torch.nn.functional.silu.__globals__",
+    "torch.utils.data.DataLoader",
+    "torch.utils.cpp_extension.load",
+    "torch.utils.collect_env.run",
+    "subprocess.run",
+    "subprocess.Popen",
+    "builtins.eval",
+    "builtins.exec",
+    "os.system",
+    "nemo.collections.llm.api.import_ckpt",
+    "nemo.collections.llm.api.finetune",
+    "nemo.collections.llm.utils.factory",
+    "nemo.lightning.io.mixin.load",
+    "nemo.lightning.io.mixin.pickle_load",
+    "nemo.lightning.io.artifact.pickle.PickleArtifact",
+    "nemo.utils.app_state.AppState",
+    "nemo.core.connectors.save_restore_connector.SaveRestoreConnector",
+    "nemo.collections.asr.parts.utils.os.system",
+    "nemo.collections.llm.gpt.model.base.os.system",
+    "megatron.core.utils.os.system",
+    "nemo.collections.llm.gpt.model.base.GPTModel.load_from_checkpoint",
+    "nemo.collections.llm.gpt.model.base.torch.load",
+    "megatron.core.dist_checkpointing.serialization.load",
+    "transformers.AutoModel.from_pretrained",
+    "transformers.pipeline",
+    "transformers.dynamic_module_utils.get_class_from_dynamic_module",
+    "numpy.load",
+    "pickle.loads",
+    "nemo",
+    "",
+    "torch.bfloat16\nos.system",
     # Through what a module imports; each was found on a list that named packages.
     "nemo.collections.llm.gpt.model.base.torch.utils.cpp_extension.subprocess.Popen",
-    "nemo.lightning.pytorch.callbacks.model_checkpoint.shutil.zipfile.ZipFile", "transformers.models.auto.os.subprocess.Popen",
-    "nemo.collections.llm.peft.lora.torch.jit.CompilationUnit", "megatron.core.transformer.module.torch.classes.Config.load",
+    "nemo.lightning.pytorch.callbacks.model_checkpoint.shutil.zipfile.ZipFile",
+    "transformers.models.auto.os.subprocess.Popen",
+    "nemo.collections.llm.peft.lora.torch.jit.CompilationUnit",
+    "megatron.core.transformer.module.torch.classes.Config.load",
     # Classes of NeMo that read a pickle, make directories, call or fetch what they are told.
     "nemo.collections.common.tokenizers.tabular_tokenizer.TabularTokenizer",
     "nemo.lightning.pytorch.callbacks.memory_profiler.MemoryProfileCallback",
@@ -46,8 +91,10 @@ FOREIGN = [
     "nemo.collections.llm.gpt.model.hf_llama_embedding.LlamaBidirectionalModel",
     "nemo.collections.llm.gpt.model.llama.HFLlamaImporter",
     "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
-    "Torch.load", "nemo.collections.llm.gpt.model..Config", "functools.partial.__call__",
-]  # fmt: skip
+    "Torch.load",
+    "nemo.collections.llm.gpt.model..Config",
+    "functools.partial.__call__",
+]
 
 
 @pytest.mark.parametrize("name", GENUINE)
@@ -66,7 +113,10 @@ def test_other_ways_to_name_something():
     tree = {
         "target": "os.system",
         "tokenizer": {"_target_": GENUINE[7], "trust_remote_code": True},
-        "base": {"tokenizer": {"library": "tabular", "vocab_file": "nemo:a.pkl"}, "library": "${x}"},
+        "base": {
+            "tokenizer": {"library": "tabular", "vocab_file": "nemo:a.pkl"},
+            "library": "${x}",
+        },
         "partial": {"_target_": "functools.partial", "_args_": [{"_target_": "os.system"}]},
         "list": {"_target_": ["os.system"]},
         "object": {"type": "pyref", "module": "os", "name": "system"},
@@ -83,11 +133,18 @@ def test_other_ways_to_name_something():
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("megatron_gpt_model.MegatronGPTModel", True), ("megatron_gpt_sft_model.MegatronGPTSFTModel", True),
-                        ("megatron_gpt_prompt_learning_model.MegatronGPTPromptLearningModel", False), ("megatron_gpt_model.os.system", False)]
-)  # fmt: skip
+    ("name", "known"),
+    [
+        ("megatron_gpt_model.MegatronGPTModel", True),
+        ("megatron_gpt_sft_model.MegatronGPTSFTModel", True),
+        ("megatron_gpt_prompt_learning_model.MegatronGPTPromptLearningModel", False),
+        ("megatron_gpt_model.os.system", False),
+    ],
+)
 def test_the_class_that_nemo_1_makes_of_a_file(name, known):
-    found = safe_text.foreign_targets({"target": f"nemo.collections.nlp.models.language_modeling.{name}"})
+    found = safe_text.foreign_targets(
+        {"target": f"nemo.collections.nlp.models.language_modeling.{name}"}
+    )
     assert bool(found) is not known
 
 
@@ -101,15 +158,33 @@ def leaf(value):
 
 
 def test_what_io_json_would_do_without_naming_it():
-    """As fiddle reads it: the names of arguments come from the metadata, and NeMo unpickles an object with a single item."""
-    names = {"type": pyref("builtins.tuple"), "items": [["Index(index=0)", "a"], ["Index(index=1)", leaf("trust_remote_code")]]}
-    described = {"type": pyref("fiddle._src.config.BuildableTraverserMetadata"), "metadata": None,
-                 "items": [["x", pyref(GENUINE[7])], ["x", {"type": "ref", "key": "names"}]]}  # fmt: skip
-    config = {"type": pyref("fiddle._src.config.Config"), "items": [["x", "b"], ["Attr(name='use_fast')", leaf(True)]],
-              "metadata": {"type": "ref", "key": "described"}}  # fmt: skip
+    """As fiddle reads it: the names of arguments come from the metadata, and NeMo unpickles an
+    object with a single item."""
+    names = {
+        "type": pyref("builtins.tuple"),
+        "items": [["Index(index=0)", "a"], ["Index(index=1)", leaf("trust_remote_code")]],
+    }
+    described = {
+        "type": pyref("fiddle._src.config.BuildableTraverserMetadata"),
+        "metadata": None,
+        "items": [["x", pyref(GENUINE[7])], ["x", {"type": "ref", "key": "names"}]],
+    }
+    config = {
+        "type": pyref("fiddle._src.config.Config"),
+        "items": [["x", "b"], ["Attr(name='use_fast')", leaf(True)]],
+        "metadata": {"type": "ref", "key": "described"},
+    }
     pickled = {"type": pyref(GENUINE[0]), "items": [["", leaf("../a.pkl")]], "metadata": None}
-    tree = {"root": {}, "objects": {"names": names, "described": described, "config": config, "model": pickled,
-                                    "odd": {"type": "pyref?", "module": "os", "name": "system"}}}  # fmt: skip
+    tree = {
+        "root": {},
+        "objects": {
+            "names": names,
+            "described": described,
+            "config": config,
+            "model": pickled,
+            "odd": {"type": "pyref?", "module": "os", "name": "system"},
+        },
+    }
     assert safe_text.foreign_targets(tree) == [
         ("objects.config", "trust_remote_code=True"),
         ("objects.model", f"the pickle ../a.pkl, to make {GENUINE[0]} of it"),
@@ -120,12 +195,23 @@ def test_what_io_json_would_do_without_naming_it():
 
 
 def test_other_meanings_of_the_words():
-    tree = {"target": "attention_qkv", "dataset": {"target": 3}, "tokenizer": {"trust_remote_code": False, "library": "sentencepiece"}, "type": "pyramid"}
+    tree = {
+        "target": "attention_qkv",
+        "dataset": {"target": 3},
+        "tokenizer": {"trust_remote_code": False, "library": "sentencepiece"},
+        "type": "pyramid",
+    }
     assert safe_text.foreign_targets(tree) == []
 
 
 def test_sound_texts_are_read():
-    assert safe_text.parse_yaml(b"a: &x [1, 2.5e-05]\nb: *x\nc: {d: null, 'e': \"f\", 1: yes}\n", "x") == {
-        "a": [1, 2.5e-05], "b": [1, 2.5e-05], "c": {"d": None, "e": "f", 1: True},
-    }  # fmt: skip
-    assert safe_text.parse_json(b'{"a": [Infinity, "\\ud83d\\ude00"]}', "x") == {"a": [float("inf"), "\U0001f600"]}
+    assert safe_text.parse_yaml(
+        b"a: &x [1, 2.5e-05]\nb: *x\nc: {d: null, 'e': \"f\", 1: yes}\n", "x"
+    ) == {
+        "a": [1, 2.5e-05],
+        "b": [1, 2.5e-05],
+        "c": {"d": None, "e": "f", 1: True},
+    }
+    assert safe_text.parse_json(b'{"a": [Infinity, "\\ud83d\\ude00"]}', "x") == {
+        "a": [float("inf"), "\U0001f600"]
+    }

@@ -1,4 +1,5 @@
-"""What torch.save writes, read without torch: byte ranges, Lightning checkpoints, Megatron-Core's common.pt."""
+"""What torch.save writes, read without torch: byte ranges, Lightning checkpoints, Megatron-Core's
+common.pt."""
 
 import argparse
 import collections
@@ -29,10 +30,17 @@ def elements(content: bytes, found: torch_archive.SavedTensor) -> torch.Tensor:
 def test_the_bytes_are_those_of_the_elements():
     base = torch.randn(6, 4)
     state = {
-        "whole": base, "row": base[2], "rows": base[1:3], "scalar": torch.tensor(7), "half": torch.randn(5).to(torch.bfloat16),
-        "flags": torch.tensor([True, False]), "parameter": torch.nn.Parameter(torch.randn(3, 2)), "one wide": torch.randn(3, 1).T,
-        "double": torch.randn(2, dtype=torch.float64), "tied": base,
-    }  # fmt: skip
+        "whole": base,
+        "row": base[2],
+        "rows": base[1:3],
+        "scalar": torch.tensor(7),
+        "half": torch.randn(5).to(torch.bfloat16),
+        "flags": torch.tensor([True, False]),
+        "parameter": torch.nn.Parameter(torch.randn(3, 2)),
+        "one wide": torch.randn(3, 1).T,
+        "double": torch.randn(2, dtype=torch.float64),
+        "tied": base,
+    }
     file = saved(state)
     found = torch_archive.read_tensors(file, "x")
     assert set(found) == set(state)
@@ -43,7 +51,16 @@ def test_the_bytes_are_those_of_the_elements():
 
 
 @pytest.mark.parametrize(
-    "name", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "uint16", "uint32", "complex64", "complex128"]
+    "name",
+    [
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "uint16",
+        "uint32",
+        "complex64",
+        "complex128",
+    ],
 )
 def test_dtypes_that_are_stored_in_another_way(name):
     dtype = getattr(torch, name)
@@ -51,22 +68,38 @@ def test_dtypes_that_are_stored_in_another_way(name):
     file = saved({"a": tensor, "row": tensor[1]})
     found = torch_archive.read_tensors(file, "x")
     assert [(part.shape, part.dtype) for part in found.values()] == [((3, 4), name), ((4,), name)]
-    assert torch.equal(elements(file.getvalue(), found["row"]).view(torch.uint8), tensor[1].view(torch.uint8))
+    assert torch.equal(
+        elements(file.getvalue(), found["row"]).view(torch.uint8), tensor[1].view(torch.uint8)
+    )
 
 
 def test_views_without_one_range_of_bytes():
     base = torch.randn(6, 4)
-    state = {"turned": base.T, "columns": base[:, 1:3], "expanded": base[0].expand(3, 4), "every other": base[::2]}
+    state = {
+        "turned": base.T,
+        "columns": base[:, 1:3],
+        "expanded": base[0].expand(3, 4),
+        "every other": base[::2],
+    }
     found = torch_archive.read_tensors(saved(state), "x")
-    assert {name: (tensor.shape, tensor.contiguous, tensor.start) for name, tensor in found.items()} == {
-        "turned": ((4, 6), False, None), "columns": ((6, 2), False, None), "expanded": ((3, 4), False, None),
+    assert {
+        name: (tensor.shape, tensor.contiguous, tensor.start) for name, tensor in found.items()
+    } == {
+        "turned": ((4, 6), False, None),
+        "columns": ((6, 2), False, None),
+        "expanded": ((3, 4), False, None),
         "every other": ((3, 4), False, None),
-    }  # fmt: skip
+    }
 
 
 def test_empty_tensors():
-    found = torch_archive.read_tensors(saved({"a": torch.zeros(0, 3), "b": torch.zeros(3, 0).T}), "x")
-    assert [(tensor.shape, tensor.length) for tensor in found.values()] == [((0, 3), 0), ((0, 3), 0)]
+    found = torch_archive.read_tensors(
+        saved({"a": torch.zeros(0, 3), "b": torch.zeros(3, 0).T}), "x"
+    )
+    assert [(tensor.shape, tensor.length) for tensor in found.values()] == [
+        ((0, 3), 0),
+        ((0, 3), 0),
+    ]
 
 
 def test_a_faulty_tensor_is_reported_and_the_others_are_read():
@@ -92,13 +125,24 @@ def test_a_faulty_tensor_that_is_the_whole_file():
 def test_a_lightning_checkpoint():
     state = {"layer": torch.ones(2, 2), "nested": {"deeper": torch.zeros(3)}}
     checkpoint = {
-        "epoch": 3, "pytorch-lightning_version": "2.4.0", "state_dict": state, "hyper_parameters": collections.OrderedDict(a=1),
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.98)}]}],
-    }  # fmt: skip
+        "epoch": 3,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": state,
+        "hyper_parameters": collections.OrderedDict(a=1),
+        "optimizer_states": [
+            {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.98)}]}
+        ],
+    }
     found = torch_archive.read_state(saved(checkpoint), "x")
-    shapes = {tensor.name: tensor.shape for tensor in saved_tensors.tensors(found["state_dict"], "x")}
+    shapes = {
+        tensor.name: tensor.shape for tensor in saved_tensors.tensors(found["state_dict"], "x")
+    }
     assert shapes == {"layer": (2, 2), "nested.deeper": (3,)}
-    assert (found["pytorch-lightning_version"], found["epoch"], found["hyper_parameters"]) == ("2.4.0", 3, {"a": 1})
+    assert (found["pytorch-lightning_version"], found["epoch"], found["hyper_parameters"]) == (
+        "2.4.0",
+        3,
+        {"a": 1},
+    )
     assert found["optimizer_states"][0]["state"][0]["exp_avg"].shape == (2,)
     assert found["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.98)}]
 
@@ -110,13 +154,16 @@ class Mine:
 
 def test_a_foreign_name_is_reported_and_the_rest_is_read(capsys):
     faults = []
-    found = torch_archive.read_state(saved({"state_dict": {"a": torch.ones(2)}, "mine": Mine()}), "x.ckpt", faults.append)
+    found = torch_archive.read_state(
+        saved({"state_dict": {"a": torch.ones(2)}, "mine": Mine()}), "x.ckpt", faults.append
+    )
     assert list(found["state_dict"]) == ["a"]
     assert repr(found["mine"]) == "__builtin__.print(...)"
     assert [type(fault) for fault in faults] == [UnsafeCheckpoint]
-    assert "x.ckpt is a pickle that would call __builtin__.print when it is loaded (__builtin__.print('executed'))" in str(
-        faults[0]
-    )
+    assert (
+        "x.ckpt is a pickle that would call __builtin__.print when it is loaded "
+        "(__builtin__.print('executed'))"
+    ) in str(faults[0])
     assert torch_archive.scan(saved({"mine": Mine()}), "x") == ["__builtin__.print('executed')"]
     assert capsys.readouterr().out == ""
 
@@ -128,18 +175,35 @@ def test_the_plain_values_of_a_state():
     from omegaconf import OmegaConf
 
     value = {
-        "args": argparse.Namespace(layers=2, names=["a"], dtype=torch.bfloat16), "iteration": 10, "none": None, "bytes": b"x", "empty": b"",
-        "set": {1}, "size": torch.Size((1, 2)), "default": collections.defaultdict(list, a=[1]), "random": random.Random(1).getstate(),
-    }  # fmt: skip
+        "args": argparse.Namespace(layers=2, names=["a"], dtype=torch.bfloat16),
+        "iteration": 10,
+        "none": None,
+        "bytes": b"x",
+        "empty": b"",
+        "set": {1},
+        "size": torch.Size((1, 2)),
+        "default": collections.defaultdict(list, a=[1]),
+        "random": random.Random(1).getstate(),
+    }
     odd = {
-        "path": pathlib.PurePosixPath("/a"), "array": numpy.arange(3), "scalar": numpy.float32(1), "file": io.BytesIO(b"abc"),
-        "config": OmegaConf.create({"a": [1]}), "device": torch.device("cpu"), "version": torch.__version__,
-    }  # fmt: skip
+        "path": pathlib.PurePosixPath("/a"),
+        "array": numpy.arange(3),
+        "scalar": numpy.float32(1),
+        "file": io.BytesIO(b"abc"),
+        "config": OmegaConf.create({"a": [1]}),
+        "device": torch.device("cpu"),
+        "version": torch.__version__,
+    }
     found = torch_archive.read_state(saved(value | odd), "x")
     assert found["args"] == {"layers": 2, "names": ["a"], "dtype": "torch.bfloat16"}
     assert {name: found[name] for name in value if name not in ("args", "set", "random")} == {
-        "iteration": 10, "none": None, "bytes": b"x", "empty": b"", "size": (1, 2), "default": {"a": [1]},
-    }  # fmt: skip
+        "iteration": 10,
+        "none": None,
+        "bytes": b"x",
+        "empty": b"",
+        "size": (1, 2),
+        "default": {"a": [1]},
+    }
     assert found["set"] == [1]
     assert found["random"] == value["random"]
     assert all(isinstance(found[name], torch_archive.Named) for name in odd)
@@ -156,26 +220,40 @@ def test_enumerations_of_megatron():
     from megatron.core.transformer.enums import AttnBackend
 
     found = torch_archive.read_state(saved({"backend": AttnBackend.fused}), "x")
-    by_value, by_name = f"({AttnBackend.fused.value})", ".fused"  # Python 3.11.0 to 3.11.4 write the name
-    assert repr(found["backend"]).removeprefix("megatron.core.transformer.enums.AttnBackend") in (by_value, by_name)
+    by_value, by_name = (
+        f"({AttnBackend.fused.value})",
+        ".fused",
+    )  # Python 3.11.0 to 3.11.4 write the name
+    assert repr(found["backend"]).removeprefix("megatron.core.transformer.enums.AttnBackend") in (
+        by_value,
+        by_name,
+    )
 
 
 def test_weights_in_an_archive_compressed_with_gzip(tmp_path):
     plain = hostile_files.tar(
-        ("./model_config.yaml", b"a: 1\n"), ("./model_weights.ckpt", saved({"a": torch.arange(9.0)}).getvalue())
+        ("./model_config.yaml", b"a: 1\n"),
+        ("./model_weights.ckpt", saved({"a": torch.arange(9.0)}).getvalue()),
     )
     path = tmp_path / "a.nemo"
     path.write_bytes(gzip.compress(plain))
     with nemo_archive.open_member(path, "model_weights.ckpt") as file:
         found = torch_archive.read_tensors(file, "x")["a"]
         file.seek(found.start)
-        assert torch.equal(torch.frombuffer(bytearray(file.read(found.length)), dtype=torch.float32), torch.arange(9.0))
+        assert torch.equal(
+            torch.frombuffer(bytearray(file.read(found.length)), dtype=torch.float32),
+            torch.arange(9.0),
+        )
 
 
 def test_zeros_may_compress_well(tmp_path):
     """A ratio that would be a bomb's, of a file that is small all the same."""
     path = tmp_path / "a.nemo"
     path.write_bytes(
-        gzip.compress(hostile_files.tar(("model_config.yaml", b"a: 1\n"), ("model_weights.ckpt", bytes(30_000_000))))
+        gzip.compress(
+            hostile_files.tar(
+                ("model_config.yaml", b"a: 1\n"), ("model_weights.ckpt", bytes(30_000_000))
+            )
+        )
     )
     assert nemo_archive.members(path)[1].size == 30_000_000

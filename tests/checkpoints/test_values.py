@@ -28,9 +28,13 @@ def test_every_tensor_of_a_distributed_checkpoint(originals, flavour):
             for layer in range(samples.LAYERS):
                 right = samples.weight(short, layer, flavour).float().numpy()
                 numpy.testing.assert_array_equal(found[layer].astype("float32"), right)
-                numpy.testing.assert_array_equal(values.read_tensor(checkpoint, tensor, layer).astype("float32"), right)
+                numpy.testing.assert_array_equal(
+                    values.read_tensor(checkpoint, tensor, layer).astype("float32"), right
+                )
         else:
-            numpy.testing.assert_array_equal(found.astype("float32"), samples.weight(short, None, flavour).float().numpy())
+            numpy.testing.assert_array_equal(
+                found.astype("float32"), samples.weight(short, None, flavour).float().numpy()
+            )
 
 
 def test_one_layer_reads_only_its_bytes(originals, monkeypatch):
@@ -38,7 +42,9 @@ def test_one_layer_reads_only_its_bytes(originals, monkeypatch):
     tensor = tensors(checkpoint)["module.decoder.layers.mlp.linear_fc1.weight"]
     read = []
     genuine = values.read_chunk
-    monkeypatch.setattr(values, "read_chunk", lambda c, t, chunk: read.append(chunk) or genuine(c, t, chunk))
+    monkeypatch.setattr(
+        values, "read_chunk", lambda c, t, chunk: read.append(chunk) or genuine(c, t, chunk)
+    )
     values.read_tensor(checkpoint, tensor, 1)
     assert [chunk.offsets[0] for chunk in read] == [1]
 

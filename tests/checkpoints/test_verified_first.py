@@ -1,4 +1,5 @@
-"""Whatever takes a checkpoint verifies it first: commands, functions, directories and overrides that name more than one. --trust is explicit."""
+"""Whatever takes a checkpoint verifies it first: commands, functions, directories and overrides
+that name more than one. --trust is explicit."""
 
 import json
 import os
@@ -17,7 +18,12 @@ from workshop_utils.checkpoints.convert.bridge import bridge
 from workshop_utils.checkpoints.convert.huggingface import export_huggingface, import_checkpoint
 from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.cli import main
-from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint, WorkshopError
+from workshop_utils.core.errors import (
+    DamagedCheckpoint,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+    WorkshopError,
+)
 from workshop_utils.inference.evaluate import evaluate
 from workshop_utils.inference.generate import as_peft, load
 from workshop_utils.inference.nemo1_engine import NemoModel, ask_nemo
@@ -63,7 +69,9 @@ def base(root):
     directory = root / "base"
     tokenizer = make_tiny_model(root / "tokenizer")
     write_sharded(directory / "model_weights")
-    (directory / "model_config.yaml").write_text(yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}}))
+    (directory / "model_config.yaml").write_text(
+        yaml.safe_dump({"tokenizer": {"type": str(tokenizer)}})
+    )
     return directory
 
 
@@ -77,7 +85,9 @@ def evil_base(base):
 @pytest.fixture
 def adapter(root):
     """A .nemo adapter that is sound but for what its configuration names."""
-    config = adapters.config_of(adapters.GQA) | {"optim": {"_target_": "os.system", "command": "echo executed"}}
+    config = adapters.config_of(adapters.GQA) | {
+        "optim": {"_target_": "os.system", "command": "echo executed"}
+    }
     return adapters.write_adapter(root / "a.nemo", config, adapters.tensors_of(adapters.GQA))
 
 
@@ -85,7 +95,9 @@ def adapter(root):
 def cut_model(root):
     """A Hugging Face model that lost its last bytes."""
     directory = make_tiny_model(root / "cut")
-    os.truncate(directory / "model.safetensors", (directory / "model.safetensors").stat().st_size - 1)
+    os.truncate(
+        directory / "model.safetensors", (directory / "model.safetensors").stat().st_size - 1
+    )
     return directory
 
 
@@ -128,7 +140,9 @@ def test_finetune(root, evil_base, adapter, capsys):
     words = [f"model.restore_from_path={evil_base}"]
     with pytest.raises(UnsafeCheckpoint, match=r"common\.pt.*exec"):
         make_plan(words, data=rows)
-    assert make_plan(words, data=rows, trust=True).overrides["model.restore_from_path"] == str(evil_base)
+    assert make_plan(words, data=rows, trust=True).overrides["model.restore_from_path"] == str(
+        evil_base
+    )
     torch.save({}, evil_base / "model_weights" / "common.pt")
     make_plan(words, data=rows)
     with pytest.raises(UnsafeCheckpoint, match=r"a\.nemo.*os\.system"):
@@ -174,10 +188,13 @@ def test_evaluate(root, cut_model, adapter):
 
 @pytest.mark.parametrize("other", ["adapter_config.json", "context/model.yaml"])
 def test_a_directory_of_two_formats(root, originals, other):
-    """transformers follows an adapter_config.json to another base; the doctor looks for NeMo first."""
+    """transformers follows an adapter_config.json to another base; the doctor looks for NeMo
+    first."""
     model = make_tiny_model(root / "hf")
     if other == "adapter_config.json":
-        (model / other).write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(root / "elsewhere")}))
+        (model / other).write_text(
+            json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(root / "elsewhere")})
+        )
     else:
         shutil.copytree(originals / "plain", model, dirs_exist_ok=True)
     rows = write_rows(root / "rows.jsonl", 2)
@@ -186,25 +203,43 @@ def test_a_directory_of_two_formats(root, originals, other):
     with pytest.raises(WorkshopError):
         evaluate(model, None, rows, rows, root / "out")
     if other != "adapter_config.json":
-        with pytest.raises(UnsupportedCheckpoint, match="is a NeMo 2.0 directory.*would be loaded here is a Hugging Face model"):
+        with pytest.raises(
+            UnsupportedCheckpoint,
+            match="is a NeMo 2.0 directory.*would be loaded here is a Hugging Face model",
+        ):
             import_checkpoint(model, root / "out")
         (model / "adapter_config.json").write_text("{}")
-        with pytest.raises(UnsupportedCheckpoint, match="would be loaded here is a Hugging Face PEFT"):
+        with pytest.raises(
+            UnsupportedCheckpoint, match="would be loaded here is a Hugging Face PEFT"
+        ):
             as_peft(model)
 
 
-@pytest.mark.parametrize("run, key", [
-    *((run, key) for run in (make_plan, predict)
-      for key in ("++model.restore_from_path", "model.peft.restore_from_path", "++model.peft.restore_from_path")),
-    (make_plan, "+exp_manager.resume_from_checkpoint"),
-    (predict, "model.peft.restore_from_ckpt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "run, key",
+    [
+        *(
+            (run, key)
+            for run in (make_plan, predict)
+            for key in (
+                "++model.restore_from_path",
+                "model.peft.restore_from_path",
+                "++model.peft.restore_from_path",
+            )
+        ),
+        (make_plan, "+exp_manager.resume_from_checkpoint"),
+        (predict, "model.peft.restore_from_ckpt"),
+    ],
+)
 def test_other_spellings_of_what_is_loaded(root, base, evil_base, run, key):
     rows = write_rows(root / "train.jsonl")
     with pytest.raises(WorkshopError, match=r"exec|ends up as"):
         words = [f"{key}='{evil_base}'"]
         if key.endswith("ckpt"):
-            torch.save({"state_dict": {}, "pytorch-lightning_version": "2.4.0", "a": Evil()}, root / "a.ckpt")
+            torch.save(
+                {"state_dict": {}, "pytorch-lightning_version": "2.4.0", "a": Evil()},
+                root / "a.ckpt",
+            )
             words = [f"{key}.checkpoint_dir={root}", f"{key}.checkpoint_name=a.ckpt"]
         run([f"model.restore_from_path={base}", *words], data=rows)
 
@@ -214,5 +249,10 @@ def test_a_module_that_peft_would_import(root):
 
     save_file({}, root / "adapter_model.safetensors")
     for name, count in (("antigravity", 1), ("megatron.core", 0)):
-        (root / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "megatron_core": name}))
-        assert len([finding for finding in verify(root).findings if "antigravity" in str(finding)]) == count
+        (root / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": 4, "megatron_core": name})
+        )
+        assert (
+            len([finding for finding in verify(root).findings if "antigravity" in str(finding)])
+            == count
+        )

@@ -34,7 +34,8 @@ def checkpoint(originals, tmp_path, monkeypatch, request):
 
 @pytest.fixture
 def gpu(originals, tmp_path, monkeypatch):
-    """The one as a GPU writes it: bfloat16, not tied, objects and optimizer state beside the weights."""
+    """The one as a GPU writes it: bfloat16, not tied, objects and optimizer state beside the
+    weights."""
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     return Path(shutil.copytree(originals / "gpu", tmp_path / "gpu"))
 
@@ -53,7 +54,8 @@ def rewrite_index(checkpoint: Path, change) -> None:
 
 
 def rewrite_values(checkpoint: Path, name: str, layer: int | None, change) -> None:
-    """Apply ``change`` to the tensor of one chunk, and save it as torch.distributed.checkpoint did, in the same place."""
+    """Apply ``change`` to the tensor of one chunk, and save it as torch.distributed.checkpoint did,
+    in the same place."""
     chunk = chunk_of(checkpoint, name, layer)
     with (checkpoint / "weights" / chunk.file).open("r+b") as file:
         file.seek(chunk.start)
@@ -89,12 +91,18 @@ def test_a_genuine_checkpoint_is_sound(checkpoint):
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp"])
 def test_a_missing_shard(checkpoint, name):
-    held = {(tensor.name, chunk.offsets[0] if "layers" in tensor.name else None)
-            for tensor in nemo2.read(checkpoint).tensors.values() for chunk in tensor.chunks if chunk.file == name}  # fmt: skip
+    held = {
+        (tensor.name, chunk.offsets[0] if "layers" in tensor.name else None)
+        for tensor in nemo2.read(checkpoint).tensors.values()
+        for chunk in tensor.chunks
+        if chunk.file == name
+    }
     (checkpoint / "weights" / name).unlink()
     report = verify(checkpoint)
     assert held
-    assert sum("is missing" in str(finding) for finding in report.findings) == 1, "a file is named once"
+    assert sum("is missing" in str(finding) for finding in report.findings) == 1, (
+        "a file is named once"
+    )
     assert found(report, None, name, "is missing")
     for tensor, layer in held:
         assert found(report, tensor, "not whole is")
@@ -105,13 +113,19 @@ def test_a_missing_shard(checkpoint, name):
 def test_a_truncated_shard(checkpoint, fraction):
     shard = checkpoint / "weights" / "__0_0.distcp"
     end = int(shard.stat().st_size * fraction)
-    cut = {tensor.name for tensor in nemo2.read(checkpoint).tensors.values() for chunk in tensor.chunks
-           if chunk.file == shard.name and chunk.start + chunk.length > end}  # fmt: skip
+    cut = {
+        tensor.name
+        for tensor in nemo2.read(checkpoint).tensors.values()
+        for chunk in tensor.chunks
+        if chunk.file == shard.name and chunk.start + chunk.length > end
+    }
     os.truncate(shard, end)
     report = verify(checkpoint)
     assert {finding.tensor for finding in report.findings} >= cut
     assert all(found(report, tensor, "not whole is") for tensor in cut)
-    assert sum("cut off" in str(finding) for finding in report.findings) == 1, "a file is named once"
+    assert sum("cut off" in str(finding) for finding in report.findings) == 1, (
+        "a file is named once"
+    )
     assert found(report, None, "__0_0.distcp", "cut off")
     assert not any("longer than" in note for note in report.notes)
 
@@ -132,9 +146,15 @@ def test_overlapping_byte_ranges(gpu):
     other = chunk_of(gpu, FC2, 1)
 
     def change(index):
-        key = next(key for key in index.storage_data if key.fqn == FC2 and tuple(key.offset) == (0, 0, 0))
+        key = next(
+            key for key in index.storage_data if key.fqn == FC2 and tuple(key.offset) == (0, 0, 0)
+        )
         place = index.storage_data[key]
-        place.relative_path, place.offset, place.length = other.file, other.start + 64, other.length - 64
+        place.relative_path, place.offset, place.length = (
+            other.file,
+            other.start + 64,
+            other.length - 64,
+        )
 
     rewrite_index(gpu, change)
     report = verify(gpu)
@@ -249,9 +269,21 @@ def test_a_shard_of_the_same_size_from_another_save(checkpoint, tmp_path):
         ({"num_layers": 10**12}, None, ("states 1,000,000,000,000 layers",)),
         ({"hidden_size": 64}, NORM, ("[32]", "has to be [64]", "model.yaml")),
         ({"ffn_hidden_size": 96}, FC2, ("has to be [2, 32, 96]",)),
-        ({"num_query_groups": 4}, "module.decoder.layers.self_attention.linear_qkv.weight", ("has to be [2, 144, 32]",)),
-        ({"kv_channels": 8}, "module.decoder.layers.self_attention.linear_proj.weight", ("has to be [2, 32, 32]",)),
-        ({"vocab_size": 1000}, "module.embedding.word_embeddings.weight", ("384 rows", "a vocabulary of 1,000")),
+        (
+            {"num_query_groups": 4},
+            "module.decoder.layers.self_attention.linear_qkv.weight",
+            ("has to be [2, 144, 32]",),
+        ),
+        (
+            {"kv_channels": 8},
+            "module.decoder.layers.self_attention.linear_proj.weight",
+            ("has to be [2, 32, 32]",),
+        ),
+        (
+            {"vocab_size": 1000},
+            "module.embedding.word_embeddings.weight",
+            ("384 rows", "a vocabulary of 1,000"),
+        ),
         ({"num_attention_heads": "four"}, None, ("num_attention_heads",)),
     ],
 )
@@ -283,7 +315,11 @@ def test_a_model_that_is_not_tied_needs_its_output_layer(gpu):
             '{"sharded_backend": "torch_dist", "sharded_backend_version": 7}',
             ("torch_dist' 7", "known are torch_dist 1"),
         ),
-        ("weights/metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": [1]}', ("torch_dist' [1]",)),
+        (
+            "weights/metadata.json",
+            '{"sharded_backend": "torch_dist", "sharded_backend_version": [1]}',
+            ("torch_dist' [1]",),
+        ),
         ("weights/common.pt", None, ("common.pt is missing",)),
         ("weights/common.pt", "junk", ("common.pt",)),
         ("weights/.metadata", None, (".metadata is missing",)),
@@ -348,7 +384,8 @@ def test_a_configuration_that_names_something_foreign(gpu, name):
 
 
 def test_what_a_fine_tuning_run_names_is_not_foreign(gpu):
-    """The names in io.json and model.yaml of a run of llm.finetune with LoRA on SQuAD, beside those of the samples (NeMo 2.4.1)."""
+    """The names in io.json and model.yaml of a run of llm.finetune with LoRA on SQuAD, beside those
+    of the samples (NeMo 2.4.1)."""
     path = gpu / "context" / "io.json"
     names = [
         "nemo.lightning.pytorch.callbacks.preemption.PreemptionCallback",
@@ -356,10 +393,23 @@ def test_what_a_fine_tuning_run_names_is_not_foreign(gpu):
         "nemo.collections.llm.gpt.data.squad.SquadDataModule",
         "nemo.collections.llm.peft.lora.LoRA",
     ]
-    entries = [{"type": "pyref", "module": name.rpartition(".")[0], "name": name.rpartition(".")[2]} for name in names]
-    path.write_text(json.dumps({"objects": entries, "canonical_mapping": {"_target_": "collections.defaultdict"}}))
+    entries = [
+        {"type": "pyref", "module": name.rpartition(".")[0], "name": name.rpartition(".")[2]}
+        for name in names
+    ]
+    path.write_text(
+        json.dumps(
+            {"objects": entries, "canonical_mapping": {"_target_": "collections.defaultdict"}}
+        )
+    )
     assert verify(gpu).findings == []
-    entries.append({"type": "pyref", "module": "nemo.collections.llm.gpt.data.hf_dataset", "name": "HFDatasetDataModule"})
+    entries.append(
+        {
+            "type": "pyref",
+            "module": "nemo.collections.llm.gpt.data.hf_dataset",
+            "name": "HFDatasetDataModule",
+        }
+    )
     path.write_text(json.dumps({"objects": entries}))
     assert isinstance(verify(gpu).worst, UnsafeCheckpoint)
 
@@ -394,8 +444,13 @@ from workshop_utils.checkpoints.verify.verify import verify
 assert verify(sys.argv[1]).findings == []
 print(sorted({path.rpartition("/")[2] for path in opened if sys.argv[1] in path}))
 print(sorted({"torch", "numpy", "nemo", "megatron", "transformers", "tqdm"} & set(sys.modules)))
-"""
-    done = subprocess.run([sys.executable, "-c", code, originals / "plain"], capture_output=True, text=True, check=True)
+"""  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", code, originals / "plain"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     names, modules = map(json.loads, done.stdout.replace("'", '"').splitlines())
     assert {".metadata", "common.pt", "model.yaml"} <= set(names)
     assert not [name for name in names if name.endswith(".distcp")]
@@ -403,7 +458,8 @@ print(sorted({"torch", "numpy", "nemo", "megatron", "transformers", "tqdm"} & se
 
 
 def test_beside_objects_no_tensor_is_read(gpu):
-    """Objects in the shards are pickles and are looked into; the bytes of tensors could be anything."""
+    """Objects in the shards are pickles and are looked into; the bytes of tensors could be
+    anything."""
     index = nemo2.read(gpu)
     assert index.objects
     for tensor in index.tensors.values():
@@ -420,7 +476,10 @@ def test_the_command(gpu, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("sound: gpu, ")
     assert main(["verify", str(gpu), "--write-manifest"]) == 0
     assert "manifest: gpu.manifest.json" in capsys.readouterr().out
-    assert main(["verify", str(gpu), "--manifest", str(gpu.with_name("gpu.manifest.json")), "--deep"]) == 0
+    assert (
+        main(["verify", str(gpu), "--manifest", str(gpu.with_name("gpu.manifest.json")), "--deep"])
+        == 0
+    )
     capsys.readouterr()
     (gpu / "weights" / "__0_0.distcp").unlink()
     assert main(["verify", str(gpu), "--json"]) == 1

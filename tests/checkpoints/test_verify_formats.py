@@ -1,4 +1,5 @@
-"""Damage to Hugging Face models, PEFT and NeMo adapters, .nemo archives and GGUF files is found and named."""
+"""Damage to Hugging Face models, PEFT and NeMo adapters, .nemo archives and GGUF files is found and
+named."""
 
 import io
 import json
@@ -28,7 +29,8 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """One random Llama, as one file (``whole``), in parts (``parts``) and as torch saved it (``bin``)."""
+    """One random Llama, as one file (``whole``), in parts (``parts``) and as torch saved it
+    (``bin``)."""
     from transformers import AutoModelForCausalLM
 
     directory = tmp_path_factory.mktemp("hf")
@@ -80,8 +82,12 @@ def test_a_truncated_safetensors_file(model):
     file = path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
     report = verify(path)
-    last = max(json.loads(file.read_bytes()[8 : 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]]).items(),
-               key=lambda item: item[1].get("data_offsets", [0, 0])[1])[0]  # fmt: skip
+    last = max(
+        json.loads(
+            file.read_bytes()[8 : 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]]
+        ).items(),
+        key=lambda item: item[1].get("data_offsets", [0, 0])[1],
+    )[0]
     assert found(report, last, "cut off")
 
 
@@ -105,7 +111,9 @@ def test_overlapping_ranges_of_safetensors(model):
     rewrite_header(path / "model.safetensors", change)
     report = verify(path)
     assert any(
-        "overlap" in str(finding) and DOWN in str(finding) and "layers.0.mlp.down_proj" in str(finding)
+        "overlap" in str(finding)
+        and DOWN in str(finding)
+        and "layers.0.mlp.down_proj" in str(finding)
         for finding in report.findings
     )
 
@@ -114,8 +122,13 @@ def test_a_shape_that_the_configuration_contradicts(model):
     path = model("whole")
     rewrite_json(path / "config.json", lambda config: config.update(intermediate_size=256))
     assert found(verify(path), DOWN, "[64, 128]", "has to be [64, 256]")
-    rewrite_json(path / "config.json", lambda config: config.update(intermediate_size=128, num_hidden_layers=3))
-    assert found(verify(path), "model.layers.*.mlp.down_proj.weight", "is missing in layer 2", "3 layers")
+    rewrite_json(
+        path / "config.json",
+        lambda config: config.update(intermediate_size=128, num_hidden_layers=3),
+    )
+    assert found(
+        verify(path), "model.layers.*.mlp.down_proj.weight", "is missing in layer 2", "3 layers"
+    )
 
 
 def test_one_layer_of_another_dtype(model):
@@ -187,7 +200,9 @@ def peft(root):
     from peft import LoraConfig, get_peft_model
 
     base = adapters.tiny_llama(adapters.GQA)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+    )
     adapted = get_peft_model(base, config)
     adapted.peft_config["default"].base_model_name_or_path = "somebody/a-model"
     # Without the look for the base on the Hub, which takes a while to give up.
@@ -211,8 +226,16 @@ def rewrite_state(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "tensor", "words"),
     [
-        (lambda state: state.pop(HALF.format("B")), HALF.format("B"), ("is missing; the other half",)),
-        (lambda state: state.update({HALF.format("A"): torch.zeros(3, 32)}), HALF.format("A"), ("[3, 32]", "r = 4")),
+        (
+            lambda state: state.pop(HALF.format("B")),
+            HALF.format("B"),
+            ("is missing; the other half",),
+        ),
+        (
+            lambda state: state.update({HALF.format("A"): torch.zeros(3, 32)}),
+            HALF.format("A"),
+            ("[3, 32]", "r = 4"),
+        ),
         (
             lambda state: [state.pop(HALF.format(half)) for half in "AB"],
             HALF.format("A").replace(".1.", ".*."),
@@ -223,7 +246,11 @@ def rewrite_state(path: Path, change) -> None:
             HALF.format("A")[17:],
             ("base_model.model",),
         ),
-        (lambda state: [state.pop(key) for key in list(state) if "down_proj" in key], None, ("names the module down_proj",)),
+        (
+            lambda state: [state.pop(key) for key in list(state) if "down_proj" in key],
+            None,
+            ("names the module down_proj",),
+        ),
     ],
 )
 def test_damaged_peft_adapters(peft, change, tensor, words):
@@ -235,20 +262,30 @@ def test_a_peft_configuration_that_disagrees(peft):
     rewrite_json(peft / "adapter_config.json", lambda config: config.update(r=8))
     assert found(verify(peft), HALF.format("A"), "r = 8")
     rewrite_json(
-        peft / "adapter_config.json", lambda config: config.update(rank_pattern={"q_proj": 4, "layers.0.mlp.down_proj": 4})
+        peft / "adapter_config.json",
+        lambda config: config.update(rank_pattern={"q_proj": 4, "layers.0.mlp.down_proj": 4}),
     )
     named = {finding.tensor for finding in verify(peft).findings}
-    assert named == {f"base_model.model.model.layers.1.mlp.down_proj.lora_{half}.weight" for half in "AB"}
-    rewrite_json(peft / "adapter_config.json", lambda config: config.update(r=4, rank_pattern={}, target_modules=["q_proj"]))
+    assert named == {
+        f"base_model.model.model.layers.1.mlp.down_proj.lora_{half}.weight" for half in "AB"
+    }
+    rewrite_json(
+        peft / "adapter_config.json",
+        lambda config: config.update(r=4, rank_pattern={}, target_modules=["q_proj"]),
+    )
     assert found(verify(peft), None, "down_proj", "does not name in target_modules")
 
 
 @pytest.fixture
 def lora(root):
-    """A LoRA adapter as the script path writes it, all targets; called with a change to its configuration and tensors."""
+    """A LoRA adapter as the script path writes it, all targets; called with a change to its
+    configuration and tensors."""
 
     def write(change=lambda config, state: None) -> Path:
-        config, state = adapters.config_of(adapters.GQA, adapters.ALL), adapters.tensors_of(adapters.GQA, adapters.ALL)
+        config, state = (
+            adapters.config_of(adapters.GQA, adapters.ALL),
+            adapters.tensors_of(adapters.GQA, adapters.ALL),
+        )
         change(config, state)
         return adapters.write_adapter(root / "lora.nemo", config, state)
 
@@ -265,12 +302,36 @@ OUT = "layers.1.self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight"
 @pytest.mark.parametrize(
     ("change", "tensor", "words"),
     [
-        (lambda config, state: state.pop(f"model.decoder.{OUT}"), OUT, ("layer 1, attention_qkv has no linear_out.weight",)),
-        (lambda config, state: state.update({f"model.decoder.{OUT}": torch.zeros(64, 3)}), OUT, ("[64, 3]", "[64, 4]")),
-        (lambda config, state: config.update(hidden_size=48), OUT.replace("out", "in"), ("asks for [4, 48]",)),
-        (lambda config, state: config.update(num_layers=3), None, ("layer 2 has no adapter for mlp_fc1",)),
-        (lambda config, state: config.update(num_layers=10**12), None, ("states 1,000,000,000,000 layers",)),
-        (lambda config, state: config["peft"]["lora_tuning"].update(adapter_dim=8), OUT, ("asks for [64, 8]",)),
+        (
+            lambda config, state: state.pop(f"model.decoder.{OUT}"),
+            OUT,
+            ("layer 1, attention_qkv has no linear_out.weight",),
+        ),
+        (
+            lambda config, state: state.update({f"model.decoder.{OUT}": torch.zeros(64, 3)}),
+            OUT,
+            ("[64, 3]", "[64, 4]"),
+        ),
+        (
+            lambda config, state: config.update(hidden_size=48),
+            OUT.replace("out", "in"),
+            ("asks for [4, 48]",),
+        ),
+        (
+            lambda config, state: config.update(num_layers=3),
+            None,
+            ("layer 2 has no adapter for mlp_fc1",),
+        ),
+        (
+            lambda config, state: config.update(num_layers=10**12),
+            None,
+            ("states 1,000,000,000,000 layers",),
+        ),
+        (
+            lambda config, state: config["peft"]["lora_tuning"].update(adapter_dim=8),
+            OUT,
+            ("asks for [64, 8]",),
+        ),
         (
             lambda config, state: config["peft"]["lora_tuning"].update(target_modules=["mlp_fc1"]),
             None,
@@ -285,7 +346,9 @@ def test_damaged_adapters_of_the_script_path(lora, change, tensor, words):
 def test_every_fault_of_an_adapter_is_named(lora):
     def change(config, state):
         for layer in range(2):
-            state.pop(f"model.decoder.layers.{layer}.mlp.adapter_layer.lora_4htoh_adapter.linear_in.weight")
+            state.pop(
+                f"model.decoder.layers.{layer}.mlp.adapter_layer.lora_4htoh_adapter.linear_in.weight"
+            )
         state[f"model.decoder.{OUT}"] = torch.zeros(64, 3)
 
     assert len(verify(lora(change)).findings) == 3
@@ -300,10 +363,16 @@ def test_parts_of_ranks_in_an_archive(root):
     assert verify(path).findings == []
     lacking = adapters.tensors_of(adapters.GQA, adapters.ALL)
     lacking.pop(f"model.decoder.{OUT}")
-    path = adapters.write_tar(root / "half.nemo", members | {"mp_rank_01/model_weights.ckpt": adapters.saved(lacking)})
+    path = adapters.write_tar(
+        root / "half.nemo", members | {"mp_rank_01/model_weights.ckpt": adapters.saved(lacking)}
+    )
     assert found(verify(path), f"model.decoder.{OUT}", "mp_rank_01/model_weights.ckpt has no")
     members.pop("mp_rank_01/model_weights.ckpt")
-    assert found(verify(adapters.write_tar(root / "one.nemo", members)), None, "lacks the part of tensor-parallel rank 1")
+    assert found(
+        verify(adapters.write_tar(root / "one.nemo", members)),
+        None,
+        "lacks the part of tensor-parallel rank 1",
+    )
 
 
 def base_tensors() -> dict[str, tuple[int, int]]:
@@ -317,7 +386,8 @@ def base_tensors() -> dict[str, tuple[int, int]]:
 
 @pytest.fixture
 def nemo2_adapter(root):
-    """A NeMo 2.0 adapter directory, written by torch.distributed.checkpoint; called with a change to its tensors."""
+    """A NeMo 2.0 adapter directory, written by torch.distributed.checkpoint; called with a change
+    to its tensors."""
 
     def write(change=lambda state: None) -> Path:
         import torch.distributed.checkpoint as dcp
@@ -358,14 +428,33 @@ QKV = "module.decoder.layers.self_attention.linear_qkv.adapter.linear_{}.weight"
 @pytest.mark.parametrize(
     ("change", "tensor", "words"),
     [
-        (lambda state: state.pop(QKV.format("out")), QKV.format("out"), ("is missing; the other half",)),
-        (lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}), QKV.format("out"), ("its base asks for [2, 96, 3]",)),
-        (lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}), QKV.format("in"), ("rank 3", "4")),
-        (lambda state: state.update({QKV.format("in"): torch.zeros(1, 4, 32)}), QKV.format("in"), ("not the 2 layers",)),
-        (lambda state: state.update({"module.decoder.final_layernorm.weight": torch.zeros(32)}), "module.decoder.final_layernorm.weight",
-         ("belongs to no adapter",)),
+        (
+            lambda state: state.pop(QKV.format("out")),
+            QKV.format("out"),
+            ("is missing; the other half",),
+        ),
+        (
+            lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}),
+            QKV.format("out"),
+            ("its base asks for [2, 96, 3]",),
+        ),
+        (
+            lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}),
+            QKV.format("in"),
+            ("rank 3", "4"),
+        ),
+        (
+            lambda state: state.update({QKV.format("in"): torch.zeros(1, 4, 32)}),
+            QKV.format("in"),
+            ("not the 2 layers",),
+        ),
+        (
+            lambda state: state.update({"module.decoder.final_layernorm.weight": torch.zeros(32)}),
+            "module.decoder.final_layernorm.weight",
+            ("belongs to no adapter",),
+        ),
     ],
-)  # fmt: skip
+)
 def test_damaged_nemo2_adapters(nemo2_adapter, change, tensor, words):
     assert found(verify(nemo2_adapter(change)), tensor, *words)
 
@@ -408,7 +497,10 @@ def test_a_lightning_checkpoint(root):
 def test_tied_tensors_of_torch_save_may_share_their_bytes(root, models):
     """Weights that are tied are stored once by torch.save."""
     weight = torch.randn(3, 4)
-    torch.save({"state_dict": {"a": weight, "b": weight}, "pytorch-lightning_version": "2.4.0"}, root / "tied.ckpt")
+    torch.save(
+        {"state_dict": {"a": weight, "b": weight}, "pytorch-lightning_version": "2.4.0"},
+        root / "tied.ckpt",
+    )
     assert verify(root / "tied.ckpt", deep=True).findings == []
 
 
@@ -417,7 +509,14 @@ def test_an_adapter_of_another_kind_than_lora_is_sound(root, scheme):
     """Its own rules are not known here, and that is said."""
     config = adapters.config_of(adapters.GQA)
     config["peft"]["peft_scheme"] = scheme
-    file = adapters.write_adapter(root / "a.nemo", config, {f"model.decoder.layers.{n}.adapter_layer.{scheme}.weight": torch.ones(4) for n in (0, 1)})
+    file = adapters.write_adapter(
+        root / "a.nemo",
+        config,
+        {f"model.decoder.layers.{n}.adapter_layer.{scheme}.weight": torch.ones(4) for n in (0, 1)},
+    )
     report = verify(file)
     assert report.sound
-    assert any(f"peft_scheme is {scheme}; the rules of lora are known here" in line for line in report.untold)
+    assert any(
+        f"peft_scheme is {scheme}; the rules of lora are known here" in line
+        for line in report.untold
+    )

@@ -1,4 +1,5 @@
-"""Megatron-Core loads common.pt and the objects of a distributed checkpoint without restriction: verify looks into each first."""
+"""Megatron-Core loads common.pt and the objects of a distributed checkpoint without restriction:
+verify looks into each first."""
 
 import io
 import pickle
@@ -38,9 +39,12 @@ def gpu(originals, tmp_path, monkeypatch):
 
 
 def replace_object(weights: Path, content: bytes) -> str:
-    """Put ``content`` behind the others of its file, as the object whose name ends with NAME; its name."""
+    """Put ``content`` behind the others of its file, as the object whose name ends with NAME; its
+    name."""
     metadata = pickle.loads((weights / ".metadata").read_bytes())
-    index, place = next((index, place) for index, place in metadata.storage_data.items() if NAME in index.fqn)
+    index, place = next(
+        (index, place) for index, place in metadata.storage_data.items() if NAME in index.fqn
+    )
     with (weights / place.relative_path).open("ab") as file:
         place.offset = file.tell()
         place.length = file.write(content)
@@ -51,7 +55,9 @@ def replace_object(weights: Path, content: bytes) -> str:
 SOUND = {
     "nothing": None,
     "buffer": io.BytesIO(b""),
-    "buffer with an archive": io.BytesIO(saved({"scale": torch.ones(2), "extra_fp8_variables": {"num_gemms": 3}})),
+    "buffer with an archive": io.BytesIO(
+        saved({"scale": torch.ones(2), "extra_fp8_variables": {"num_gemms": 3}})
+    ),
     "bytes of a pickle": as_tensor(pickle.dumps({"recipe": None})),
 }
 HOSTILE = {
@@ -81,7 +87,9 @@ def test_genuine_objects(gpu, way):
 @pytest.mark.parametrize("part", ["common.pt", "object", None])
 def test_in_a_nemo_archive(gpu, tmp_path, part):
     shutil.move(gpu / "weights", gpu / "model_weights")
-    config = {"target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"}
+    config = {
+        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"  # noqa: E501
+    }
     (gpu / "model_config.yaml").write_text(yaml.safe_dump(config))
     if part == "common.pt":
         torch.save({"a": Evil()}, gpu / "model_weights" / "common.pt")
@@ -90,6 +98,12 @@ def test_in_a_nemo_archive(gpu, tmp_path, part):
     with tarfile.open(tmp_path / "a.nemo", "w") as archive:
         for name in ("model_config.yaml", "model_weights"):
             archive.add(gpu / name, name)
-    unsafe = [str(finding) for finding in verify(tmp_path / "a.nemo").findings if isinstance(finding, UnsafeCheckpoint)]
+    unsafe = [
+        str(finding)
+        for finding in verify(tmp_path / "a.nemo").findings
+        if isinstance(finding, UnsafeCheckpoint)
+    ]
     assert len(unsafe) == bool(part)
-    assert all("exec(" in finding and "model_weights" in finding or NAME in finding for finding in unsafe)
+    assert all(
+        ("exec(" in finding and "model_weights" in finding) or NAME in finding for finding in unsafe
+    )

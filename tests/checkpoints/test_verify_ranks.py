@@ -1,4 +1,5 @@
-"""Checkpoints of Megatron: parts of four ranks that were not merged, and torch_dist directories that four ranks wrote."""
+"""Checkpoints of Megatron: parts of four ranks that were not merged, and torch_dist directories
+that four ranks wrote."""
 
 import shutil
 from pathlib import Path
@@ -42,7 +43,10 @@ def rewrite(ranks: Path, names: list[str], change) -> None:
 
 
 def found(report, tensor: str, *words: str) -> bool:
-    return any(finding.tensor == tensor and all(word in str(finding) for word in words) for finding in report.findings)
+    return any(
+        finding.tensor == tensor and all(word in str(finding) for word in words)
+        for finding in report.findings
+    )
 
 
 STAGE_1 = ["tp_rank_00_pp_rank_001", "tp_rank_01_pp_rank_001"]
@@ -55,7 +59,12 @@ def test_a_tensor_that_one_rank_lacks(ranks):
 
 def test_slices_of_different_shapes(ranks):
     rewrite(ranks, STAGE_1[1:], lambda state: state.update({QKV: state[QKV][:-1].clone()}))
-    assert found(verify(ranks), QKV, "is [47, 32]", "in tp_rank_01_pp_rank_001/model_weights.ckpt, but [48, 32]")
+    assert found(
+        verify(ranks),
+        QKV,
+        "is [47, 32]",
+        "in tp_rank_01_pp_rank_001/model_weights.ckpt, but [48, 32]",
+    )
 
 
 def test_slices_that_the_configuration_contradicts(ranks):
@@ -64,7 +73,11 @@ def test_slices_that_the_configuration_contradicts(ranks):
 
 
 def test_a_layer_that_a_stage_lacks(ranks):
-    rewrite(ranks, STAGE_1, lambda state: [state.pop(name) for name in list(state) if ".layers.1." in name])
+    rewrite(
+        ranks,
+        STAGE_1,
+        lambda state: [state.pop(name) for name in list(state) if ".layers.1." in name],
+    )
     assert found(verify(ranks), "decoder.layers.mlp.linear_fc2.weight", "layer 1 of stage 1")
 
 
@@ -76,4 +89,7 @@ def test_a_stage_without_the_final_norm(ranks):
 
 def test_a_part_that_is_missing(ranks):
     shutil.rmtree(ranks / STAGE_1[0])
-    assert any("tensor-parallel rank 0, pipeline-parallel rank 1" in str(finding) for finding in verify(ranks).findings)
+    assert any(
+        "tensor-parallel rank 0, pipeline-parallel rank 1" in str(finding)
+        for finding in verify(ranks).findings
+    )

@@ -25,7 +25,10 @@ def counts(found: Tensor) -> dict[tuple[int, ...], int]:
     cells = dict.fromkeys(itertools.product(*map(range, found.shape)), 0)
     for chunk in found.chunks:
         for cell in itertools.product(
-            *(range(start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True))
+            *(
+                range(start, start + size)
+                for start, size in zip(chunk.offsets, chunk.shape, strict=True)
+            )
         ):
             cells[cell] += 1
     return cells
@@ -43,7 +46,10 @@ def tilings(draw):
         for start, size in ((0, cut), (cut, sizes[axis] - cut)):
             if size:
                 boxes.append(
-                    ([*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]], [*sizes[:axis], size, *sizes[axis + 1 :]])
+                    (
+                        [*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]],
+                        [*sizes[:axis], size, *sizes[axis + 1 :]],
+                    )
                 )
     for change in draw(st.lists(st.sampled_from(["drop", "double", "move", "swap"]), max_size=3)):
         if not boxes:
@@ -77,16 +83,25 @@ def test_the_place_that_is_named_is_a_faulty_one(found):
 
 
 def test_the_layers_that_are_damaged_are_named():
-    boxes = [((layer, 0, column), (1, 6, 4)) for layer in range(40) for column in (0, 4) if (layer, column) != (17, 4)]
+    boxes = [
+        ((layer, 0, column), (1, 6, 4))
+        for layer in range(40)
+        for column in (0, 4)
+        if (layer, column) != (17, 4)
+    ]
     boxes[5] = boxes[4]
     found = faults((40, 6, 8), boxes)
     assert found == ["[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [17, 0:6, 4:8]"] or found == [
-        "[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [2, 0:6, 4:8]", "no chunk covers [17, 0:6, 4:8]",
-    ]  # fmt: skip
+        "[2, 0:6, 0:4] is in 2 chunks",
+        "no chunk covers [2, 0:6, 4:8]",
+        "no chunk covers [17, 0:6, 4:8]",
+    ]
 
 
 def test_a_chunk_that_sticks_out():
-    assert faults((4, 4), [((0, 0), (4, 4)), ((3, 3), (2, 1))]) == ["a chunk covers [3:5, 3], outside the shape"]
+    assert faults((4, 4), [((0, 0), (4, 4)), ((3, 3), (2, 1))]) == [
+        "a chunk covers [3:5, 3], outside the shape"
+    ]
 
 
 def test_the_sizes_that_cancel_out():
@@ -97,7 +112,9 @@ def test_the_sizes_that_cancel_out():
     assert faults((2, 4), boxes) == ["[0, 0:4] is in 2 chunks", "no chunk covers [1, 0:4]"]
 
 
-@pytest.mark.parametrize(("shape", "boxes"), [((), [((), ())]), ((0, 3), []), ((0, 3), [((0, 0), (0, 3))])])
+@pytest.mark.parametrize(
+    ("shape", "boxes"), [((), [((), ())]), ((0, 3), []), ((0, 3), [((0, 0), (0, 3))])]
+)
 def test_scalars_and_empty_tensors(shape, boxes):
     assert faults(shape, boxes) == []
 

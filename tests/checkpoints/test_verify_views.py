@@ -19,11 +19,17 @@ from workshop_utils.series import plots
 def numbered(tmp_path):
     """Two files; the layers are numbered in the names."""
     parts = {
-        "a.safetensors": {"model.layers.0.mlp.up.weight": (4, 2), "model.layers.1.mlp.up.weight": (4, 2), "model.norm.weight": (2,)},
+        "a.safetensors": {
+            "model.layers.0.mlp.up.weight": (4, 2),
+            "model.layers.1.mlp.up.weight": (4, 2),
+            "model.norm.weight": (2,),
+        },
         "b.safetensors": {"model.layers.1.mlp.down.weight": (2, 4), "<b>.weight": (1,)},
     }
     for file, shapes in parts.items():
-        save_file({name: numpy.zeros(shape, "float32") for name, shape in shapes.items()}, tmp_path / file)
+        save_file(
+            {name: numpy.zeros(shape, "float32") for name, shape in shapes.items()}, tmp_path / file
+        )
     names = {name: file for file, shapes in parts.items() for name in shapes}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (tmp_path / "config.json").write_text("{}")
@@ -32,7 +38,10 @@ def numbered(tmp_path):
 
 def test_layers_that_are_numbered(numbered):
     found = shard_map(numbered)
-    assert found.cells == {"a.safetensors": {0: 32, 1: 32, None: 8}, "b.safetensors": {1: 32, None: 4}}
+    assert found.cells == {
+        "a.safetensors": {0: 32, 1: 32, None: 8},
+        "b.safetensors": {1: 32, None: 4},
+    }
     assert (found.layers, found.mixed) == ((0, 1), [1])
     assert found.finding == "1 of 2 layers have weights in more than one of the 2 files."
 

@@ -37,8 +37,12 @@ def test_every_help_fits_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     found = list(parsers(build_parser()))
     assert len(found) > 20
-    assert [(one.prog, line) for one in found for line in one.format_help().splitlines() if len(line) > 80] == []
-
+    assert [
+        (one.prog, line)
+        for one in found
+        for line in one.format_help().splitlines()
+        if len(line) > 80
+    ] == []
 
 
 @pytest.mark.parametrize("words", [["models"], ["preflight"]])
@@ -53,14 +57,31 @@ def test_a_table_keeps_its_columns_where_no_terminal_is(monkeypatch, capsys):
     monkeypatch.delenv("COLUMNS", raising=False)
     main(["models"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["name", "parameters", "source", "size", "licence", "gated", "present"]
+    assert lines[0].split() == [
+        "name",
+        "parameters",
+        "source",
+        "size",
+        "licence",
+        "gated",
+        "present",
+    ]
 
 
-@pytest.mark.parametrize(("words", "meant"), [
-    ("inspct x", "inspect"), ("fintune a=b", "finetune"), ("models fech x", "fetch"), ("nim stge x", "stage"),
-    ("export x --to hf-pfet", "hf-peft"), ("conform x --reader vlm", "vllm"),
-    ("verify x --deeep", "--deep"), ("inspect x --tensor-s", "--tensors"), ("nim run --image a:1 --stroe x", "--store"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("inspct x", "inspect"),
+        ("fintune a=b", "finetune"),
+        ("models fech x", "fetch"),
+        ("nim stge x", "stage"),
+        ("export x --to hf-pfet", "hf-peft"),
+        ("conform x --reader vlm", "vllm"),
+        ("verify x --deeep", "--deep"),
+        ("inspect x --tensor-s", "--tensors"),
+        ("nim run --image a:1 --stroe x", "--store"),
+    ],
+)
 def test_the_right_word_for_a_mistyped_one(words, meant, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words.split())
@@ -78,41 +99,73 @@ def test_nothing_is_offered_for_what_is_like_nothing(capsys):
 @pytest.mark.parametrize("command", ["finetune", "predict"])
 def test_a_mistyped_option_before_overrides(command, capsys):
     assert main([command, "--dta", "x.jsonl", "model.restore_from_path=x"]) == 1
-    assert "unknown option --dta" in (said := capsys.readouterr().err) and "Did you mean --data?" in said
+    assert (
+        "unknown option --dta" in (said := capsys.readouterr().err)
+        and "Did you mean --data?" in said
+    )
 
 
-@pytest.mark.parametrize(("key", "meant"), [
-    ("+modle.restore_from_path", "model.restore_from_path"), ("++modle.restore_from_path", "model.restore_from_path"),
-    ("+trainer.max_step", "trainer.max_steps"), ("++trainer.max_step", "trainer.max_steps"),
-    ("+model.peft.lora_tuning.adpater_dim", "model.peft.lora_tuning.adapter_dim"), ("++trainer.max_stepz", "trainer.max_steps"), ("+trianer.new", "trainer.new"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("+modle.restore_from_path", "model.restore_from_path"),
+        ("++modle.restore_from_path", "model.restore_from_path"),
+        ("+trainer.max_step", "trainer.max_steps"),
+        ("++trainer.max_step", "trainer.max_steps"),
+        ("+model.peft.lora_tuning.adpater_dim", "model.peft.lora_tuning.adapter_dim"),
+        ("++trainer.max_stepz", "trainer.max_steps"),
+        ("+trianer.new", "trainer.new"),
+    ],
+)
 def test_a_mistyped_key_that_hydra_would_add(key, meant):
     for script in (SCRIPT, predictions.SCRIPT) if "lora" not in key else (SCRIPT,):
         with pytest.raises(WorkshopError, match=re.escape(f"Did you mean {meant},")):
             refuse_mistyped(script, {key: "1"})
 
 
-@pytest.mark.parametrize("key", ["+model.virtual_pipeline_model_parallel_size", "++model.seed", "+trainer.max_time", "+mine.own", "model.sed"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "+model.virtual_pipeline_model_parallel_size",
+        "++model.seed",
+        "+trainer.max_time",
+        "+mine.own",
+        "model.sed",
+    ],
+)
 def test_a_key_that_is_new_is_left_to_hydra(key):
     refuse_mistyped(SCRIPT, {key: "1"})
 
 
 @pytest.mark.parametrize("command", [["finetune", "--dry-run"], ["predict", "--data", "x.jsonl"]])
-@pytest.mark.parametrize(("word", "said"), [
-    ("modle.restore_from_path=x", "Did you mean model.restore_from_path?"),
-    ("+modle.restore_from_path=x", "Did you mean model.restore_from_path,"),
-    ("++model.restore_from_path=x", "Give model.restore_from_path as plain key=value, without +."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("modle.restore_from_path=x", "Did you mean model.restore_from_path?"),
+        ("+modle.restore_from_path=x", "Did you mean model.restore_from_path,"),
+        (
+            "++model.restore_from_path=x",
+            "Give model.restore_from_path as plain key=value, without +.",
+        ),
+    ],
+)
 def test_a_mistyped_base(command, word, said, capsys):
     assert main([*command, word]) == 1
     error = capsys.readouterr().err
     assert said in error and "is missing" not in error
 
 
-@pytest.mark.parametrize("command", [
-    ["import", "nope"], ["models", "fetch", "nope"], ["generate", "--model", "nope", "hi"], ["evaluate", "--model", "nope"],
-    ["serve", "--base", "nope"], ["recipe", "--hf_model_id", "nope", "--dry-run"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import", "nope"],
+        ["models", "fetch", "nope"],
+        ["generate", "--model", "nope", "hi"],
+        ["evaluate", "--model", "nope"],
+        ["serve", "--base", "nope"],
+        ["recipe", "--hf_model_id", "nope", "--dry-run"],
+    ],
+)
 def test_an_unknown_model_lists_those_that_there_are(command, capsys):
     assert main(command) != 0
     error = capsys.readouterr().err
@@ -121,12 +174,16 @@ def test_an_unknown_model_lists_those_that_there_are(command, capsys):
 
 def test_an_unknown_model_of_the_settings_says_where_it_stands(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKSHOP_MODEL", "smolm2-135m-instruct")
-    with pytest.raises(WorkshopError, match="^WORKSHOP_MODEL: .* Did you mean smollm2-135m-instruct"):
+    with pytest.raises(
+        WorkshopError, match="^WORKSHOP_MODEL: .* Did you mean smollm2-135m-instruct"
+    ):
         chosen_model()
     monkeypatch.delenv("WORKSHOP_MODEL")
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "manifest.yaml").write_bytes((ROOT / "models" / "manifest.yaml").read_bytes())
+    (tmp_path / "models" / "manifest.yaml").write_bytes(
+        (ROOT / "models" / "manifest.yaml").read_bytes()
+    )
     (tmp_path / "workshop.yaml").write_text("model: nope\n")
     with pytest.raises(WorkshopError, match=r"^workshop\.yaml, model: no model"):
         chosen_model()
@@ -136,34 +193,73 @@ def test_a_model_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "huggingface_model", lambda name: tmp_path / name)
     with pytest.raises(WorkshopError, match="`workshop models fetch llama-3.2-1b-instruct`"):
         directory("llama-3.2-1b-instruct", paths.huggingface_model)
-    with pytest.raises(WorkshopError, match="/nope does not exist: give the directory of a model, or a name from `workshop models`"):
+    with pytest.raises(
+        WorkshopError,
+        match="/nope does not exist: give the directory of a model, or a name from `workshop "
+        "models`",
+    ):
         directory("/nope")
 
 
-@pytest.mark.parametrize("words", [
-    "generate --adapter /nope hi", "generate --file /nope", "evaluate --adapter /nope --data {rows}", "evaluate --data /nope",
-    "evaluate --data {rows} --train /nope", "export /nope --to nemo", "nim stage /nope --name a", "serve --base {model} --store /nope",
-    "serve --base /nope", "convert {model} {out} --to nemo2 --tokenizer /nope", "predict --data {rows} model.restore_from_path=/nope",
-    "bridge /nope", "conform /nope --reader peft", "inspect /nope", "verify /nope", "migrate /nope", "recipe --config /nope",
-    "recipe --hf_model_id /nope --dry-run", "finetune model.restore_from_path=/nope",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --adapter /nope hi",
+        "generate --file /nope",
+        "evaluate --adapter /nope --data {rows}",
+        "evaluate --data /nope",
+        "evaluate --data {rows} --train /nope",
+        "export /nope --to nemo",
+        "nim stage /nope --name a",
+        "serve --base {model} --store /nope",
+        "serve --base /nope",
+        "convert {model} {out} --to nemo2 --tokenizer /nope",
+        "predict --data {rows} model.restore_from_path=/nope",
+        "bridge /nope",
+        "conform /nope --reader peft",
+        "inspect /nope",
+        "verify /nope",
+        "migrate /nope",
+        "recipe --config /nope",
+        "recipe --hf_model_id /nope --dry-run",
+        "finetune model.restore_from_path=/nope",
+    ],
+)
 def test_a_missing_path_is_named_before_anything_is_loaded(words, tmp_path, monkeypatch, capsys):
     model = make_tiny_model(tmp_path / "model")
-    monkeypatch.setattr("workshop_utils.cli.generate.model_directory", lambda *_: model, raising=False)
-    monkeypatch.setattr("workshop_utils.inference.generate.model_directory", lambda given=None: directory(given or model))
-    monkeypatch.setattr("workshop_utils.inference.generate.generate", lambda *_, **__: pytest.fail("it answers"))
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("a model is loaded"))
-    monkeypatch.setattr("workshop_utils.runtime.processes.run_quietly", lambda *_: pytest.fail("something is started"))
+    monkeypatch.setattr(
+        "workshop_utils.cli.generate.model_directory", lambda *_: model, raising=False
+    )
+    monkeypatch.setattr(
+        "workshop_utils.inference.generate.model_directory",
+        lambda given=None: directory(given or model),
+    )
+    monkeypatch.setattr(
+        "workshop_utils.inference.generate.generate", lambda *_, **__: pytest.fail("it answers")
+    )
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained",
+        lambda *_, **__: pytest.fail("a model is loaded"),
+    )
+    monkeypatch.setattr(
+        "workshop_utils.runtime.processes.run_quietly",
+        lambda *_: pytest.fail("something is started"),
+    )
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"input": "a", "output": "b"}\n')
-    assert main([word.format(rows=rows, model=model, out=tmp_path / "out") for word in words.split()]) != 0
+    assert (
+        main([word.format(rows=rows, model=model, out=tmp_path / "out") for word in words.split()])
+        != 0
+    )
     assert "/nope" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def lines_of_readme(start: str) -> list[list[str]]:
     """The README's command lines that begin with ``start``, as words, without their remarks."""
-    found = [shlex.split(line, comments=True) for line in README.splitlines() if line.startswith(start)]
+    found = [
+        shlex.split(line, comments=True) for line in README.splitlines() if line.startswith(start)
+    ]
     assert found
     return found
 
@@ -190,10 +286,16 @@ def test_one_store_for_all(tmp_path, monkeypatch, capsys):
     store = tmp_path / "runs" / "store"
     assert Nim(IMAGE).store == store
     parser = build_parser()
-    for words in (["nim", "stage", "x", "--name", "a"], ["nim", "run", "--image", IMAGE], ["nim", "compose", "--image", IMAGE]):
+    for words in (
+        ["nim", "stage", "x", "--name", "a"],
+        ["nim", "run", "--image", IMAGE],
+        ["nim", "compose", "--image", IMAGE],
+    ):
         assert parser.parse_args(words).store == store
     served = []
-    monkeypatch.setattr("workshop_utils.serving.server.server.Service", lambda *words: served.append(words[1]))
+    monkeypatch.setattr(
+        "workshop_utils.serving.server.server.Service", lambda *words: served.append(words[1])
+    )
     monkeypatch.setattr("workshop_utils.serving.server.server.run", lambda *_: None)
     for words in ([], ["--no-store"], ["--store", "other"]):
         assert main(["serve", "--base", "x", *words]) == 0
@@ -201,10 +303,16 @@ def test_one_store_for_all(tmp_path, monkeypatch, capsys):
 
 
 def test_migrate_drops_no_key(tmp_path, capsys):
-    (tmp_path / "b.yaml").write_text("model:\n  hidden_size: 65\n  ffn_hidden_size: 9\ntrainer:\n  max_steps: 5\n")
+    (tmp_path / "b.yaml").write_text(
+        "model:\n  hidden_size: 65\n  ffn_hidden_size: 9\ntrainer:\n  max_steps: 5\n"
+    )
     assert main(["migrate", str(tmp_path / "b.yaml")]) == 0
     said = capsys.readouterr().out
-    assert "model.config.hidden_size = 65" in said and "model.config.ffn_hidden_size = 9" in said and "max_steps=5" in said
+    assert (
+        "model.config.hidden_size = 65" in said
+        and "model.config.ffn_hidden_size = 9" in said
+        and "max_steps=5" in said
+    )
 
 
 @pytest.fixture
@@ -219,11 +327,17 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["precious", "notes.md", "hf", "hf/inside", ".", "notes.md/x"])
-@pytest.mark.parametrize("command", ["import {hf} --out {target} --overwrite", "convert {hf} {target} --to nemo2 --overwrite"])
+@pytest.mark.parametrize(
+    "command",
+    ["import {hf} --out {target} --overwrite", "convert {hf} {target} --to nemo2 --overwrite"],
+)
 def test_overwrite_replaces_checkpoints_alone(here, command, target, capsys):
     before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
     assert main(command.format(hf=here / "hf", target=here / target).split()) == 1
-    assert re.match(r"error: .*(exists and is no checkpoint|cannot lie inside|cannot be written)", capsys.readouterr().err)
+    assert re.match(
+        r"error: .*(exists and is no checkpoint|cannot lie inside|cannot be written)",
+        capsys.readouterr().err,
+    )
     assert {file: file.read_bytes() for file in here.rglob("*") if file.is_file()} == before
 
 
@@ -231,13 +345,24 @@ def test_overwrite_replaces_checkpoints_alone(here, command, target, capsys):
 def test_a_written_file_takes_no_strangers_place(here, action, capsys):
     command = ["nim", action, "--image", IMAGE, "--out"]
     assert main([*command, str(here / "notes.md")]) == 1
-    assert "was not written by this command" in capsys.readouterr().err and (here / "notes.md").read_text() == "mine"
-    assert main([*command, str(here / "nim.yaml")]) == 0 and main([*command, str(here / "nim.yaml"), "--gpus", "2"]) == 0
+    assert (
+        "was not written by this command" in capsys.readouterr().err
+        and (here / "notes.md").read_text() == "mine"
+    )
+    assert (
+        main([*command, str(here / "nim.yaml")]) == 0
+        and main([*command, str(here / "nim.yaml"), "--gpus", "2"]) == 0
+    )
 
 
-@pytest.mark.parametrize(("words", "meant"), [
-    ("conform x --raeder vllm", "--reader"), ("serve --bse x", "--base"), ("export x --too hf-peft", "--to"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("conform x --raeder vllm", "--reader"),
+        ("serve --bse x", "--base"),
+        ("export x --too hf-peft", "--to"),
+    ],
+)
 def test_a_mistyped_option_that_is_required(words, meant, capsys):
     with pytest.raises(SystemExit):
         main(words.split())
@@ -246,7 +371,11 @@ def test_a_mistyped_option_that_is_required(words, meant, capsys):
 
 def test_a_prompt_file_that_is_none(here, capsys):
     (here / "bin").write_bytes(b"\xff\xfe\x00")
-    for name, said in (("precious", "is not a file"), ("bin", "is not UTF-8 text"), ("nope", "does not exist")):
+    for name, said in (
+        ("precious", "is not a file"),
+        ("bin", "is not UTF-8 text"),
+        ("nope", "does not exist"),
+    ):
         assert main(["generate", "--file", str(here / name)]) == 1
         assert said in capsys.readouterr().err
 
@@ -258,6 +387,15 @@ def test_a_system_error_is_a_sentence(here, capsys):
     assert "Traceback" not in (error := capsys.readouterr().err) and error.startswith("error: ")
 
 
-@pytest.mark.parametrize("text", ["http://bob:secret@host:1", "http://bob:sec#ret@host:1", "http://bob:sec/ret@host", "http://bob:secret@[::1", "at http://a:secret@b: no"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://bob:secret@host:1",
+        "http://bob:sec#ret@host:1",
+        "http://bob:sec/ret@host",
+        "http://bob:secret@[::1",
+        "at http://a:secret@b: no",
+    ],
+)
 def test_no_password_of_a_proxy_is_shown(text):
     assert "sec" not in without_credentials(text) and "bob" not in without_credentials(text)

@@ -1,4 +1,5 @@
-"""Rows are checked with the line and the field named; rendering agrees with transformers token for token."""
+"""Rows are checked with the line and the field named; rendering agrees with transformers token for
+token."""
 
 import json
 
@@ -26,8 +27,12 @@ def test_renders_and_encodes_like_transformers(tokenizer_dir):
 
     reference, ours = AutoTokenizer.from_pretrained(tokenizer_dir), ChatTokenizer(tokenizer_dir)
     for turns, opening in ((CONVERSATION[:2], True), (CONVERSATION, False)):
-        assert ours.render(turns, opening) == reference.apply_chat_template(turns, tokenize=False, add_generation_prompt=opening)
-        assert ours.encode(ours.render(turns, opening)) == reference.apply_chat_template(turns, add_generation_prompt=opening)
+        assert ours.render(turns, opening) == reference.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=opening
+        )
+        assert ours.encode(ours.render(turns, opening)) == reference.apply_chat_template(
+            turns, add_generation_prompt=opening
+        )
 
 
 def test_prompt_ends_where_the_answer_begins(tokenizer_dir):
@@ -38,22 +43,33 @@ def test_prompt_ends_where_the_answer_begins(tokenizer_dir):
 
 def test_rendered_file_holds_prompt_and_answer_and_counts_tokens(tokenizer_dir, tmp_path):
     tokenizer = ChatTokenizer(tokenizer_dir)
-    rendered = render_file(write_rows(tmp_path / "rows.jsonl", 12), tokenizer, tmp_path / "out.jsonl")
+    rendered = render_file(
+        write_rows(tmp_path / "rows.jsonl", 12), tokenizer, tmp_path / "out.jsonl"
+    )
     lines = [json.loads(line) for line in rendered.path.read_text().splitlines()]
     lengths = [len(tokenizer.encode(line["input"] + line["output"])) + 1 for line in lines]
-    assert (rendered.rows, rendered.max_tokens, rendered.mean_tokens) == (12, max(lengths), sum(lengths) / 12)
+    assert (rendered.rows, rendered.max_tokens, rendered.mean_tokens) == (
+        12,
+        max(lengths),
+        sum(lengths) / 12,
+    )
     assert lines[3]["output"] == "it is 3"
 
 
 def test_rendering_removes_nemos_index_of_the_old_text(tokenizer_dir, tmp_path):
     (tmp_path / "out.jsonl.idx.npy").write_bytes(b"old")
-    render_file(write_rows(tmp_path / "rows.jsonl"), ChatTokenizer(tokenizer_dir), tmp_path / "out.jsonl")
+    render_file(
+        write_rows(tmp_path / "rows.jsonl"), ChatTokenizer(tokenizer_dir), tmp_path / "out.jsonl"
+    )
     assert not (tmp_path / "out.jsonl.idx.npy").exists()
 
 
 def test_input_and_output_become_messages(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": "b"}\n\n')
-    assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][1] == {"role": "assistant", "content": "b"}
+    assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][1] == {
+        "role": "assistant",
+        "content": "b",
+    }
 
 
 @pytest.mark.parametrize(
@@ -63,10 +79,22 @@ def test_input_and_output_become_messages(tmp_path):
         ("[]", "line 2: a list"),
         ('{"prompt": "x"}', "needs `messages`, or `input` and `output`; it has prompt"),
         ('{"messages": []}', "at least a user and an assistant"),
-        ('{"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": "y"}]}', "messages[0]"),
-        ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}', "`content` that is a text"),
+        (
+            (
+                '{"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": '
+                '"y"}]}'
+            ),
+            "messages[0]",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}',
+            "`content` that is a text",
+        ),
         ('{"input": "x", "output": " "}', "not empty"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}', "assistant's answer"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
+            "assistant's answer",
+        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, said):
@@ -76,7 +104,9 @@ def test_a_bad_row_is_named(tmp_path, line, said):
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("content, said", [(None, "does not exist"), (b"", "holds no rows"), (b"\xff\xfe", "not UTF-8")])
+@pytest.mark.parametrize(
+    "content, said", [(None, "does not exist"), (b"", "holds no rows"), (b"\xff\xfe", "not UTF-8")]
+)
 def test_a_bad_file_is_named(tmp_path, content, said):
     if content is not None:
         (tmp_path / "rows.jsonl").write_bytes(content)
@@ -98,11 +128,14 @@ def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
     assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
 
 
-@pytest.mark.parametrize("file, content, said", [
-    ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
-    ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
-    ("chat_template.jinja", "{% for %}", "is broken at line 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, content, said",
+    [
+        ("tokenizer.json", "{}", r"tokenizer\.json is no tokenizer"),
+        ("tokenizer.json", "{", r"tokenizer\.json is not JSON"),
+        ("chat_template.jinja", "{% for %}", "is broken at line 1"),
+    ],
+)
 def test_a_broken_tokenizer_is_named(tmp_path, file, content, said):
     directory = make_tiny_model(tmp_path / "hf")
     (directory / file).write_text(content)

@@ -1,4 +1,5 @@
-"""Names and values of a stranger's file are printed without what a terminal would obey, and cannot forge a line."""
+"""Names and values of a stranger's file are printed without what a terminal would obey, and cannot
+forge a line."""
 
 import json
 
@@ -22,12 +23,21 @@ def model(tmp_path, monkeypatch):
 
     def write(second: int) -> None:
         """Two tensors of one and ``second`` elements, in four bytes each."""
-        entries = {EVIL: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-                   f"{EVIL}.b": {"dtype": "F32", "shape": [second], "data_offsets": [4, 8]}}  # fmt: skip
+        entries = {
+            EVIL: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+            f"{EVIL}.b": {"dtype": "F32", "shape": [second], "data_offsets": [4, 8]},
+        }
         header = json.dumps(entries).encode()
-        (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        (path / "model.safetensors").write_bytes(
+            len(header).to_bytes(8, "little") + header + bytes(8)
+        )
 
-    config = {"model_type": EVIL, "transformers_version": EVIL, "quantization_config": {"quant_method": EVIL}, "torch_dtype": EVIL}
+    config = {
+        "model_type": EVIL,
+        "transformers_version": EVIL,
+        "quantization_config": {"quant_method": EVIL},
+        "torch_dtype": EVIL,
+    }
     (path / "config.json").write_text(json.dumps(config))
     (path / f"{EVIL}.py").write_text("")
     write(1)
@@ -35,11 +45,22 @@ def model(tmp_path, monkeypatch):
 
 
 def harmless(text: str) -> bool:
-    return all(line.isprintable() and not line.startswith("sound: forged") for line in text.split("\n"))
+    return all(
+        line.isprintable() and not line.startswith("sound: forged") for line in text.split("\n")
+    )
 
 
-@pytest.mark.parametrize("command", [["inspect"], ["inspect", "--tensors"], ["inspect", "--shards"], ["inspect", "--json"], ["verify"],
-                                     ["verify", "--json"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["inspect"],
+        ["inspect", "--tensors"],
+        ["inspect", "--shards"],
+        ["inspect", "--json"],
+        ["verify"],
+        ["verify", "--json"],
+    ],
+)
 @pytest.mark.parametrize("elements", [1, 2])
 def test_commands(model, capsys, command, elements):
     path, write = model

@@ -73,12 +73,24 @@ def test_no_sentence_is_shared():
     phrases = json.loads((paths.data_dir() / "ticket_phrases.json").read_text())
     seen = Counter()
     for split in SPLITS:
-        seen.update({text.lower() for group in phrases[split].values() for texts in group.values() for text in texts})
+        seen.update(
+            {
+                text.lower()
+                for group in phrases[split].values()
+                for texts in group.values()
+                for text in texts
+            }
+        )
     assert [text for text, count in seen.items() if count > 1] == []
 
 
 def test_a_label_is_not_written_into_the_ticket(rows):
-    assert not [row for split in SPLITS for row in rows[split] if re.search(r"\b(team|priority):", ticket(row).lower())]
+    assert not [
+        row
+        for split in SPLITS
+        for row in rows[split]
+        if re.search(r"\b(team|priority):", ticket(row).lower())
+    ]
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):

@@ -1,4 +1,5 @@
-"""Each reader as a function of bytes, for the fuzzers: whatever the bytes, only a WorkshopError may come out.
+"""Each reader as a function of bytes, for the fuzzers: whatever the bytes, only a WorkshopError may
+come out.
 
 Checksums that a random change would break, and with them the rest of the file, are put right first.
 """
@@ -31,7 +32,10 @@ def index(data: bytes) -> None:
     faults: list[CheckpointError] = []
     found = torch_dist.read_index(data, "weights", FILES, faults.append)
     for tensor in found.tensors.values():
-        assert all(0 <= chunk.start <= chunk.start + chunk.length <= FILES[chunk.file] for chunk in tensor.chunks)
+        assert all(
+            0 <= chunk.start <= chunk.start + chunk.length <= FILES[chunk.file]
+            for chunk in tensor.chunks
+        )
 
 
 def scan(data: bytes) -> None:
@@ -62,7 +66,13 @@ def _visit(value: object, length: int) -> None:
     """What a program does with a state: go through all of it."""
     if isinstance(value, torch_archive.SavedTensor) and value.contiguous:
         assert 0 <= value.start <= value.start + value.length <= length
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+    for item in (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    ):
         _visit(item, length)
 
 
@@ -104,7 +114,11 @@ def json(data: bytes) -> None:
 def safetensors(data: bytes) -> None:
     """A safetensors file; the length of its header is made right unless it begins with 0xFF."""
     if data[:1] != b"\xff" and len(data) > 8:
-        data = struct.pack("<Q", min(len(data) - 8, data.rfind(b"}") - 7)) + data[8:] if b"}" in data[8:] else data
+        data = (
+            struct.pack("<Q", min(len(data) - 8, data.rfind(b"}") - 7)) + data[8:]
+            if b"}" in data[8:]
+            else data
+        )
     _as_file(data, lambda path: huggingface.read_safetensors(path, lambda fault: None))
 
 
@@ -124,16 +138,20 @@ def _as_file(data: bytes, read: Callable[[Path], object]) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (index, scan, state, lightning, tar, yaml, json, safetensors, gguf_header)
+    target.__name__: target
+    for target in (index, scan, state, lightning, tar, yaml, json, safetensors, gguf_header)
 }
 
 
 def run(target: str, data: bytes) -> bool:
-    """Feed ``data`` to the reader; True if it took them. Everything but a WorkshopError comes out."""
+    """Feed ``data`` to the reader; True if it took them. Everything but a WorkshopError comes
+    out."""
     try:
         TARGETS[target](data)
     except WorkshopError as error:
         message = str(error)
-        assert len(message) < 5000 and message.encode() and "MemoryError" not in message, message[:500]
+        assert len(message) < 5000 and message.encode() and "MemoryError" not in message, message[
+            :500
+        ]
         return False
     return True

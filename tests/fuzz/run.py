@@ -1,4 +1,5 @@
-"""Coverage-guided fuzzing of one reader with atheris: ``run.py TARGET CORPUS [options of libFuzzer]``; see README.md."""
+"""Coverage-guided fuzzing of one reader with atheris: ``run.py TARGET CORPUS [options of
+libFuzzer]``; see README.md."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Genuine small files to start from: ``seeds.py DIRECTORY`` writes DIRECTORY/TARGET/NAME. Needs torch, safetensors and gguf."""
+"""Genuine small files to start from: ``seeds.py DIRECTORY`` writes DIRECTORY/TARGET/NAME. Needs
+torch, safetensors and gguf."""
 
 import argparse
 import io
@@ -25,10 +26,16 @@ def _index() -> bytes:
     entries, places = {}, {}
     for number, dtype in enumerate((torch.bfloat16, torch.float32)):
         name = f"module.decoder.layers.weight{number}"
-        chunks = [ChunkStorageMetadata(torch.Size((layer, 0)), torch.Size((1, 300))) for layer in range(2)]
-        entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size((2, 300)), chunks)
+        chunks = [
+            ChunkStorageMetadata(torch.Size((layer, 0)), torch.Size((1, 300))) for layer in range(2)
+        ]
+        entries[name] = TensorStorageMetadata(
+            TensorProperties(dtype=dtype), torch.Size((2, 300)), chunks
+        )
         for layer in range(2):
-            places[MetadataIndex(name, torch.Size((layer, 0)))] = _StorageInfo(f"__0_{layer}.distcp", number * 5000, 5000)
+            places[MetadataIndex(name, torch.Size((layer, 0)))] = _StorageInfo(
+                f"__0_{layer}.distcp", number * 5000, 5000
+            )
     entries["extra/shard_0_1"] = BytesStorageMetadata()
     places[MetadataIndex("extra/shard_0_1")] = _StorageInfo("__0_0.distcp", 70000, 100)
     return pickle.dumps(Metadata(entries, {"a": ("b", 1)}, places))
@@ -38,18 +45,37 @@ def _state() -> bytes:
     import torch
 
     base = torch.zeros(4, 4)
-    state = {"weight": base, "row": base[1], "turned": base.T, "half": torch.zeros(3, dtype=torch.bfloat16)}
-    rest = {"epoch": 1, "args": argparse.Namespace(a=1, b=[1.5, None]), "set": {1}, "bytes": b"abc", "name": "x" * 300}
+    state = {
+        "weight": base,
+        "row": base[1],
+        "turned": base.T,
+        "half": torch.zeros(3, dtype=torch.bfloat16),
+    }
+    rest = {
+        "epoch": 1,
+        "args": argparse.Namespace(a=1, b=[1.5, None]),
+        "set": {1},
+        "bytes": b"abc",
+        "name": "x" * 300,
+    }
     content = io.BytesIO()
     torch.save(
-        {"state_dict": state, "pytorch-lightning_version": "2.4.0", "optimizer_states": [{"state": {0: base}}], **rest}, content
+        {
+            "state_dict": state,
+            "pytorch-lightning_version": "2.4.0",
+            "optimizer_states": [{"state": {0: base}}],
+            **rest,
+        },
+        content,
     )
     return content.getvalue()
 
 
 def _tar(mode: str, pax: bool, config: bytes, weights: bytes) -> bytes:
     content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode=mode, format=tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT) as archive:
+    with tarfile.open(
+        fileobj=content, mode=mode, format=tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT
+    ) as archive:
         for name, data in (
             ("./model_config.yaml", config),
             ("./model_weights.ckpt", weights),
@@ -67,11 +93,15 @@ def write(directory: Path) -> None:
     from gguf import GGUFWriter
     from numpy import zeros
 
-    config = b"_target_: nemo.collections.llm.gpt.model.llama.LlamaModel\nconfig: &a\n  n: 1\n  x: [1.0e-05, null, true, 'a']\nb: *a\n"
-    as_json = json.dumps({"a": [1, 2.5, None, {"b": "c\u00e9"}], "_target_": "torch.load", "n": 1e30}).encode()
+    config = b"_target_: nemo.collections.llm.gpt.model.llama.LlamaModel\nconfig: &a\n  n: 1\n  x: [1.0e-05, null, true, 'a']\nb: *a\n"  # noqa: E501
+    as_json = json.dumps(
+        {"a": [1, 2.5, None, {"b": "c\u00e9"}], "_target_": "torch.load", "n": 1e30}
+    ).encode()
     saved = _state()
     with zipfile.ZipFile(io.BytesIO(saved)) as archive:
-        pickled = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        pickled = archive.read(
+            next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        )
     gguf_file = directory / "seed.gguf"
     directory.mkdir(parents=True, exist_ok=True)
     writer = GGUFWriter(gguf_file, "llama")
@@ -89,7 +119,10 @@ def write(directory: Path) -> None:
         },
         "state": {
             "torch": pickled,
-            **{f"protocol{n}": pickle.dumps({"a": [1, 2.5, (None, True), b"x", {3}]}, n) for n in range(6)},
+            **{
+                f"protocol{n}": pickle.dumps({"a": [1, 2.5, (None, True), b"x", {3}]}, n)
+                for n in range(6)
+            },
         },
         "lightning": {"torch": saved},
         "tar": {
@@ -97,9 +130,16 @@ def write(directory: Path) -> None:
             "pax": _tar("w", True, config, b"x"),
             "gzip": _tar("w:gz", True, config, b"x"),
         },
-        "yaml": {"model": config, "odd": b"%YAML 1.1\n---\n? a\n: !!float 1:2\nc: |\n  x\nd: 2001-01-01\n..."},
+        "yaml": {
+            "model": config,
+            "odd": b"%YAML 1.1\n---\n? a\n: !!float 1:2\nc: |\n  x\nd: 2001-01-01\n...",
+        },
         "json": {"config": as_json},
-        "safetensors": {"numpy": safetensors.numpy.save({"a": zeros((2, 3), dtype="float32"), "b": zeros(4, dtype="int8")})},
+        "safetensors": {
+            "numpy": safetensors.numpy.save(
+                {"a": zeros((2, 3), dtype="float32"), "b": zeros(4, dtype="int8")}
+            )
+        },
         "gguf_header": {"gguf": gguf_file.read_bytes()},
     }
     gguf_file.unlink()

@@ -1,4 +1,5 @@
-"""Batched generation with a shared, cached prefix answers token for token as the plain, one-by-one path."""
+"""Batched generation with a shared, cached prefix answers token for token as the plain, one-by-one
+path."""
 
 import pytest
 import torch
@@ -7,17 +8,29 @@ from tiny_model import make_tiny_model
 from workshop_utils.core.errors import NotACheckpoint
 from workshop_utils.inference import generate
 
-ASKED = ["number 3?", "a longer question, number 12345?", "x", "number 3?", "what is the number of the ticket that came before?"]
-CONVERSATIONS = [[{"role": "user", "content": text}, {"role": "assistant", "content": "never shown"}] for text in ASKED]
+ASKED = [
+    "number 3?",
+    "a longer question, number 12345?",
+    "x",
+    "number 3?",
+    "what is the number of the ticket that came before?",
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": "never shown"}]
+    for text in ASKED
+]
 PREFIX = [
-    {"role": "user", "content": "Answer in one line.\n\nnumber 7?"}, {"role": "assistant", "content": "it is 7"},
-    {"role": "user", "content": "number 8?"}, {"role": "assistant", "content": "it is 8"},
-]  # fmt: skip
+    {"role": "user", "content": "Answer in one line.\n\nnumber 7?"},
+    {"role": "assistant", "content": "it is 7"},
+    {"role": "user", "content": "number 8?"},
+    {"role": "assistant", "content": "it is 8"},
+]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    # Large initial weights, so that answers differ from row to row; at 0.02 a random Llama repeats one token.
+    # Large initial weights, so that answers differ from row to row; at 0.02 a random Llama repeats
+    # one token.
     return make_tiny_model(tmp_path_factory.mktemp("model"), initializer_range=0.6)
 
 
@@ -36,7 +49,8 @@ def loaded(directory):
 
 
 def plain_ids(loaded, messages, max_new_tokens):
-    """One row, no batch, no padding, no cache: the argmax after a full forward pass, again and again."""
+    """One row, no batch, no padding, no cache: the argmax after a full forward pass, again and
+    again."""
     model, tokenizer = loaded
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     answer = []
@@ -59,21 +73,44 @@ def test_equals_the_plain_path(loaded, prefix):
     assert len(set(expected)) > 2, "the rows' answers have to differ for this test to say anything"
     assert "<|" not in "".join(expected)
     for batch_size in (1, 3, 16):
-        found = generate.generate(*loaded, CONVERSATIONS, max_new_tokens=12, batch_size=batch_size, prefix=prefix, progress=False)
+        found = generate.generate(
+            *loaded,
+            CONVERSATIONS,
+            max_new_tokens=12,
+            batch_size=batch_size,
+            prefix=prefix,
+            progress=False,
+        )
         assert found == expected
 
 
 def test_prefix_changes_the_answers(loaded):
     bare = generate.generate(*loaded, CONVERSATIONS, max_new_tokens=12, progress=False)
-    assert bare != generate.generate(*loaded, CONVERSATIONS, max_new_tokens=12, prefix=PREFIX, progress=False)
+    assert bare != generate.generate(
+        *loaded, CONVERSATIONS, max_new_tokens=12, prefix=PREFIX, progress=False
+    )
 
 
 def test_shared_tokens_are_computed_once(loaded, monkeypatch):
     model, tokenizer = loaded
     widths = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: widths.append(kwargs["input_ids"].shape) or forward(*args, **kwargs))
-    generate.generate(model, tokenizer, CONVERSATIONS, max_new_tokens=2, batch_size=2, prefix=PREFIX, progress=False)
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda *args, **kwargs: (
+            widths.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
+        ),
+    )
+    generate.generate(
+        model,
+        tokenizer,
+        CONVERSATIONS,
+        max_new_tokens=2,
+        batch_size=2,
+        prefix=PREFIX,
+        progress=False,
+    )
     longest = max(len(text) for text in ASKED) + len("<|im_start|>assistant\n")
     prefix_tokens = len(tokenizer.apply_chat_template(PREFIX))
     assert widths[0][0] == 1 and widths[0][1] >= prefix_tokens
@@ -87,25 +124,35 @@ def test_stops_at_the_stop_token(loaded, monkeypatch):
     stop = next(token for token in mine[1:] if token != mine[0] and token not in neighbour)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, stop])
     cut = generate.generate(model, tokenizer, CONVERSATIONS[:2], max_new_tokens=12, progress=False)
-    assert cut == [tokenizer.decode(mine[: mine.index(stop) + 1]), tokenizer.decode(neighbour, skip_special_tokens=True)]
+    assert cut == [
+        tokenizer.decode(mine[: mine.index(stop) + 1]),
+        tokenizer.decode(neighbour, skip_special_tokens=True),
+    ]
 
 
 def test_adapter_changes_the_answers(directory, loaded, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    peft = get_peft_model(generate.load(directory)[0], LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    peft = get_peft_model(
+        generate.load(directory)[0],
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
+    )
     peft.save_pretrained(tmp_path)
     model, tokenizer = generate.load(directory, tmp_path)
-    assert generate.generate(model, tokenizer, CONVERSATIONS, 12, progress=False) == generate.generate(
-        peft.eval(), tokenizer, CONVERSATIONS, 12, progress=False
-    )
+    assert generate.generate(
+        model, tokenizer, CONVERSATIONS, 12, progress=False
+    ) == generate.generate(peft.eval(), tokenizer, CONVERSATIONS, 12, progress=False)
     ids = [[5, 6, 7, 8]]
     assert abs(generate.logits(model, ids) - generate.logits(loaded[0], ids)).max() > 1e-3
 
 
 def test_system_message_stays_first():
     system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
-    assert generate.with_prefix(PREFIX, [system, asked, {"role": "assistant", "content": "a"}]) == [system, *PREFIX, asked]
+    assert generate.with_prefix(PREFIX, [system, asked, {"role": "assistant", "content": "a"}]) == [
+        system,
+        *PREFIX,
+        asked,
+    ]
 
 
 def test_common_start_leaves_a_token_of_each():

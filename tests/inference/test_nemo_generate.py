@@ -1,4 +1,5 @@
-"""NeMo's own answers against transformers and PEFT, on the tiny model; and what is refused before NeMo starts."""
+"""NeMo's own answers against transformers and PEFT, on the tiny model; and what is refused before
+NeMo starts."""
 
 import subprocess
 import sys
@@ -10,9 +11,18 @@ from tiny_model import SHAPE, make_tiny_model
 from workshop_utils.core.errors import GenerationFailed, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.inference import generate, nemo1_engine
 
-TINY = Shape(hidden=SHAPE["hidden_size"], heads=SHAPE["num_attention_heads"], groups=SHAPE["num_key_value_heads"],
-             channels=SHAPE["head_dim"], ffn=SHAPE["intermediate_size"], layers=SHAPE["num_hidden_layers"])  # fmt: skip
-CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("number 3?", "a longer question, number 12345?", "x")]
+TINY = Shape(
+    hidden=SHAPE["hidden_size"],
+    heads=SHAPE["num_attention_heads"],
+    groups=SHAPE["num_key_value_heads"],
+    channels=SHAPE["head_dim"],
+    ffn=SHAPE["intermediate_size"],
+    layers=SHAPE["num_hidden_layers"],
+)
+CONVERSATIONS = [
+    [{"role": "user", "content": text}]
+    for text in ("number 3?", "a longer question, number 12345?", "x")
+]
 
 
 @pytest.fixture
@@ -38,7 +48,11 @@ def test_refuses_an_adapter_for_another_reader(tmp_path, view):
 
 def test_a_failure_shows_its_cause(view, monkeypatch):
     def failing(command, stdout, **options):
-        return real([sys.executable, "-c", "print('chatter'); raise SystemExit('the cause')"], stdout=stdout, **options)
+        return real(
+            [sys.executable, "-c", "print('chatter'); raise SystemExit('the cause')"],
+            stdout=stdout,
+            **options,
+        )
 
     real = subprocess.run
     monkeypatch.setattr(subprocess, "run", failing)
@@ -51,17 +65,40 @@ def test_nemo_agrees_with_transformers_and_peft(tmp_path, monkeypatch):
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     from workshop_utils.checkpoints.convert.bridge import bridge
 
-    # No more rows than tokens: NeMo never answers with an id that the tokenizer lacks, transformers would.
+    # No more rows than tokens: NeMo never answers with an id that the tokenizer lacks, transformers
+    # would.
     hf = make_tiny_model(tmp_path / "hf", vocab_size=259, initializer_range=0.4)
     # A process of its own: NeMo's importer leaves a parallel state behind.
-    subprocess.run([sys.executable, "-m", "workshop_utils", "import", str(hf), "--out", str(tmp_path / "nemo2")], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "workshop_utils",
+            "import",
+            str(hf),
+            "--out",
+            str(tmp_path / "nemo2"),
+        ],
+        check=True,
+    )
     bridged = bridge(tmp_path / "nemo2")
-    adapter = write_adapter(tmp_path / "tiny.nemo", config_of(TINY), {key: 0.3 * value for key, value in tensors_of(TINY).items()})
+    adapter = write_adapter(
+        tmp_path / "tiny.nemo",
+        config_of(TINY),
+        {key: 0.3 * value for key, value in tensors_of(TINY).items()},
+    )
     ids = [[5, 60, 7, 200, 11], [9, 8, 30, 40, 50]]
     model, tokenizer = generate.load(hf, adapter)
-    prompts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in CONVERSATIONS]
+    prompts = [
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        for turns in CONVERSATIONS
+    ]
     found = nemo1_engine.ask_nemo(bridged, adapter, prompts, ids, max_new_tokens=10)
     logits = generate.logits(model, ids)
     assert abs(found.logits - logits).max() < 1e-4
-    assert found.texts == generate.generate(model, tokenizer, CONVERSATIONS, max_new_tokens=10, progress=False)
-    assert abs(logits - generate.logits(generate.load(hf)[0], ids)).max() > 0.1, "the adapter has to matter for this test to say anything"
+    assert found.texts == generate.generate(
+        model, tokenizer, CONVERSATIONS, max_new_tokens=10, progress=False
+    )
+    assert abs(logits - generate.logits(generate.load(hf)[0], ids)).max() > 0.1, (
+        "the adapter has to matter for this test to say anything"
+    )

@@ -1,4 +1,5 @@
-"""Megatron-Core's engines against each other and against transformers; the predictions file through interruptions and changes."""
+"""Megatron-Core's engines against each other and against transformers; the predictions file through
+interruptions and changes."""
 
 import json
 import subprocess
@@ -9,7 +10,13 @@ from pathlib import Path
 import engine_trials
 import pytest
 
-from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, DataError, GenerationFailed, WorkshopError
+from workshop_utils.core.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    DataError,
+    GenerationFailed,
+    WorkshopError,
+)
 from workshop_utils.inference import nemo2_engine
 from workshop_utils.training.recipe import options, plan, predict
 
@@ -32,7 +39,8 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def nemo(monkeypatch):
-    """Stands in for the process that answers: upper case; stops with an error after ``nemo.rows`` rows. Verification has its own tests."""
+    """Stands in for the process that answers: upper case; stops with an error after ``nemo.rows``
+    rows. Verification has its own tests."""
 
     class Nemo:
         rows = 100
@@ -43,7 +51,12 @@ def nemo(monkeypatch):
                 for row in list(reversed(job["rows"]))[: self.rows]:  # not in the order of the rows
                     refused = "too long." if "3" in row["prompt"] else None
                     text = "" if refused else f" {row['prompt'].upper()}"
-                    stream.write(json.dumps({"request": row["row"], "text": text, "tokens": [1], "refused": refused}) + "\n")
+                    stream.write(
+                        json.dumps(
+                            {"request": row["row"], "text": text, "tokens": [1], "refused": refused}
+                        )
+                        + "\n"
+                    )
                 if self.rows < len(job["rows"]):
                     stream.write('{"request": 0, "te')
                     raise GenerationFailed("killed")
@@ -65,8 +78,17 @@ def test_the_predictions_file(checkpoint, nemo, tmp_path):
     lines = [json.loads(line) for line in found.file.read_text().splitlines()]
     assert lines[0] == {"input": "number 0?", "label": "it is 0", "prediction": "NUMBER 0?"}
     assert [line["input"] for line in lines] == [prompt for prompt, _ in ROWS]
-    assert lines[3] == {"input": "number 3?", "label": "it is 3", "prediction": "", "refused": "too long."}
-    assert found.refused == {3: "too long."} and found.predictions[4] == "NUMBER 4?" and found.speed == ", 5 tokens/s"
+    assert lines[3] == {
+        "input": "number 3?",
+        "label": "it is 3",
+        "prediction": "",
+        "refused": "too long.",
+    }
+    assert (
+        found.refused == {3: "too long."}
+        and found.predictions[4] == "NUMBER 4?"
+        and found.speed == ", 5 tokens/s"
+    )
     assert not list(found.file.parent.glob("*.partial"))
 
 
@@ -77,8 +99,13 @@ def test_an_interrupted_run_answers_only_what_is_missing(checkpoint, nemo, tmp_p
     assert not file.exists()
     nemo.rows = 100
     found = answered(checkpoint, file)
-    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]], "a line that was cut in half is answered again"
-    assert found.predictions == ("NUMBER 0?", "NUMBER 1?", "NUMBER 2?", "", "NUMBER 4?") and found.seconds is None
+    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]], (
+        "a line that was cut in half is answered again"
+    )
+    assert (
+        found.predictions == ("NUMBER 0?", "NUMBER 1?", "NUMBER 2?", "", "NUMBER 4?")
+        and found.seconds is None
+    )
 
 
 def test_a_finished_file_is_used_again_until_something_changes(checkpoint, nemo, tmp_path):
@@ -90,7 +117,9 @@ def test_a_finished_file_is_used_again_until_something_changes(checkpoint, nemo,
     (checkpoint / "weights" / "metadata.json").write_text("{}")
     answered(checkpoint, file, rows=ROWS[:4])
     file.write_text(file.read_text().replace("NUMBER", "number"))
-    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?", "a file that was edited is not trusted"
+    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?", (
+        "a file that was edited is not trusted"
+    )
     assert len(nemo.started) == 5
 
 
@@ -104,9 +133,21 @@ def test_what_is_left_of_another_run_is_not_taken(checkpoint, nemo, tmp_path):
 
 
 def resolved(output_dir, **changes):
-    given = {"hf_model_id": str(output_dir), "recipe_cls_name": "llama32_1b", "output_dir": str(output_dir), "gpus_per_node": 1,
-             "tensor_parallel_size": 1, "device": "cpu", "precision": "32", "hfdc_dataset_name": "x", "temperature": 0.0, "top_p": 0.0,
-             "num_tokens_to_generate": 8, "inference_max_seq_length": 64, "buffer_size_gb": 0.05}  # fmt: skip
+    given = {
+        "hf_model_id": str(output_dir),
+        "recipe_cls_name": "llama32_1b",
+        "output_dir": str(output_dir),
+        "gpus_per_node": 1,
+        "tensor_parallel_size": 1,
+        "device": "cpu",
+        "precision": "32",
+        "hfdc_dataset_name": "x",
+        "temperature": 0.0,
+        "top_p": 0.0,
+        "num_tokens_to_generate": 8,
+        "inference_max_seq_length": 64,
+        "buffer_size_gb": 0.05,
+    }
     return plan.resolve(options.RecipeOptions(**given | changes))
 
 
@@ -118,12 +159,16 @@ def test_the_report_compares_base_and_tuned(checkpoint, nemo, tmp_path):
     (checkpoint.rename(base), (base / "weights" / "metadata.json").write_text("{}"))
     tuned = checkpoint.parent / "m--val_loss=0.5-step=9"
     tuned.symlink_to(base)
-    settings = resolved(tmp_path / "run", nemo_ckpt_dir=str(base), data_dir=str(tmp_path / "data"), max_samples=4)
+    settings = resolved(
+        tmp_path / "run", nemo_ckpt_dir=str(base), data_dir=str(tmp_path / "data"), max_samples=4
+    )
     report = predict.test(settings, progress=False)
     assert (report.checkpoint, report.rows, report.metrics["exact match"].mean) == (tuned, 4, 0.75)
     assert report.comparison.difference["exact match"].mean == 0
     assert "row 4 refused: too long." in str(report) and "tuned - base" in str(report)
-    alone = predict.test(replace(settings, options=replace(settings.options, compare_base=False)), progress=False)
+    alone = predict.test(
+        replace(settings, options=replace(settings.options, compare_base=False)), progress=False
+    )
     assert alone.comparison is None and alone.base is None and "0.750 [" in str(alone)
     base.rename(tmp_path / "away")
     with pytest.raises(CheckpointError):
@@ -131,7 +176,9 @@ def test_the_report_compares_base_and_tuned(checkpoint, nemo, tmp_path):
 
 
 def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
-    with pytest.raises(WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"):
+    with pytest.raises(
+        WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"
+    ):
         predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", GREEDY, LIMITS, "vllm")
     with pytest.raises(WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"):
         nemo2_engine.Sampling(top_k=5)
@@ -141,22 +188,41 @@ def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"input": "a", "output": "b"}\n')
         predict.test(resolved(tmp_path / "run", test_path=str(rows)), progress=False)
-    (checkpoint / "weights" / "adapter_metadata.json").write_text('{"model_ckpt_path": "/nowhere/base"}')
-    with pytest.raises(DamagedCheckpoint, match="model_ckpt_path is '/nowhere/base', which holds no NeMo 2.0 checkpoint"):
+    (checkpoint / "weights" / "adapter_metadata.json").write_text(
+        '{"model_ckpt_path": "/nowhere/base"}'
+    )
+    with pytest.raises(
+        DamagedCheckpoint,
+        match="model_ckpt_path is '/nowhere/base', which holds no NeMo 2.0 checkpoint",
+    ):
         answered(checkpoint, tmp_path / "p.jsonl")
     assert not nemo.started
 
 
 def test_greedy_sampling_says_so():
-    assert nemo2_engine.Sampling(temperature=0).greedy and nemo2_engine.Sampling(top_k=1).greedy and not nemo2_engine.Sampling().greedy
-    assert nemo2_engine.too_long(60, GREEDY, LIMITS).endswith("together more than 64 (inference_max_seq_length).")
-    assert nemo2_engine.too_long(56, GREEDY, LIMITS) is None and nemo2_engine.too_long(0, GREEDY, LIMITS) == "the prompt is empty."
+    assert (
+        nemo2_engine.Sampling(temperature=0).greedy
+        and nemo2_engine.Sampling(top_k=1).greedy
+        and not nemo2_engine.Sampling().greedy
+    )
+    assert nemo2_engine.too_long(60, GREEDY, LIMITS).endswith(
+        "together more than 64 (inference_max_seq_length)."
+    )
+    assert (
+        nemo2_engine.too_long(56, GREEDY, LIMITS) is None
+        and nemo2_engine.too_long(0, GREEDY, LIMITS) == "the prompt is empty."
+    )
 
 
 @pytest.fixture(scope="module")
 def trials(bridged_tiny, tmp_path_factory):
     result = tmp_path_factory.mktemp("trials") / "result.json"
-    command = [sys.executable, engine_trials.__file__, str(bridged_tiny / "nemo2" / "tiny"), str(result)]
+    command = [
+        sys.executable,
+        engine_trials.__file__,
+        str(bridged_tiny / "nemo2" / "tiny"),
+        str(result),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
@@ -193,10 +259,17 @@ def test_requests_join_and_leave_while_others_run(trials):
 
 @pytest.mark.slow
 def test_what_never_fits_is_refused_and_the_others_finish(trials):
-    reason = "the prompt has 120 tokens and 20 are to be generated (num_tokens_to_generate), together more than 96 (inference_max_seq_length)."
+    reason = (
+        "the prompt has 120 tokens and 20 are to be generated (num_tokens_to_generate), together "
+        "more than 96 (inference_max_seq_length)."
+    )
     assert set(trials["joining"]["refused"].values()) == {reason}
-    assert set(trials["refused"]) == {"14", "15"} and trials["refused"]["15"] == "the prompt is empty."
-    assert trials["more than a step"] == "the prompt has 70 tokens, and a step takes 64 (max_tokens)."
+    assert (
+        set(trials["refused"]) == {"14", "15"} and trials["refused"]["15"] == "the prompt is empty."
+    )
+    assert (
+        trials["more than a step"] == "the prompt has 70 tokens, and a step takes 64 (max_tokens)."
+    )
     assert trials["small buffer"].endswith("Raise it to 0.02, or lower inference_max_seq_length.")
 
 
@@ -208,8 +281,12 @@ def test_sampling_is_seeded(trials):
 
 @pytest.mark.slow
 def test_a_trained_adapter_answers_otherwise_than_its_base(nemo2_trained, bridged_tiny, tmp_path):
-    given = {"nemo_logs_dir": str(nemo2_trained / "lora"), "data_dir": str(nemo2_trained / "data"), "max_samples": 3,
-             "nemo_ckpt_dir": str(bridged_tiny / "nemo2" / "tiny")}  # fmt: skip
+    given = {
+        "nemo_logs_dir": str(nemo2_trained / "lora"),
+        "data_dir": str(nemo2_trained / "data"),
+        "max_samples": 3,
+        "nemo_ckpt_dir": str(bridged_tiny / "nemo2" / "tiny"),
+    }
     report = predict.test(resolved(tmp_path, **given), progress=False)
     assert report.checkpoint.name.startswith("step=3-val_loss=") and report.rows == 3
     assert report.tuned.predictions != report.base.predictions

@@ -1,4 +1,5 @@
-"""Paged attention by torch against plain attention, and the chunks of Megatron-Core's dynamic cache while requests come and go."""
+"""Paged attention by torch against plain attention, and the chunks of Megatron-Core's dynamic cache
+while requests come and go."""
 
 import math
 import random
@@ -11,7 +12,8 @@ CHUNK, GROUPS, HEADS, CHANNELS = 4, 2, 6, 8
 
 
 def paged_cache(lengths):
-    """Random keys and values of some requests, as ``[length, groups, channels]`` each and spread over shuffled chunks of a cache."""
+    """Random keys and values of some requests, as ``[length, groups, channels]`` each and spread
+    over shuffled chunks of a cache."""
     import torch
 
     torch.manual_seed(0)
@@ -23,18 +25,23 @@ def paged_cache(lengths):
     for request, count in enumerate(counts):
         table[request, :count] = torch.tensor([numbers.pop() for _ in range(count)])
         for position in range(lengths[request]):
-            caches[:, table[request, position // CHUNK], position % CHUNK] = plain[request][:, position]
+            caches[:, table[request, position // CHUNK], position % CHUNK] = plain[request][
+                :, position
+            ]
     return caches, table, plain
 
 
 def plain_attention(queries, keys, values):
-    """Causal attention written out: the last of ``queries`` sees every key. ``[tokens, heads, channels]``."""
+    """Causal attention written out: the last of ``queries`` sees every key. ``[tokens, heads,
+    channels]``."""
     import torch
 
     shared = HEADS // GROUPS
     keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
     scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(CHANNELS)
-    later = torch.arange(len(keys))[None] > torch.arange(len(queries))[:, None] + len(keys) - len(queries)
+    later = torch.arange(len(keys))[None] > torch.arange(len(queries))[:, None] + len(keys) - len(
+        queries
+    )
     return torch.einsum("hqk,khc->qhc", scores.masked_fill(later, -math.inf).softmax(-1), values)
 
 
@@ -43,12 +50,17 @@ def test_new_and_running_requests_in_one_step():
 
     from workshop_utils.runtime.nemo_cpu.paged_attention import attend_to_pages
 
-    cached, new = [9, 4, 13, 1, 7], [9, 1, 5, 1, 7]  # all new, one token, a continued prompt, a prompt of one token, all new
+    cached, new = (
+        [9, 4, 13, 1, 7],
+        [9, 1, 5, 1, 7],
+    )  # all new, one token, a continued prompt, a prompt of one token, all new
     caches, table, plain = paged_cache(cached)
     queries = torch.randn(sum(new) + 3, HEADS, CHANNELS)  # three rows of padding
     begins = [sum(new[:request]) for request in range(len(new) + 1)]
     ends = torch.tensor([sum(cached[:request]) for request in range(len(cached) + 1)])
-    found = attend_to_pages(queries, *caches, torch.tensor(begins), ends, max(new), max(cached), block_table=table)
+    found = attend_to_pages(
+        queries, *caches, torch.tensor(begins), ends, max(new), max(cached), block_table=table
+    )
     for request, (begin, tokens) in enumerate(zip(begins, new, strict=False)):
         expected = plain_attention(queries[begin : begin + tokens], *plain[request])
         torch.testing.assert_close(found[begin : begin + tokens], expected)
@@ -62,23 +74,37 @@ def test_one_token_of_each_request():
 
     lengths = [9, 4, 13, 1]
     caches, table, plain = paged_cache(lengths)
-    table = torch.cat([table, torch.zeros(2, table.shape[1], dtype=torch.int)])  # two rows of padding, as the engine has them
+    table = torch.cat(
+        [table, torch.zeros(2, table.shape[1], dtype=torch.int)]
+    )  # two rows of padding, as the engine has them
     queries = torch.randn(6, 1, HEADS, CHANNELS)
-    found = attend_one_token_to_pages(queries, *caches, cache_seqlens=torch.tensor([*lengths, 0, 0]), block_table=table)
+    found = attend_one_token_to_pages(
+        queries, *caches, cache_seqlens=torch.tensor([*lengths, 0, 0]), block_table=table
+    )
     for request, (keys, values) in enumerate(plain):
         torch.testing.assert_close(found[request], plain_attention(queries[request], keys, values))
     assert found.isfinite().all()
 
 
 def serve_at_random(context_class, overflow, seed):
-    """Requests of random lengths come and go 150 steps long; no two may own a chunk, and none may be lost."""
+    """Requests of random lengths come and go 150 steps long; no two may own a chunk, and none may
+    be lost."""
     import torch
 
     draw = random.Random(seed)
     context = context_class(
-        params_dtype=torch.float32, num_layers=1, kv_channels=4, num_attention_heads=1, max_sequence_length=32, chunk_size_tokens=4,
-        buffer_size_gb=80 * 2 * 4 * 4 * 4 / 1024**3, buffer_guaranteed_fraction=1e-6, max_requests_override=8, max_tokens_override=512,
-        tensor_model_parallel_size=1)  # fmt: skip
+        params_dtype=torch.float32,
+        num_layers=1,
+        kv_channels=4,
+        num_attention_heads=1,
+        max_sequence_length=32,
+        chunk_size_tokens=4,
+        buffer_size_gb=80 * 2 * 4 * 4 * 4 / 1024**3,
+        buffer_guaranteed_fraction=1e-6,
+        max_requests_override=8,
+        max_tokens_override=512,
+        tensor_model_parallel_size=1,
+    )
     left, count = {}, 0
     for _ in range(150):
         while draw.random() < 0.5 and context.total_request_count < 8:
@@ -93,17 +119,23 @@ def serve_at_random(context_class, overflow, seed):
         owned = [
             chunk
             for row in rows
-            for chunk in context.request_to_kv_chunk_ids[row][: int(context.request_kv_chunk_counts[row])].tolist()
+            for chunk in context.request_to_kv_chunk_ids[row][
+                : int(context.request_kv_chunk_counts[row])
+            ].tolist()
         ]
         assert len(owned) == len(set(owned)) and -1 not in owned, "a chunk has two owners"
-        assert context.chunk_allocator.chunk_count_avail + len(owned) == context.chunk_allocator.chunk_count_total - 1, (
-            "chunks got lost"
-        )
-        active = context.request_ids[context.paused_request_count : context.total_request_count].tolist()
+        assert (
+            context.chunk_allocator.chunk_count_avail + len(owned)
+            == context.chunk_allocator.chunk_count_total - 1
+        ), "chunks got lost"
+        active = context.request_ids[
+            context.paused_request_count : context.total_request_count
+        ].tolist()
         for request in active:
             left[request] -= 1
         context.update_requests(
-            torch.tensor([left[request] > 0 for request in active]).byte(), torch.zeros(len(active), dtype=torch.long)
+            torch.tensor([left[request] > 0 for request in active]).byte(),
+            torch.zeros(len(active), dtype=torch.long),
         )
 
 

@@ -1,5 +1,5 @@
-"""The workflow: once for each pull request, with no more rights than it needs, and on Debian's own Python as well."""
-
+"""The workflow: once for each pull request, with no more rights than it needs, and on Debian's own
+Python as well."""
 
 import pytest
 import yaml
@@ -29,7 +29,10 @@ def test_it_may_only_read():
 def test_every_job_keeps_what_pip_fetched_and_ends(name):
     job = WORKFLOW["jobs"][name]
     assert job["timeout-minutes"] <= 90
-    assert any(step.get("with", {}).get("cache") == "pip" or "actions/cache@" in step.get("uses", "") for step in job["steps"])
+    assert any(
+        step.get("with", {}).get("cache") == "pip" or "actions/cache@" in step.get("uses", "")
+        for step in job["steps"]
+    )
 
 
 def test_the_quick_tests_run_on_the_python_of_debian_12():

@@ -1,4 +1,5 @@
-"""Every module and every public class says in a docstring what it is; a function, where its name and types do not tell it all."""
+"""Every module and every public class says in a docstring what it is; a function, where its name
+and types do not tell it all."""
 
 import ast
 
@@ -15,7 +16,15 @@ def test_public_names_have_docstrings(folder):
     bare = []
     for file in files:
         tree = ast.parse(file.read_text("utf-8"))
-        named = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-        bare += [f"{file.relative_to(ROOT)}:{node.lineno} {node.name}" for node in named if not ast.get_docstring(node)]
+        named = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        ]
+        bare += [
+            f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
+            for node in named
+            if not ast.get_docstring(node)
+        ]
         bare += [f"{file.relative_to(ROOT)}" for _ in range(not ast.get_docstring(tree))]
     assert not bare

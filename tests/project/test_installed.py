@@ -1,4 +1,5 @@
-"""The package without its clone: what the sdist and a wheel hold, and where an installed package reads and writes."""
+"""The package without its clone: what the sdist and a wheel hold, and where an installed package
+reads and writes."""
 
 import os
 import shutil
@@ -25,13 +26,26 @@ MADE = shutil.ignore_patterns(
 
 
 def files(folder: Path) -> set[str]:
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    return {
+        str(file.relative_to(folder))
+        for file in folder.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
     """Build in ``source``, without a network."""
-    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=source, capture_output=True, text=True, check=False)
+    code = (
+        "import sys; from setuptools import build_meta; "
+        f"print(build_meta.build_{kind}(sys.argv[1]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return out / done.stdout.splitlines()[-1]
 
@@ -42,9 +56,19 @@ def sdist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     clone = folder / "clone"
     made_by_commands = {ROOT / "models", ROOT / "data"}
-    shutil.copytree(ROOT, clone, ignore=lambda place, names: MADE(place, names) | {
-        name for name in names if Path(place) in made_by_commands and Path(place, name).is_dir() or Path(place, name) == ROOT / "runs"
-    })  # fmt: skip
+    shutil.copytree(
+        ROOT,
+        clone,
+        ignore=lambda place, names: (
+            MADE(place, names)
+            | {
+                name
+                for name in names
+                if (Path(place) in made_by_commands and Path(place, name).is_dir())
+                or Path(place, name) == ROOT / "runs"
+            }
+        ),
+    )
     shutil.unpack_archive(build("sdist", clone, folder), folder)
     return next(folder.glob("nemo_lora_workshop-*/"))
 
@@ -60,12 +84,19 @@ def site(sdist, tmp_path_factory):
 @pytest.fixture
 def run(site, tmp_path):
     """Run Python with the installed package in an empty folder."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WORKSHOP_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WORKSHOP_")
+    }
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
         where = environment | {"PYTHONPATH": str(site)} | variables
         return subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, env=where, capture_output=True, text=True, check=False
+            [sys.executable, *arguments],
+            cwd=tmp_path,
+            env=where,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     return run
@@ -73,7 +104,9 @@ def run(site, tmp_path):
 
 def test_the_sdist_is_the_repository(sdist):
     for folder in ("tests", "scripts", "docs", "notebooks", "benchmarks", "workshop_utils"):
-        assert {name for name in files(ROOT / folder) if not name.startswith(".")} <= files(sdist / folder)
+        assert {name for name in files(ROOT / folder) if not name.startswith(".")} <= files(
+            sdist / folder
+        )
     for name in (
         "requirements.txt",
         "environment.yml",
@@ -94,7 +127,10 @@ def test_no_file_of_the_package_is_left_out_of_the_wheel(site):
     ("arguments", "said"),
     [
         (("models",), "smollm2-135m-instruct"),
-        (("models", "fetch", "smollm2-135m-instruct", "--dry-run"), "into models/huggingface/smollm2-135m-instruct"),
+        (
+            ("models", "fetch", "smollm2-135m-instruct", "--dry-run"),
+            "into models/huggingface/smollm2-135m-instruct",
+        ),
         (("recipe", "--preset", "cpu", "--dry-run", "all"), "smollm2-135m-instruct"),
     ],
 )
@@ -113,7 +149,9 @@ def test_what_needs_a_clone_names_the_variable(run, tmp_path):
     done = run("-m", "workshop_utils", "run", "--list")
     assert done.returncode == 1
     assert "WORKSHOP_ROOT" in done.stderr
-    assert run("-m", "workshop_utils", "run", "--list", WORKSHOP_ROOT=str(ROOT)).stdout.startswith("00_start_here")
+    assert run("-m", "workshop_utils", "run", "--list", WORKSHOP_ROOT=str(ROOT)).stdout.startswith(
+        "00_start_here"
+    )
 
 
 def test_the_current_folder_is_written_to(run, site, tmp_path):
@@ -127,9 +165,23 @@ def test_the_current_folder_is_written_to(run, site, tmp_path):
 def test_the_commit_of_somebody_elses_repository_is_not_recorded(run, site):
     subprocess.run(["git", "init", "-q", str(site)], check=True)
     subprocess.run(
-        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "theirs", "--allow-empty"], cwd=site, check=True
+        [
+            "git",
+            "-c",
+            "user.name=a",
+            "-c",
+            "user.email=a@b",
+            "commit",
+            "-qm",
+            "theirs",
+            "--allow-empty",
+        ],
+        cwd=site,
+        check=True,
     )
-    done = run("-c", "from workshop_utils.training.runs import run_record; print(run_record._commit())")
+    done = run(
+        "-c", "from workshop_utils.training.runs import run_record; print(run_record._commit())"
+    )
     assert done.stdout.strip() == "None", done.stderr
     shutil.rmtree(site / ".git")
 
@@ -146,8 +198,11 @@ def test_a_root_without_files_of_the_repository_gets_them_from_the_clone(monkeyp
 
 
 def test_missing_packages_are_named(run, site):
-    """The package alone, as after `pip install --no-deps`: a sentence, not the traceback of an import."""
+    """The package alone, as after `pip install --no-deps`: a sentence, not the traceback of an
+    import."""
     done = run("-S", "-m", "workshop_utils", "models")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: No module named 'yaml'. `workshop preflight` says: missing: ")
+    assert done.stderr.startswith(
+        "error: No module named 'yaml'. `workshop preflight` says: missing: "
+    )
     assert "-m pip install -r" in done.stderr and "Traceback" not in done.stderr

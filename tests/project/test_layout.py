@@ -1,4 +1,5 @@
-"""The house: nine rooms, imports that only go down, and no circle of files. Lazy imports count as others do."""
+"""The house: nine rooms, imports that only go down, and no circle of files. Lazy imports count as
+others do."""
 
 import ast
 import graphlib
@@ -8,10 +9,21 @@ from pathlib import Path
 from places import ROOT
 
 PACKAGE = ROOT / "workshop_utils"
-ROOMS = ("core", "runtime", "checkpoints", "adapters", "inference", "serving", "training", "series", "cli")
+ROOMS = (
+    "core",
+    "runtime",
+    "checkpoints",
+    "adapters",
+    "inference",
+    "serving",
+    "training",
+    "series",
+    "cli",
+)
 """From the ground up. A file may import from its own room and from those before it."""
 OWN = ("checkpoints/formats", "checkpoints/verify", "checkpoints/sources", "core", "runtime")
-"""What stands on ``core`` alone, if on anything: a reader of checkpoints starts no process and knows no device."""
+"""What stands on ``core`` alone, if on anything: a reader of checkpoints starts no process and
+knows no device."""
 
 
 def module(file: Path) -> str:
@@ -25,7 +37,8 @@ def files() -> dict[str, Path]:
 
 
 def imported(file: Path) -> set[tuple[int, str]]:
-    """(line, module) of every import of this package in ``file``, also inside functions and under TYPE_CHECKING."""
+    """(line, module) of every import of this package in ``file``, also inside functions and under
+    TYPE_CHECKING."""
     found = set()
     package = module(file) if file.name == "__init__.py" else module(file).rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
@@ -35,11 +48,15 @@ def imported(file: Path) -> set[tuple[int, str]]:
             above = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(part for part in (above, node.module) if part)
             for alias in node.names:
-                name = next((name for name in (f"{base}.{alias.name}", base) if name in files()), None)
+                name = next(
+                    (name for name in (f"{base}.{alias.name}", base) if name in files()), None
+                )
                 if name:
                     found.add((node.lineno, name))
                 else:
-                    assert not base.startswith("workshop_utils"), f"{file}:{node.lineno} imports {base}.{alias.name}, which is not there"
+                    assert not base.startswith("workshop_utils"), (
+                        f"{file}:{node.lineno} imports {base}.{alias.name}, which is not there"
+                    )
     return found
 
 
@@ -57,7 +74,11 @@ def test_every_import_goes_down():
     up = []
     for name, file in files().items():
         for line, other in imported(file):
-            if (here := room(name)) and (there := room(other)) and ROOMS.index(there) > ROOMS.index(here):
+            if (
+                (here := room(name))
+                and (there := room(other))
+                and ROOMS.index(there) > ROOMS.index(here)
+            ):
                 up.append(f"{file.relative_to(ROOT)}:{line} -> {other}")
     assert not up, "\n".join(up)
 
@@ -71,14 +92,29 @@ def test_the_readers_stand_on_core_alone():
 
 
 def test_there_is_no_circle_of_files():
-    graph = {name: {other for _, other in imported(file)} - {name} for name, file in files().items()}
+    graph = {
+        name: {other for _, other in imported(file)} - {name} for name, file in files().items()
+    }
     # Importing a module runs the package that it lies in first.
     for name, others in graph.items():
-        others |= {parent for other in tuple(others) if (parent := other.rpartition(".")[0]) in files() and not name.startswith(parent + ".")} - {name}
+        others |= {
+            parent
+            for other in tuple(others)
+            if (parent := other.rpartition(".")[0]) in files() and not name.startswith(parent + ".")
+        } - {name}
     graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_the_tests_mirror_the_rooms():
-    assert {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"} == {
-        *ROOMS, "samples", "project", "browser", "fuzz", "data",
+    assert {
+        path.name
+        for path in (ROOT / "tests").iterdir()
+        if path.is_dir() and path.name != "__pycache__"
+    } == {
+        *ROOMS,
+        "samples",
+        "project",
+        "browser",
+        "fuzz",
+        "data",
     }

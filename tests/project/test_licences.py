@@ -12,7 +12,8 @@ licences = runpy.run_path(str(ROOT / "scripts" / "licences.py"))
 
 
 @pytest.mark.skipif(
-    platform.machine() != "x86_64" or "+cpu" not in metadata.version("torch"), reason="other wheels bring other libraries"
+    platform.machine() != "x86_64" or "+cpu" not in metadata.version("torch"),
+    reason="other wheels bring other libraries",
 )
 def test_notice_is_current():
     notice = (ROOT / "NOTICE.md").read_text(encoding="utf-8")
@@ -26,12 +27,16 @@ def test_the_runtime_of_fortran_is_named(name):
     assert {"GPL-3.0-or-later WITH GCC-exception-3.1", "LGPL-2.1-or-later", "BSD-3-Clause"} <= named
 
 
-def wheel(folder: Path, fields: str, text: str = "", name: str = "LICENSE") -> metadata.Distribution:
+def wheel(
+    folder: Path, fields: str, text: str = "", name: str = "LICENSE"
+) -> metadata.Distribution:
     info = folder / "a-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: a\nVersion: 1\n{fields}")
     (info / name).write_text(text)
-    (info / "RECORD").write_text(f"a-1.dist-info/METADATA,,\na-1.dist-info/{name},,\na.libs/libx-0123abcd-4567cdef.so.2.0,,\n")
+    (info / "RECORD").write_text(
+        f"a-1.dist-info/METADATA,,\na-1.dist-info/{name},,\na.libs/libx-0123abcd-4567cdef.so.2.0,,\n"
+    )
     return metadata.Distribution.at(info)
 
 
@@ -39,9 +44,24 @@ def wheel(folder: Path, fields: str, text: str = "", name: str = "LICENSE") -> m
     ("fields", "text", "wanted"),
     [
         ("License-Expression: MIT OR Apache-2.0\n", "", "MIT OR Apache-2.0"),
-        ("License: BSD-3-Clause\nClassifier: License :: OSI Approved :: BSD License\n", "", "BSD-3-Clause"),
-        ("License: Permission is granted ...\nClassifier: License :: OSI Approved :: MIT License\n", "", "MIT"),
-        ("Classifier: License :: Other/Proprietary License\n", "Licensed under the Apache License, Version 2.0", "Apache-2.0"),
+        (
+            "License: BSD-3-Clause\nClassifier: License :: OSI Approved :: BSD License\n",
+            "",
+            "BSD-3-Clause",
+        ),
+        (
+            (
+                "License: Permission is granted ...\nClassifier: License :: OSI Approved :: MIT "
+                "License\n"
+            ),
+            "",
+            "MIT",
+        ),
+        (
+            "Classifier: License :: Other/Proprietary License\n",
+            "Licensed under the Apache License, Version 2.0",
+            "Apache-2.0",
+        ),
         ("", "", "not declared"),
     ],
 )
@@ -51,6 +71,9 @@ def test_the_most_exact_declaration_counts(tmp_path, fields, text, wanted):
 
 def test_libraries_and_copyleft_texts_are_found(tmp_path):
     made = wheel(
-        tmp_path, "License-Expression: MIT\n", "Name: X\nFiles: a.libs/*\nLicense: LGPL-2.1-or-later\n", "LICENSES.txt"
+        tmp_path,
+        "License-Expression: MIT\n",
+        "Name: X\nFiles: a.libs/*\nLicense: LGPL-2.1-or-later\n",
+        "LICENSES.txt",
     )
     assert licences["brought_along"](made) == ({"libx"}, {"LGPL-2.1-or-later"})

@@ -16,23 +16,35 @@ PINS = read_lock(ROOT / "requirements.txt")
 
 
 def declared() -> list[Requirement]:
-    """What pyproject.toml asks for, the extras of development and the build system's needs included."""
+    """What pyproject.toml asks for, the extras of development and the build system's needs
+    included."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    extras = [one for extra in project["project"]["optional-dependencies"].values() for one in extra]
-    return [Requirement(text) for text in project["project"]["dependencies"] + extras + project["build-system"]["requires"]]
+    extras = [
+        one for extra in project["project"]["optional-dependencies"].values() for one in extra
+    ]
+    return [
+        Requirement(text)
+        for text in project["project"]["dependencies"]
+        + extras
+        + project["build-system"]["requires"]
+    ]
 
 
 def test_environment_yml_has_the_pins_of_the_lock():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip = next(part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
-    assert pip == [f"{name}=={version}" for name, version in PINS.items()], "they have drifted: run `make lock`"
+    assert pip == [f"{name}=={version}" for name, version in PINS.items()], (
+        "they have drifted: run `make lock`"
+    )
     assert (ROOT / "environment.yml").read_text() == environment_yaml(PINS)
 
 
 def test_the_python_of_environment_yml_is_the_one_of_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    version = next(part for part in environment["dependencies"] if str(part).startswith("python=")).removeprefix("python=")
+    version = next(
+        part for part in environment["dependencies"] if str(part).startswith("python=")
+    ).removeprefix("python=")
     assert project["requires-python"] == f"=={version}.*"
 
 
@@ -44,7 +56,8 @@ def test_the_lock_satisfies_pyproject(requirement):
 
 
 def test_the_lock_is_closed():
-    """Whatever a pinned package requires here is pinned too; only torch may bring CUDA's libraries on top."""
+    """Whatever a pinned package requires here is pinned too; only torch may bring CUDA's libraries
+    on top."""
     missing = set()
     for name in set(PINS) - {"torch"}:
         for text in metadata.requires(name) or []:
@@ -81,7 +94,14 @@ def test_the_installed_version_is_the_pinned_one(name):
 
 
 @pytest.mark.parametrize(
-    "line", ["numpy>=1", "numpy", "-r other.txt", "--index-url https://example.com", "a==1; python_version<'3'"]
+    "line",
+    [
+        "numpy>=1",
+        "numpy",
+        "-r other.txt",
+        "--index-url https://example.com",
+        "a==1; python_version<'3'",
+    ],
 )
 def test_a_line_that_is_no_pin_is_named(tmp_path, line):
     (tmp_path / "lock.txt").write_text(f"# fine\na-b==1\n{line}\n")

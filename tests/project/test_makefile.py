@@ -1,4 +1,5 @@
-"""The Makefile and the script that makes the environment, with stand-ins for Python, uname and df."""
+"""The Makefile and the script that makes the environment, with stand-ins for Python, uname and
+df."""
 
 import os
 import re
@@ -18,12 +19,13 @@ case "$*" in
     "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/jupyter ;;
     "-m pip install"*) echo "$*" >>pip.log; [ ! -e no-network ] ;;
 esac
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """What the script needs of the repository, in a folder whose name has a space, and the stand-ins."""
+    """What the script needs of the repository, in a folder whose name has a space, and the
+    stand-ins."""
     clone = tmp_path / "a clone"
     (clone / "bin").mkdir(parents=True)
     shutil.copytree(ROOT / "scripts", clone / "scripts")
@@ -63,7 +65,11 @@ def make_environment(clone: Path, **variables: str) -> subprocess.CompletedProce
     environment = {"PATH": search, "HOME": str(clone), "MIN_DISK_GB": "0"} | variables
     script = clone / "scripts" / "environment.sh"
     return subprocess.run(
-        [str(clone / "bin" / "bash"), str(script)], check=False, capture_output=True, text=True, env=environment
+        [str(clone / "bin" / "bash"), str(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
     )
 
 
@@ -93,7 +99,12 @@ def test_environment_is_made_once(clone):
 def test_pip_has_a_home(clone):
     program(clone, "python3.11", PYTHON.replace('echo "$*"', 'echo "home: $HOME"'))
     command = [str(clone / "bin" / "bash"), str(clone / "scripts" / "environment.sh")]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={"PATH": str(clone / "bin"), "MIN_DISK_GB": "0"})
+    subprocess.run(
+        command,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={"PATH": str(clone / "bin"), "MIN_DISK_GB": "0"},
+    )
     assert len(installs(clone)) == 2
     assert all(re.fullmatch("home: /.*", line) for line in installs(clone))
 
@@ -122,7 +133,9 @@ def test_a_half_made_venv_is_made_again(clone):
     assert not (clone / ".venv" / "leftover").exists()
 
 
-@pytest.mark.parametrize(("name", "sentence"), [("Darwin", "does not run on macOS"), ("MINGW64_NT-10.0", "WSL 2")])
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("Darwin", "does not run on macOS"), ("MINGW64_NT-10.0", "WSL 2")]
+)
 def test_other_systems_get_a_sentence(clone, name, sentence):
     program(clone, "uname", f"#!/bin/bash\necho {name}\n")
     fails_with(make_environment(clone), sentence)
@@ -130,8 +143,13 @@ def test_other_systems_get_a_sentence(clone, name, sentence):
 
 
 def test_a_wrong_python_gets_a_sentence(clone):
-    fails_with(make_environment(clone, PYTHON="python3.11", VERSION="3.12"), "PYTHON=python3.11 is not a Python 3.11")
-    fails_with(make_environment(clone, PYTHON="no-such-python"), "no-such-python is not a Python 3.11")
+    fails_with(
+        make_environment(clone, PYTHON="python3.11", VERSION="3.12"),
+        "PYTHON=python3.11 is not a Python 3.11",
+    )
+    fails_with(
+        make_environment(clone, PYTHON="no-such-python"), "no-such-python is not a Python 3.11"
+    )
     (clone / "bin" / "python3.11").rename(clone / "bin" / "python3")
     assert make_environment(clone).returncode == 0
 
@@ -139,19 +157,29 @@ def test_a_wrong_python_gets_a_sentence(clone):
 def test_no_python_gets_a_sentence(clone):
     for name in ("python3.11", "python3", "python"):
         program(clone, name, "#!/bin/bash\necho 3.13\n")
-    fails_with(make_environment(clone), r"Python 3\.11 was not found .*\n.*apt install python3\.11 python3\.11-venv")
+    fails_with(
+        make_environment(clone),
+        r"Python 3\.11 was not found .*\n.*apt install python3\.11 python3\.11-venv",
+    )
 
 
 def test_a_missing_venv_module_gets_a_sentence(clone):
-    fails_with(make_environment(clone, NO_VENV="1"), r"has no venv module.*apt install python3\.11-venv")
+    fails_with(
+        make_environment(clone, NO_VENV="1"), r"has no venv module.*apt install python3\.11-venv"
+    )
     assert not (clone / ".venv").exists()
 
 
 def test_too_little_disk_gets_a_sentence(clone):
     program(clone, "df", "#!/bin/bash\nprintf 'x\\ntmpfs 9000000 1000000 3500000 30%% /\\n'\n")
-    fails_with(make_environment(clone, MIN_DISK_GB="8"), r"only 3 GB are free .* want 8.*make env MIN_DISK_GB=3")
+    fails_with(
+        make_environment(clone, MIN_DISK_GB="8"),
+        r"only 3 GB are free .* want 8.*make env MIN_DISK_GB=3",
+    )
     assert make_environment(clone, MIN_DISK_GB="3").returncode == 0
-    assert make_environment(clone, MIN_DISK_GB="8").returncode == 0, "what is complete needs no more space"
+    assert make_environment(clone, MIN_DISK_GB="8").returncode == 0, (
+        "what is complete needs no more space"
+    )
 
 
 def test_a_limit_that_is_no_number_gets_a_sentence(clone):
@@ -160,7 +188,9 @@ def test_a_limit_that_is_no_number_gets_a_sentence(clone):
 
 def find_chromium(clone: Path) -> subprocess.CompletedProcess:
     command = [str(clone / "bin" / "bash"), str(clone / "scripts" / "chromium.sh")]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env={"PATH": str(clone / "bin")})
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, env={"PATH": str(clone / "bin")}
+    )
 
 
 def test_chromium_is_used_where_it_is(clone):
@@ -179,9 +209,7 @@ def test_chromium_is_not_installed_without_leave(clone):
 
 def test_chromium_is_installed_with_leave(clone):
     program(clone, "id", "#!/bin/bash\necho 0\n")
-    install = (
-        f"""case "$*" in *install*) for one in chromium chromedriver; do cp "$0" {str(clone / "bin")!r}/$one; done ;; esac"""
-    )
+    install = f"""case "$*" in *install*) for one in chromium chromedriver; do cp "$0" {str(clone / "bin")!r}/$one; done ;; esac"""  # noqa: E501
     program(clone, "apt-get", f"#!/bin/bash\n{install}\n")
     done = find_chromium(clone)
     assert done.returncode == 0, done.stderr
@@ -190,7 +218,11 @@ def test_chromium_is_installed_with_leave(clone):
 def make(*arguments: str, cwd: Path = ROOT) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     return subprocess.run(
-        ["make", "-C", str(cwd), *arguments], check=True, capture_output=True, text=True, env=environment
+        ["make", "-C", str(cwd), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
     ).stdout
 
 
@@ -204,8 +236,19 @@ def test_make_alone_lists_every_target():
     ("target", "commands"),
     [
         ("workshop", [r"workshop preflight", r"workshop run"]),
-        ("lab", [r"-m workshop_utils\.core\.home \S+jupyter lab .*--ip='127\.0\.0\.1' --port='8888' --no-browser"]),
-        ("test", [r"pytest --nbval .*--nbval-sanitize-with tests/nbval_sanitize\.cfg tests notebooks"]),
+        (
+            "lab",
+            [
+                (
+                    r"-m workshop_utils\.core\.home \S+jupyter lab .*--ip='127\.0\.0\.1' "
+                    r"--port='8888' --no-browser"
+                )
+            ],
+        ),
+        (
+            "test",
+            [r"pytest --nbval .*--nbval-sanitize-with tests/nbval_sanitize\.cfg tests notebooks"],
+        ),
         ("test-all", [r"pytest --nbval .*-m 'not browser' tests notebooks"]),
         ("test-browser", [r"scripts/chromium\.sh", r"pytest -m browser tests/browser"]),
     ],
@@ -221,7 +264,8 @@ def test_what_a_target_runs(target, commands):
 
 def test_lab_takes_host_and_port():
     assert re.search(
-        r"--ip='0\.0\.0\.0' --port='9999'", make("--dry-run", "lab", "HOST=0.0.0.0", "PORT=9999").replace("\\\n", " ")
+        r"--ip='0\.0\.0\.0' --port='9999'",
+        make("--dry-run", "lab", "HOST=0.0.0.0", "PORT=9999").replace("\\\n", " "),
     )
 
 
@@ -254,7 +298,9 @@ def names(folder: Path) -> list[str]:
 def test_the_readme_has_the_plain_commands_behind_make():
     """What stands in README.md for those without make is what make calls."""
     makefile = (ROOT / "Makefile").read_text()
-    block = re.search(r"Without make.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    block = re.search(
+        r"Without make.*?```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )[1]
     nbval = re.search(r"^NBVAL := (.*)$", makefile, re.MULTILINE)[1]
     assert f"python -m pytest {nbval} tests notebooks" in block
     assert "bash scripts/environment.sh" in block and "bash scripts/environment.sh" in makefile
@@ -263,6 +309,9 @@ def test_the_readme_has_the_plain_commands_behind_make():
 
 
 def test_post_build_needs_nothing_but_pip():
-    """The image of repo2docker may be without setuptools, or have one that cannot read this project."""
-    commands = [line for line in (ROOT / "postBuild").read_text().splitlines() if line.startswith("python")]
+    """The image of repo2docker may be without setuptools, or have one that cannot read this
+    project."""
+    commands = [
+        line for line in (ROOT / "postBuild").read_text().splitlines() if line.startswith("python")
+    ]
     assert commands == ["python -m pip install --no-deps --editable ."]

@@ -1,4 +1,5 @@
-"""The comparison of stored outputs: it must overlook what differs from run to run, and nothing else."""
+"""The comparison of stored outputs: it must overlook what differs from run to run, and nothing
+else."""
 
 import re
 import shutil
@@ -34,7 +35,9 @@ KEPT = [
 
 
 def sanitized(text: str) -> str:
-    for pattern, replacement in get_sanitize_patterns((ROOT / "tests" / "nbval_sanitize.cfg").read_text()):
+    for pattern, replacement in get_sanitize_patterns(
+        (ROOT / "tests" / "nbval_sanitize.cfg").read_text()
+    ):
         text = re.sub(pattern, replacement, text)
     return text
 
@@ -52,7 +55,12 @@ def test_what_a_learner_reads_is_not_masked(one, other):
 def compare(notebook: Path) -> subprocess.CompletedProcess:
     """``pytest --nbval`` as ``make test`` calls it."""
     shutil.copy(ROOT / "conftest.py", notebook.parent)
-    options = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg")]
+    options = [
+        "--nbval",
+        "--nbval-current-env",
+        "--nbval-sanitize-with",
+        str(ROOT / "tests" / "nbval_sanitize.cfg"),
+    ]
     command = [
         sys.executable,
         "-m",
@@ -72,7 +80,10 @@ def test_what_the_runner_stores_compares_equal(tmp_path):
     cells = [
         "from pathlib import Path\ndone = Path('done').exists()\nPath('done').touch()",
         # A progress bar is shown only when there is something to do: as in a download.
-        "from tqdm.auto import tqdm\nfor _ in tqdm([] if done else [1, 2], disable=done): pass\nprint('there')",
+        (
+            "from tqdm.auto import tqdm\nfor _ in tqdm([] if done else [1, 2], disable=done): "
+            "pass\nprint('there')"
+        ),
         "import time, sys; print('warning', file=sys.stderr); print(f'took {time.time():.2f} s')",
         "import ipywidgets; ipywidgets.IntSlider()",
         "6 * 7",
@@ -89,7 +100,12 @@ def test_what_the_runner_stores_compares_equal(tmp_path):
 def test_another_output_is_found(tmp_path):
     file = tmp_path / "00_sample.ipynb"
     outputs = [new_output("stream", name="stdout", text="41 layers\n")]
-    nbformat.write(new_notebook(cells=[new_code_cell("print('42 layers')", outputs=outputs, execution_count=1)]), file)
+    nbformat.write(
+        new_notebook(
+            cells=[new_code_cell("print('42 layers')", outputs=outputs, execution_count=1)]
+        ),
+        file,
+    )
     result = compare(file)
     assert result.returncode == 1
     assert "Cell outputs differ" in result.stdout

@@ -39,14 +39,24 @@ def test_most_cells_are_executed_and_compared(file):
     code = cells(file, "code")
     markers = re.compile(r"#\s*(NBVAL_IGNORE_OUTPUT|NBVAL_SKIP|PYTEST_VALIDATE_IGNORE_OUTPUT)")
     compared = [
-        cell for cell in code if cell["execution_count"] and not tags(cell) & NOT_COMPARED and not markers.search(source(cell))
+        cell
+        for cell in code
+        if cell["execution_count"]
+        and not tags(cell) & NOT_COMPARED
+        and not markers.search(source(cell))
     ]
-    assert len(compared) >= 0.6 * len(code), f"{len(compared)} of {len(code)}; store outputs with `workshop run --save-outputs`"
+    assert len(compared) >= 0.6 * len(code), (
+        f"{len(compared)} of {len(code)}; store outputs with `workshop run --save-outputs`"
+    )
 
 
 @every_notebook
 def test_every_cell_was_executed_in_order_in_a_fresh_kernel(file):
-    counts = [cell["execution_count"] for cell in cells(file, "code") if not tags(cell) & {"skip-execution"}]
+    counts = [
+        cell["execution_count"]
+        for cell in cells(file, "code")
+        if not tags(cell) & {"skip-execution"}
+    ]
     assert counts == list(range(1, len(counts) + 1))
 
 
@@ -55,7 +65,9 @@ def test_no_error_in_the_outputs_but_those_that_are_meant(file):
     for cell in cells(file, "code"):
         for output in cell["outputs"]:
             assert "UsageError:" not in json.dumps(output), source(cell)
-            assert output["output_type"] != "error" or "raises-exception" in tags(cell), source(cell)
+            assert output["output_type"] != "error" or "raises-exception" in tags(cell), source(
+                cell
+            )
             assert output.get("name") != "stderr", source(cell)
 
 
@@ -78,7 +90,9 @@ def test_small_and_without_widget_state(file):
     assert file.stat().st_size <= 200_000
     whole = json.loads(file.read_text())
     assert "widgets" not in whole["metadata"]
-    assert "application/vnd.jupyter.widget" not in json.dumps([cell.get("outputs") for cell in whole["cells"]])
+    assert "application/vnd.jupyter.widget" not in json.dumps(
+        [cell.get("outputs") for cell in whole["cells"]]
+    )
 
 
 @every_notebook
@@ -119,7 +133,8 @@ def test_links_to_files_of_the_repository_lead_somewhere(file):
 
 
 def rows(text: str, head: str) -> list[list[str]]:
-    """The cells of the Markdown table in ``text`` whose first line begins with ``head``, that line and the one below left out."""
+    """The cells of the Markdown table in ``text`` whose first line begins with ``head``, that line
+    and the one below left out."""
     table = text[text.index(f"| {head} |") :].split("\n\n")[0]
     return [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
 
@@ -132,30 +147,45 @@ def diagrams(file: Path) -> list[str]:
 def test_the_map_of_notebook_00_is_the_table_of_the_readme():
     readme = rows((ROOT / "README.md").read_text().replace("](notebooks/", "]("), "Notebook")
     assert rows(source(cells(NOTEBOOKS[0], "markdown")[1]), "Notebook") == readme
-    assert [re.search(r"\]\((.+)\)", name)[1] for name, *_ in readme] == [file.name for file in NOTEBOOKS]
+    assert [re.search(r"\]\((.+)\)", name)[1] for name, *_ in readme] == [
+        file.name for file in NOTEBOOKS
+    ]
 
 
 def test_the_ways_through_the_series_take_as_long_as_their_notebooks():
     text = source(cells(NOTEBOOKS[0], "markdown")[1])
-    run = {re.search(r"\d\d", row[0])[0]: int(re.search(r"\d+", row[-1])[0]) for row in rows(text, "Notebook")}
+    run = {
+        re.search(r"\d\d", row[0])[0]: int(re.search(r"\d+", row[-1])[0])
+        for row in rows(text, "Notebook")
+    }
     read = {
-        file.name[:2]: int(re.search(r"(\d+) minutes to read", source(cells(file, "markdown")[0]))[1]) for file in NOTEBOOKS
+        file.name[:2]: int(
+            re.search(r"(\d+) minutes to read", source(cells(file, "markdown")[0]))[1]
+        )
+        for file in NOTEBOOKS
     }
     boxes = dict(re.findall(r"\bn(\d\d)(\[|\(\[)(?=\1 )", diagrams(NOTEBOOKS[0])[0]))
     assert boxes.keys() == run.keys()
     shorter = sorted(number for number, box in boxes.items() if box == "([")
-    for row, named, way in zip(rows(text, "Way"), (shorter, ["00", max(run)]), (shorter, run), strict=True):
+    for row, named, way in zip(
+        rows(text, "Way"), (shorter, ["00", max(run)]), (shorter, run), strict=True
+    ):
         assert re.findall(r"\d\d", row[1]) == named
-        assert [int(minutes) for minutes in row[2:]] == [sum(known[number] for number in way) for known in (read, run)]
+        assert [int(minutes) for minutes in row[2:]] == [
+            sum(known[number] for number in way) for known in (read, run)
+        ]
 
 
 def test_diagrams_have_one_look_and_a_title():
-    """JupyterLab draws a diagram once; it keeps its colours when the theme changes. The title becomes the image's alternative text."""
+    """JupyterLab draws a diagram once; it keeps its colours when the theme changes. The title
+    becomes the image's alternative text."""
     drawn = [diagram for file in NOTEBOOKS for diagram in diagrams(file)]
     looks = {diagram.splitlines()[0] for diagram in drawn}
     assert len(looks) == 1, "every diagram begins with the same line, %%{init: ...}%%"
     assert all("\n  accTitle: " in diagram for diagram in drawn)
-    colours = json.loads(looks.pop().removeprefix("%%{init: ").removesuffix("}%%"))["themeVariables"]
+    colours = json.loads(looks.pop().removeprefix("%%{init: ").removesuffix("}%%"))[
+        "themeVariables"
+    ]
     assert contrast(colours["primaryTextColor"], colours["primaryColor"]) >= TEXT
     for ground in ("#ffffff", "#111111"):  # of JupyterLab's light and dark themes
         assert contrast(colours["lineColor"], ground) >= LINES

@@ -1,4 +1,5 @@
-"""SECURITY.md speaks of the versions that are pinned, and of every pin that pyproject.toml holds back."""
+"""SECURITY.md speaks of the versions that are pinned, and of every pin that pyproject.toml holds
+back."""
 
 import re
 import tomllib
@@ -15,7 +16,8 @@ PINS = read_lock(ROOT / "requirements.txt")
 def test_the_versions_are_the_pinned_ones():
     rows = re.findall(r"^\| ([\w-]+) ([\d.]+) \|", PAGE, re.MULTILINE)
     others = re.findall(
-        r"([a-z][\w-]+) (\d[\d.]*\d)(?= ?[,.(]| and)", PAGE.partition("Held back too")[2].partition("pytorch-lightning")[0]
+        r"([a-z][\w-]+) (\d[\d.]*\d)(?= ?[,.(]| and)",
+        PAGE.partition("Held back too")[2].partition("pytorch-lightning")[0],
     )
     assert len(rows) > 10 and len(others) > 10
     assert {name: version for name, version in rows + others if PINS.get(name) != version} == {}
@@ -23,6 +25,13 @@ def test_the_versions_are_the_pinned_ones():
 
 def test_every_bound_is_explained():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [Requirement(text) for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]]
-    held = {normalised(one.name) for one in declared if any(part.operator in ("<", "<=", "==") for part in one.specifier)}
+    declared = [
+        Requirement(text)
+        for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    ]
+    held = {
+        normalised(one.name)
+        for one in declared
+        if any(part.operator in ("<", "<=", "==") for part in one.specifier)
+    }
     assert {name for name in held if f"{name} {PINS[name]}" not in PAGE} == set()

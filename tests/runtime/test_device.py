@@ -25,7 +25,11 @@ def gpu_machine(tmp_path, monkeypatch):
 def test_gpu_in_bf16_when_driver_and_torch_agree(gpu_machine, monkeypatch):
     monkeypatch.setattr(device, "torch_has_cuda", lambda: True)
     chosen = device.choose_device()
-    assert (chosen.kind, chosen.precision, chosen.reason) == ("gpu", "bf16-mixed", "NVIDIA Test 9000 found")
+    assert (chosen.kind, chosen.precision, chosen.reason) == (
+        "gpu",
+        "bf16-mixed",
+        "NVIDIA Test 9000 found",
+    )
 
 
 def test_a_cpu_build_of_torch_is_the_reason_for_the_cpu(gpu_machine, monkeypatch):
@@ -42,7 +46,11 @@ def test_hidden_gpus_are_not_used(gpu_machine, monkeypatch):
 def test_the_environment_overrides(monkeypatch, wanted, precision):
     monkeypatch.setenv("WORKSHOP_DEVICE", wanted)
     chosen = device.choose_device()
-    assert (chosen.kind, chosen.precision, chosen.reason) == (wanted, precision, f"WORKSHOP_DEVICE={wanted}")
+    assert (chosen.kind, chosen.precision, chosen.reason) == (
+        wanted,
+        precision,
+        f"WORKSHOP_DEVICE={wanted}",
+    )
 
 
 def test_another_word_is_refused(monkeypatch):
@@ -79,7 +87,10 @@ def test_saving_the_defaults_removes_the_file(empty_root):
     assert not (empty_root / "workshop.yaml").exists()
 
 
-@pytest.mark.parametrize("text, said", [("model: [", "not YAML"), ("modle: x", "may hold model, device, data"), ("- a", "may hold")])
+@pytest.mark.parametrize(
+    "text, said",
+    [("model: [", "not YAML"), ("modle: x", "may hold model, device, data"), ("- a", "may hold")],
+)
 def test_a_wrong_settings_file_is_named(empty_root, text, said):
     (empty_root / "workshop.yaml").write_text(text)
     with pytest.raises(WorkshopError, match=said):

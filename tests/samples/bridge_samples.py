@@ -1,18 +1,26 @@
-"""The checkpoints in ``tests/data/checkpoints``: small ones by writers that the environment of this project does not have.
+"""The checkpoints in ``tests/data/checkpoints``: small ones by writers that the environment of this
+project does not have.
 
-Each is written by the library itself, on a CPU, with ``PYTHONPATH=. python tests/samples/bridge_samples.py WRITER tests/data/checkpoints``:
+Each is written by the library itself, on a CPU, with ``PYTHONPATH=. python
+tests/samples/bridge_samples.py WRITER tests/data/checkpoints``:
 
-    megatron-bridge-0.3.1   ``llama`` and ``lora`` by Megatron-Bridge and Megatron-Core 0.16.1, which go before the environment on the path
-        pip install --no-deps --target OVERLAY megatron-bridge==0.3.1 megatron-core==0.16.1 transformers==4.57.6 tokenizers==0.22.2
-        PYTHONPATH=OVERLAY:. python tests/samples/bridge_samples.py megatron-bridge-0.3.1 tests/data/checkpoints
-    megatron-bridge-0.6.2   the same by Megatron-Core 0.19.2, whose checkpoints have no ``common.pt``; in an environment of Python 3.12
+    megatron-bridge-0.3.1   ``llama`` and ``lora`` by Megatron-Bridge and Megatron-Core 0.16.1,
+    which go before the environment on the path
+        pip install --no-deps --target OVERLAY megatron-bridge==0.3.1 megatron-core==0.16.1
+        transformers==4.57.6 tokenizers==0.22.2 PYTHONPATH=OVERLAY:. python
+        tests/samples/bridge_samples.py megatron-bridge-0.3.1 tests/data/checkpoints
+    megatron-bridge-0.6.2   the same by Megatron-Core 0.19.2, whose checkpoints have no
+    ``common.pt``; in an environment of Python 3.12
         python3.12 -m venv ENV
-        ENV/bin/pip install torch==2.13.0 torchvision transformers==5.12.1 peft==0.18.1 accelerate datasets einops hydra-core omegaconf \\
+        ENV/bin/pip install torch==2.13.0 torchvision transformers==5.12.1 peft==0.18.1 accelerate
+        datasets einops hydra-core omegaconf \\
             pillow psutil rich six tensorboard wrapt
         ENV/bin/pip install --no-deps megatron-bridge==0.6.2 megatron-core==0.19.2
     megatron-core-0.19.2    ``iter_0000003`` with what Megatron-LM saves; in the same environment
-    python-3.11.2           the same by Megatron-Core 0.13.1 and torch in this project's environment, made with Debian 12's own Python,
-                            which pickles enumerations as calls of ``getattr``; and ``state.pt`` by ``torch.save``
+    python-3.11.2           the same by Megatron-Core 0.13.1 and torch in this project's
+    environment, made with Debian 12's own Python,
+                            which pickles enumerations as calls of ``getattr``; and ``state.pt`` by
+                            ``torch.save``
 """
 
 import argparse
@@ -32,7 +40,8 @@ from pathlib import Path
 
 
 class Absent(type):
-    """A class without instances: each attribute is another one, and as a decorator it changes nothing."""
+    """A class without instances: each attribute is another one, and as a decorator it changes
+    nothing."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -40,7 +49,11 @@ class Absent(type):
         return Absent(name, (), {})
 
     def __call__(cls, *arguments, **options):
-        return arguments[0] if len(arguments) == 1 and callable(arguments[0]) else Absent("absent", (), {})
+        return (
+            arguments[0]
+            if len(arguments) == 1 and callable(arguments[0])
+            else Absent("absent", (), {})
+        )
 
 
 class AbsentModule(types.ModuleType):
@@ -56,7 +69,8 @@ class AbsentModule(types.ModuleType):
 
 
 class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules ``names`` and all below them: libraries for GPUs, which are imported without asking and not called here."""
+    """Finds the modules ``names`` and all below them: libraries for GPUs, which are imported
+    without asking and not called here."""
 
     def __init__(self, *names: str) -> None:
         self.names = names
@@ -96,14 +110,17 @@ def one_rank() -> Iterator[None]:
     from megatron.core import parallel_state
 
     with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}/store", rank=0, world_size=1
+        )
         parallel_state.initialize_model_parallel()
         yield
         torch.distributed.destroy_process_group()
 
 
 def megatron_bridge() -> None:
-    """``llama`` as ``import_ckpt`` makes it of one in Hugging Face format; ``lora`` as a fine-tuning saves it, after one step of training."""
+    """``llama`` as ``import_ckpt`` makes it of one in Hugging Face format; ``lora`` as a
+    fine-tuning saves it, after one step of training."""
     without_gpu()
     import megatron.bridge.peft.utils
     import torch
@@ -114,17 +131,27 @@ def megatron_bridge() -> None:
 
     megatron.bridge.peft.utils.HAVE_TE = False
     gpt_provider.default_layer_spec.__code__ = gpt_provider.local_layer_spec.__code__
-    make_tiny_model(Path("hf"), hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    make_tiny_model(
+        Path("hf"),
+        hidden_size=8,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
     # The class that Llama 3 names.
     config = Path("hf", "tokenizer_config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     with temporary_distributed_context("gloo"):
         AutoBridge.import_ckpt("hf", "llama", torch_dtype=torch.float32)
         save_lora(AutoBridge.from_hf_pretrained("hf", torch_dtype=torch.float32))
 
 
 def save_lora(bridge) -> None:
-    """Train a LoRA of ``bridge``'s model for one step and save it in ``lora``, as Megatron-Bridge's ``finetune`` does."""
+    """Train a LoRA of ``bridge``'s model for one step and save it in ``lora``, as Megatron-Bridge's
+    ``finetune`` does."""
     import torch
     from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.training.checkpointing import save_checkpoint
@@ -149,11 +176,22 @@ def save_lora(bridge) -> None:
     model = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=True)
     state = GlobalState()
     state.cfg = ConfigContainer(
-        model=provider, train=None, optimizer=OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=0.0, use_distributed_optimizer=False), ddp=ddp,
-        scheduler=SchedulerConfig(lr_decay_iters=10, start_weight_decay=0.01, end_weight_decay=0.01), dataset=None, logger=LoggerConfig(), dist=None, peft=lora,
+        model=provider,
+        train=None,
+        optimizer=OptimizerConfig(
+            optimizer="adam", lr=1e-3, min_lr=0.0, use_distributed_optimizer=False
+        ),
+        ddp=ddp,
+        scheduler=SchedulerConfig(
+            lr_decay_iters=10, start_weight_decay=0.01, end_weight_decay=0.01
+        ),
+        dataset=None,
+        logger=LoggerConfig(),
+        dist=None,
+        peft=lora,
         tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf"),
         checkpoint=CheckpointConfig(save="lora", pretrained_checkpoint="llama"),
-    )  # fmt: skip
+    )
     for chunk in model:
         for parameter in chunk.parameters():
             if parameter.requires_grad:
@@ -169,7 +207,8 @@ def save_lora(bridge) -> None:
 
 
 def sharded_state() -> dict:
-    """What Megatron-LM saves, in small: ``args``, weights, an ``_extra_state``, the random state and the state of its rerun machine."""
+    """What Megatron-LM saves, in small: ``args``, weights, an ``_extra_state``, the random state
+    and the state of its rerun machine."""
     import numpy
     import torch
     from megatron.core.dist_checkpointing import ShardedTensor
@@ -179,19 +218,32 @@ def sharded_state() -> dict:
     from megatron.core.transformer.enums import AttnBackend
 
     arguments = argparse.Namespace(
-        num_layers=1, hidden_size=8, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash,
-        model_type=ModelType.encoder_or_decoder, exit_signal=signal.SIGTERM, data_cache_path=Path("cache"),
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=8,
+        params_dtype=torch.bfloat16,
+        attention_backend=AttnBackend.flash,
+        model_type=ModelType.encoder_or_decoder,
+        exit_signal=signal.SIGTERM,
+        data_cache_path=Path("cache"),
+    )
     weights = {
         "final": ShardedTensor.from_rank_offsets("decoder.final_layernorm.weight", torch.ones(8)),
         "layers": ShardedTensor.from_rank_offsets(
             "decoder.layers.mlp.linear_fc2.weight", torch.ones(4, 8), (0, 0, 1), prepend_axis_num=1
         ),
-        "extra": ShardedObject("decoder.layers.mlp.linear_fc2._extra_state", torch.zeros(3, dtype=torch.uint8), (1,), (0,)),
+        "extra": ShardedObject(
+            "decoder.layers.mlp.linear_fc2._extra_state",
+            torch.zeros(3, dtype=torch.uint8),
+            (1,),
+            (0,),
+        ),
     }
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     machine.state = RerunState.INITIAL_RUN
-    random = {"np_rng_state": numpy.random.RandomState(0).get_state(), "torch_rng_state": torch.zeros(8, dtype=torch.uint8)}
+    random = {
+        "np_rng_state": numpy.random.RandomState(0).get_state(),
+        "torch_rng_state": torch.zeros(8, dtype=torch.uint8),
+    }
     return {
         "args": arguments,
         "checkpoint_version": 3.0,
@@ -209,7 +261,9 @@ def megatron_core() -> None:
 
     Path("iter_0000003").mkdir()
     with one_rank():
-        dist_checkpointing.save(sharded_state(), "iter_0000003", content_metadata={"singleton_local_shards": False})
+        dist_checkpointing.save(
+            sharded_state(), "iter_0000003", content_metadata={"singleton_local_shards": False}
+        )
 
 
 def python_3_11_2() -> None:

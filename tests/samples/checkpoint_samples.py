@@ -1,8 +1,10 @@
-"""Genuine NeMo 2.0 checkpoints of a tiny Llama, written by Megatron-Core, and loading them the way NeMo 1 does.
+"""Genuine NeMo 2.0 checkpoints of a tiny Llama, written by Megatron-Core, and loading them the way
+NeMo 1 does.
 
-Run as a script, because Megatron-Core needs a process group: ``checkpoint_samples.py make DIRECTORY`` writes the checkpoints
-``plain`` (float32, tied) and ``gpu`` (what Transformer Engine leaves on a GPU: bfloat16, padded vocabulary, Llama 3.1 rope,
-``_extra_state`` objects, optimizer state); ``load VIEW FLAVOUR`` loads ``VIEW/model_weights`` under the names of NeMo 1 and saves the
+Run as a script, because Megatron-Core needs a process group: ``checkpoint_samples.py make
+DIRECTORY`` writes the checkpoints ``plain`` (float32, tied) and ``gpu`` (what Transformer Engine
+leaves on a GPU: bfloat16, padded vocabulary, Llama 3.1 rope, ``_extra_state`` objects, optimizer
+state); ``load VIEW FLAVOUR`` loads ``VIEW/model_weights`` under the names of NeMo 1 and saves the
 result to ``VIEW.loaded.pt``.
 """
 
@@ -35,7 +37,8 @@ EXTRA_STATE = ("self_attention.linear_qkv._extra_state", "mlp.linear_fc2._extra_
 
 
 def model_yaml(flavour: str) -> dict:
-    """``context/model.yaml`` as NeMo writes it, with the fields that matter and some that the script path must never see."""
+    """``context/model.yaml`` as NeMo writes it, with the fields that matter and some that the
+    script path must never see."""
     gpu = flavour == "gpu"
     config = {
         "_target_": f"{LLAMA}.{'Llama31Config' if gpu else 'LlamaConfig'}",
@@ -60,14 +63,25 @@ def model_yaml(flavour: str) -> dict:
         "vocab_size": None,
     }
     if gpu:
-        config |= {"scale_factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 256}
+        config |= {
+            "scale_factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "old_context_len": 256,
+        }
     tokenizer = {
         "_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
         "pretrained_model_name": "nemo_tokenizer",
         "trust_remote_code": False,
         "use_fast": True,
     }
-    return {"_target_": f"{LLAMA}.LlamaModel", "config": config, "model_transform": None, "optim": None, "tokenizer": tokenizer}
+    return {
+        "_target_": f"{LLAMA}.LlamaModel",
+        "config": config,
+        "model_transform": None,
+        "optim": None,
+        "tokenizer": tokenizer,
+    }
 
 
 def write_context(directory: Path, flavour: str) -> None:
@@ -84,7 +98,8 @@ def make(directory: Path) -> None:
 
 
 def load(view: Path, flavour: str) -> dict:
-    """What NeMo 1 would get from ``view``: {name of NeMo 1: tensor, or the stored object}, through Megatron-Core."""
+    """What NeMo 1 would get from ``view``: {name of NeMo 1: tensor, or the stored object}, through
+    Megatron-Core."""
     import torch
 
     _run("load", view, flavour)
@@ -92,7 +107,8 @@ def load(view: Path, flavour: str) -> dict:
 
 
 def weight(name: str, layer: int | None, flavour: str):
-    """The tensor called ``name`` (without prefix) as it was written; random, but always the same."""
+    """The tensor called ``name`` (without prefix) as it was written; random, but always the
+    same."""
     import zlib
 
     import torch
@@ -100,16 +116,24 @@ def weight(name: str, layer: int | None, flavour: str):
     shape = WHOLE_SHAPES[name] if layer is None else LAYER_SHAPES[name]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {layer}".encode()))
     # About as large as those of a trained model, so that rounding errors stay small in the logits.
-    return (0.2 * torch.randn(shape, generator=generator)).to(torch.bfloat16 if flavour == "gpu" else torch.float32)
+    return (0.2 * torch.randn(shape, generator=generator)).to(
+        torch.bfloat16 if flavour == "gpu" else torch.float32
+    )
 
 
 def _run(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _sharded(prefix: str, flavour: str, empty: bool = False) -> dict:
-    """The sharded state dict of the model: one shard a layer, stacked on a new first axis, as Megatron-Core does it."""
+    """The sharded state dict of the model: one shard a layer, stacked on a new first axis, as
+    Megatron-Core does it."""
     import io
 
     import torch
@@ -120,12 +144,17 @@ def _sharded(prefix: str, flavour: str, empty: bool = False) -> dict:
     for name in WHOLE_SHAPES:
         if name != "output_layer.weight" or flavour == "gpu":
             tensor = weight(name, None, flavour)
-            state[prefix + name] = ShardedTensor.from_rank_offsets(prefix + name, torch.zeros_like(tensor) if empty else tensor)
+            state[prefix + name] = ShardedTensor.from_rank_offsets(
+                prefix + name, torch.zeros_like(tensor) if empty else tensor
+            )
     for layer in range(LAYERS):
         for name in LAYER_SHAPES:
             tensor = weight(name, layer, flavour)
             state[f"{prefix}decoder.layers.{layer}.{name}"] = ShardedTensor.from_rank_offsets(
-                f"{prefix}decoder.layers.{name}", torch.zeros_like(tensor) if empty else tensor, (0, layer, LAYERS), prepend_axis_num=1
+                f"{prefix}decoder.layers.{name}",
+                torch.zeros_like(tensor) if empty else tensor,
+                (0, layer, LAYERS),
+                prepend_axis_num=1,
             )
         for name in EXTRA_STATE if flavour == "gpu" else ():
             content = io.BytesIO(pickle.dumps({"extra_fp8_variables": {"name": f"{name} {layer}"}}))
@@ -158,7 +187,9 @@ def _load(view: Path, flavour: str) -> None:
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     state = {"state_dict": _sharded("model.", flavour, empty=True)}
-    loaded = dist_checkpointing.load(state, str(view / "model_weights"), strict=StrictHandling.RAISE_ALL)
+    loaded = dist_checkpointing.load(
+        state, str(view / "model_weights"), strict=StrictHandling.RAISE_ALL
+    )
     torch.save(loaded["state_dict"], f"{view}.loaded.pt")
 
 
@@ -171,6 +202,8 @@ if __name__ == "__main__":
     import torch.distributed
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
+        )
         {"make": _make, "load": _load}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
         torch.distributed.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Peak memory of an export from adapter to adapter. For a slow test and for ``benchmarks/export_memory.py``."""
+"""Peak memory of an export from adapter to adapter. For a slow test and for
+``benchmarks/export_memory.py``."""
 
 import subprocess
 import sys
@@ -24,13 +25,21 @@ print(held("VmHWM") - before)
 
 
 def adapter(folder: Path) -> Path:
-    """An adapter of 122 MB as NeMo writes it; its base, with 32 of these 8 layers, would have 27 GB in fp32, and is nowhere."""
-    return write_adapter(folder / "n.nemo", config_of(SHAPE, ALL, rank=RANK), tensors_of(SHAPE, ALL, rank=RANK))
+    """An adapter of 122 MB as NeMo writes it; its base, with 32 of these 8 layers, would have 27 GB
+    in fp32, and is nowhere."""
+    return write_adapter(
+        folder / "n.nemo", config_of(SHAPE, ALL, rank=RANK), tensors_of(SHAPE, ALL, rank=RANK)
+    )
 
 
 def measure(source: Path, to: str, out: Path) -> dict[str, float]:
-    """The adapter's MB and those that a process of its own needs beyond its imports to export it, at most."""
+    """The adapter's MB and those that a process of its own needs beyond its imports to export it,
+    at most."""
     words = [sys.executable, "-c", EXPORT, str(source), to, str(out)]
     used = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
     size = source.stat().st_size
-    return {"adapter_mb": round(size / 1e6, 1), "peak_mb": round(used / 1e6, 1), "times_the_adapter": round(used / size, 2)}
+    return {
+        "adapter_mb": round(size / 1e6, 1),
+        "peak_mb": round(used / 1e6, 1),
+        "times_the_adapter": round(used / size, 2),
+    }

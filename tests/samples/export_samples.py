@@ -1,4 +1,5 @@
-"""Small adapters as NeMo's script path writes them, and what they do to a Llama, written without the code under test."""
+"""Small adapters as NeMo's script path writes them, and what they do to a Llama, written without
+the code under test."""
 
 import io
 import tarfile
@@ -47,10 +48,12 @@ MHA = Shape(groups=4)
 SHAPES = {"gqa": GQA, "gqa-head-dim": GQA_HEAD_DIM, "mha": MHA}
 
 
-def config_of(shape: Shape, targets: tuple[str, ...] = ("attention_qkv",), rank: int = 4, alpha: float = 8) -> dict[str, Any]:
+def config_of(
+    shape: Shape, targets: tuple[str, ...] = ("attention_qkv",), rank: int = 4, alpha: float = 8
+) -> dict[str, Any]:
     """The fields of NeMo's ``model_config.yaml`` that matter, and some that do not."""
     return {
-        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel",
+        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel",  # noqa: E501
         "restore_from_path": "/somewhere/models/bridged/tiny-llama",
         "num_layers": shape.layers,
         "hidden_size": shape.hidden,
@@ -94,8 +97,12 @@ def tensors_of(
         for target in targets:
             inputs, outputs = shape.features[target]
             stem = f"{prefix}layers.{layer}.{NAMES[target]}"
-            state[f"{stem}.linear_in.weight"] = torch.randn(rank, inputs, generator=generator).to(dtype)
-            state[f"{stem}.linear_out.weight"] = torch.randn(outputs, rank, generator=generator).to(dtype)
+            state[f"{stem}.linear_in.weight"] = torch.randn(rank, inputs, generator=generator).to(
+                dtype
+            )
+            state[f"{stem}.linear_out.weight"] = torch.randn(outputs, rank, generator=generator).to(
+                dtype
+            )
     return state
 
 
@@ -122,7 +129,10 @@ def saved(state: Any) -> bytes:
 
 def write_adapter(path: Path, config: dict[str, Any], state: Any) -> Path:
     """A ``.nemo`` with ``config`` and ``state``."""
-    return write_tar(path, {"model_config.yaml": yaml.safe_dump(config).encode(), "model_weights.ckpt": saved(state)})
+    return write_tar(
+        path,
+        {"model_config.yaml": yaml.safe_dump(config).encode(), "model_weights.ckpt": saved(state)},
+    )
 
 
 def tiny_llama(shape: Shape):
@@ -153,10 +163,12 @@ def logits(model) -> torch.Tensor:
 
 
 def add_like_nemo(model, shape: Shape, state: dict[str, torch.Tensor], scale: float):
-    """Make ``model`` answer as NeMo would with the adapter: fused outputs are added, then cut as Megatron cuts them.
+    """Make ``model`` answer as NeMo would with the adapter: fused outputs are added, then cut as
+    Megatron cuts them.
 
-    ``mixed_qkv + scale * B(A(x))`` viewed as ``[ng, (nh / ng + 2) * hd]`` and split by ``[nh / ng * hd, hd, hd]``
-    (``MCoreSelfAttentionMixin.get_query_key_value_tensors``, ``MCoreMLPMixin.forward``).
+    ``mixed_qkv + scale * B(A(x))`` viewed as ``[ng, (nh / ng + 2) * hd]`` and split by ``[nh / ng *
+    hd, hd, hd]`` (``MCoreSelfAttentionMixin.get_query_key_value_tensors``,
+    ``MCoreMLPMixin.forward``).
     """
     sizes = [shape.heads // shape.groups * shape.channels, shape.channels, shape.channels]
 
@@ -164,7 +176,9 @@ def add_like_nemo(model, shape: Shape, state: dict[str, torch.Tensor], scale: fl
         stem = f"model.decoder.layers.{layer}.{NAMES[target]}"
         if f"{stem}.linear_in.weight" not in state:
             return None
-        return x @ state[f"{stem}.linear_in.weight"].T @ state[f"{stem}.linear_out.weight"].T * scale
+        return (
+            x @ state[f"{stem}.linear_in.weight"].T @ state[f"{stem}.linear_out.weight"].T * scale
+        )
 
     def qkv(layer: int, part: int):
         def hook(module, inputs, output):

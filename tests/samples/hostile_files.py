@@ -1,7 +1,9 @@
-"""Files that want to harm their reader, made when the tests run: what each is, the reader it is for, and how it must be refused.
+"""Files that want to harm their reader, made when the tests run: what each is, the reader it is
+for, and how it must be refused.
 
-:func:`corpus` returns :class:`Case` objects. ``content`` is the file; ``reader`` one of ``index`` (``.metadata``), ``state``
-(``common.pt``, ``.ckpt``, ``.bin``), ``nemo``, ``yaml``, ``json``, ``safetensors`` and ``gguf``.
+:func:`corpus` returns :class:`Case` objects. ``content`` is the file; ``reader`` one of ``index``
+(``.metadata``), ``state`` (``common.pt``, ``.ckpt``, ``.bin``), ``nemo``, ``yaml``, ``json``,
+``safetensors`` and ``gguf``.
 """
 
 import gzip
@@ -15,7 +17,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
-UNSAFE, DAMAGED, NOTHING, UNSUPPORTED = "UnsafeCheckpoint", "DamagedCheckpoint", "NotACheckpoint", "UnsupportedCheckpoint"
+UNSAFE, DAMAGED, NOTHING, UNSUPPORTED = (
+    "UnsafeCheckpoint",
+    "DamagedCheckpoint",
+    "NotACheckpoint",
+    "UnsupportedCheckpoint",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ def name(module: str, attribute: str) -> bytes:
 
 
 def gadgets(command: str) -> dict[str, bytes]:
-    """Pickles that run the shell command ``command`` if they are loaded, or load or fetch something, each in its own way."""
+    """Pickles that run the shell command ``command`` if they are loaded, or load or fetch
+    something, each in its own way."""
     words = short(command) + b"\x85"
     system = b"cposix\nsystem\n"
     code = short(f"__import__('os').system({command!r})") + b"\x85"
@@ -98,7 +106,9 @@ def gadgets(command: str) -> dict[str, bytes]:
 
 def breaking_pickles() -> dict[str, bytes]:
     """Pickles that exhaust memory, time or the stack of a machine that follows them."""
-    pair = b"K\x01\x85\x94" + b"".join(b"h" + bytes([n]) * 1 + b"h" + bytes([n]) + b"\x86\x94" for n in range(60))
+    pair = b"K\x01\x85\x94" + b"".join(
+        b"h" + bytes([n]) * 1 + b"h" + bytes([n]) + b"\x86\x94" for n in range(60)
+    )
     deep_tuple = b")" + b"\x85" * 300_000
     ways = {
         "empty": b"",
@@ -125,18 +135,25 @@ def breaking_pickles() -> dict[str, bytes]:
         "marks": b"\x80\x04" + b"(" * 900_000 + b".",
         "sets": b"\x80\x04(" + b"\x8f" * 900_000 + b"l.",
         "dictionaries": b"\x80\x04(" + b"}" * 900_000 + b"l.",
-        "number of 300,000 bytes": b"\x80\x04\x8b" + struct.pack("<I", 300_000) + b"\x01" * 300_000 + b".",
+        "number of 300,000 bytes": b"\x80\x04\x8b"
+        + struct.pack("<I", 300_000)
+        + b"\x01" * 300_000
+        + b".",
         "number of 300,000 digits": b"\x80\x02L" + b"9" * 300_000 + b"L\n.",
         "large number as a key": b"\x80\x04}\x8a\x40" + b"\x01" * 64 + b"Ns.",
         "keys of one hash": b"\x80\x04}("
-        + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(60_000))
+        + b"".join(
+            b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(60_000)
+        )
         + b"u.",
-        "tuples as keys": b"\x80\x04}(" + b"".join(b"M" + struct.pack("<H", n) + b"\x85N" for n in range(60_000)) + b"u.",
+        "tuples as keys": b"\x80\x04}("
+        + b"".join(b"M" + struct.pack("<H", n) + b"\x85N" for n in range(60_000))
+        + b"u.",
         "a dictionary as a key": b"\x80\x04}}Ns.",
         "a key without a value": b"\x80\x04}(K\x01u.",
         "items into a number": b"\x80\x04K\x01K\x02K\x03s.",
         "a mark below the stack": b"\x80\x04NN(00u.",
-        "change of a class": b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.",
+        "change of a class": b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.",  # noqa: E501
         "persistent name": b"\x80\x02Px\n.",
         "call of a number": b"\x80\x04K\x01)R.",
         "call with a list": b"\x80\x04ctorch\nSize\n]R.",
@@ -147,7 +164,8 @@ def breaking_pickles() -> dict[str, bytes]:
 
 
 def states() -> dict[str, bytes]:
-    """Pickles of states that no loop over them gets to the end of, or with tensors that contradict their storages."""
+    """Pickles of states that no loop over them gets to the end of, or with tensors that contradict
+    their storages."""
 
     def tensor(
         offset: bytes = b"K\x00",
@@ -156,11 +174,32 @@ def states() -> dict[str, bytes]:
         elements: bytes = b"K\x10",
         key: str = "0",
     ) -> bytes:
-        storage = b"(" + short("storage") + b"ctorch\nFloatStorage\n" + short(key) + short("cpu") + elements + b"tQ"
-        return b"}" + short("w") + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + size + stride + b"\x89NtRs."
+        storage = (
+            b"("
+            + short("storage")
+            + b"ctorch\nFloatStorage\n"
+            + short(key)
+            + short("cpu")
+            + elements
+            + b"tQ"
+        )
+        return (
+            b"}"
+            + short("w")
+            + b"ctorch._utils\n_rebuild_tensor_v2\n("
+            + storage
+            + offset
+            + size
+            + stride
+            + b"\x89NtRs."
+        )
 
     big = b"\x8a\x09" + (2**63).to_bytes(9, "little")
-    doubling = b"]\x94" + b"".join(b"]\x94(h" + bytes([n]) + b"h" + bytes([n]) + b"e" for n in range(60)) + b"."
+    doubling = (
+        b"]\x94"
+        + b"".join(b"]\x94(h" + bytes([n]) + b"h" + bytes([n]) + b"e" for n in range(60))
+        + b"."
+    )
     ways = {
         "references to references": b"}" + short("a") + doubling[:-1] + b"s.",
         "a list that holds itself": b"}" + short("a") + b"]\x94h\x00as.",
@@ -172,7 +211,8 @@ def states() -> dict[str, bytes]:
         "a storage that is missing": tensor(key="7"),
         "a shape of 2^63": tensor(size=big + b"\x85"),
         "a shape of 2^90": tensor(
-            size=(b"\x8a\x05" + (2**30).to_bytes(5, "little")) * 3 + b"\x87", stride=b"K\x00K\x00K\x00\x87"
+            size=(b"\x8a\x05" + (2**30).to_bytes(5, "little")) * 3 + b"\x87",
+            stride=b"K\x00K\x00K\x00\x87",
         ),
         "an offset of 2^63": tensor(offset=big),
         "a negative offset": tensor(offset=b"J\xff\xff\xff\xff"),
@@ -216,13 +256,19 @@ def _zips(evil: bytes) -> dict[str, tuple[bytes, str]]:
         "a bomb": (archive(bytes(60_000_000), method=zipfile.ZIP_DEFLATED), DAMAGED),
         "a pickle before the zip": (evil + good, UNSAFE),
         "something before the zip": (b"x" * 100 + good, DAMAGED),
-        "TorchScript": (archive(b"\x80\x02}.", ("a/constants.pkl", b""), ("a/code/x.py", b"")), UNSAFE),
+        "TorchScript": (
+            archive(b"\x80\x02}.", ("a/constants.pkl", b""), ("a/code/x.py", b"")),
+            UNSAFE,
+        ),
         "a zip as its pickle": (archive(good), DAMAGED),
         "no pickle": (archive(b"").replace(b"a/data.pkl", b"a/data.pkx"), DAMAGED),
         "big-endian": (order, UNSUPPORTED),
         "a pickle alone": (evil, UNSAFE),
         "several pickles": (b"\x80\x02N." + b"\x80\x02N." + evil, UNSAFE),
-        "pickles of the time before": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.", UNSUPPORTED),
+        "pickles of the time before": (
+            b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.",
+            UNSUPPORTED,
+        ),
         "directory of parts elsewhere": (bytes(many), DAMAGED),
     }
 
@@ -237,7 +283,10 @@ GOOD = (("model_config.yaml", b"num_layers: 2\n"), ("model_weights.ckpt", archiv
 
 
 def tar(
-    *entries: tarfile.TarInfo | tuple[str, bytes], mode: str = "w", form: int = tarfile.GNU_FORMAT, **fields: dict
+    *entries: tarfile.TarInfo | tuple[str, bytes],
+    mode: str = "w",
+    form: int = tarfile.GNU_FORMAT,
+    **fields: dict,
 ) -> bytes:
     """A tar of files and special entries; ``fields`` go into the extended header of the archive."""
     content = io.BytesIO()
@@ -290,17 +339,32 @@ def _tars(evil: bytes) -> dict[str, tuple[bytes, str]]:
     return {
         **{
             f"the name {path}": (tar(*GOOD, (path, b"x")), UNSAFE)
-            for path in ("../outside", "a/../../outside", "/absolute", "..\\outside", "C:\\x", "a\nb", "a\x1b[2J", "..")
+            for path in (
+                "../outside",
+                "a/../../outside",
+                "/absolute",
+                "..\\outside",
+                "C:\\x",
+                "a\nb",
+                "a\x1b[2J",
+                "..",
+            )
         },
         "a symbolic link": (tar(*GOOD, special("link", tarfile.SYMTYPE, "/etc/passwd")), UNSAFE),
         "a hard link": (tar(*GOOD, special("link", tarfile.LNKTYPE, "model_config.yaml")), UNSAFE),
-        "a link as the weights": (tar(GOOD[0], special("model_weights.ckpt", tarfile.SYMTYPE, "/etc/passwd")), UNSAFE),
+        "a link as the weights": (
+            tar(GOOD[0], special("model_weights.ckpt", tarfile.SYMTYPE, "/etc/passwd")),
+            UNSAFE,
+        ),
         "a character device": (tar(*GOOD, special("device", tarfile.CHRTYPE)), UNSAFE),
         "a block device": (tar(*GOOD, special("device", tarfile.BLKTYPE)), UNSAFE),
         "a pipe": (tar(*GOOD, special("pipe", tarfile.FIFOTYPE)), UNSAFE),
         "an unknown type": (tar(*GOOD, special("x", b"Z")), UNSAFE),
         "a sparse file": (body + _raw(b"x", b"%011o" % 0, b"S") + end, UNSAFE),
-        "a directory with content": (body + _raw(b"d/", b"%011o" % 512, b"5", bytes(512)) + end, UNSAFE),
+        "a directory with content": (
+            body + _raw(b"d/", b"%011o" % 512, b"5", bytes(512)) + end,
+            UNSAFE,
+        ),
         "one name twice": (tar(*GOOD, GOOD[0]), UNSAFE),
         "one name twice, with a dot": (tar(*GOOD, (".//model_config.yaml", b"a: 1")), UNSAFE),
         "one name twice, in capitals": (tar(*GOOD, ("MODEL_CONFIG.yaml", b"a: 1")), UNSAFE),
@@ -308,45 +372,84 @@ def _tars(evil: bytes) -> dict[str, tuple[bytes, str]]:
             tar(*GOOD, ("caf\u00e9", b""), (unicodedata.normalize("NFD", "caf\u00e9"), b"")),
             UNSAFE,
         ),
-        "a directory in the place of a file": (tar(*GOOD, special("model_config.yaml", tarfile.DIRTYPE)), UNSAFE),
+        "a directory in the place of a file": (
+            tar(*GOOD, special("model_config.yaml", tarfile.DIRTYPE)),
+            UNSAFE,
+        ),
         "PAX path": (tar(*GOOD, _pax(path="../outside"), **pax), UNSAFE),
         "PAX path with a NUL": (
-            body + _raw(b"p", b"%011o" % 13, b"x", b"13 path=a\0bc\n") + _raw(b"a", b"0" * 11, b"0") + end,
+            body
+            + _raw(b"p", b"%011o" % 13, b"x", b"13 path=a\0bc\n")
+            + _raw(b"a", b"0" * 11, b"0")
+            + end,
             UNSAFE,
         ),
         "PAX linkpath": (tar(*GOOD, _pax(linkpath="/etc/passwd"), **pax), UNSAFE),
-        "PAX sparse": (tar(*GOOD, _pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), **pax), UNSAFE),
+        "PAX sparse": (
+            tar(*GOOD, _pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), **pax),
+            UNSAFE,
+        ),
         "PAX size": (
-            body + _raw(b"p", b"%011o" % 20, b"x", b"20 size=9999999999 \n"[:20]) + _raw(b"a", b"0" * 11, b"0") + end,
+            body
+            + _raw(b"p", b"%011o" % 20, b"x", b"20 size=9999999999 \n"[:20])
+            + _raw(b"a", b"0" * 11, b"0")
+            + end,
             DAMAGED,
         ),
         "PAX size below zero": (
-            body + _raw(b"p", b"%011o" % 12, b"x", b"12 size=-99\n") + _raw(b"a", b"0" * 11, b"0") + end,
+            body
+            + _raw(b"p", b"%011o" % 12, b"x", b"12 size=-99\n")
+            + _raw(b"a", b"0" * 11, b"0")
+            + end,
             DAMAGED,
         ),
         "PAX for all entries": (tar(*GOOD, pax_headers={"path": "x"}, **pax), UNSAFE),
         "PAX of digits": (body + digits * 16 + end, DAMAGED),
         "PAX of 60,000 characters": (
-            body + _raw(b"p", b"%011o" % len(record), b"x", record) + _raw(b"a", b"0" * 11, b"0") + end,
+            body
+            + _raw(b"p", b"%011o" % len(record), b"x", record)
+            + _raw(b"a", b"0" * 11, b"0")
+            + end,
             DAMAGED,
         ),
-        "PAX of 10 MB": (body + _raw(b"p", b"%011o" % 10_000_000, b"x", bytes(900_000)) + end, DAMAGED),
-        "PAX before nothing": (body + _raw(b"p", b"%011o" % 12, b"x", b"12 path=abc\n") + end, DAMAGED),
+        "PAX of 10 MB": (
+            body + _raw(b"p", b"%011o" % 10_000_000, b"x", bytes(900_000)) + end,
+            DAMAGED,
+        ),
+        "PAX before nothing": (
+            body + _raw(b"p", b"%011o" % 12, b"x", b"12 path=abc\n") + end,
+            DAMAGED,
+        ),
         "GNU long name": (tar(*GOOD, ("../" * 60 + "outside", b"x")), UNSAFE),
         "GNU long link": (tar(*GOOD, special("link", tarfile.SYMTYPE, "x" * 200)), UNSAFE),
-        "a negative size": (_raw(b"a", b"\xff" + (2**88 - 1024).to_bytes(11, "big"), b"0") + good, NOTHING),
-        "a size of 2^80": (body + _raw(b"a", b"\x80" + (2**80).to_bytes(11, "big"), b"0") + end, DAMAGED),
+        "a negative size": (
+            _raw(b"a", b"\xff" + (2**88 - 1024).to_bytes(11, "big"), b"0") + good,
+            NOTHING,
+        ),
+        "a size of 2^80": (
+            body + _raw(b"a", b"\x80" + (2**80).to_bytes(11, "big"), b"0") + end,
+            DAMAGED,
+        ),
         "a size of 8 GB": (body + _raw(b"a", b"77777777777\0", b"0") + end, DAMAGED),
         "no end": (body, DAMAGED),
         "a damaged header": (body + b"x" * 512 + end, DAMAGED),
-        "a gzip bomb": (gzip.compress(body + _raw(b"a", b"77777777777\0", b"0") + bytes(150_000_000)), UNSAFE),
+        "a gzip bomb": (
+            gzip.compress(body + _raw(b"a", b"77777777777\0", b"0") + bytes(150_000_000)),
+            UNSAFE,
+        ),
         "a gzip cut off": (tar(*GOOD, mode="w:gz")[:-40], DAMAGED),
         "gzip of something else": (gzip.compress(b"hello" * 1000), NOTHING),
         "gzip in gzip": (gzip.compress(tar(*GOOD, mode="w:gz")), NOTHING),
-        "100,000 entries": (gzip.compress(b"".join(_raw(b"%d" % n, b"0" * 11, b"0") for n in range(100_000)) + end), DAMAGED),
+        "100,000 entries": (
+            gzip.compress(b"".join(_raw(b"%d" % n, b"0" * 11, b"0") for n in range(100_000)) + end),
+            DAMAGED,
+        ),
         "weights that run a command": (tar(GOOD[0], (GOOD[1][0], archive(evil))), UNSAFE),
         "weights that are a pickle": (tar(GOOD[0], (GOOD[1][0], evil)), UNSAFE),
-        "a configuration with a tag": (tar(("model_config.yaml", b"a: !!python/name:os.system"), GOOD[1]), UNSAFE),
+        "a configuration with a tag": (
+            tar(("model_config.yaml", b"a: !!python/name:os.system"), GOOD[1]),
+            UNSAFE,
+        ),
         "a .nemo in a .nemo": (tar(("a.nemo", good)), DAMAGED),
         "nothing": (b"", NOTHING),
         "zeros": (bytes(10_240), NOTHING),
@@ -358,7 +461,9 @@ def yamls(command: str) -> dict[str, tuple[bytes, str]]:
     laughs = b"a0: &a0 [1, 1]\n" + b"".join(
         b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 12)
     )
-    merges = b"a0: &a0 {x: 1}\n" + b"".join(b"a%d: &a%d {<<: [*a%d, *a%d]}\n" % (n, n, n - 1, n - 1) for n in range(1, 40))
+    merges = b"a0: &a0 {x: 1}\n" + b"".join(
+        b"a%d: &a%d {<<: [*a%d, *a%d]}\n" % (n, n, n - 1, n - 1) for n in range(1, 40)
+    )
     return {
         "object/apply": (f"a: !!python/object/apply:os.system ['{command}']".encode(), UNSAFE),
         "object/new": (f"a: !!python/object/new:subprocess.Popen ['{command}']".encode(), UNSAFE),
@@ -366,7 +471,10 @@ def yamls(command: str) -> dict[str, tuple[bytes, str]]:
         "module": (b"!!python/module:antigravity : 1", UNSAFE),
         "tuple": (b"a: !!python/tuple [1, 2]", UNSAFE),
         "long tag": (b"a: !<tag:yaml.org,2002:python/object/apply:os.system> [x]", UNSAFE),
-        "tag of a prefix": (b"%TAG !x! tag:yaml.org,2002:python/\n---\na: !x!name:os.system ''", UNSAFE),
+        "tag of a prefix": (
+            b"%TAG !x! tag:yaml.org,2002:python/\n---\na: !x!name:os.system ''",
+            UNSAFE,
+        ),
         "as a key": (b"? !!python/name:os.system\n: 1", UNSAFE),
         "aliases": (laughs, DAMAGED),
         "merge keys": (merges, DAMAGED),
@@ -454,7 +562,11 @@ def _gguf() -> dict[str, tuple[bytes, str]]:
         return struct.pack("<Q", len(value) if length is None else length) + value
 
     def tensor(dimensions: list[int], kind: int = 0, offset: int = 0) -> bytes:
-        body = text(b"a") + struct.pack("<I", len(dimensions)) + b"".join(struct.pack("<Q", size) for size in dimensions)
+        body = (
+            text(b"a")
+            + struct.pack("<I", len(dimensions))
+            + b"".join(struct.pack("<Q", size) for size in dimensions)
+        )
         return header(1) + body + struct.pack("<IQ", kind, offset) + bytes(256)
 
     nested = text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 60_000
@@ -467,7 +579,10 @@ def _gguf() -> dict[str, tuple[bytes, str]]:
         "a key of 2^63 bytes": (header(0, 1) + text(b"a", 2**63), DAMAGED),
         "an unknown type of value": (header(0, 1) + text(b"a") + struct.pack("<I", 99), DAMAGED),
         "an array of 2^62": (header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 0, 2**62), DAMAGED),
-        "an array of 2^62 strings": (header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 8, 2**62), DAMAGED),
+        "an array of 2^62 strings": (
+            header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 8, 2**62),
+            DAMAGED,
+        ),
         "arrays in arrays": (header(0, 1) + nested, DAMAGED),
         "a dimension of 2^63": (tensor([2**63]), DAMAGED),
         "dimensions that overflow": (tensor([2**32, 2**32, 2]), DAMAGED),
@@ -495,11 +610,17 @@ def _indexes() -> dict[str, tuple[bytes, str]]:
         chunk: tuple = (torch.Size((0, 0)), torch.Size((2, 4))),
         change: Callable[[Metadata], object] = lambda metadata: None,
     ) -> bytes:
-        entry = TensorStorageMetadata(TensorProperties(dtype=torch.float32), size, [ChunkStorageMetadata(*chunk)])
+        entry = TensorStorageMetadata(
+            TensorProperties(dtype=torch.float32), size, [ChunkStorageMetadata(*chunk)]
+        )
         metadata = Metadata(
             {"a": entry},
             None,
-            {MetadataIndex("a", chunk[0] if isinstance(chunk[0], torch.Size) else None): _StorageInfo(*place)},
+            {
+                MetadataIndex(
+                    "a", chunk[0] if isinstance(chunk[0], torch.Size) else None
+                ): _StorageInfo(*place)
+            },
         )
         change(metadata)
         return pickle.dumps(metadata)
@@ -529,13 +650,19 @@ def _indexes() -> dict[str, tuple[bytes, str]]:
             f"the offset {value!r}": (index(("__0_0.distcp", value, 100)), DAMAGED)
             for value in (-1, 2**63, 2**70, 2**62, True, 1.0, None)
         },
-        **{f"the length {value!r}": (index(("__0_0.distcp", 0, value)), DAMAGED) for value in (-1, 2**63, 2**70, 2**62, "1")},
+        **{
+            f"the length {value!r}": (index(("__0_0.distcp", 0, value)), DAMAGED)
+            for value in (-1, 2**63, 2**70, 2**62, "1")
+        },
         **{
             f"the size {value!r}": (index(size=value), DAMAGED)
             for value in ((-1, 4), (2**63, 1), (2**70,), (True, 4), "ab", None, [2, 4], ((1, 2), 4))
         },
         "a chunk of another rank": (index(chunk=(torch.Size((0,)), torch.Size((2,)))), DAMAGED),
-        "a chunk without a place": (index(change=lambda metadata: metadata.storage_data.clear()), DAMAGED),
+        "a chunk without a place": (
+            index(change=lambda metadata: metadata.storage_data.clear()),
+            DAMAGED,
+        ),
         "a chunk named over and over": (index(change=many), DAMAGED),
         "a long name": (index(change=long_name), DAMAGED),
         "a shape of 65 dimensions": (index(size=torch.Size((1,) * 65)), DAMAGED),
@@ -551,16 +678,34 @@ def corpus(command: str) -> list[Case]:
 
     def add(reader: str, files: dict, expected: str | None = None) -> None:
         for what, content in files.items():
-            cases.append(Case(f"{reader}: {what}", reader, *(content if expected is None else (content, expected))))
+            cases.append(
+                Case(
+                    f"{reader}: {what}",
+                    reader,
+                    *(content if expected is None else (content, expected)),
+                )
+            )
 
     add("index", gadgets(command), UNSAFE)
     add("index", breaking_pickles(), DAMAGED)
     add("index", _indexes())
     add(
-        "state", {f"zip of {way}": archive(content) for way, content in gadgets(command).items() if way != "as a state"}, UNSAFE
+        "state",
+        {
+            f"zip of {way}": archive(content)
+            for way, content in gadgets(command).items()
+            if way != "as a state"
+        },
+        UNSAFE,
     )
-    breaking = {way: content for way, content in breaking_pickles().items() if way != "change of a class"}
-    add("state", {f"zip of {way}": archive(content) for way, content in (breaking | states()).items()}, DAMAGED)
+    breaking = {
+        way: content for way, content in breaking_pickles().items() if way != "change of a class"
+    }
+    add(
+        "state",
+        {f"zip of {way}": archive(content) for way, content in (breaking | states()).items()},
+        DAMAGED,
+    )
     add("state", _zips(evil))
     add("nemo", _tars(evil))
     add("yaml", yamls(command))

@@ -1,7 +1,8 @@
-"""Reads files in a process of its own, with little memory: ``hostile_reader.py DIRECTORY`` prints one line of JSON for each.
+"""Reads files in a process of its own, with little memory: ``hostile_reader.py DIRECTORY`` prints
+one line of JSON for each.
 
-A file is ``NUMBER.READER``. Its address space may grow by 200 MB and the file's own size; a file that takes longer than 5 s ends
-the process, even inside C.
+A file is ``NUMBER.READER``. Its address space may grow by 200 MB and the file's own size; a file
+that takes longer than 5 s ends the process, even inside C.
 """
 
 import contextlib
@@ -27,7 +28,13 @@ def _nemo(path: Path) -> None:
 
 
 def _readers() -> dict:
-    from workshop_utils.checkpoints.formats import gguf, huggingface, safe_text, torch_archive, torch_dist
+    from workshop_utils.checkpoints.formats import (
+        gguf,
+        huggingface,
+        safe_text,
+        torch_archive,
+        torch_dist,
+    )
 
     return {
         "index": lambda path: torch_dist.read_index(path.read_bytes(), str(path), FILES),
@@ -46,7 +53,8 @@ def _address_space() -> int:
 
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
-    """Inside, the address space may grow by MEMORY and ``size`` bytes, and the process ends after SECONDS."""
+    """Inside, the address space may grow by MEMORY and ``size`` bytes, and the process ends after
+    SECONDS."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY + size, hard))
     faulthandler.dump_traceback_later(SECONDS, exit=True)
@@ -70,10 +78,15 @@ def main(directory: Path) -> None:
             kind, message = "nothing", ""
         except WorkshopError as error:
             kind, message = type(error).__name__, str(error)
-        except BaseException as error:  # noqa: BLE001 (that is what the test is about)
+        except BaseException as error:
             kind, message = f"escaped: {type(error).__name__}", str(error)
         seconds = time.monotonic() - begin
-        print(json.dumps({"name": path.name, "kind": kind, "message": message[:2000], "seconds": seconds}), flush=True)
+        print(
+            json.dumps(
+                {"name": path.name, "kind": kind, "message": message[:2000], "seconds": seconds}
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""A small HTTP server on 127.0.0.1 for tests, and the ``workshop`` command run against it in a process of its own.
+"""A small HTTP server on 127.0.0.1 for tests, and the ``workshop`` command run against it in a
+process of its own.
 
-The clients under test (pip, huggingface_hub, ngcsdk) are the real ones: only the far end of the wire is ours.
+The clients under test (pip, huggingface_hub, ngcsdk) are the real ones: only the far end of the
+wire is ours.
 """
 
 import contextlib
@@ -19,12 +21,15 @@ import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Settings of the person or the machine that would lead a client elsewhere.
-FOREIGN = re.compile(r"(?i)^(pip|hf|huggingface|ngc)_|_proxy$|^(requests_ca_bundle|curl_ca_bundle|ssl_cert_file)$")
+FOREIGN = re.compile(
+    r"(?i)^(pip|hf|huggingface|ngc)_|_proxy$|^(requests_ca_bundle|curl_ca_bundle|ssl_cert_file)$"
+)
 
 
 @dataclass
 class Answer:
-    """One response. ``cut`` closes the connection after that many bytes of a body that was announced longer."""
+    """One response. ``cut`` closes the connection after that many bytes of a body that was
+    announced longer."""
 
     body: bytes = b""
     status: int = 200
@@ -52,8 +57,11 @@ class Double:
 
 
 @contextlib.contextmanager
-def serve(answer: Callable[[Request], Answer], tls: ssl.SSLContext | None = None) -> Iterator[Double]:
-    """Serve ``answer`` on a free port until the block ends. Range requests are cut out of the body here."""
+def serve(
+    answer: Callable[[Request], Answer], tls: ssl.SSLContext | None = None
+) -> Iterator[Double]:
+    """Serve ``answer`` on a free port until the block ends. Range requests are cut out of the body
+    here."""
     requests: list[Request] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -61,7 +69,9 @@ def serve(answer: Callable[[Request], Answer], tls: ssl.SSLContext | None = None
 
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body)
+            request = Request(
+                self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body
+            )
             requests.append(request)
             self._send(request, _ranged(request, answer(request)))
 
@@ -69,7 +79,10 @@ def serve(answer: Callable[[Request], Answer], tls: ssl.SSLContext | None = None
 
         def _send(self, request: Request, response: Answer) -> None:
             self.send_response(response.status)
-            for name, value in {"Content-Length": str(len(response.body)), **response.headers}.items():
+            for name, value in {
+                "Content-Length": str(len(response.body)),
+                **response.headers,
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             if request.method != "HEAD":
@@ -98,7 +111,12 @@ def _ranged(request: Request, response: Answer) -> Answer:
     start = int(wanted[1])
     end = min(int(wanted[2] or len(response.body)), len(response.body) - 1)
     part = f"bytes {start}-{end}/{len(response.body)}"
-    return Answer(response.body[start : end + 1], 206, {**response.headers, "Content-Range": part}, response.cut)
+    return Answer(
+        response.body[start : end + 1],
+        206,
+        {**response.headers, "Content-Range": part},
+        response.cut,
+    )
 
 
 @dataclass
@@ -127,11 +145,14 @@ class Root:
     def leftovers(self) -> list[str]:
         """Names of hidden files and directories in models/: staging that should be gone."""
         hidden = (file.name for file in (self.path / "models").rglob(".*"))
-        return sorted(name for name in hidden if name != ".ngc-client" and not name.endswith(".lock"))
+        return sorted(
+            name for name in hidden if name != ".ngc-client" and not name.endswith(".lock")
+        )
 
 
 def workshop(root: Root, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run ``workshop ARGUMENTS`` in ``root``; ``environment`` is added to one without foreign settings."""
+    """Run ``workshop ARGUMENTS`` in ``root``; ``environment`` is added to one without foreign
+    settings."""
     clean = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
     clean |= {
         "WORKSHOP_ROOT": str(root.path),
@@ -141,7 +162,9 @@ def workshop(root: Root, *arguments: str, **environment: str) -> subprocess.Comp
     }
     clean |= {"OMP_NUM_THREADS": "2", **environment}
     command = [sys.executable, "-m", "workshop_utils", *arguments]
-    return subprocess.run(command, env=clean, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(
+        command, env=clean, capture_output=True, text=True, timeout=240, check=False
+    )
 
 
 def failed_with(result: subprocess.CompletedProcess, *words: str) -> None:

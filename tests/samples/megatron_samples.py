@@ -1,9 +1,12 @@
-"""Checkpoints as Megatron-LM, Megatron-Bridge and NeMo 1 leave them in a directory, written by Megatron-Core.
+"""Checkpoints as Megatron-LM, Megatron-Bridge and NeMo 1 leave them in a directory, written by
+Megatron-Core.
 
-Run as a script, because Megatron-Core needs a process group: ``megatron_samples.py DIRECTORY`` writes ``lm/iter_0000010`` and
-``lm/iter_0000020`` (Megatron-LM, with arguments and optimizer state), ``bridge/iter_0000005`` (Megatron-Bridge), ``adapter/iter_0000007``
-(only a LoRA, as Megatron-Bridge saves it), ``nemo2/LoRA`` and ``nemo2/DoRA`` (adapters of NeMo 2.0), ``zarr`` (a NeMo 2.0 directory in zarr), ``nemo1`` (a training of NeMo 1 with sharded
-weights) and ``old/iter_0000003`` (the old form of two ranks).
+Run as a script, because Megatron-Core needs a process group: ``megatron_samples.py DIRECTORY``
+writes ``lm/iter_0000010`` and ``lm/iter_0000020`` (Megatron-LM, with arguments and optimizer
+state), ``bridge/iter_0000005`` (Megatron-Bridge), ``adapter/iter_0000007`` (only a LoRA, as
+Megatron-Bridge saves it), ``nemo2/LoRA`` and ``nemo2/DoRA`` (adapters of NeMo 2.0), ``zarr`` (a
+NeMo 2.0 directory in zarr), ``nemo1`` (a training of NeMo 1 with sharded weights) and
+``old/iter_0000003`` (the old form of two ranks).
 """
 
 import argparse
@@ -12,20 +15,44 @@ import sys
 from pathlib import Path
 
 import yaml
-from checkpoint_samples import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, VOCABULARY, _sharded, model_yaml
+from checkpoint_samples import (
+    FFN,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    VOCABULARY,
+    _sharded,
+    model_yaml,
+)
 
 ARGS = {
-    "num_layers": LAYERS, "hidden_size": HIDDEN, "ffn_hidden_size": FFN, "num_attention_heads": HEADS, "kv_channels": HEAD_DIM,
-    "group_query_attention": True, "num_query_groups": GROUPS, "padded_vocab_size": VOCABULARY, "rotary_base": 500000,
-    "normalization": "RMSNorm", "swiglu": True, "untie_embeddings_and_output_weights": True, "tokenizer_type": "HuggingFaceTokenizer",
-    "tokenizer_model": "/somewhere/tokenizer", "ckpt_format": "torch_dist", "num_experts": None,
-}  # fmt: skip
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": FFN,
+    "num_attention_heads": HEADS,
+    "kv_channels": HEAD_DIM,
+    "group_query_attention": True,
+    "num_query_groups": GROUPS,
+    "padded_vocab_size": VOCABULARY,
+    "rotary_base": 500000,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": "/somewhere/tokenizer",
+    "ckpt_format": "torch_dist",
+    "num_experts": None,
+}
 PROVIDER = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
 
 
 def make(directory: Path) -> None:
     """Write all of them in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, str(directory)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, str(directory)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -41,15 +68,27 @@ def run_config(peft: dict | None = None) -> dict:
         "rotary_base",
     )
     model = {name: ARGS[name] for name in names} | {
-        "_target_": PROVIDER, "share_embeddings_and_output_weights": False, "vocab_size": VOCABULARY, "qk_layernorm": False,
-        "scale_factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "old_context_len": 8192,
+        "_target_": PROVIDER,
+        "share_embeddings_and_output_weights": False,
+        "vocab_size": VOCABULARY,
+        "qk_layernorm": False,
+        "scale_factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "old_context_len": 8192,
         "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-    }  # fmt: skip
+    }
     return {
         "_target_": "megatron.bridge.training.config.ConfigContainer",
         "model": model,
-        "tokenizer": {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "meta-llama/Llama-3.1-8B"},
-        "checkpoint": {"save": "/somewhere", "pretrained_checkpoint": "/gone/base" if peft else None},
+        "tokenizer": {
+            "tokenizer_type": "HuggingFaceTokenizer",
+            "tokenizer_model": "meta-llama/Llama-3.1-8B",
+        },
+        "checkpoint": {
+            "save": "/somewhere",
+            "pretrained_checkpoint": "/gone/base" if peft else None,
+        },
         "peft": peft,
     }
 
@@ -58,7 +97,9 @@ def _arguments() -> argparse.Namespace:
     import torch
     from megatron.core.transformer.enums import AttnBackend
 
-    return argparse.Namespace(**ARGS, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash, rank=0, load=None)
+    return argparse.Namespace(
+        **ARGS, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash, rank=0, load=None
+    )
 
 
 def _iteration(directory: Path, state: dict) -> Path:
@@ -74,17 +115,27 @@ def _megatron_lm(directory: Path) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     for iteration in (10, 20):
-        moment = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg.decoder.final_layernorm.weight", torch.ones(HIDDEN))
+        moment = ShardedTensor.from_rank_offsets(
+            "optimizer.state.exp_avg.decoder.final_layernorm.weight", torch.ones(HIDDEN)
+        )
         state = {
-            "args": _arguments(), "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 1e9,
-            "model": _sharded("", "gpu"), "optimizer": {"exp_avg": moment}, "opt_param_scheduler": {"max_lr": 1e-4},
-        }  # fmt: skip
+            "args": _arguments(),
+            "checkpoint_version": 3.0,
+            "iteration": iteration,
+            "num_floating_point_operations_so_far": 1e9,
+            "model": _sharded("", "gpu"),
+            "optimizer": {"exp_avg": moment},
+            "opt_param_scheduler": {"max_lr": 1e-4},
+        }
         _iteration(directory / f"iter_{iteration:07d}", state)
     (directory / "latest_checkpointed_iteration.txt").write_text("10")
 
 
 def _megatron_bridge(directory: Path) -> None:
-    path = _iteration(directory / "iter_0000005", {"checkpoint_version": 3.0, "iteration": 5, "model": _sharded("", "gpu")})
+    path = _iteration(
+        directory / "iter_0000005",
+        {"checkpoint_version": 3.0, "iteration": 5, "model": _sharded("", "gpu")},
+    )
     (path / "run_config.yaml").write_text(yaml.safe_dump(run_config()))
     (path / "tokenizer").mkdir()
 
@@ -95,18 +146,29 @@ def _lora(prefix: str, dora: bool = False) -> dict:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     state, rows = {}, (HEADS + 2 * GROUPS) * HEAD_DIM
-    shapes = {"linear_in.weight": (4, HIDDEN), "linear_out.weight": (rows, 4)} | ({"weight_magnitude": (rows,)} if dora else {})
+    shapes = {"linear_in.weight": (4, HIDDEN), "linear_out.weight": (rows, 4)} | (
+        {"weight_magnitude": (rows,)} if dora else {}
+    )
     for layer in range(LAYERS):
         for part, shape in shapes.items():
             name = f"{prefix}decoder.layers.self_attention.linear_qkv.adapter.{part}"
             tensor = torch.ones(shape, dtype=torch.bfloat16)
-            state[f"{layer}.{part}"] = ShardedTensor.from_rank_offsets(name, tensor, (0, layer, LAYERS), prepend_axis_num=1)
+            state[f"{layer}.{part}"] = ShardedTensor.from_rank_offsets(
+                name, tensor, (0, layer, LAYERS), prepend_axis_num=1
+            )
     return state
 
 
 def _adapter(directory: Path) -> None:
-    path = _iteration(directory / "iter_0000007", {"checkpoint_version": 3.0, "iteration": 7, "model": _lora("")})
-    peft = {"_target_": "megatron.bridge.peft.lora.LoRA", "dim": 4, "alpha": 8, "target_modules": ["linear_qkv"]}
+    path = _iteration(
+        directory / "iter_0000007", {"checkpoint_version": 3.0, "iteration": 7, "model": _lora("")}
+    )
+    peft = {
+        "_target_": "megatron.bridge.peft.lora.LoRA",
+        "dim": 4,
+        "alpha": 8,
+        "target_modules": ["linear_qkv"],
+    }
     (path / "run_config.yaml").write_text(yaml.safe_dump(run_config(peft)))
 
 
@@ -136,8 +198,12 @@ def _zarr(directory: Path) -> None:
 
 def _nemo1(directory: Path) -> None:
     state = {
-        "epoch": 1, "global_step": 30, "pytorch-lightning_version": "2.4.0", "state_dict": _sharded("model.", "gpu"), "callbacks": {},
-    }  # fmt: skip
+        "epoch": 1,
+        "global_step": 30,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": _sharded("model.", "gpu"),
+        "callbacks": {},
+    }
     _iteration(directory, state)
 
 
@@ -148,10 +214,15 @@ def _old(directory: Path) -> None:
         folder = directory / "iter_0000003" / f"mp_rank_{rank:02d}"
         folder.mkdir(parents=True)
         language = {
-            "language_model": {"encoder": {"layers.0.mlp.dense_h_to_4h.weight": torch.full((FFN, HIDDEN), float(rank))}}
+            "language_model": {
+                "encoder": {
+                    "layers.0.mlp.dense_h_to_4h.weight": torch.full((FFN, HIDDEN), float(rank))
+                }
+            }
         }
         torch.save(
-            {"args": _arguments(), "checkpoint_version": 3.0, "iteration": 3, "model": language}, folder / "model_optim_rng.pt"
+            {"args": _arguments(), "checkpoint_version": 3.0, "iteration": 3, "model": language},
+            folder / "model_optim_rng.pt",
         )
 
 
@@ -164,7 +235,9 @@ if __name__ == "__main__":
     import torch.distributed
 
     with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}/store", rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}/store", rank=0, world_size=1
+        )
         root = Path(sys.argv[1])
         for name, write in (
             ("lm", _megatron_lm),

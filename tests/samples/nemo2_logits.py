@@ -1,4 +1,5 @@
-"""NeMo 2.0's own logits: ``nemo2_logits.py OUT.npz CHECKPOINT...``. An adapter is loaded onto the base that it records."""
+"""NeMo 2.0's own logits: ``nemo2_logits.py OUT.npz CHECKPOINT...``. An adapter is loaded onto the
+base that it records."""
 
 import sys
 from pathlib import Path
@@ -7,14 +8,17 @@ LENGTH = 12
 
 
 def logits(path: Path, tokens):
-    """``[batch, LENGTH, padded vocabulary]`` of the checkpoint ``path``, computed by NeMo's model in this process."""
+    """``[batch, LENGTH, padded vocabulary]`` of the checkpoint ``path``, computed by NeMo's model
+    in this process."""
     import torch
     from nemo import lightning as nl
     from nemo.collections.llm.inference import base as inference
     from nemo.lightning import io
 
     model = io.load_context(path / "context", subpath="model")
-    strategy = nl.MegatronStrategy(setup_optimizers=False, process_group_backend="gloo", pipeline_dtype=torch.float32)
+    strategy = nl.MegatronStrategy(
+        setup_optimizers=False, process_group_backend="gloo", pipeline_dtype=torch.float32
+    )
     trainer = nl.Trainer(accelerator="cpu", devices=1, num_nodes=1, strategy=strategy)
     inference._setup_trainer_and_restore_model(path=path, trainer=trainer, model=model)
     core = model

@@ -1,7 +1,9 @@
-"""A tiny model trained through the NeMo 2.0 API: ``[torchrun ...] nemo2_trains.py BASE FOLDER SCHEME... [--tp 2] [--steps 4]``.
+"""A tiny model trained through the NeMo 2.0 API: ``[torchrun ...] nemo2_trains.py BASE FOLDER
+SCHEME... [--tp 2] [--steps 4]``.
 
-BASE is a NeMo 2.0 checkpoint. FOLDER holds ``data/training.jsonl`` and ``data/validation.jsonl`` (see :func:`write_data`) and gets,
-for each scheme, ``SCHEME/`` (with ``checkpoints/*-last``) and ``SCHEME.json`` with the losses.
+BASE is a NeMo 2.0 checkpoint. FOLDER holds ``data/training.jsonl`` and ``data/validation.jsonl``
+(see :func:`write_data`) and gets, for each scheme, ``SCHEME/`` (with ``checkpoints/*-last``) and
+``SCHEME.json`` with the losses.
 """
 
 import argparse
@@ -13,15 +15,21 @@ SCHEMES = ("lora", "dora", "canonical_lora", "full")
 
 
 def write_data(folder: Path, rows: int = 16) -> Path:
-    """Rows of a task that two layers can begin to learn, as NeMo's FineTuningDataModule reads them."""
+    """Rows of a task that two layers can begin to learn, as NeMo's FineTuningDataModule reads
+    them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, start in (("training", 0), ("validation", rows), ("test", 2 * rows)):
-        lines = [json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n" for i in range(start, start + rows)]
+        lines = [
+            json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n"
+            for i in range(start, start + rows)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
 
 
-def train(base: Path, folder: Path, scheme: str, tp: int = 1, pp: int = 1, steps: int = 4, dim: int = 4) -> dict:
+def train(
+    base: Path, folder: Path, scheme: str, tp: int = 1, pp: int = 1, steps: int = 4, dim: int = 4
+) -> dict:
     """Train and save; returns the last metrics."""
     import os
 
@@ -34,37 +42,83 @@ def train(base: Path, folder: Path, scheme: str, tp: int = 1, pp: int = 1, steps
 
     from workshop_utils.training.runs.events import read_events
 
-    # What our events say, as in a user's run: a callback of this module could not be written into the checkpoint's context.
+    # What our events say, as in a user's run: a callback of this module could not be written into
+    # the checkpoint's context.
     events = folder / f"{scheme}.events.jsonl"
     events.unlink(missing_ok=True)
     os.environ["WORKSHOP_EVENTS"] = str(events)
     model = io.load_context(base, subpath="model")
-    peft = {"lora": llm.peft.LoRA, "dora": llm.peft.DoRA, "canonical_lora": llm.peft.CanonicalLoRA}.get(scheme)
-    data = FineTuningDataModule(folder / "data", seq_length=64, tokenizer=model.tokenizer, micro_batch_size=2, global_batch_size=4,
-                                num_workers=0, memmap_workers=1, pin_memory=False, dataset_kwargs={"get_attention_mask_from_fusion": False})  # fmt: skip
-    strategy = nl.MegatronStrategy(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
-                                   process_group_backend="gloo", ckpt_async_save=False)  # fmt: skip
-    trainer = nl.Trainer(accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), num_nodes=1, strategy=strategy, max_steps=steps,
-                         val_check_interval=steps, limit_val_batches=1, num_sanity_val_steps=0, log_every_n_steps=1)  # fmt: skip
-    checkpoints = nl.ModelCheckpoint(monitor="val_loss", save_top_k=1, save_last=True, filename="{step}-{val_loss:.3f}")
+    peft = {
+        "lora": llm.peft.LoRA,
+        "dora": llm.peft.DoRA,
+        "canonical_lora": llm.peft.CanonicalLoRA,
+    }.get(scheme)
+    data = FineTuningDataModule(
+        folder / "data",
+        seq_length=64,
+        tokenizer=model.tokenizer,
+        micro_batch_size=2,
+        global_batch_size=4,
+        num_workers=0,
+        memmap_workers=1,
+        pin_memory=False,
+        dataset_kwargs={"get_attention_mask_from_fusion": False},
+    )
+    strategy = nl.MegatronStrategy(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_dtype=torch.float32,
+        process_group_backend="gloo",
+        ckpt_async_save=False,
+    )
+    trainer = nl.Trainer(
+        accelerator="cpu",
+        devices=int(os.environ.get("WORLD_SIZE", "1")),
+        num_nodes=1,
+        strategy=strategy,
+        max_steps=steps,
+        val_check_interval=steps,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    checkpoints = nl.ModelCheckpoint(
+        monitor="val_loss", save_top_k=1, save_last=True, filename="{step}-{val_loss:.3f}"
+    )
     torch.manual_seed(0)
     llm.finetune(
-        model=model, data=data, trainer=trainer,
-        optim=nl.MegatronOptimizerModule(OptimizerConfig(optimizer="adam", lr=1e-2 if peft else 1e-3, bf16=False,
-                                                         use_distributed_optimizer=False, clip_grad=1.0)),
-        log=nl.NeMoLogger(log_dir=str(folder), name=scheme, use_datetime_version=False, ckpt=checkpoints),
+        model=model,
+        data=data,
+        trainer=trainer,
+        optim=nl.MegatronOptimizerModule(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=1e-2 if peft else 1e-3,
+                bf16=False,
+                use_distributed_optimizer=False,
+                clip_grad=1.0,
+            )
+        ),
+        log=nl.NeMoLogger(
+            log_dir=str(folder), name=scheme, use_datetime_version=False, ckpt=checkpoints
+        ),
         resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(base))),
         peft=peft(dim=dim, alpha=2 * dim) if peft else None,
-    )  # fmt: skip
+    )
     losses = [event["loss"] for event in read_events(events) if event["event"] == "step"]
-    result = {"losses": losses, "step": trainer.global_step, "val_loss": float(trainer.callback_metrics["val_loss"])}
+    result = {
+        "losses": losses,
+        "step": trainer.global_step,
+        "val_loss": float(trainer.callback_metrics["val_loss"]),
+    }
     if trainer.is_global_zero:
         (folder / f"{scheme}.json").write_text(json.dumps(result))
     return result
 
 
 def reset() -> None:
-    """Forget the process groups, so that the next Trainer of this process can make its own. With several processes: one scheme a start."""
+    """Forget the process groups, so that the next Trainer of this process can make its own. With
+    several processes: one scheme a start."""
     import torch
     from megatron.core import parallel_state
 
@@ -85,5 +139,9 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4)
     given = parser.parse_args(sys.argv[1:])
     for wanted in given.schemes:
-        print(wanted, train(given.base, given.folder, wanted, given.tp, given.pp, given.steps), flush=True)
+        print(
+            wanted,
+            train(given.base, given.folder, wanted, given.tp, given.pp, given.steps),
+            flush=True,
+        )
         reset()

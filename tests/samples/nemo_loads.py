@@ -1,6 +1,8 @@
-"""Logits of many checkpoints by NeMo itself, in one process: loading NeMo takes longer than all the tiny models.
+"""Logits of many checkpoints by NeMo itself, in one process: loading NeMo takes longer than all the
+tiny models.
 
-Run as a script: ``nemo_loads.py nemo2|nemo1 OUT.npz TOKENS.npy CHECKPOINT...`` writes the logits of each checkpoint, in order, to OUT.
+Run as a script: ``nemo_loads.py nemo2|nemo1 OUT.npz TOKENS.npy CHECKPOINT...`` writes the logits of
+each checkpoint, in order, to OUT.
 """
 
 import subprocess
@@ -10,10 +12,20 @@ from pathlib import Path
 import numpy
 
 
-def logits(form: str, checkpoints: list[Path], tokens: numpy.ndarray, scratch: Path) -> list[numpy.ndarray]:
-    """fp32 ``[batch, sequence, vocabulary]`` of each of ``checkpoints`` (``form`` is ``nemo2`` or ``nemo1``) for ``tokens`` ``[batch, sequence]``."""
+def logits(
+    form: str, checkpoints: list[Path], tokens: numpy.ndarray, scratch: Path
+) -> list[numpy.ndarray]:
+    """fp32 ``[batch, sequence, vocabulary]`` of each of ``checkpoints`` (``form`` is ``nemo2`` or
+    ``nemo1``) for ``tokens`` ``[batch, sequence]``."""
     numpy.save(scratch / "tokens.npy", tokens)
-    command = [sys.executable, __file__, form, scratch / f"{form}.npz", scratch / "tokens.npy", *checkpoints]
+    command = [
+        sys.executable,
+        __file__,
+        form,
+        scratch / f"{form}.npz",
+        scratch / "tokens.npy",
+        *checkpoints,
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     with numpy.load(scratch / f"{form}.npz") as found:
@@ -21,7 +33,8 @@ def logits(form: str, checkpoints: list[Path], tokens: numpy.ndarray, scratch: P
 
 
 def _nemo2(checkpoint: Path, tokens):
-    """By ``nemo_load``, which is how NeMo's exporters load: the context first, then the weights under its names."""
+    """By ``nemo_load``, which is how NeMo's exporters load: the context first, then the weights
+    under its names."""
     import torch
     from nemo.lightning import io
     from nemo.lightning.io.api import load_context
@@ -55,4 +68,7 @@ if __name__ == "__main__":
 
     load = {"nemo2": _nemo2, "nemo1": _nemo1}[sys.argv[1]]
     given = torch.from_numpy(numpy.load(sys.argv[3]))
-    numpy.savez(sys.argv[2], **{str(index): load(Path(path), given) for index, path in enumerate(sys.argv[4:])})
+    numpy.savez(
+        sys.argv[2],
+        **{str(index): load(Path(path), given) for index, path in enumerate(sys.argv[4:])},
+    )

@@ -1,4 +1,5 @@
-"""What NGC answers to ngcsdk when it downloads a model: the endpoints below, over TLS, because the client accepts nothing else."""
+"""What NGC answers to ngcsdk when it downloads a model: the endpoints below, over TLS, because the
+client accepts nothing else."""
 
 import base64
 import hashlib
@@ -17,7 +18,8 @@ KEY = "nvapi-good"
 
 
 class Ngc:
-    """One model version. ``status`` is what listing its files answers; ``cut`` shortens a file's content, by name."""
+    """One model version. ``status`` is what listing its files answers; ``cut`` shortens a file's
+    content, by name."""
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
@@ -30,7 +32,13 @@ class Ngc:
         if path == "/v3/keys/get-caller-info":
             if request.body != f"credentials={KEY}".encode():
                 return failure(401)
-            return success({"type": "PERSONAL_KEY", "orgName": "me", "user": {"roles": [{"org": {"name": "me"}}]}})
+            return success(
+                {
+                    "type": "PERSONAL_KEY",
+                    "orgName": "me",
+                    "user": {"roles": [{"org": {"name": "me"}}]},
+                }
+            )
         if path.startswith(STORE):
             name = path.removeprefix(STORE)
             return Answer(self.files[name], cut=self.cut.get(name))
@@ -41,7 +49,9 @@ class Ngc:
         if path == f"{MODEL}/versions/2.0":
             return success({"modelVersion": {"versionId": "2.0", "status": "UPLOAD_COMPLETE"}})
         if path == f"{MODEL}/versions/2.0/files":
-            return success({"modelFiles": [listed(name, content) for name, content in self.files.items()]})
+            return success(
+                {"modelFiles": [listed(name, content) for name, content in self.files.items()]}
+            )
         if path == "/v2/org/nvidia/team/nemo/models/tiny/2.0/files":
             name = parse_qs(urlsplit(request.path).query)["path"][0]
             return success({"urls": [f"{self.url}{STORE}{name}"], "filepath": [name]})
@@ -51,8 +61,12 @@ class Ngc:
 def checkpoint() -> dict[str, bytes]:
     """The files of a NeMo 2.0 checkpoint, as far as their names go."""
     small = {f"context/{name}": name.encode() for name in ("model.yaml", "io.json")}
-    small |= {f"weights/{name}": name.encode() for name in (".metadata", "metadata.json", "common.pt")}
-    return small | {f"weights/__0_{number}.distcp": bytes([number]) * 100_000 for number in range(2)}
+    small |= {
+        f"weights/{name}": name.encode() for name in (".metadata", "metadata.json", "common.pt")
+    }
+    return small | {
+        f"weights/__0_{number}.distcp": bytes([number]) * 100_000 for number in range(2)
+    }
 
 
 def listed(name: str, content: bytes) -> dict:
@@ -62,19 +76,34 @@ def listed(name: str, content: bytes) -> dict:
 
 def success(body: dict) -> Answer:
     return Answer(
-        json.dumps(body | {"requestStatus": {"statusCode": "SUCCESS"}}).encode(), 200, {"Content-Type": "application/json"}
+        json.dumps(body | {"requestStatus": {"statusCode": "SUCCESS"}}).encode(),
+        200,
+        {"Content-Type": "application/json"},
     )
 
 
 def failure(status: int) -> Answer:
-    body = {"requestStatus": {"statusCode": "FAILED", "statusDescription": f"refused with {status}"}}
+    body = {
+        "requestStatus": {"statusCode": "FAILED", "statusDescription": f"refused with {status}"}
+    }
     return Answer(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
 
 
 def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     """A certificate for 127.0.0.1 that its holder signed, and the server's side of it."""
     made, key = folder / "certificate.pem", folder / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=127.0.0.1",
+    ]
     command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

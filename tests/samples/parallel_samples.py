@@ -1,11 +1,15 @@
-"""Genuine checkpoints of four ranks of Megatron, two-way tensor and two-way pipeline parallel, and of one rank with the same weights.
+"""Genuine checkpoints of four ranks of Megatron, two-way tensor and two-way pipeline parallel, and
+of one rank with the same weights.
 
-``make(DIRECTORY)`` starts the processes (over gloo). The four load one torch_dist checkpoint, which Megatron-Core cuts up for them,
-and write
+``make(DIRECTORY)`` starts the processes (over gloo). The four load one torch_dist checkpoint, which
+Megatron-Core cuts up for them, and write
     DIRECTORY/reference/                       the checkpoint that they load: names without a prefix
-    DIRECTORY/ranks/tp_rank_0T_pp_rank_00P/model_weights.ckpt   the state dict of each rank as NeMo 1 names it
-    DIRECTORY/lm/mp_rank_0T_00P/model_optim_rng.pt              the same as Megatron-LM's old form names it
-    DIRECTORY/iter/                            ``reference`` with the arguments of Megatron-LM in common.pt
+    DIRECTORY/ranks/tp_rank_0T_pp_rank_00P/model_weights.ckpt   the state dict of each rank as NeMo
+    1 names it
+    DIRECTORY/lm/mp_rank_0T_00P/model_optim_rng.pt              the same as Megatron-LM's old form
+    names it
+    DIRECTORY/iter/                            ``reference`` with the arguments of Megatron-LM in
+    common.pt
     DIRECTORY/experts/model_weights.ckpt       the state dict of a mixture of experts, one rank
     DIRECTORY/experts_reference/               the same as torch_dist
 """
@@ -20,22 +24,59 @@ from pathlib import Path
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, ROWS = 4, 32, 4, 2, 12, 48, 256
 
 ARGUMENTS = argparse.Namespace(
-    num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, group_query_attention=True, num_query_groups=GROUPS,
-    kv_channels=HEAD_DIM, ffn_hidden_size=FFN, seq_length=128, max_position_embeddings=512, position_embedding_type="rope",
-    rotary_base=10000, rotary_percent=1.0, normalization="RMSNorm", norm_epsilon=1e-5, swiglu=True, squared_relu=False,
-    add_bias_linear=False, add_qkv_bias=True, untie_embeddings_and_output_weights=False, num_experts=None, hidden_dropout=0.0,
-    attention_dropout=0.0, init_method_std=0.02, apply_layernorm_1p=False, use_rope_scaling=False, make_vocab_size_divisible_by=128,
-)  # fmt: skip
+    num_layers=LAYERS,
+    hidden_size=HIDDEN,
+    num_attention_heads=HEADS,
+    group_query_attention=True,
+    num_query_groups=GROUPS,
+    kv_channels=HEAD_DIM,
+    ffn_hidden_size=FFN,
+    seq_length=128,
+    max_position_embeddings=512,
+    position_embedding_type="rope",
+    rotary_base=10000,
+    rotary_percent=1.0,
+    normalization="RMSNorm",
+    norm_epsilon=1e-5,
+    swiglu=True,
+    squared_relu=False,
+    add_bias_linear=False,
+    add_qkv_bias=True,
+    untie_embeddings_and_output_weights=False,
+    num_experts=None,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    init_method_std=0.02,
+    apply_layernorm_1p=False,
+    use_rope_scaling=False,
+    make_vocab_size_divisible_by=128,
+)
 """Arguments of Megatron-LM for the model (a selection: it saves some four hundred)."""
 
 CONFIG = {
-    "num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_query_groups": GROUPS, "kv_channels": HEAD_DIM,
-    "ffn_hidden_size": FFN, "encoder_seq_length": 512, "max_position_embeddings": 512, "mcore_gpt": True, "name": "",
-    "normalization": "rmsnorm", "activation": "fast-swiglu", "bias": False, "qkv_bias": True, "position_embedding_type": "rope",
-    "rotary_percentage": 1.0, "share_embeddings_and_output_weights": True, "layernorm_epsilon": 1e-5, "precision": 32,
-    "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_query_groups": GROUPS,
+    "kv_channels": HEAD_DIM,
+    "ffn_hidden_size": FFN,
+    "encoder_seq_length": 512,
+    "max_position_embeddings": 512,
+    "mcore_gpt": True,
+    "name": "",
+    "normalization": "rmsnorm",
+    "activation": "fast-swiglu",
+    "bias": False,
+    "qkv_bias": True,
+    "position_embedding_type": "rope",
+    "rotary_percentage": 1.0,
+    "share_embeddings_and_output_weights": True,
+    "layernorm_epsilon": 1e-5,
+    "precision": 32,
+    "tensor_model_parallel_size": 2,
+    "pipeline_model_parallel_size": 2,
     "tokenizer": {"library": "megatron", "type": "GPT2BPETokenizer", "model": None},
-}  # fmt: skip
+}
 """NeMo 1's ``model_config.yaml`` of the same model."""
 
 
@@ -46,10 +87,13 @@ def make(directory: Path) -> None:
             ranks = [
                 subprocess.Popen(
                     [sys.executable, __file__, str(directory), scratch, str(world), str(rank)],
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
                 )
                 for rank in range(world)
-            ]  # fmt: skip
+            ]
             for rank in ranks:
                 output = rank.communicate()[0]
                 assert rank.returncode == 0, output[-4000:]
@@ -63,17 +107,33 @@ def _model(**changes):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, num_query_groups=GROUPS, kv_channels=HEAD_DIM,
-        ffn_hidden_size=FFN, gated_linear_unit=True, activation_func=torch.nn.functional.silu, normalization="RMSNorm",
-        add_bias_linear=False, use_cpu_initialization=True, init_method_std=0.2, pipeline_dtype=torch.float32,
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=GROUPS,
+        kv_channels=HEAD_DIM,
+        ffn_hidden_size=FFN,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        init_method_std=0.2,
+        pipeline_dtype=torch.float32,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(), **({"add_qkv_bias": True} | changes),
-    )  # fmt: skip
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        **({"add_qkv_bias": True} | changes),
+    )
     return GPTModel(
-        config, get_gpt_layer_local_spec(changes.get("num_moe_experts"), normalization="RMSNorm"), vocab_size=ROWS, max_sequence_length=512,
-        position_embedding_type="rope", share_embeddings_and_output_weights=True,
-        pre_process=parallel_state.is_pipeline_first_stage(), post_process=parallel_state.is_pipeline_last_stage(),
-    )  # fmt: skip
+        config,
+        get_gpt_layer_local_spec(changes.get("num_moe_experts"), normalization="RMSNorm"),
+        vocab_size=ROWS,
+        max_sequence_length=512,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=True,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
 
 
 def _write_reference(directory: Path) -> None:
@@ -86,9 +146,14 @@ def _write_reference(directory: Path) -> None:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    for name, more in (("reference", {}), ("iter", {"args": ARGUMENTS, "iteration": 10, "checkpoint_version": 3.0})):
+    for name, more in (
+        ("reference", {}),
+        ("iter", {"args": ARGUMENTS, "iteration": 10, "checkpoint_version": 3.0}),
+    ):
         (directory / name).mkdir(parents=True)
-        dist_checkpointing.save({"model": model.sharded_state_dict(), **more}, str(directory / name))
+        dist_checkpointing.save(
+            {"model": model.sharded_state_dict(), **more}, str(directory / name)
+        )
 
 
 def _write_experts(directory: Path) -> None:
@@ -98,8 +163,13 @@ def _write_experts(directory: Path) -> None:
     model = _model(num_moe_experts=3, moe_router_topk=2, add_qkv_bias=False)
     for name in ("experts", "experts_reference"):
         (directory / name).mkdir()
-    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(directory / "experts_reference"))
-    torch.save({f"model.{name}": value for name, value in model.state_dict().items()}, directory / "experts" / "model_weights.ckpt")
+    dist_checkpointing.save(
+        {"model": model.sharded_state_dict()}, str(directory / "experts_reference")
+    )
+    torch.save(
+        {f"model.{name}": value for name, value in model.state_dict().items()},
+        directory / "experts" / "model_weights.ckpt",
+    )
 
 
 def _write_rank(directory: Path) -> None:
@@ -107,13 +177,27 @@ def _write_rank(directory: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     model = _model()
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(directory / "reference"))
-    model.load_state_dict({name: value for name, value in loaded["model"].items() if not name.endswith("_extra_state")}, strict=False)
-    tensor, stage = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+    loaded = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, str(directory / "reference")
+    )
+    model.load_state_dict(
+        {
+            name: value
+            for name, value in loaded["model"].items()
+            if not name.endswith("_extra_state")
+        },
+        strict=False,
+    )
+    tensor, stage = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+    )
     state = model.state_dict()
     nemo = directory / "ranks" / f"tp_rank_{tensor:02}_pp_rank_{stage:03}"
     nemo.mkdir(parents=True)
-    torch.save({f"model.{name}": value for name, value in state.items()}, nemo / "model_weights.ckpt")
+    torch.save(
+        {f"model.{name}": value for name, value in state.items()}, nemo / "model_weights.ckpt"
+    )
     old = directory / "lm" / f"mp_rank_{tensor:02}_{stage:03}"
     old.mkdir(parents=True)
     torch.save({"args": ARGUMENTS, "iteration": 10, "model": state}, old / "model_optim_rng.pt")

@@ -1,4 +1,5 @@
-"""Many clients of one server, and somebody who changes its store meanwhile. For a slow test and for ``benchmarks/serving.py``."""
+"""Many clients of one server, and somebody who changes its store meanwhile. For a slow test and for
+``benchmarks/serving.py``."""
 
 import shutil
 import threading
@@ -20,7 +21,8 @@ def resident_mib(pid: int) -> float:
 
 
 class Trouble(threading.Thread):
-    """Changes the store over and over: one adapter is replaced file by file, one is cut short and healed, one is removed and put back."""
+    """Changes the store over and over: one adapter is replaced file by file, one is cut short and
+    healed, one is removed and put back."""
 
     def __init__(self, store: Path, versions: tuple[Path, Path]):
         super().__init__(daemon=True)
@@ -53,20 +55,35 @@ class Trouble(threading.Thread):
 
 def ask(client: openai.OpenAI, model: str, prompt: str, tokens: int) -> str:
     """One greedy answer."""
-    return client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=tokens).choices[0].text
+    return (
+        client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=tokens)
+        .choices[0]
+        .text
+    )
 
 
 def load(
-    server, store: Path, versions: tuple[Path, Path], base: str, clients: int = 32, requests: int = 40, tokens: int = 24
+    server,
+    store: Path,
+    versions: tuple[Path, Path],
+    base: str,
+    clients: int = 32,
+    requests: int = 40,
+    tokens: int = 24,
 ) -> dict:
-    """``requests`` by each of ``clients``, to the base and three adapters in turn; what came back, and the server's memory.
+    """``requests`` by each of ``clients``, to the base and three adapters in turn; what came back,
+    and the server's memory.
 
     ``store`` holds version 0 of the adapter :data:`REPLACED`, :data:`BROKEN` and :data:`REMOVED`.
     """
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300)
     models = (base, REPLACED, BROKEN, REMOVED)
     trouble = Trouble(store, versions)
-    right = {(model, prompt): [ask(client, model, prompt, tokens)] for model in models for prompt in PROMPTS}
+    right = {
+        (model, prompt): [ask(client, model, prompt, tokens)]
+        for model in models
+        for prompt in PROMPTS
+    }
     trouble.put(1)
     time.sleep(3)  # longer than the refresh
     for prompt in PROMPTS:
@@ -95,14 +112,29 @@ def load(
         trouble.join()
     seconds = time.perf_counter() - begin
     time.sleep(3)
-    # The adapter that was replaced has to be at the version that was put there last; the others have but one.
+    # The adapter that was replaced has to be at the version that was put there last; the others
+    # have but one.
     last = {model: trouble.rounds % 2 if model == REPLACED else 0 for model in models}
-    healed = all(ask(client, model, prompt, tokens) == texts[last[model]] for (model, prompt), texts in right.items())
+    healed = all(
+        ask(client, model, prompt, tokens) == texts[last[model]]
+        for (model, prompt), texts in right.items()
+    )
     log, quarter = server.log.read_text(), len(memory) // 4
     return {
-        "clients": clients, "requests": clients * requests, "seconds": round(seconds, 1), "changes_of_the_store": trouble.rounds * 5,
-        "outcomes": dict(sorted(outcome.items())), "all_served_again_afterwards": healed, "versions_differ": all(len(set(right[REPLACED, prompt])) == 2 for prompt in PROMPTS),
-        "noticed": {"replaced": log.count(f"adapter {REPLACED}: replaced"), "removed": log.count(f"adapter {REMOVED}: removed"),
-                    "broken": log.count(f"adapter {BROKEN}: NOT served; the one before is still served")},
-        "resident_mib": {"highest_in_the_first_quarter": max(memory[:quarter]), "highest_in_the_last_quarter": max(memory[-quarter:])},
-    }  # fmt: skip
+        "clients": clients,
+        "requests": clients * requests,
+        "seconds": round(seconds, 1),
+        "changes_of_the_store": trouble.rounds * 5,
+        "outcomes": dict(sorted(outcome.items())),
+        "all_served_again_afterwards": healed,
+        "versions_differ": all(len(set(right[REPLACED, prompt])) == 2 for prompt in PROMPTS),
+        "noticed": {
+            "replaced": log.count(f"adapter {REPLACED}: replaced"),
+            "removed": log.count(f"adapter {REMOVED}: removed"),
+            "broken": log.count(f"adapter {BROKEN}: NOT served; the one before is still served"),
+        },
+        "resident_mib": {
+            "highest_in_the_first_quarter": max(memory[:quarter]),
+            "highest_in_the_last_quarter": max(memory[-quarter:]),
+        },
+    }

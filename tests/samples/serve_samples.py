@@ -14,12 +14,15 @@ SHAPE = export_samples.Shape(hidden=64, heads=4, groups=2, channels=16, ffn=128,
 
 
 def write_base(directory: Path) -> Path:
-    """A random Llama that takes long texts, never ends one by itself, and whose outputs are too far apart for rounding to change any."""
+    """A random Llama that takes long texts, never ends one by itself, and whose outputs are too far
+    apart for rounding to change any."""
     from safetensors.torch import load_file, save_file
 
     make_tiny_model(directory, max_position_embeddings=32768, initializer_range=0.2)
     state = load_file(directory / "model.safetensors")
-    state["model.embed_tokens.weight"][2] = 0  # the stop token: its logit is 0, and others are above
+    state["model.embed_tokens.weight"][2] = (
+        0  # the stop token: its logit is 0, and others are above
+    )
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -38,16 +41,30 @@ def write_peft(directory: Path, seed: int, **config) -> Path:
             state[f"{stem}.lora_B.weight"] = torch.randn(size, 4, generator=random)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": sorted(sizes), "bias": "none",
-              "base_model_name_or_path": "tiny"}  # fmt: skip
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": sorted(sizes),
+        "bias": "none",
+        "base_model_name_or_path": "tiny",
+    }
     (directory / "adapter_config.json").write_text(json.dumps(fields | config))
     return directory
 
 
-def write_nemo(directory: Path, seed: int = 7, targets: tuple[str, ...] = export_samples.ALL) -> Path:
+def write_nemo(
+    directory: Path, seed: int = 7, targets: tuple[str, ...] = export_samples.ALL
+) -> Path:
     """A random adapter as NeMo writes it: fused, interleaved, alpha twice the rank."""
-    state = {key: value * (1 + seed / 100) for key, value in export_samples.tensors_of(SHAPE, targets).items()}
-    export_samples.write_adapter(directory / "lora.nemo", export_samples.config_of(SHAPE, targets), state)
+    state = {
+        key: value * (1 + seed / 100)
+        for key, value in export_samples.tensors_of(SHAPE, targets).items()
+    }
+    export_samples.write_adapter(
+        directory / "lora.nemo", export_samples.config_of(SHAPE, targets), state
+    )
     return directory
 
 
@@ -62,7 +79,11 @@ def running(service, api_key: str | None = None, **options):
     service.load()
     listener = _listen("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(create_app(service, api_key, **options), log_level="warning", timeout_graceful_shutdown=2)
+        uvicorn.Config(
+            create_app(service, api_key, **options),
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

@@ -8,8 +8,9 @@ import numpy as np
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
 )
 HIDDEN, HEADS, GROUPS, FFN, LAYERS = 64, 4, 2, 128, 2
 
@@ -66,8 +67,14 @@ def wheel(gguf_file: Path | None) -> bytes:
     with zipfile.ZipFile(packed, "w") as archive:
         if gguf_file:
             archive.write(gguf_file, "tiny_gguf/tiny.gguf")
-        archive.writestr("tiny_gguf-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n")
-        archive.writestr("tiny_gguf-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny_gguf-1.0.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 1.0\n",
+        )
+        archive.writestr(
+            "tiny_gguf-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("tiny_gguf-1.0.dist-info/RECORD", "")
     return packed.getvalue()
 

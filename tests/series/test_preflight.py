@@ -39,7 +39,8 @@ def test_all_checks_are_made_and_each_that_is_not_ok_says_what_to_do():
 
 
 @pytest.mark.parametrize(
-    ("name", "machine", "status"), [("Darwin", "arm64", "FAIL"), ("Windows", "AMD64", "FAIL"), ("Linux", "aarch64", "WARN")]
+    ("name", "machine", "status"),
+    [("Darwin", "arm64", "FAIL"), ("Windows", "AMD64", "FAIL"), ("Linux", "aarch64", "WARN")],
 )
 def test_other_systems(monkeypatch, name, machine, status):
     monkeypatch.setattr(platform, "system", lambda: name)
@@ -122,13 +123,20 @@ def test_a_device_that_cannot_be(monkeypatch):
 
 
 def test_the_command_fails_when_a_check_does(monkeypatch, capsys):
-    monkeypatch.setattr(checks, "preflight", lambda: [Check("OK", "a", "1"), Check("WARN", "b", "2", "Mind.")])
+    monkeypatch.setattr(
+        checks, "preflight", lambda: [Check("OK", "a", "1"), Check("WARN", "b", "2", "Mind.")]
+    )
     assert main(["preflight"]) == 0
-    monkeypatch.setattr(checks, "preflight", lambda: [Check("FAIL", "a", "1", "Mend."), Check("OK", "b", "2")])
+    monkeypatch.setattr(
+        checks, "preflight", lambda: [Check("FAIL", "a", "1", "Mend."), Check("OK", "b", "2")]
+    )
     assert main(["preflight"]) == 1
     assert "[FAIL] a: 1\n       Mend." in capsys.readouterr().out
 
 
 def test_neither_torch_nor_nemo_is_imported():
-    code = "import sys; from workshop_utils.series.preflight import preflight; preflight(); assert not {'torch', 'nemo'} & set(sys.modules)"
+    code = (
+        "import sys; from workshop_utils.series.preflight import preflight; preflight(); assert "
+        "not {'torch', 'nemo'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

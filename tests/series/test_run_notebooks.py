@@ -29,12 +29,18 @@ def root(tmp_path, monkeypatch):
 
 def notebook(root: Path, name: str, *cells: str) -> Path:
     file = root / "notebooks" / f"{name}.ipynb"
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# One"), *map(new_code_cell, cells)]), file)
+    nbformat.write(
+        new_notebook(cells=[new_markdown_cell("# One"), *map(new_code_cell, cells)]), file
+    )
     return file
 
 
 def stdout(file: Path) -> list[str]:
-    return ["".join(output.get("text", "")) for cell in nbformat.read(file, 4).cells for output in cell.get("outputs", [])]
+    return [
+        "".join(output.get("text", ""))
+        for cell in nbformat.read(file, 4).cells
+        for output in cell.get("outputs", [])
+    ]
 
 
 def read_report(root: Path) -> dict:
@@ -43,7 +49,9 @@ def read_report(root: Path) -> dict:
 
 def test_a_failing_notebook_is_named_and_stops_nothing(root, capsys):
     notebook(root, "00_first", "print(1 + 1)")
-    broken = notebook(root, "01_broken", "x = 1", "raise ValueError('no such file\\nand more')", "print('never')")
+    broken = notebook(
+        root, "01_broken", "x = 1", "raise ValueError('no such file\\nand more')", "print('never')"
+    )
     notebook(root, "02_last", "print('still run')")
     before = broken.read_bytes()
     assert main(["run"]) == 1
@@ -65,7 +73,11 @@ def test_a_failing_notebook_is_named_and_stops_nothing(root, capsys):
 
 
 def test_an_error_that_announces_its_cause_keeps_the_causes_last_line(root):
-    file = notebook(root, "00_announces", "raise OSError('`one` failed:\\n  File x, line 1\\nPermissionError: /.cache\\n')")
+    file = notebook(
+        root,
+        "00_announces",
+        "raise OSError('`one` failed:\\n  File x, line 1\\nPermissionError: /.cache\\n')",
+    )
     assert execute(file).error == "cell [1]: OSError: `one` failed: PermissionError: /.cache"
 
 
@@ -78,27 +90,43 @@ def test_a_file_that_is_no_notebook_fails_alone(root):
 
 
 def test_everything_passed(root, capsys):
-    notebook(root, "00_only", "from workshop_utils.series import report\nreport.record_metric('tuned_exact_match', 0.9)")
+    notebook(
+        root,
+        "00_only",
+        "from workshop_utils.series import report\nreport.record_metric('tuned_exact_match', 0.9)",
+    )
     assert main(["run"]) == 0
-    assert read_report(root)["metrics"] == {"base_exact_match": None, "tuned_exact_match": 0.9, "train_seconds": None}
+    assert read_report(root)["metrics"] == {
+        "base_exact_match": None,
+        "tuned_exact_match": 0.9,
+        "train_seconds": None,
+    }
     assert "tuned_exact_match  90.0%" in capsys.readouterr().out
 
 
-def test_the_kernel_is_this_interpreter_whatever_the_user_has_installed(root, tmp_path, monkeypatch):
+def test_the_kernel_is_this_interpreter_whatever_the_user_has_installed(
+    root, tmp_path, monkeypatch
+):
     other = tmp_path / "jupyter" / "kernels" / "python3"
     other.mkdir(parents=True)
-    (other / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"}))
+    (other / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"})
+    )
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     file = notebook(
         root,
         "00_where",
-        "import os, sys, shutil\nprint(sys.executable, os.getcwd(), os.environ['WANDB_MODE'], shutil.which('torchrun'))",
+        "import os, sys, shutil\nprint(sys.executable, os.getcwd(), os.environ['WANDB_MODE'], "
+        "shutil.which('torchrun'))",
     )
     done = execute(file)
     assert done.result == "passed", done.error
-    expected = f"{sys.executable} {root / 'notebooks'} disabled {Path(sys.executable).parent / 'torchrun'}\n"
+    expected = (
+        f"{sys.executable} {root / 'notebooks'} disabled "
+        f"{Path(sys.executable).parent / 'torchrun'}\n"
+    )
     assert done.notebook["cells"][1]["outputs"][0]["text"] == expected
 
 
@@ -148,7 +176,9 @@ def test_only_some_and_the_rest_is_skipped(root):
         notebook(root, name, "1")
     report.record_metric("train_seconds", 12)
     assert [row.result for row in run_notebooks(["3"])] == ["skipped", "passed", "skipped"]
-    assert read_report(root)["metrics"]["train_seconds"] == 12, "what a run before has measured stays"
+    assert read_report(root)["metrics"]["train_seconds"] == 12, (
+        "what a run before has measured stays"
+    )
     run_notebooks()
     assert read_report(root)["metrics"]["train_seconds"] is None, "a whole run starts anew"
 
@@ -178,9 +208,15 @@ def test_no_notebooks_at_all(root):
 
 def test_ctrl_c_stops_the_cell_and_what_it_started(root):
     started = root / "started"
-    notebook(root, "00_a", f"import subprocess\nsubprocess.run(['bash', '-c', 'echo $$ > {started}; exec sleep 300'])")
+    notebook(
+        root,
+        "00_a",
+        f"import subprocess\nsubprocess.run(['bash', '-c', 'echo $$ > {started}; exec sleep 300'])",
+    )
     notebook(root, "01_b", "1")
-    runner = subprocess.Popen([sys.executable, "-m", "workshop_utils", "run"], stdout=subprocess.PIPE, text=True)
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "workshop_utils", "run"], stdout=subprocess.PIPE, text=True
+    )
     try:
         wait_until(lambda: started.exists() and started.read_text().strip())
         runner.send_signal(signal.SIGINT)
@@ -194,7 +230,8 @@ def test_ctrl_c_stops_the_cell_and_what_it_started(root):
 
 
 def test_ctrl_c_before_the_first_cell(root):
-    """Whether the libraries are being imported, the kernel is being started, or it is asked whether it is ready."""
+    """Whether the libraries are being imported, the kernel is being started, or it is asked whether
+    it is ready."""
     notebook(root, "00_a", "import time\ntime.sleep(300)")
     for moment in ("nbclient.client", "kernel"):
         script = (
@@ -213,9 +250,13 @@ def test_ctrl_c_before_the_first_cell(root):
                 "jupyter_client.AsyncKernelManager.start_kernel = started\n"
             )
         else:
-            script += "import workshop_utils.series.run_notebooks as module\nmodule.execute = stop\n"
+            script += (
+                "import workshop_utils.series.run_notebooks as module\nmodule.execute = stop\n"
+            )
         script += "sys.argv[1:] = ['run']\nsys.exit(main())"
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 130 and done.stderr.splitlines() == ["interrupted"], done
         assert "executed copies" not in done.stdout  # no table of what did not run
         if moment == "kernel":
@@ -244,7 +285,9 @@ def test_the_report_names_what_is_there(root):
     report.record_metric("base_exact_match", 0)
     made = report.build_report([report.NotebookResult("00_a", 1.5, "passed")])
     assert made["notebooks"] == [{"name": "00_a", "seconds": 1.5, "result": "passed"}]
-    assert made["artifacts"] == {key: "models" if key == "hf_model" else None for key in report.ARTIFACTS}
+    assert made["artifacts"] == {
+        key: "models" if key == "hf_model" else None for key in report.ARTIFACTS
+    }
     assert made["metrics"]["base_exact_match"] == 0
     assert made["machine"]["cores"] >= 1 and made["machine"]["versions"]["torch"]
     assert "base_exact_match   0.0%" in summary([report.NotebookResult("00_a", 1.5, "passed")])

@@ -1,6 +1,8 @@
-"""``workshop nim``: the docker command, a container that starts, fails or hangs, and the files for Compose and Kubernetes.
+"""``workshop nim``: the docker command, a container that starts, fails or hangs, and the files for
+Compose and Kubernetes.
 
-No NIM runs here. A program called docker on the PATH writes down its arguments and behaves like one, and a small server is the NIM.
+No NIM runs here. A program called docker on the PATH writes down its arguments and behaves like
+one, and a small server is the NIM.
 """
 
 import http.server
@@ -46,7 +48,12 @@ def fake(tmp_path, monkeypatch):
     ):
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
-    for name, text in (("run.err", ""), ("run.status", "0"), ("state", "true 0 false"), ("log", "")):
+    for name, text in (
+        ("run.err", ""),
+        ("run.status", "0"),
+        ("state", "true 0 false"),
+        ("log", ""),
+    ):
         (folder / name).write_text(text)
     (tmp_path / "runs" / "store" / "triage").mkdir(parents=True)
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
@@ -87,16 +94,33 @@ def nim_server():
 
 
 def run(server, *options):
-    return main(["nim", "run", "--image", IMAGE, "--cache", "cache", "--port", str(server.server_address[1]), *options])
+    return main(
+        [
+            "nim",
+            "run",
+            "--image",
+            IMAGE,
+            "--cache",
+            "cache",
+            "--port",
+            str(server.server_address[1]),
+            *options,
+        ]
+    )
 
 
 def nim(tmp_path=Path("/x"), **changes):
-    return Nim(**{"image": IMAGE, "store": tmp_path / "store", "cache": tmp_path / "cache"} | changes)
+    return Nim(
+        **{"image": IMAGE, "store": tmp_path / "store", "cache": tmp_path / "cache"} | changes
+    )
 
 
 def test_a_cache_that_cannot_be_made(fake, nim_server, capsys):
     assert run(nim_server, "--cache", f"{os.devnull}/cache") == 1
-    assert f"{os.devnull}/cache cannot be made (Not a directory): name another directory with --cache" in capsys.readouterr().err
+    assert (
+        f"{os.devnull}/cache cannot be made (Not a directory): name another directory with --cache"
+        in capsys.readouterr().err
+    )
 
 
 def test_it_starts_waits_and_says_what_is_served(fake, nim_server, capsys):
@@ -111,13 +135,26 @@ def test_it_starts_waits_and_says_what_is_served(fake, nim_server, capsys):
 
 
 def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server, tmp_path):
-    assert run(nim_server, "--refresh", "30", "--max-lora-rank", "64", "--gpus", "device=0,1", "--profile", "p") == 0
+    assert (
+        run(
+            nim_server,
+            "--refresh",
+            "30",
+            "--max-lora-rank",
+            "64",
+            "--gpus",
+            "device=0,1",
+            "--profile",
+            "p",
+        )
+        == 0
+    )
     first = (fake / "calls").read_text().splitlines()[0]
     port = nim_server.server_address[1]
     assert first == (
-        f'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB -u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY '
-        "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "
-        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/runs/store:/opt/nim/loras:ro {IMAGE}"
+        f'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB -u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY '  # noqa: E501
+        "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "  # noqa: E501
+        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/runs/store:/opt/nim/loras:ro {IMAGE}"  # noqa: E501
     )
     assert KEY not in (fake / "calls").read_text()
     assert f"NGC_API_KEY={KEY}" in (fake / "environment").read_text()
@@ -127,7 +164,10 @@ def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server
 def test_the_printed_command_is_the_command_and_starts_nothing(fake, capsys, store):
     import subprocess
 
-    assert main(["nim", "run", "--image", IMAGE, "--store", store, "--cache", "a/cache", "--print"]) == 0
+    assert (
+        main(["nim", "run", "--image", IMAGE, "--store", store, "--cache", "a/cache", "--print"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert KEY not in text
     assert not (fake / "calls").exists()
@@ -142,21 +182,42 @@ def test_the_printed_command_is_the_command_and_starts_nothing(fake, capsys, sto
     ("stderr", "advice"),
     [
         (
-            "docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
+            (
+                "docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is "
+                "the docker daemon running?"
+            ),
             "systemctl start docker",
         ),
         (
-            "docker: permission denied while trying to connect to the Docker daemon socket at unix:///var/run/docker.sock",
+            (
+                "docker: permission denied while trying to connect to the Docker daemon socket at "
+                "unix:///var/run/docker.sock"
+            ),
             "group docker",
         ),
         (
-            'docker: Error response from daemon: could not select device driver "" with capabilities: [[gpu]].',
+            (
+                'docker: Error response from daemon: could not select device driver "" with '
+                "capabilities: [[gpu]]."
+            ),
             "Container Toolkit",
         ),
-        ("docker: Error response from daemon: unauthorized: authentication required", "docker login nvcr.io"),
-        ("docker: Error response from daemon: manifest for nvcr.io/nim/x:9 not found: manifest unknown", "no such image"),
         (
-            'docker: Error response from daemon: Conflict. The container name "/workshop-nim" is already in use by container "1"',
+            "docker: Error response from daemon: unauthorized: authentication required",
+            "docker login nvcr.io",
+        ),
+        (
+            (
+                "docker: Error response from daemon: manifest for nvcr.io/nim/x:9 not found: "
+                "manifest unknown"
+            ),
+            "no such image",
+        ),
+        (
+            (
+                "docker: Error response from daemon: Conflict. The container name "
+                '"/workshop-nim" is already in use by container "1"'
+            ),
             "docker rm -f",
         ),
         ("Bind for 127.0.0.1:8000 failed: port is already allocated.", "another --port"),
@@ -182,7 +243,10 @@ def test_docker_s_refusal_is_explained(fake, nim_server, capsys, stderr, advice)
         ("ERROR: No compatible profiles found for this GPU", "--profile"),
         ("OSError: [Errno 28] No space left on device: '/opt/nim/.cache/x'", "disk"),
         ("PermissionError: [Errno 13] Permission denied: '/opt/nim/.cache/ngc'", "--cache"),
-        ("ValueError: Loading lora broken failed: No adapter found for /opt/nim/loras/broken", "workshop conform"),
+        (
+            "ValueError: Loading lora broken failed: No adapter found for /opt/nim/loras/broken",
+            "workshop conform",
+        ),
     ],
 )
 def test_a_container_that_ends_is_read_for_its_cause(fake, nim_server, capsys, line, meaning):
@@ -224,15 +288,41 @@ def test_all_that_is_missing_is_told_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("NGC_API_KEY", " ")
     monkeypatch.delenv("DOCKER_HOST", raising=False)
-    assert main(["nim", "run", "--image", IMAGE, "--store", str(tmp_path / "none"), "--cache", str(tmp_path / "cache")]) == 1
+    assert (
+        main(
+            [
+                "nim",
+                "run",
+                "--image",
+                IMAGE,
+                "--store",
+                str(tmp_path / "none"),
+                "--cache",
+                str(tmp_path / "cache"),
+            ]
+        )
+        == 1
+    )
     said = capsys.readouterr().err
-    for missing in ("docker is not installed", "no NVIDIA GPU", "NGC_API_KEY is not set", "workshop nim stage"):
+    for missing in (
+        "docker is not installed",
+        "no NVIDIA GPU",
+        "NGC_API_KEY is not set",
+        "workshop nim stage",
+    ):
         assert missing in said
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
-    "image", [IMAGE, "a:1", "localhost:5000/a/b:1.0", f"a/b@sha256:{'0' * 64}", f"a/b:latest@sha256:{'0' * 64}"]
+    "image",
+    [
+        IMAGE,
+        "a:1",
+        "localhost:5000/a/b:1.0",
+        f"a/b@sha256:{'0' * 64}",
+        f"a/b:latest@sha256:{'0' * 64}",
+    ],
 )
 def test_a_pinned_image_is_taken(image):
     assert docker.command(nim(image=image))[-1] == image
@@ -259,20 +349,37 @@ def test_an_image_that_is_not_pinned_is_refused(image):
         nim(image=image)
 
 
-@pytest.mark.parametrize("change", [{"name": "A_b"}, {"name": "-a"}, {"port": 0}, {"port": 65536}, {"shm_size": "lots"}, {"gpus": "two"}, {"refresh": 0},
-                                    {"max_lora_rank": -1}, {"max_gpu_loras": 20}, {"store": Path("a:b")}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "A_b"},
+        {"name": "-a"},
+        {"port": 0},
+        {"port": 65536},
+        {"shm_size": "lots"},
+        {"gpus": "two"},
+        {"refresh": 0},
+        {"max_lora_rank": -1},
+        {"max_gpu_loras": 20},
+        {"store": Path("a:b")},
+    ],
+)
 def test_a_setting_that_docker_or_nim_would_refuse_is_named(change):
     with pytest.raises(WorkshopError, match=next(iter(change)).replace("_", "-")):
         nim(**change)
 
 
-@pytest.mark.parametrize("odd", ["yes", "1e3", "a b", "x # y", "- z", "{a}", "'q' \"r\"", "ü", "null", "& *"])
+@pytest.mark.parametrize(
+    "odd", ["yes", "1e3", "a b", "x # y", "- z", "{a}", "'q' \"r\"", "ü", "null", "& *"]
+)
 def test_values_come_back_from_the_yaml(tmp_path, odd):
     one = nim(tmp_path, profile=odd, store=tmp_path / odd)
     service = yaml.safe_load(as_yaml(compose(one)))["services"]["nim"]
     assert f"NIM_MODEL_PROFILE={odd}" in service["environment"]
     assert service["volumes"][1]["source"] == str(tmp_path / odd)
-    pod = list(yaml.safe_load_all(as_yaml(*manifest(nim(tmp_path, gpus="1", profile=odd)))))[2]["spec"]["template"]["spec"]
+    pod = list(yaml.safe_load_all(as_yaml(*manifest(nim(tmp_path, gpus="1", profile=odd)))))[2][
+        "spec"
+    ]["template"]["spec"]
     assert {"name": "NIM_MODEL_PROFILE", "value": odd} in pod["containers"][0]["env"]
 
 
@@ -287,17 +394,29 @@ def test_compose_says_what_docker_run_says(tmp_path, monkeypatch):
     mounts = service["volumes"]
     assert mounts[0]["source"] == f"{tmp_path}/a$$b/cache"
     # The fields of the long form in the reference; that directory is never made as root's.
-    assert all(mount.keys() <= {"type", "source", "target", "read_only", "bind"} for mount in mounts)
+    assert all(
+        mount.keys() <= {"type", "source", "target", "read_only", "bind"} for mount in mounts
+    )
     assert [mount["bind"] for mount in mounts] == [{"create_host_path": False}] * 2
-    assert [(mount["target"], mount.get("read_only", False)) for mount in mounts] == [("/opt/nim/.cache", False), ("/opt/nim/loras", True)]
+    assert [(mount["target"], mount.get("read_only", False)) for mount in mounts] == [
+        ("/opt/nim/.cache", False),
+        ("/opt/nim/loras", True),
+    ]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
     assert service["deploy"]["resources"]["reservations"]["devices"] == [
         {"driver": "nvidia", "capabilities": ["gpu"], "count": "all"}
     ]
     words = docker.command(one)
     assert [word for word in words if word.startswith("NIM_")] == service["environment"][1:]
-    for field, option in (("image", -1), ("container_name", "--name"), ("user", "-u"), ("shm_size", "--shm-size")):
-        assert service[field] == words[option if isinstance(option, int) else words.index(option) + 1]
+    for field, option in (
+        ("image", -1),
+        ("container_name", "--name"),
+        ("user", "-u"),
+        ("shm_size", "--shm-size"),
+    ):
+        assert (
+            service[field] == words[option if isinstance(option, int) else words.index(option) + 1]
+        )
 
 
 def test_the_compose_file_says_what_to_do_first(tmp_path, capsys, monkeypatch):
@@ -310,7 +429,9 @@ def test_the_compose_file_says_what_to_do_first(tmp_path, capsys, monkeypatch):
     subprocess.run(["sh", "-c", line.removeprefix("#")], check=True)
     assert (tmp_path / "a $b").is_dir() and (tmp_path / "cache").is_dir()
     one = nim(tmp_path, cache=tmp_path / cache)
-    assert yaml.safe_load(compose_file.header(one) + as_yaml(compose(one))) == yaml.safe_load(as_yaml(compose(one)))
+    assert yaml.safe_load(compose_file.header(one) + as_yaml(compose(one))) == yaml.safe_load(
+        as_yaml(compose(one))
+    )
 
 
 def test_the_manifest_says_how_to_make_secrets_and_fill_the_store(capsys):
@@ -318,14 +439,30 @@ def test_the_manifest_says_how_to_make_secrets_and_fill_the_store(capsys):
     text = capsys.readouterr().out
     objects = list(yaml.safe_load_all(text))
     assert objects[3]["spec"]["ports"] == [{"name": "http", "port": 9000, "targetPort": "http"}]
-    lines = [shlex.split(line.removeprefix("#")) for line in text.splitlines() if line.startswith("#   kubectl")]
+    lines = [
+        shlex.split(line.removeprefix("#"))
+        for line in text.splitlines()
+        if line.startswith("#   kubectl")
+    ]
     pod = objects[2]["spec"]["template"]["spec"]
     made = {words[4]: words for words in lines if words[1:3] == ["create", "secret"]}
-    assert made.keys() == {pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"], pod["imagePullSecrets"][0]["name"]}
+    assert made.keys() == {
+        pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"],
+        pod["imagePullSecrets"][0]["name"],
+    }
     assert "--docker-username=$oauthtoken" in made["ngc-registry"]
-    copier = json.loads(next(word.partition("=")[2] for words in lines for word in words if word.startswith("--overrides")))
+    copier = json.loads(
+        next(
+            word.partition("=")[2]
+            for words in lines
+            for word in words
+            if word.startswith("--overrides")
+        )
+    )
     check(copier | {"kind": "Pod", "metadata": {"name": "one-fill"}})
-    assert copier["spec"]["volumes"] == [volume for volume in pod["volumes"] if volume["name"] == "store"]
+    assert copier["spec"]["volumes"] == [
+        volume for volume in pod["volumes"] if volume["name"] == "store"
+    ]
     assert copier["spec"]["securityContext"] == pod["securityContext"]
 
 
@@ -340,17 +477,31 @@ def test_the_manifest_refers_to_secrets_and_probes_and_asks_for_a_gpu(tmp_path):
     cache, store, deployment, service = manifest(nim(tmp_path, gpus="2"), "50Gi", "1Gi")
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert container["env"][0]["valueFrom"] == {"secretKeyRef": {"name": "ngc-api", "key": "NGC_API_KEY"}}
+    assert container["env"][0]["valueFrom"] == {
+        "secretKeyRef": {"name": "ngc-api", "key": "NGC_API_KEY"}
+    }
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
-    assert {probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")} == {
+    assert {
+        probe: container[probe]["httpGet"]["path"]
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    } == {
         "startupProbe": "/v1/health/ready",
         "readinessProbe": "/v1/health/ready",
         "livenessProbe": "/v1/health/live",
     }
-    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
     assert claims == {cache["metadata"]["name"], store["metadata"]["name"]}
-    assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert (
+        service["spec"]["selector"].items()
+        <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    )
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
 
 
 def test_the_check_of_the_manifest_can_fail(tmp_path):

@@ -1,4 +1,5 @@
-"""Staging: what NIM can read gets into the store whole, in place of an older one; what it cannot is refused with the way out."""
+"""Staging: what NIM can read gets into the store whole, in place of an older one; what it cannot is
+refused with the way out."""
 
 import os
 
@@ -26,7 +27,9 @@ def forms(tmp_path_factory):
     """One adapter in each form, and another of rank 8."""
     folder = tmp_path_factory.mktemp("forms")
     source = write_adapter(folder / "tickets.nemo", config_of(GQA), tensors_of(GQA))
-    other = write_adapter(folder / "other.nemo", config_of(GQA, ALL, rank=8), tensors_of(GQA, ALL, rank=8))
+    other = write_adapter(
+        folder / "other.nemo", config_of(GQA, ALL, rank=8), tensors_of(GQA, ALL, rank=8)
+    )
     return {
         "raw": source,
         "nemo": export(source, "nemo", out=folder / "trtllm"),
@@ -36,13 +39,21 @@ def forms(tmp_path_factory):
 
 
 def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def test_exactly_one_adapter_and_nothing_else_is_in_its_directory(forms, tmp_path):
     stage(forms["peft"], "a", tmp_path)
     stage(forms["nemo"], "b", tmp_path)
-    assert sorted(contents(tmp_path)) == ["a/adapter_config.json", "a/adapter_model.safetensors", "b/b.nemo"]
+    assert sorted(contents(tmp_path)) == [
+        "a/adapter_config.json",
+        "a/adapter_model.safetensors",
+        "b/b.nemo",
+    ]
     assert contents(tmp_path)["b/b.nemo"] == forms["nemo"].read_bytes()
     assert names(tmp_path) == ["a", "b"]
 
@@ -55,7 +66,10 @@ def test_a_new_one_replaces_the_old_and_an_identical_one_is_left_alone(forms, tm
     assert stage(forms["nemo"], "a", tmp_path).change == "replaced"
     assert list(contents(tmp_path)) == ["a/a.nemo"]
     assert stage(forms["other"], "a", tmp_path).change == "replaced"
-    assert contents(tmp_path)["a/adapter_model.safetensors"] == (forms["other"] / "adapter_model.safetensors").read_bytes()
+    assert (
+        contents(tmp_path)["a/adapter_model.safetensors"]
+        == (forms["other"] / "adapter_model.safetensors").read_bytes()
+    )
 
 
 def test_one_byte_makes_another_adapter(forms, tmp_path):
@@ -94,7 +108,24 @@ def test_what_was_not_staged_there_is_never_replaced(forms, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".hidden", "../up", "a/b", "a\\b", "/root", "a b", "a\n", "-rf", "ü", "x" * 129, "a:b", "a?"]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".hidden",
+        "../up",
+        "a/b",
+        "a\\b",
+        "/root",
+        "a b",
+        "a\n",
+        "-rf",
+        "ü",
+        "x" * 129,
+        "a:b",
+        "a?",
+    ],
 )
 def test_a_name_is_a_directory_and_a_word_in_a_url(forms, tmp_path, name):
     with pytest.raises(WorkshopError, match="cannot be a model's id"):
@@ -103,7 +134,9 @@ def test_a_name_is_a_directory_and_a_word_in_a_url(forms, tmp_path, name):
 
 
 def test_what_nemo_wrote_is_refused_with_the_command_that_converts_it(forms, tmp_path):
-    with pytest.raises(ConformanceFailed, match=r"workshop export \S+tickets.nemo --to nemo --reader trtllm"):
+    with pytest.raises(
+        ConformanceFailed, match=r"workshop export \S+tickets.nemo --to nemo --reader trtllm"
+    ):
         stage(forms["raw"], "a", tmp_path)
     with pytest.raises(ConformanceFailed, match=r"this is a \.nemo\n.*--to hf-peft"):
         stage(forms["nemo"], "a", tmp_path, reader="nim2")
@@ -116,19 +149,27 @@ def test_a_nemo_2_adapter_is_refused_with_the_command_that_converts_it(tmp_path)
 
     weights = tmp_path / "adapter" / "weights"
     checkpoint.save(
-        {"module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight": torch.ones(2, 4, 32)},
+        {
+            "module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight": torch.ones(
+                2, 4, 32
+            )
+        },
         checkpoint_id=weights,
         no_dist=True,
     )
     (weights / "adapter_metadata.json").write_text("{}")
-    with pytest.raises(ConformanceFailed, match=r"no server reads\n.*workshop export \S+adapter --to hf-peft"):
+    with pytest.raises(
+        ConformanceFailed, match=r"no server reads\n.*workshop export \S+adapter --to hf-peft"
+    ):
         stage(tmp_path / "adapter", "a", tmp_path / "store")
 
 
 def test_the_parts_of_several_ranks_are_refused(tmp_path):
     config = config_of(GQA) | {"tensor_model_parallel_size": 2}
     members = {f"mp_rank_0{rank}/model_weights.ckpt": saved(tensors_of(GQA)) for rank in (0, 1)}
-    source = write_tar(tmp_path / "two.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()} | members)
+    source = write_tar(
+        tmp_path / "two.nemo", {"model_config.yaml": yaml.safe_dump(config).encode()} | members
+    )
     with pytest.raises(WorkshopError, match="mp_rank|rank"):
         stage(source, "a", tmp_path / "store")
     assert not (tmp_path / "store").exists()
@@ -178,11 +219,15 @@ def test_without_a_base_the_store_s_adapters_are_compared(forms, tmp_path):
     assert (again.warnings, again.notes) == ((), ())
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.nemo").write_text("no archive")
-    elsewhere = export(forms["raw"], "hf-peft", tmp_path.parent / "elsewhere", base_model="org/other-llama")
+    elsewhere = export(
+        forms["raw"], "hf-peft", tmp_path.parent / "elsewhere", base_model="org/other-llama"
+    )
     found = stage(elsewhere, "c", tmp_path)
     assert found.notes == ()
     (warning,) = found.warnings
-    assert all(word in warning for word in ("other-llama", "a in this store on tiny-llama", "one base"))
+    assert all(
+        word in warning for word in ("other-llama", "a in this store on tiny-llama", "one base")
+    )
 
 
 @pytest.mark.parametrize("form", ["peft", "nemo"])
@@ -192,8 +237,15 @@ def test_another_dtype_than_the_base_s_is_warned_about(forms, tmp_path, form):
     model = tiny_llama(GQA)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype).save_pretrained(tmp_path / str(dtype) / "tiny-llama")
-    assert stage(forms[form], "a", tmp_path / "store", base=tmp_path / "torch.float32" / "tiny-llama").warnings == ()
-    (warning,) = stage(forms[form], "a", tmp_path / "store", base=tmp_path / "torch.bfloat16" / "tiny-llama").warnings
+    assert (
+        stage(
+            forms[form], "a", tmp_path / "store", base=tmp_path / "torch.float32" / "tiny-llama"
+        ).warnings
+        == ()
+    )
+    (warning,) = stage(
+        forms[form], "a", tmp_path / "store", base=tmp_path / "torch.bfloat16" / "tiny-llama"
+    ).warnings
     assert "its weights are float32" in warning and "--dtype bfloat16" in warning
 
 
@@ -203,12 +255,18 @@ def test_a_base_of_other_sizes_is_refused(forms, tmp_path, field, value):
 
     model = tiny_llama(GQA)
     model.save_pretrained(tmp_path / "tiny-llama")
-    assert stage(forms["peft"], "a", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
-    assert stage(forms["nemo"], "b", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
+    assert (
+        stage(forms["peft"], "a", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
+    )
+    assert (
+        stage(forms["nemo"], "b", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
+    )
     setattr(model.config, field, value)
     type(model)(model.config).save_pretrained(tmp_path / "tiny-llama")
     for form in ("peft", "nemo"):
-        with pytest.raises(UnsupportedAdapter, match="Serve it on the model that it was trained on"):
+        with pytest.raises(
+            UnsupportedAdapter, match="Serve it on the model that it was trained on"
+        ):
             stage(forms[form], "c", tmp_path / "store", base=tmp_path / "tiny-llama")
 
 

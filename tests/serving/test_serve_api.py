@@ -39,7 +39,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(folder):
-    return Service(folder / "tiny", folder / "store", Limits(max_length=20000, max_batch=8, max_queue=8), refresh=3600)
+    return Service(
+        folder / "tiny",
+        folder / "store",
+        Limits(max_length=20000, max_batch=8, max_queue=8),
+        refresh=3600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +60,15 @@ def client(url):
 
 
 def chat(client, model="tiny", **options):
-    return client.chat.completions.create(model=model, messages=HELLO, **{"temperature": 0, "max_tokens": 10} | options)
+    return client.chat.completions.create(
+        model=model, messages=HELLO, **{"temperature": 0, "max_tokens": 10} | options
+    )
 
 
 def complete(client, prompt="Hello", model="tiny", **options):
-    return client.completions.create(model=model, prompt=prompt, **{"temperature": 0, "max_tokens": 10} | options)
+    return client.completions.create(
+        model=model, prompt=prompt, **{"temperature": 0, "max_tokens": 10} | options
+    )
 
 
 def test_models(client):
@@ -75,17 +84,32 @@ def test_answers_are_those_of_the_offline_path(client, folder, tmp_path):
         "peft": folder / "store" / "peft",
         "fused": export(folder / "store/fused/lora.nemo", "hf-peft", tmp_path / "hf"),
     }
-    wanted = {name: generate(*load(folder / "tiny", adapter), [HELLO], 10, progress=False)[0] for name, adapter in peft.items()}
+    wanted = {
+        name: generate(*load(folder / "tiny", adapter), [HELLO], 10, progress=False)[0]
+        for name, adapter in peft.items()
+    }
     assert {name: chat(client, name).choices[0].message.content for name in MODELS} == wanted
     assert len(set(wanted.values())) == 3
 
 
 def test_chat_answer_and_usage(client):
     answer = chat(client)
-    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.model == "tiny"
-    assert answer.choices[0].message.role == "assistant" and answer.choices[0].finish_reason == "length"
-    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (10, answer.usage.prompt_tokens + 10)
-    assert chat(client, max_tokens=openai.omit, max_completion_tokens=3).usage.completion_tokens == 3
+    assert (
+        answer.object == "chat.completion"
+        and answer.id.startswith("chatcmpl-")
+        and answer.model == "tiny"
+    )
+    assert (
+        answer.choices[0].message.role == "assistant"
+        and answer.choices[0].finish_reason == "length"
+    )
+    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        10,
+        answer.usage.prompt_tokens + 10,
+    )
+    assert (
+        chat(client, max_tokens=openai.omit, max_completion_tokens=3).usage.completion_tokens == 3
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -93,19 +117,32 @@ def test_streams_say_the_same(client, model):
     whole = chat(client, model)
     chunks = list(chat(client, model, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == whole.choices[0].message.content
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert (
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+        == whole.choices[0].message.content
+    )
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (
+        len(chunks) - 2
+    ) + ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert {chunk.usage for chunk in chunks[:-1]} == {None}
     text = complete(client, model=model).choices[0].text
-    assert "".join(chunk.choices[0].text for chunk in complete(client, model=model, stream=True)) == text
+    assert (
+        "".join(chunk.choices[0].text for chunk in complete(client, model=model, stream=True))
+        == text
+    )
 
 
 def test_async_client(url):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
             many = await asyncio.gather(
-                *(client.chat.completions.create(model=model, messages=HELLO, temperature=0, max_tokens=10) for model in MODELS)
+                *(
+                    client.chat.completions.create(
+                        model=model, messages=HELLO, temperature=0, max_tokens=10
+                    )
+                    for model in MODELS
+                )
             )
             stream = await client.chat.completions.create(
                 model="tiny", messages=HELLO, temperature=0, max_tokens=10, stream=True
@@ -124,14 +161,20 @@ def test_stop_of_a_stream_is_never_given_out(client):
     stop = whole[5:8]
     for given in (stop, [stop, "never"]):
         answer = complete(client, max_tokens=30, stop=given)
-        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (
+            whole[: whole.index(stop)],
+            "stop",
+        )
     streamed = list(complete(client, max_tokens=30, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole[: whole.index(stop)]
 
 
 def test_n_and_seed(client):
     def texts(**options):
-        return [choice.text for choice in complete(client, **{"temperature": 1, "seed": 3} | options).choices]
+        return [
+            choice.text
+            for choice in complete(client, **{"temperature": 1, "seed": 3} | options).choices
+        ]
 
     three = texts(n=3)
     assert len(set(three)) == 3
@@ -159,14 +202,22 @@ def test_logprobs_of_both_apis(client):
     content = chat(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert len(content) == 10
     assert all(
-        token.logprob == token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 3 for token in content
+        token.logprob == token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 3
+        for token in content
     )  # greedy
     streamed = [chunk.choices[0].logprobs for chunk in chat(client, logprobs=True, stream=True)]
     assert sum(len(one.content) for one in streamed if one) == 10
     assert chat(client).choices[0].logprobs is None
     answer = complete(client, logprobs=2).choices[0]
-    assert len(answer.logprobs.tokens) == len(answer.logprobs.token_logprobs) == len(answer.logprobs.text_offset) == 10
-    assert all(1 <= len(top) <= 2 for top in answer.logprobs.top_logprobs)  # two tokens may look the same
+    assert (
+        len(answer.logprobs.tokens)
+        == len(answer.logprobs.token_logprobs)
+        == len(answer.logprobs.text_offset)
+        == 10
+    )
+    assert all(
+        1 <= len(top) <= 2 for top in answer.logprobs.top_logprobs
+    )  # two tokens may look the same
     assert "".join(answer.logprobs.tokens) == answer.text or "\ufffd" in answer.text
     assert answer.logprobs.text_offset[0] == 0
 
@@ -197,14 +248,20 @@ def test_logprobs_of_both_apis(client):
             "messages.0.content",
             "invalid_value",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 30000}]}, "messages", "context_length_exceeded"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 30000}]},
+            "messages",
+            "context_length_exceeded",
+        ),
         ({"max_tokens": 20000}, "messages", "context_length_exceeded"),
         ({"messages": openai.omit}, "messages", "missing_required_parameter"),
     ],
 )
 def test_refusals_name_the_parameter(url, change, param, code):
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 3} | change
-    status, answer, _ = post(url, {name: value for name, value in body.items() if value is not openai.omit})
+    status, answer, _ = post(
+        url, {name: value for name, value in body.items() if value is not openai.omit}
+    )
     assert (status, answer["error"]["param"], answer["error"]["code"], answer["error"]["type"]) == (
         400,
         param,
@@ -219,20 +276,47 @@ def test_refusals_name_the_parameter(url, change, param, code):
 
 
 def test_options_that_ask_for_nothing_are_taken(url):
-    neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "user": "me",
-               "seed": None, "stop": None, "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": None}]}  # fmt: skip
+    neutral = {
+        "frequency_penalty": 0,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "tools": [],
+        "response_format": {"type": "text"},
+        "user": "me",
+        "seed": None,
+        "stop": None,
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": None}
+        ],
+    }
     assert post(url, {"model": "tiny", "max_tokens": 2} | neutral)[0] == 200
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 50000, b"", b'{"model": "\\ud800"}'])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'"text"', b"\xff\xfe", b"[" * 50000, b"", b'{"model": "\\ud800"}']
+)
 def test_bodies_that_are_no_request(url, body):
     status, answer, _ = post(url, body)
     assert status == 400
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("change", [{"prompt": [999999]}, {"prompt": [-1]}, {"prompt": ""}, {"prompt": []}, {"prompt": [[]]}, {"prompt": {}},
-                                    {"echo": True, "logprobs": 1}, {"best_of": 3}, {"suffix": "x"}, {"prompt": ["a"] * 9}, {"prompt": "\ud800"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": [999999]},
+        {"prompt": [-1]},
+        {"prompt": ""},
+        {"prompt": []},
+        {"prompt": [[]]},
+        {"prompt": {}},
+        {"echo": True, "logprobs": 1},
+        {"best_of": 3},
+        {"suffix": "x"},
+        {"prompt": ["a"] * 9},
+        {"prompt": "\ud800"},
+    ],
+)
 def test_completions_that_are_refused(url, change):
     status, answer, _ = post(url, {"model": "tiny", "prompt": "x"} | change, path="/v1/completions")
     assert status == 400
@@ -240,29 +324,60 @@ def test_completions_that_are_refused(url, change):
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown", "../store/peft", "peft/../peft", "/etc/passwd", "", "peft\x00", "__base__", "version1"]
+    "name",
+    [
+        "unknown",
+        "../store/peft",
+        "peft/../peft",
+        "/etc/passwd",
+        "",
+        "peft\x00",
+        "__base__",
+        "version1",
+    ],
 )
 def test_unknown_models(url, name):
     status, answer, _ = post(url, {"model": name, "messages": HELLO})
-    assert (status, answer["error"]["code"], answer["error"]["param"]) == (404, "model_not_found", "model")
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (
+        404,
+        "model_not_found",
+        "model",
+    )
 
 
 @pytest.fixture
 def touched(monkeypatch):
-    """Names that the file system is asked for while ``touched.on`` is set, by any thread: by events of Python, and where it raises none."""
+    """Names that the file system is asked for while ``touched.on`` is set, by any thread: by events
+    of Python, and where it raises none."""
 
     class Touched(list):
         on = False
 
         def take(self, *values) -> None:
-            self.extend(os.fsdecode(value) for value in values if self.on and isinstance(value, (str, bytes, os.PathLike)))
+            self.extend(
+                os.fsdecode(value)
+                for value in values
+                if self.on and isinstance(value, (str, bytes, os.PathLike))
+            )
 
     found = Touched()
     # A hook cannot be taken away again. Those of http.client have the request that the test sends.
-    sys.addaudithook(lambda event, values: found.on and not event.startswith(("http.client", "socket")) and found.take(event, *values))
+    sys.addaudithook(
+        lambda event, values: (
+            found.on
+            and not event.startswith(("http.client", "socket"))
+            and found.take(event, *values)
+        )
+    )
     for name in ("stat", "lstat", "access", "readlink"):
         asked = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda path, *rest, asked=asked, **more: (found.take(path), asked(path, *rest, **more))[1])
+        monkeypatch.setattr(
+            os,
+            name,
+            lambda path, *rest, asked=asked, **more: (found.take(path), asked(path, *rest, **more))[
+                1
+            ],
+        )
     yield found
     found.on = False
 
@@ -276,15 +391,34 @@ def test_no_word_of_a_request_reaches_the_file_system(url, folder, touched):
     assert {f"/tmp/{word}/stat", f"{word}/open"} <= set(touched)  # it sees what it is to see
     touched.clear()
     headers = {"Authorization": f"Bearer {KEY}"}
-    for name in (word, f"../{word}", f"/etc/{word}", f"{folder}/store/{word}", f"peft/../{word}", f"~/{word}", f"file:///{word}", f"{word}\x00"):
+    for name in (
+        word,
+        f"../{word}",
+        f"/etc/{word}",
+        f"{folder}/store/{word}",
+        f"peft/../{word}",
+        f"~/{word}",
+        f"file:///{word}",
+        f"{word}\x00",
+    ):
         assert post(url, {"model": name, "messages": HELLO})[0] == 404
         assert post(url, {"model": name, "prompt": name}, path="/v1/completions")[0] == 404
         assert request(url, "GET", f"/v1/models/{quote(name, safe='')}", None, headers)[0] == 404
         assert request(url, "GET", f"/{quote(name)}", None, headers)[0] == 404
         more = {"stop": name, "user": name, "max_tokens": 2}
         for model in MODELS:
-            assert post(url, {"model": model, "messages": [{"role": "user", "content": name, "name": word}], **more})[0] in (200, 400)
-            assert post(url, {"model": model, "prompt": name, **more}, path="/v1/completions")[0] == 200
+            assert post(
+                url,
+                {
+                    "model": model,
+                    "messages": [{"role": "user", "content": name, "name": word}],
+                    **more,
+                },
+            )[0] in (200, 400)
+            assert (
+                post(url, {"model": model, "prompt": name, **more}, path="/v1/completions")[0]
+                == 200
+            )
     touched.on = False
     assert not [name for name in touched if word in name or str(folder) in name]
 
@@ -306,7 +440,13 @@ def test_key(url):
 
 def test_body_too_large(url):
     assert post(url, b" " * 100_001)[0] == 413
-    status, answer, _ = request(url, "POST", "/v1/completions", iter([b" " * 60_000] * 2), {"Authorization": f"Bearer {KEY}"})
+    status, answer, _ = request(
+        url,
+        "POST",
+        "/v1/completions",
+        iter([b" " * 60_000] * 2),
+        {"Authorization": f"Bearer {KEY}"},
+    )
     assert (status, answer["error"]["code"]) == (413, "request_too_large")
 
 
@@ -334,10 +474,21 @@ def test_loading(folder):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnected_client_stops_its_request(url, service, stream):
-    body = json.dumps({"model": "peft", "messages": HELLO, "temperature": 0, "max_tokens": 19000, "stream": stream})
+    body = json.dumps(
+        {
+            "model": "peft",
+            "messages": HELLO,
+            "temperature": 0,
+            "max_tokens": 19000,
+            "stream": stream,
+        }
+    )
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+            f"{KEY}\r\nContent-Type: application/json\r\n"
+        )
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         deadline(lambda: service.engine._running)
         row = service.engine._running[0].row
@@ -368,12 +519,28 @@ def test_curl(url):
     assert [model["id"] for model in json.loads(curl("/v1/models"))["data"]] == [*MODELS]
     body = json.dumps({"model": "peft", "messages": HELLO, "max_tokens": 5, "temperature": 0})
     json_type = ("-H", "Content-Type: application/json")
-    text = json.loads(curl("/v1/chat/completions", *json_type, "-d", body))["choices"][0]["message"]["content"]
-    streamed = curl("/v1/chat/completions", "--no-buffer", *json_type, "-d", json.dumps(json.loads(body) | {"stream": True}))
+    text = json.loads(curl("/v1/chat/completions", *json_type, "-d", body))["choices"][0][
+        "message"
+    ]["content"]
+    streamed = curl(
+        "/v1/chat/completions",
+        "--no-buffer",
+        *json_type,
+        "-d",
+        json.dumps(json.loads(body) | {"stream": True}),
+    )
     events = re.findall(r"^data: (.*)\n\n", streamed, re.MULTILINE)
     assert events[-1] == "[DONE]"
-    assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]) == text
-    assert "Content-Type: application/json" in json.loads(curl("/v1/chat/completions", "-d", body))["error"]["message"]
+    assert (
+        "".join(
+            json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]
+        )
+        == text
+    )
+    assert (
+        "Content-Type: application/json"
+        in json.loads(curl("/v1/chat/completions", "-d", body))["error"]["message"]
+    )
 
 
 def request(url, method, path, body, headers):
@@ -386,7 +553,13 @@ def request(url, method, path, body, headers):
 
 def post(url, body, headers=None, path="/v1/chat/completions"):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return request(url, "POST", path, content, {"Authorization": f"Bearer {KEY}"} if headers is None else headers)
+    return request(
+        url,
+        "POST",
+        path,
+        content,
+        {"Authorization": f"Bearer {KEY}"} if headers is None else headers,
+    )
 
 
 def chat_in_thread(client):

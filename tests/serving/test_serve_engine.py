@@ -59,7 +59,10 @@ class Asked:
 def every_kind() -> list[tuple]:
     samplings = (GREEDY, Sampling(12, 0.8, 0.9, seed=5), Sampling(12, 1.5, 1.0, seed=6))
     return [
-        (prompt, adapter, sampling) for prompt in PROMPTS for adapter in (None, "one", "two", "fused") for sampling in samplings
+        (prompt, adapter, sampling)
+        for prompt in PROMPTS
+        for adapter in (None, "one", "two", "fused")
+        for sampling in samplings
     ]
 
 
@@ -75,15 +78,21 @@ def test_same_text_alone_and_in_a_batch(engine):
 def test_one_pass_for_rows_of_different_adapters(engine):
     before = engine.passes
     with held(engine):
-        asked = [Asked(engine, PROMPTS[1], adapter) for adapter in (None, "one", "two", "fused") * 2]
+        asked = [
+            Asked(engine, PROMPTS[1], adapter) for adapter in (None, "one", "two", "fused") * 2
+        ]
     assert all(each.text is not None for each in asked)
     assert engine.passes - before == max(len(each.row.tokens) for each in asked) == 12
     assert engine.widest == 8
 
 
 def test_eight_at_once_cost_less_than_one_after_the_other(engine):
-    """At least 1.5 times the rate, in processor seconds of one thread: what else this machine does then changes nothing."""
-    kinds = [(PROMPTS[1], adapter, Sampling(40, temperature=0)) for adapter in (None, "one", "two", "fused") * 2]
+    """At least 1.5 times the rate, in processor seconds of one thread: what else this machine does
+    then changes nothing."""
+    kinds = [
+        (PROMPTS[1], adapter, Sampling(40, temperature=0))
+        for adapter in (None, "one", "two", "fused") * 2
+    ]
 
     def at_once() -> list[str]:
         with held(engine):
@@ -201,7 +210,11 @@ def test_numbers_that_overflow_end_nothing(engine, folder, scale, temperature):
 
 def test_replaced_adapters_leave_nothing_behind(engine, folder):
     def layers() -> list[tuple]:
-        return [(name, len(module)) for name, module in engine._lora.named_modules() if name.endswith(("lora_A", "lora_B"))]
+        return [
+            (name, len(module))
+            for name, module in engine._lora.named_modules()
+            if name.endswith(("lora_A", "lora_B"))
+        ]
 
     before = layers()
     for _ in range(5):
@@ -235,9 +248,15 @@ def test_adapter_of_another_model(engine, folder, tmp_path):
     with pytest.raises(UnsupportedAdapter, match="another model"):
         engine.install("x", config, tensors | {half: tensors[half][:, :-1]}).result()
     with pytest.raises(UnsupportedAdapter, match="no linear layer of the base"):
-        engine.install("x", config, {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}).result()
+        engine.install(
+            "x",
+            config,
+            {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()},
+        ).result()
     with pytest.raises(UnsupportedAdapter, match="missing"):
-        engine.install("x", config, {key: value for key, value in tensors.items() if key != half}).result()
+        engine.install(
+            "x", config, {key: value for key, value in tensors.items() if key != half}
+        ).result()
     assert "x" not in engine.adapters
     assert Asked(engine, "a", "one").text
 

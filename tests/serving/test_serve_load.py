@@ -24,7 +24,8 @@ def test_load_and_faults(tmp_path):
     with start(base, store, refresh=0.5) as server:
         found = serve_load.load(server, store, versions, "tiny", requests=20)
     outcomes = found["outcomes"]
-    # Only the adapter that is taken away may be missed: its requests are a quarter, some of which come while it is there.
+    # Only the adapter that is taken away may be missed: its requests are a quarter, some of which
+    # come while it is there.
     missed = f"model_not_found {serve_load.REMOVED}"
     assert outcomes.keys() == {"right", missed}, outcomes
     assert outcomes[missed] < found["requests"] / 4

@@ -54,7 +54,10 @@ def test_new_replaced_removed(store):
     write_peft(store.directory / "a", 1)
     write_nemo(store.directory / "b")
     store.refresh()
-    assert store.said == ["adapter a: served", "adapter b: served"] or store.said == ["adapter b: served", "adapter a: served"]
+    assert store.said == ["adapter a: served", "adapter b: served"] or store.said == [
+        "adapter b: served",
+        "adapter a: served",
+    ]
     first = store.served["a"]
     store.refresh()
     assert len(store.said) == 2  # nothing has changed
@@ -112,7 +115,8 @@ def test_what_changes_while_it_is_read_is_not_kept(store, monkeypatch):
 
 
 def test_served_weights_are_not_the_file(tmp_path):
-    """A mapped file that is written over would change what is served, and one that is cut would end the server."""
+    """A mapped file that is written over would change what is served, and one that is cut would end
+    the server."""
     _, tensors = read(write_peft(tmp_path / "a", 1))
     before = {key: value.clone() for key, value in tensors.items()}
     weights = tmp_path / "a" / "adapter_model.safetensors"
@@ -131,7 +135,13 @@ def test_names(store):
     assert store.served == {}
     assert len(store.said) == len(names) - 1  # nothing of what is hidden: it is being written
     assert "adapter tiny: NOT served. it has the base's name, give it another one." in store.said
-    assert sum("NOT served. its directory's name cannot be a model's id, rename it: up to 128" in line for line in store.said) == 4
+    assert (
+        sum(
+            "NOT served. its directory's name cannot be a model's id, rename it: up to 128" in line
+            for line in store.said
+        )
+        == 4
+    )
     assert "\x1b" not in "".join(store.said)
 
 
@@ -142,7 +152,10 @@ def test_a_rank_over_the_maximum_is_not_served(store):
     small.refresh()
     assert small._engine.adapters == []
     assert sorted(store.said) == [
-        f"adapter {name}: NOT served. the rank is at most 3: it is 4. Raise --max-rank of the server, or train with a rank of 3 or less."
+        (
+            f"adapter {name}: NOT served. the rank is at most 3: it is 4. Raise --max-rank of the "
+            "server, or train with a rank of 3 or less."
+        )
         for name in "ab"
     ]
     store._max_rank = 4
@@ -186,8 +199,16 @@ def test_nothing_and_too_much(tmp_path):
         read(tmp_path / "a")
 
 
-@pytest.mark.parametrize(("field", "value"), [("modules_to_save", ["lm_head"]), ("bias", "all"), ("peft_type", "IA3"),
-                                              ("alora_invocation_tokens", [1]), ("r", "4")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("peft_type", "IA3"),
+        ("alora_invocation_tokens", [1]),
+        ("r", "4"),
+    ],
+)
 def test_adapters_that_cannot_share_a_batch(tmp_path, field, value):
     with pytest.raises((UnsupportedAdapter, CheckpointError), match=field):
         read(write_peft(tmp_path / "a", 1, **{field: value}))
@@ -218,14 +239,26 @@ def test_one_that_is_away_for_a_moment_is_not_removed(store, monkeypatch):
     assert store.said == ["adapter a: served"]
 
 
-@pytest.mark.parametrize("config", [{"target_modules": "("}, {"exclude_modules": "("}, {"rank_pattern": {"(": 4}}, {"rank_pattern": [1]},
-                                    {"alpha_pattern": {"v_proj": "x"}}, {"lora_alpha": float("inf")}, {"layers_to_transform": [0, 1], "layers_pattern": "("}])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": "("},
+        {"exclude_modules": "("},
+        {"rank_pattern": {"(": 4}},
+        {"rank_pattern": [1]},
+        {"alpha_pattern": {"v_proj": "x"}},
+        {"lora_alpha": float("inf")},
+        {"layers_to_transform": [0, 1], "layers_pattern": "("},
+    ],
+)
 def test_no_configuration_changes_the_base_or_ends_the_engine(tmp_path, config):
     made = engine.Engine(*load(write_base(tmp_path / "tiny")))
 
     def answer() -> list[int]:
         ended = threading.Event()
-        row = Row([5, 6, 7], Sampling(12, temperature=0), lambda piece: piece.finish and ended.set())
+        row = Row(
+            [5, 6, 7], Sampling(12, temperature=0), lambda piece: piece.finish and ended.set()
+        )
         made.submit([row], None)
         assert ended.wait(30)
         return row.tokens
@@ -251,7 +284,9 @@ def test_hostile_and_broken(tmp_path):
     os.truncate(nemo, nemo.stat().st_size // 2)
     with pytest.raises(CheckpointError):
         read(tmp_path / "c")
-    export_samples.write_adapter(tmp_path / "d" / "x.nemo", export_samples.config_of(SHAPE), {"x": Evil()})
+    export_samples.write_adapter(
+        tmp_path / "d" / "x.nemo", export_samples.config_of(SHAPE), {"x": Evil()}
+    )
     with pytest.raises(CheckpointError):
         read(tmp_path / "d")
     assert not (tmp_path / "ran").exists()
@@ -266,20 +301,35 @@ class Evil:
 
 @pytest.mark.parametrize("order", ["interleaved", "qkv"])
 def test_row_order_and_scale_are_those_the_nemo_states(tmp_path, order):
-    """Served weights equal those of a Hugging Face export made by hand, for both row orders of a fused q, k, v."""
+    """Served weights equal those of a Hugging Face export made by hand, for both row orders of a
+    fused q, k, v."""
     from workshop_utils.adapters.export import export
 
-    base, source = write_base(tmp_path / "tiny"), write_nemo(tmp_path / "a", targets=("attention_qkv",)) / "lora.nemo"
-    made = export(source, "nemo", tmp_path / "b" / "x.nemo", reader="trtllm" if order == "qkv" else "nemo")
+    base, source = (
+        write_base(tmp_path / "tiny"),
+        write_nemo(tmp_path / "a", targets=("attention_qkv",)) / "lora.nemo",
+    )
+    made = export(
+        source, "nemo", tmp_path / "b" / "x.nemo", reader="trtllm" if order == "qkv" else "nemo"
+    )
     config, tensors = read(made.parent)
-    model = export_samples.add_like_nemo(load(base)[0], SHAPE, export_samples.tensors_of(SHAPE, ("attention_qkv",)), 0)
-    wanted = {key: value * 1.07 for key, value in export_samples.tensors_of(SHAPE, ("attention_qkv",)).items()}
+    model = export_samples.add_like_nemo(
+        load(base)[0], SHAPE, export_samples.tensors_of(SHAPE, ("attention_qkv",)), 0
+    )
+    wanted = {
+        key: value * 1.07
+        for key, value in export_samples.tensors_of(SHAPE, ("attention_qkv",)).items()
+    }
     model = export_samples.add_like_nemo(model, SHAPE, wanted, 2)
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     plain, tokenizer = load(base)
     plain = get_peft_model(plain, LoraConfig(**config)).eval()
-    assert not [key for key in set_peft_model_state_dict(plain, tensors).missing_keys if "lora" in key]
+    assert not [
+        key for key in set_peft_model_state_dict(plain, tensors).missing_keys if "lora" in key
+    ]
     ask = [[{"role": "user", "content": "Hello"}]]
-    assert generate(plain, tokenizer, ask, 20, progress=False) == generate(model, tokenizer, ask, 20, progress=False)
+    assert generate(plain, tokenizer, ask, 20, progress=False) == generate(
+        model, tokenizer, ask, 20, progress=False
+    )
     assert json.dumps(config)

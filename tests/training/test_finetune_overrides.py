@@ -1,4 +1,5 @@
-"""What each override of the script does, seen in what comes out of it. NeMo is imported once, each run gets a forked copy."""
+"""What each override of the script does, seen in what comes out of it. NeMo is imported once, each
+run gets a forked copy."""
 
 import json
 import os
@@ -13,7 +14,11 @@ from tiny_model import write_rows
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "notebooks" / "scripts" / "try_overrides.py"
-LORA, DATA, CHECKPOINTS = "model.peft.lora_tuning", "model.data.train_ds", "exp_manager.checkpoint_callback_params"
+LORA, DATA, CHECKPOINTS = (
+    "model.peft.lora_tuning",
+    "model.data.train_ds",
+    "exp_manager.checkpoint_callback_params",
+)
 VARIANTS = {
     "plain": [],
     "again": [],
@@ -42,22 +47,49 @@ def runs(bridged_tiny, tmp_path_factory):
     for name, first in (("one", 40), ("two", 60)):
         rows = [{"input": f"number {n}? ", "output": f"it is {n}"} for n in range(first, first + 8)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    two = [f"model.data.validation_ds.file_names=[{folder}/one.jsonl,{folder}/two.jsonl]", "model.data.validation_ds.names=[odd,even]"]
-    common = [f"model.restore_from_path={bridged_tiny / 'bridged' / 'tiny'}", "trainer.max_steps=12", "trainer.val_check_interval=4",
-              "model.global_batch_size=8", "model.micro_batch_size=8", f"{LORA}.adapter_dim=8", f"{LORA}.alpha=16", "model.optim.lr=2e-2",
-              "model.optim.sched.warmup_steps=2"]  # fmt: skip
-    settings = {"folder": str(folder / "runs"), "data": str(folder / "train.jsonl"), "validation": str(folder / "train.jsonl"),
-                "common": common, "variants": VARIANTS | {"two-sets": two}}  # fmt: skip
+    two = [
+        f"model.data.validation_ds.file_names=[{folder}/one.jsonl,{folder}/two.jsonl]",
+        "model.data.validation_ds.names=[odd,even]",
+    ]
+    common = [
+        f"model.restore_from_path={bridged_tiny / 'bridged' / 'tiny'}",
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=4",
+        "model.global_batch_size=8",
+        "model.micro_batch_size=8",
+        f"{LORA}.adapter_dim=8",
+        f"{LORA}.alpha=16",
+        "model.optim.lr=2e-2",
+        "model.optim.sched.warmup_steps=2",
+    ]
+    settings = {
+        "folder": str(folder / "runs"),
+        "data": str(folder / "train.jsonl"),
+        "validation": str(folder / "train.jsonl"),
+        "common": common,
+        "variants": VARIANTS | {"two-sets": two},
+    }
     (folder / "settings.json").write_text(json.dumps(settings))
-    environment = os.environ | {"WORKSHOP_ROOT": str(folder), "WORKSHOP_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(folder / "settings.json"), str(folder / "results.json")], env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    environment = os.environ | {
+        "WORKSHOP_ROOT": str(folder),
+        "WORKSHOP_DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder / "settings.json"), str(folder / "results.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs", json.loads((folder / "results.json").read_text())
 
 
 def difference(results: dict, name: str) -> float:
-    return max(abs(a - b) for a, b in zip(results["plain"]["losses"], results[name]["losses"], strict=True))
+    return max(
+        abs(a - b) for a, b in zip(results["plain"]["losses"], results[name]["losses"], strict=True)
+    )
 
 
 def test_the_same_run_gives_the_same_losses_and_another_seed_does_not(runs):
@@ -76,29 +108,43 @@ def test_o2_writes_bf16(runs):
     from workshop_utils.checkpoints.formats.identify import identify
 
     folder, _ = runs
-    dtypes = {name: identify(folder / name / "checkpoints" / f"{name}.nemo").dtype for name in ("plain", "bf16", "o2")}
+    dtypes = {
+        name: identify(folder / name / "checkpoints" / f"{name}.nemo").dtype
+        for name in ("plain", "bf16", "o2")
+    }
     assert dtypes == {"plain": "float32", "bf16": "float32", "o2": "bfloat16"}
 
 
 def test_what_is_cut_and_from_which_side(runs):
     _, results = runs
-    first = [results[name]["losses"][0] for name in ("plain", "cut-right", "cut-left", "cut-answers")]
+    first = [
+        results[name]["losses"][0] for name in ("plain", "cut-right", "cut-left", "cut-answers")
+    ]
     assert len({round(loss, 4) for loss in first}) == 4, first
-    warned = {name: [line for line in results[name]["warnings"] if "rows are longer than 32" in line] for name in VARIANTS}
-    assert "0 of them in the answer" in warned["cut-right"][0] and "32 of them in the answer" in warned["cut-answers"][0]
+    warned = {
+        name: [line for line in results[name]["warnings"] if "rows are longer than 32" in line]
+        for name in VARIANTS
+    }
+    assert (
+        "0 of them in the answer" in warned["cut-right"][0]
+        and "32 of them in the answer" in warned["cut-answers"][0]
+    )
     assert not warned["plain"]
 
 
 def test_a_micro_batch_is_memory_and_a_global_batch_is_rows(runs):
     _, results = runs
-    # Not equal to rounding: NeMo takes the mean over the tokens of each micro batch first, so rows with short answers weigh otherwise.
+    # Not equal to rounding: NeMo takes the mean over the tokens of each micro batch first, so rows
+    # with short answers weigh otherwise.
     assert 1e-6 < difference(results, "micro-2") < 0.02 < difference(results, "global-16")
 
 
 def test_alpha_scales_what_is_added(runs):
     _, results = runs
     assert results["alpha"]["parameters"] == results["plain"]["parameters"]
-    assert results["alpha"]["losses"][0] == results["plain"]["losses"][0], "B = 0 before the first step"
+    assert results["alpha"]["losses"][0] == results["plain"]["losses"][0], (
+        "B = 0 before the first step"
+    )
     assert results["alpha"]["change"] > 1.5 * results["plain"]["change"]
 
 
@@ -113,26 +159,44 @@ def test_so_many_checkpoints_are_kept(runs, name, count):
 def test_the_validation_sets_have_their_names_in_tensorboard(runs):
     folder, results = runs
     scalars = tensorboard(folder / "two-sets")
-    assert {"reduced_train_loss", "lr", "validation_loss_odd", "validation_loss_even", "val_loss"} <= scalars.keys()
-    assert [value for _, value in scalars["reduced_train_loss"]] == pytest.approx(results["two-sets"]["losses"])
+    assert {
+        "reduced_train_loss",
+        "lr",
+        "validation_loss_odd",
+        "validation_loss_even",
+        "val_loss",
+    } <= scalars.keys()
+    assert [value for _, value in scalars["reduced_train_loss"]] == pytest.approx(
+        results["two-sets"]["losses"]
+    )
     odd, even = (scalars[f"validation_loss_{name}"][-1][1] for name in ("odd", "even"))
-    assert odd != even and results["two-sets"]["validation"][-1] == pytest.approx((odd + even) / 2, rel=1e-4)
+    assert odd != even and results["two-sets"]["validation"][-1] == pytest.approx(
+        (odd + even) / 2, rel=1e-4
+    )
 
 
 def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    file, = run.rglob("events.out.tfevents.*")
+    (file,) = run.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file))
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_the_events_tell_speed_and_memory(runs):
     folder, _ = runs
-    events = [json.loads(line) for line in (folder / "plain" / "workshop" / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (folder / "plain" / "workshop" / "events.jsonl").read_text().splitlines()
+    ]
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 13))
     for event in steps:
         assert event["lr"] >= 0 and event["memory"] > 10**8
-        assert 8 * 30 < event["tokens_per_second"] * event["seconds"] < 8 * 50, "eight rows of about 37 tokens"
+        assert 8 * 30 < event["tokens_per_second"] * event["seconds"] < 8 * 50, (
+            "eight rows of about 37 tokens"
+        )

@@ -1,4 +1,5 @@
-"""Everything that the script can be asked for, each tried on a two-layer model with NeMo doing the work."""
+"""Everything that the script can be asked for, each tried on a two-layer model with NeMo doing the
+work."""
 
 import json
 import os
@@ -39,16 +40,26 @@ def environment(tiny, monkeypatch):
 
 
 def overrides(tiny, name: str, *more: str) -> list[str]:
-    return [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", f"exp_manager.exp_dir={tiny / 'runs'}", f"exp_manager.name={name}",
-            "trainer.max_steps=12", "trainer.val_check_interval=6", "model.peft.lora_tuning.adapter_dim=8", "model.optim.lr=2e-2",
-            "model.peft.lora_tuning.alpha=16", *more]  # fmt: skip
+    return [
+        f"model.restore_from_path={tiny / 'bridged' / 'tiny'}",
+        f"exp_manager.exp_dir={tiny / 'runs'}",
+        f"exp_manager.name={name}",
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=6",
+        "model.peft.lora_tuning.adapter_dim=8",
+        "model.optim.lr=2e-2",
+        "model.peft.lora_tuning.alpha=16",
+        *more,
+    ]
 
 
 def train(tiny, name: str, *more: str) -> tuple[script.Plan, list[float]]:
     own = any("train_ds.file_names" in one for one in more)
     plan = script.make_plan(overrides(tiny, name, *more), data=None if own else tiny / "rows.jsonl")
     script.finetune(plan, progress=False)
-    return plan, [event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"]
+    return plan, [
+        event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"
+    ]
 
 
 SETTINGS = {
@@ -62,9 +73,12 @@ SETTINGS = {
     "ptuning": ["model.peft.peft_scheme=ptuning"],
     "full": ["model.peft.peft_scheme=none", "model.optim.lr=1e-3"],
     "whole-row-loss": ["model.answer_only_loss=false"],
-    "early-stop": ["exp_manager.early_stopping_callback_params.min_delta=100", "exp_manager.early_stopping_callback_params.patience=1",
-                   "trainer.val_check_interval=2"],
-}  # fmt: skip
+    "early-stop": [
+        "exp_manager.early_stopping_callback_params.min_delta=100",
+        "exp_manager.early_stopping_callback_params.patience=1",
+        "trainer.val_check_interval=2",
+    ],
+}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -74,7 +88,11 @@ def test_it_trains(tiny, name):
     assert len(losses) == (4 if name == "early-stop" else 12)
     assert losses[-1] < losses[0]
     if name != "full":  # whose norms are left out of the estimate
-        told, = (int(fact.split()[1].replace(",", "")) for fact in plan.preflight.facts if fact.startswith("trainable: "))
+        (told,) = (
+            int(fact.split()[1].replace(",", ""))
+            for fact in plan.preflight.facts
+            if fact.startswith("trainable: ")
+        )
         table = 10 * 64 if name == "ptuning" else 0  # what the encoder says, kept for inference
         assert identify(plan.adapter).parameters == told + table
 
@@ -103,29 +121,54 @@ def test_two_files_in_proportion(tiny):
     files = [write_rows(tiny / "one.jsonl", 20), write_rows(tiny / "two.jsonl", 20)]
     for file in files:  # as NeMo reads them
         rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
-        file.write_text("".join(json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n" for row in rows))
+        file.write_text(
+            "".join(
+                json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n"
+                for row in rows
+            )
+        )
     names = json.dumps([str(file) for file in files])
     plan, losses = train(
-        tiny, "two", f"model.data.train_ds.file_names={names}", f"model.data.validation_ds.file_names={names}",
-        "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]", "model.data.validation_ds.names=[one,two]",
-        "model.data.train_ds.label_key=reply", "model.data.train_ds.truncation_field=question",
-        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'", "model.optim.sched.warmup_steps=2",
-        "trainer.val_check_interval=0.5", "trainer.max_steps=20",
-    )  # fmt: skip
+        tiny,
+        "two",
+        f"model.data.train_ds.file_names={names}",
+        f"model.data.validation_ds.file_names={names}",
+        "model.data.train_ds.concat_sampling_probabilities=[0.3,0.7]",
+        "model.data.validation_ds.names=[one,two]",
+        "model.data.train_ds.label_key=reply",
+        "model.data.train_ds.truncation_field=question",
+        "model.data.train_ds.prompt_template='Question: {question} Answer: {reply}'",
+        "model.optim.sched.warmup_steps=2",
+        "trainer.val_check_interval=0.5",
+        "trainer.max_steps=20",
+    )
     assert losses[-1] < losses[0]
-    # A part of the run, as the container's command line has it: NeMo's epoch is the whole run, more than twice the rows here.
-    assert [event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"] == [10, 20]
+    # A part of the run, as the container's command line has it: NeMo's epoch is the whole run, more
+    # than twice the rows here.
+    assert [
+        event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"
+    ] == [10, 20]
 
 
 def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
-    """Killed with SIGKILL after more than half of the steps, continued by the same command: the same losses bit for bit. Fewer steps are
-    left then than lie between two validations.
+    """Killed with SIGKILL after more than half of the steps, continued by the same command: the
+    same losses bit for bit. Fewer steps are left then than lie between two validations.
     """
     more = ("trainer.max_steps=90", "trainer.val_check_interval=30", "model.optim.lr=2e-3")
     _, right = train(tiny, "whole-run", *more)
     words = overrides(tiny, "killed", *more)
-    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "finetune",
+        "--data",
+        str(tiny / "rows.jsonl"),
+        *words,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
+    )
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
     deadline = time.monotonic() + 200
     while not any(event["step"] > 62 for event in script.read_events(plan.events)):
@@ -137,29 +180,59 @@ def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
     script.finetune(plan, progress=False)
     printed = capsys.readouterr().out
     assert "ended without a word after step" in printed and "Continuing from" in printed
-    found = {event["step"]: event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"}
-    resumed = [event["step"] for event in script.read_events(plan.events) if event["event"] == "start"][-1]
+    found = {
+        event["step"]: event["loss"]
+        for event in script.read_events(plan.events)
+        if event["event"] == "step"
+    }
+    resumed = [
+        event["step"] for event in script.read_events(plan.events) if event["event"] == "start"
+    ][-1]
     assert resumed == 60
     assert [found[step] for step in range(1, 91)] == right
-    validated = [event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"]
+    validated = [
+        event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"
+    ]
     assert validated == [30, 60, 90]
 
 
 def test_a_killed_worker_is_named_and_the_same_command_finishes(tiny):
-    words = overrides(tiny, "worker", "trainer.max_steps=60", "trainer.val_check_interval=5", "exp_manager.create_early_stopping_callback=false")
-    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    words = overrides(
+        tiny,
+        "worker",
+        "trainer.max_steps=60",
+        "trainer.val_check_interval=5",
+        "exp_manager.create_early_stopping_callback=false",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "finetune",
+        "--data",
+        str(tiny / "rows.jsonl"),
+        *words,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
     deadline = time.monotonic() + 200
     while not any(event["step"] > 6 for event in script.read_events(plan.events)):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    torchrun, = psutil.Process(process.pid).children()
-    worker = next(child for child in torchrun.children() if any(word.endswith("megatron_gpt_finetuning.py") for word in child.cmdline()))
+    (torchrun,) = psutil.Process(process.pid).children()
+    worker = next(
+        child
+        for child in torchrun.children()
+        if any(word.endswith("megatron_gpt_finetuning.py") for word in child.cmdline())
+    )
     worker.kill()
     assert "was killed (SIGKILL)" in process.communicate(timeout=60)[1] and process.returncode == 1
     assert script.finetune(plan, progress=False).exists()
-    starts = [event["step"] for event in script.read_events(plan.events) if event["event"] == "start"]
+    starts = [
+        event["step"] for event in script.read_events(plan.events) if event["event"] == "start"
+    ]
     assert starts[0] == 0 and 5 <= starts[1] < 60
 
 
@@ -170,21 +243,56 @@ def test_a_run_killed_between_its_last_checkpoint_and_the_nemo_is_finished(tiny)
     plan.record.write_text(json.dumps(json.loads(plan.record.read_text()) | {"status": "running"}))
     script.finetune(plan, progress=False)
     found = read_adapter(plan.adapter).weights
-    assert all((one == other).all() for place in made for one, other in zip(made[place], found[place], strict=True))
+    assert all(
+        (one == other).all()
+        for place in made
+        for one, other in zip(made[place], found[place], strict=True)
+    )
 
 
-@pytest.mark.parametrize("limit, size, said", [
-    (resource.RLIMIT_FSIZE, 100_000, "The disk is full, or a limit on the size of files is reached"),
-    (resource.RLIMIT_AS, 2_500_000_000, "Memory ran out: lower model.micro_batch_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "limit, size, said",
+    [
+        (
+            resource.RLIMIT_FSIZE,
+            100_000,
+            "The disk is full, or a limit on the size of files is reached",
+        ),
+        (resource.RLIMIT_AS, 2_500_000_000, "Memory ran out: lower model.micro_batch_size"),
+    ],
+)
 def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
-    """The cause is named, nothing is left running, and the same command finishes once there is room."""
-    words = overrides(tiny, f"limit-{limit}", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64")
-    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(limit, (size, size)))
+    """The cause is named, nothing is left running, and the same command finishes once there is
+    room."""
+    words = overrides(
+        tiny,
+        f"limit-{limit}",
+        "model.peft.lora_tuning.target_modules=[all]",
+        "model.peft.lora_tuning.adapter_dim=64",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "finetune",
+        "--data",
+        str(tiny / "rows.jsonl"),
+        *words,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(limit, (size, size)),
+    )
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
-    ours = [process for process in psutil.process_iter(["cmdline"]) if f"exp_manager.name=limit-{limit}" in (process.info["cmdline"] or [])]
+    ours = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if f"exp_manager.name=limit-{limit}" in (process.info["cmdline"] or [])
+    ]
     assert ours == []
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
     assert script.finetune(plan, progress=False).exists()
@@ -206,29 +314,71 @@ exec "$@"
 
 
 def test_a_full_disk_for_real(tiny):
-    """A tmpfs in a mount namespace of its own fills up while training: the cause is named, and with room the same command finishes."""
+    """A tmpfs in a mount namespace of its own fills up while training: the cause is named, and with
+    room the same command finishes."""
     place = tiny / "disk"
     place.mkdir()
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits the size of files instead")
-    words = overrides(tiny, "tmpfs", "model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64",
-                      f"exp_manager.exp_dir={place}", "trainer.max_steps=100", "trainer.val_check_interval=50")  # fmt: skip
-    command = [sys.executable, "-m", "workshop_utils", "finetune", "--data", str(tiny / "rows.jsonl"), *words]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command], capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)],
+        capture_output=True,
+        check=False,
+    ).returncode:
+        pytest.skip(
+            "mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits "
+            "the size of files instead"
+        )
+    words = overrides(
+        tiny,
+        "tmpfs",
+        "model.peft.lora_tuning.target_modules=[all]",
+        "model.peft.lora_tuning.adapter_dim=64",
+        f"exp_manager.exp_dir={place}",
+        "trainer.max_steps=100",
+        "trainer.val_check_interval=50",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "finetune",
+        "--data",
+        str(tiny / "rows.jsonl"),
+        *words,
+    ]
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "No space left on device" in done.stderr and "The disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "No space left on device" in done.stderr
+        and "The disk is full" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert "The last start ended without a word" in done.stdout and "tmpfs.nemo" in done.stdout
 
 
 def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
-    """As in notebook 05: in a kernel, with the weights in bf16 (O2), whose optimizer has to be resumed, too."""
+    """As in notebook 05: in a kernel, with the weights in bf16 (O2), whose optimizer has to be
+    resumed, too."""
     from jupyter_client.manager import start_new_kernel
 
-    words = overrides(tiny, "kernel", "trainer.max_steps=400", "trainer.precision=bf16-mixed", "model.megatron_amp_O2=true",
-                      "trainer.val_check_interval=5", "exp_manager.create_early_stopping_callback=false")  # fmt: skip
-    code = (f"from pathlib import Path\nfrom workshop_utils.training import script\n"
-            f"plan = script.make_plan({words!r}, data=Path({str(tiny / 'rows.jsonl')!r}))\nscript.finetune(plan, progress=False)")  # fmt: skip
+    words = overrides(
+        tiny,
+        "kernel",
+        "trainer.max_steps=400",
+        "trainer.precision=bf16-mixed",
+        "model.megatron_amp_O2=true",
+        "trainer.val_check_interval=5",
+        "exp_manager.create_early_stopping_callback=false",
+    )
+    code = (
+        "from pathlib import Path\nfrom workshop_utils.training import script\nplan = "
+        f"script.make_plan({words!r}, "
+        f"data=Path({str(tiny / 'rows.jsonl')!r}))\nscript.finetune(plan, progress=False)"
+    )
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
     manager, client = start_new_kernel(env=dict(os.environ))
     try:
@@ -242,7 +392,11 @@ def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
     finally:
         manager.shutdown_kernel(now=True)
     assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
-    left = [process for process in psutil.process_iter(["cmdline"]) if "exp_manager.name=kernel" in (process.info["cmdline"] or [])]
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "exp_manager.name=kernel" in (process.info["cmdline"] or [])
+    ]
     assert left == []
     record = json.loads(plan.record.read_text())
     assert record["status"] == "interrupted" and 12 < record["steps"] < 400
@@ -258,8 +412,14 @@ def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
 def test_predictions(tiny, adapted):
     plan, _ = train(tiny, "lora")
     more = [f"model.peft.restore_from_path={plan.adapter}"] if adapted else []
-    file = predict([f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8", *more],
-                   data=write_rows(tiny / "test.jsonl", 5))  # fmt: skip
+    file = predict(
+        [
+            f"model.restore_from_path={tiny / 'bridged' / 'tiny'}",
+            "model.data.test_ds.tokens_to_generate=8",
+            *more,
+        ],
+        data=write_rows(tiny / "test.jsonl", 5),
+    )
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["label"] for row in rows] == [f"it is {n}" for n in range(5)]
     assert all({"input", "pred", "label"} <= row.keys() for row in rows)
@@ -269,10 +429,18 @@ def test_predictions(tiny, adapted):
 def test_a_lightning_checkpoint_answers_as_the_nemo_of_its_run(tiny):
     """The last step is the best here."""
     plan, _ = train(tiny, "lora")
-    checkpoint, = plan.adapter.parent.glob("*-last.ckpt")
-    words = [f"model.restore_from_path={tiny / 'bridged' / 'tiny'}", "model.data.test_ds.tokens_to_generate=8"]
-    said = [f"model.peft.restore_from_ckpt.checkpoint_dir={checkpoint.parent}", f"model.peft.restore_from_ckpt.checkpoint_name='{checkpoint.name}'"]
+    (checkpoint,) = plan.adapter.parent.glob("*-last.ckpt")
+    words = [
+        f"model.restore_from_path={tiny / 'bridged' / 'tiny'}",
+        "model.data.test_ds.tokens_to_generate=8",
+    ]
+    said = [
+        f"model.peft.restore_from_ckpt.checkpoint_dir={checkpoint.parent}",
+        f"model.peft.restore_from_ckpt.checkpoint_name='{checkpoint.name}'",
+    ]
     rows = write_rows(tiny / "test.jsonl", 5)
-    answers = [predict([*words, *more], rows, tiny / f"{number}.jsonl").read_text()
-               for number, more in enumerate(([f"model.peft.restore_from_path={plan.adapter}"], said, []))]  # fmt: skip
+    answers = [
+        predict([*words, *more], rows, tiny / f"{number}.jsonl").read_text()
+        for number, more in enumerate(([f"model.peft.restore_from_path={plan.adapter}"], said, []))
+    ]
     assert answers[0] == answers[1] != answers[2]

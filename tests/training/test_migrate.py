@@ -1,4 +1,5 @@
-"""NeMo 1.0 configuration -> NeMo 2.0 code. The arguments are compared with the installed NeMo's source; a slow test executes the code."""
+"""NeMo 1.0 configuration -> NeMo 2.0 code. The arguments are compared with the installed NeMo's
+source; a slow test executes the code."""
 
 import ast
 import os
@@ -62,7 +63,7 @@ model:
     betas: [0.9, 0.98]
     overlap_grad_sync: true
     sched: {name: CosineAnnealing, warmup_steps: 5, min_lr: 2e-5, constant_steps: 0}
-"""
+"""  # noqa: E501
 
 FINETUNING = """\
 trainer: {devices: 1, accelerator: cpu, precision: bf16, max_steps: 20}
@@ -77,7 +78,7 @@ model:
   data:
     train_ds: {file_names: [data/rows/training.jsonl], max_seq_length: 128, label_key: output, add_eos: true}
     validation_ds: {file_names: [data/rows/validation.jsonl]}
-"""
+"""  # noqa: E501
 
 
 def written(folder, text, name="nemo1.yaml"):
@@ -85,7 +86,9 @@ def written(folder, text, name="nemo1.yaml"):
     return folder / name
 
 
-@pytest.mark.parametrize("row", [*ROWS, *FP16_ROWS, *FP8_ROWS], ids=lambda row: f"{row.key}-{row.target}")
+@pytest.mark.parametrize(
+    "row", [*ROWS, *FP16_ROWS, *FP8_ROWS], ids=lambda row: f"{row.key}-{row.target}"
+)
 def test_every_row_of_the_table_names_an_argument_that_the_installed_nemo_takes(row):
     assert row.argument in parameters(row.target)
 
@@ -97,12 +100,24 @@ def test_the_table_holds_every_checkpoint_setting_of_nemo_1_and_not_the_name_of_
     assert "ckpt_load_on_device" not in parameters("strategy")
     assert {name for name in keys if name.startswith("dist_ckpt")} == {
         f"dist_ckpt_{name}"
-        for name in ("format", "load_on_device", "parallel_save", "parallel_save_within_dp", "parallel_load", "torch_dist_multiproc",
-                     "assume_constant_structure", "parallel_dist_opt", "load_strictness")
-    }  # fmt: skip
+        for name in (
+            "format",
+            "load_on_device",
+            "parallel_save",
+            "parallel_save_within_dp",
+            "parallel_load",
+            "torch_dist_multiproc",
+            "assume_constant_structure",
+            "parallel_dist_opt",
+            "load_strictness",
+        )
+    }
     mapped = {row.argument for row in CHECKPOINTING}
     ours = {name for name in parameters("strategy") if "ckpt" in name}
-    assert ours - mapped == {"ckpt_load_optimizer", "ckpt_save_optimizer"}  # new in NeMo 2.0: NeMo 1.0 had no setting for them
+    assert ours - mapped == {
+        "ckpt_load_optimizer",
+        "ckpt_save_optimizer",
+    }  # new in NeMo 2.0: NeMo 1.0 had no setting for them
 
 
 def test_the_table_in_docs_is_the_one_that_the_command_prints(capsys):
@@ -113,9 +128,15 @@ def test_the_table_in_docs_is_the_one_that_the_command_prints(capsys):
 
 def test_no_key_is_dropped(tmp_path):
     """Each key of the file becomes an argument, stands among the rest with a reason, or is null."""
-    for path in (written(tmp_path, PRETRAINING), written(tmp_path, FINETUNING, "ft.yaml"), CONFIGURATION):
+    for path in (
+        written(tmp_path, PRETRAINING),
+        written(tmp_path, FINETUNING, "ft.yaml"),
+        CONFIGURATION,
+    ):
         made = migrate(path)
-        used = {one.source for arguments in made.parts.values() for one in arguments.values()} | set(made.left)
+        used = {
+            one.source for arguments in made.parts.values() for one in arguments.values()
+        } | set(made.left)
         text = path.read_text()
         flat = _flat(yaml.safe_load(text))
         known = {
@@ -124,9 +145,15 @@ def test_no_key_is_dropped(tmp_path):
             "model.peft.peft_scheme",
             "model.peft.lora_tuning.variant",
         }
-        missing = [key for key, value in flat.items() if value is not None and key not in used | known and "<<" not in key]
+        missing = [
+            key
+            for key, value in flat.items()
+            if value is not None and key not in used | known and "<<" not in key
+        ]
         assert missing == []
-        assert made.unset == len([value for value in flat.values() if value is None]) or "<<" in text
+        assert (
+            made.unset == len([value for value in flat.values() if value is None]) or "<<" in text
+        )
 
 
 def test_values_are_translated(tmp_path):
@@ -150,7 +177,11 @@ def test_values_are_translated(tmp_path):
 def test_an_adapter_is_translated(tmp_path):
     made = migrate(written(tmp_path, FINETUNING))
     assert made.value("peft", "target_modules") == ["linear_qkv", "linear_fc1", "linear_fc2"]
-    assert (made.value("peft", "dim"), made.value("peft", "alpha"), made.value("peft", "dropout")) == (8, 16, 0.05)
+    assert (
+        made.value("peft", "dim"),
+        made.value("peft", "alpha"),
+        made.value("peft", "dropout"),
+    ) == (8, 16, 0.05)
     assert made.value("peft", "dropout_position") == "post"  # NeMo 1.0's default; NeMo 2.0's is pre
     assert repr(made.value("strategy", "pipeline_dtype")) == "torch.bfloat16"
     assert made.value("finetuning", "dataset_root") == "data/rows"
@@ -228,7 +259,8 @@ def test_every_schedule_of_nemo_2_is_one_of_nemo_1s_names(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [PRETRAINING, FINETUNING], ids=["pretraining", "finetuning"])
 def test_the_printed_code_runs(tmp_path, text):
-    """What the script defines is built by NeMo itself; the strategy has then the values of the file."""
+    """What the script defines is built by NeMo itself; the strategy has then the values of the
+    file."""
     script = code.script(migrate(written(tmp_path, text)))
     (tmp_path / "migrated.py").write_text(script)
     make_tiny_model(tmp_path / "tiny")  # for its tokenizer
@@ -237,27 +269,55 @@ def test_the_printed_code_runs(tmp_path, text):
     checks = {
         PRETRAINING: "assert strategy.save_ckpt_format == 'zarr'; assert config.num_layers == 2; "
         "assert optim.config.lr == 2e-4; assert strategy.parallel_save_optim is False",
-        FINETUNING: "assert peft.dim == 8; assert data.seq_length == 128; assert strategy.pipeline_model_parallel_size == 2",
+        FINETUNING: (
+            "assert peft.dim == 8; assert data.seq_length == 128; assert "
+            "strategy.pipeline_model_parallel_size == 2"
+        ),
     }[text]
-    program = f"from workshop_utils.runtime import nemo_cpu\nnemo_cpu.apply()\nfrom migrated import *\n{checks}\nprint('built')"
-    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "WORKSHOP_DEVICE": "cpu"})  # fmt: skip
+    program = (
+        "from workshop_utils.runtime import nemo_cpu\nnemo_cpu.apply()\nfrom migrated import "
+        f"*\n{checks}\nprint('built')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "WORKSHOP_DEVICE": "cpu"},
+    )
     assert done.stdout.strip().endswith("built"), done.stderr[-2000:]
 
 
 def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
-    """Line breaks in keys and names, keys below a known one, and numbers that Python writes otherwise."""
-    tree = {"model": {"tensor_model_parallel_size": 2, "evil\nimport os #": 1, "optim": {"name": "fused_adam", "lr": float("inf"),
-            "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}}}}}  # fmt: skip
+    """Line breaks in keys and names, keys below a known one, and numbers that Python writes
+    otherwise."""
+    tree = {
+        "model": {
+            "tensor_model_parallel_size": 2,
+            "evil\nimport os #": 1,
+            "optim": {
+                "name": "fused_adam",
+                "lr": float("inf"),
+                "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}},
+            },
+        }
+    }
     file = tmp_path / 'a"""\nimport os #.yaml'
     file.write_text(yaml.safe_dump(tree))
     made = ast.parse(code.script(migrate(file)))
     assert not any(isinstance(node, ast.Import) for node in made.body)
-    assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(migrate(file))
+    assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(
+        migrate(file)
+    )
 
 
 def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
     (tmp_path / "old.yaml").write_text("model: {tensor_model_parallel_size: 2}\n")
     (tmp_path / "file").write_text("mine")
-    assert main(["migrate", str(tmp_path / "old.yaml"), "--out", str(tmp_path / "file" / "new.py")]) == 1
+    assert (
+        main(["migrate", str(tmp_path / "old.yaml"), "--out", str(tmp_path / "file" / "new.py")])
+        == 1
+    )
     assert "cannot be written (File exists). Choose another name" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The choice among checkpoints that bear NeMo's names: by validation loss or step, never by time; half-written ones passed over."""
+"""The choice among checkpoints that bear NeMo's names: by validation loss or step, never by time;
+half-written ones passed over."""
 
 import os
 
@@ -28,7 +29,9 @@ def run(tmp_path):
 
 
 def test_best_is_the_lowest_loss_whatever_the_times_say(run):
-    top = run("m--val_loss=0.5000-step=29", "m--val_loss=0.3100-step=19", "m--val_loss=1.2000-step=9")
+    top = run(
+        "m--val_loss=0.5000-step=29", "m--val_loss=0.3100-step=19", "m--val_loss=1.2000-step=9"
+    )
     assert choose(top).name == "m--val_loss=0.3100-step=19"
     assert choose(top, "last").name == "m--val_loss=0.5000-step=29"
     for name in os.listdir(run.folder):
@@ -66,7 +69,9 @@ def test_the_last_may_be_a_link_or_a_state_of_its_own(run):
     assert choose(top, "last").resolve() == choose(top).resolve()
     run("m--val_loss=0.1-step=14-last")
     assert choose(top, "last").name == "m--val_loss=0.1-step=14-last"
-    assert choose(top).name == "m--val_loss=0.3-step=9", "the last one's name repeats a loss that is not its own"
+    assert choose(top).name == "m--val_loss=0.3-step=9", (
+        "the last one's name repeats a loss that is not its own"
+    )
 
 
 def test_a_half_written_best_is_passed_over_and_said(run, capsys):
@@ -84,7 +89,9 @@ def test_a_link_to_a_half_written_one_is_half_written(run):
     run("m--val_loss=0.5-step=9")
     (run.folder / "m--val_loss=0.5-step=9-last").symlink_to("m--val_loss=0.5-step=9")
     (run.folder / "m--val_loss=0.5-step=9-unfinished").touch()
-    with pytest.raises(DamagedCheckpoint, match="(?s)No checkpoint in .* is whole.*step=9: .*step=9-last: "):
+    with pytest.raises(
+        DamagedCheckpoint, match="(?s)No checkpoint in .* is whole.*step=9: .*step=9-last: "
+    ):
         choose(run.folder, "last")
 
 
@@ -92,7 +99,14 @@ def test_a_link_to_a_half_written_one_is_half_written(run):
     "names, which, message",
     [
         ((), "best", "does not exist: nothing has been trained there"),
-        (("model",), "best", r"No name in .* tells a validation loss \(val_loss=NUMBER\): model. Ask for the last one"),
+        (
+            ("model",),
+            "best",
+            (
+                r"No name in .* tells a validation loss \(val_loss=NUMBER\): model. Ask for the last "  # noqa: E501
+                r"one"
+            ),
+        ),
         (("m--val_loss=nan-step=1",), "best", "tells a validation loss"),
         (("a", "b"), "last", r"cannot be told from their names \(step=NUMBER\): "),
         (("m--val_loss=0.5-step=9",), "lsat", "lsat does not exist"),

@@ -1,4 +1,5 @@
-"""``workshop recipe``: options from the command line, YAML and presets; the dry run and the list, without NeMo."""
+"""``workshop recipe``: options from the command line, YAML and presets; the dry run and the list,
+without NeMo."""
 
 import subprocess
 import sys
@@ -35,26 +36,51 @@ def test_command_line_over_yaml_over_preset_over_default(capsys, tmp_path):
     assert (found["max_steps"], found["seed"], found["learning_rate"]) == (99, 5, 3e-4)
     assert (found["lora_dim"], found["max_samples"]) == (32, 16)  # of the preset
     assert found["random_seed"] == 42  # the default
-    assert dry_run(capsys, "--config", str(file), "--max_steps", "900", "--learning_rate", "none")["learning_rate"] == 1e-4  # the recipe's
+    assert (
+        dry_run(capsys, "--config", str(file), "--max_steps", "900", "--learning_rate", "none")[
+            "learning_rate"
+        ]
+        == 1e-4
+    )  # the recipe's
 
 
 def test_what_is_left_to_the_recipe_is_shown_as_its_numbers_and_places(capsys):
     """Null stands only where there is nothing: in the index there are the recipe's own numbers."""
     found = dry_run(capsys)
     own = index.find("qwen3_8b").schemes["lora"]
-    assert own.keys() == {"learning_rate", "warmup_steps", "lora_dim", "lora_alpha", "lora_dropout", "lora_target_modules"}
-    assert {name: found[name] for name in own} == own and found["lora_target_modules"] == ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
-    assert found["nemo_logs_dir"] == f"{found['output_dir']}/nemo_logs" and found["test_path"] == f"{found['data_dir']}/test.jsonl"
+    assert own.keys() == {
+        "learning_rate",
+        "warmup_steps",
+        "lora_dim",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_target_modules",
+    }
+    assert {name: found[name] for name in own} == own and found["lora_target_modules"] == [
+        "linear_qkv",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    ]
+    assert (
+        found["nemo_logs_dir"] == f"{found['output_dir']}/nemo_logs"
+        and found["test_path"] == f"{found['data_dir']}/test.jsonl"
+    )
     assert [name for name, value in found.items() if value is None] == ["hfdc_custom_converter"]
     full = dry_run(capsys, "--full_ft")
-    assert full["learning_rate"] == index.find("qwen3_8b").schemes["full_ft"]["learning_rate"] and full["lora_dim"] is None
+    assert (
+        full["learning_rate"] == index.find("qwen3_8b").schemes["full_ft"]["learning_rate"]
+        and full["lora_dim"] is None
+    )
     assert dry_run(capsys, "--test_path", "mine.jsonl")["test_path"] == "mine.jsonl"
 
 
 def test_the_dry_run_of_a_preset_is_a_configuration_again(capsys, tmp_path):
     found = dry_run(capsys, "--preset", "cpu")
     computed = [name for name in found if name not in options.names()]
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump({name: value for name, value in found.items() if name not in computed}))
+    (tmp_path / "again.yaml").write_text(
+        yaml.safe_dump({name: value for name, value in found.items() if name not in computed})
+    )
     assert dry_run(capsys, "--config", str(tmp_path / "again.yaml")) == found
 
 
@@ -65,13 +91,26 @@ def test_flags_can_be_switched_on_and_off(capsys):
 
 
 def test_what_would_record_nothing_is_said(capsys):
-    short = ["recipe", "--preset", "cpu", "--dry-run", "--val_check_interval", "5", "--enable_speed_monitor", "--enable_pytorch_profiler"]
+    short = [
+        "recipe",
+        "--preset",
+        "cpu",
+        "--dry-run",
+        "--val_check_interval",
+        "5",
+        "--enable_speed_monitor",
+        "--enable_pytorch_profiler",
+    ]
     assert main([*short, "--max_steps", "10"]) == 0
     assert capsys.readouterr().err == (
-        "note: enable_speed_monitor records nothing in a run of fewer than 11 steps; max_steps is 10.\n"
+        "note: enable_speed_monitor records nothing in a run of fewer than 11 steps; max_steps "
+        "is 10.\n"
     )
     assert main([*short, "--max_steps", "9"]) == 0
-    assert "note: enable_pytorch_profiler records nothing in a run of fewer than 10 steps" in capsys.readouterr().err
+    assert (
+        "note: enable_pytorch_profiler records nothing in a run of fewer than 10 steps"
+        in capsys.readouterr().err
+    )
     assert main([*short, "--max_steps", "11"]) == 0 and not capsys.readouterr().err
 
 
@@ -83,7 +122,9 @@ def test_every_option_is_one_of_the_command_line(name, capsys):
         value = options.default(name)
         words = [f"--{name}", "none" if value is None else "{}" if value == {} else str(value)]
     code = main(["recipe", *words, "--dry-run"])
-    assert code == 0 or f"{name}" in capsys.readouterr().err  # use_modelopt and two profilers' friends are refused by name
+    assert (
+        code == 0 or f"{name}" in capsys.readouterr().err
+    )  # use_modelopt and two profilers' friends are refused by name
 
 
 @pytest.mark.parametrize(
@@ -122,16 +163,27 @@ def test_help_is_grouped_by_the_references_scripts(capsys):
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("words", [["--dry-run"], ["--preset", "cpu", "--dry-run"], ["--list"], ["--help"]])
+@pytest.mark.parametrize(
+    "words", [["--dry-run"], ["--preset", "cpu", "--dry-run"], ["--list"], ["--help"]]
+)
 def test_none_of_it_imports_torch_or_nemo(words):
-    program = f"import sys; from workshop_utils.cli import main\ntry: main({['recipe', *words]!r})\nexcept SystemExit: pass\n"
-    program += "print(sorted({'torch', 'nemo', 'transformers', 'lightning', 'nemo_run', 'datasets'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    program = (
+        "import sys; from workshop_utils.cli import main\ntry: "
+        f"main({['recipe', *words]!r})\nexcept SystemExit: pass\n"
+    )
+    program += (
+        "print(sorted({'torch', 'nemo', 'transformers', 'lightning', 'nemo_run', 'datasets'} & "
+        "set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("hfdc_dataset_name", "./absent.jsonl"), ("hf_model_id", "smollm2-135m-instrukt")]
+    ("option", "value"),
+    [("hfdc_dataset_name", "./absent.jsonl"), ("hf_model_id", "smollm2-135m-instrukt")],
 )
 def test_a_missing_source_is_found_before_the_import(option, value, monkeypatch, capsys):
     from workshop_utils.cli import recipe

@@ -1,4 +1,5 @@
-"""Data sets of the Hub by name: the real ``datasets`` library, in processes of its own, against a double of what it asks."""
+"""Data sets of the Hub by name: the real ``datasets`` library, in processes of its own, against a
+double of what it asks."""
 
 import hashlib
 import json
@@ -23,19 +24,26 @@ for place in sys.argv[2:]:
         print("reused" if done.reused else "made", done.revision)
     except WorkshopError as error:
         print(type(error).__name__, error)
-"""
+"""  # noqa: E501
 
 
 class Hub:
-    """The endpoints that ``datasets`` 3.6 asks for one data set. A later ``sha`` is a later commit."""
+    """The endpoints that ``datasets`` 3.6 asks for one data set. A later ``sha`` is a later
+    commit."""
 
     def __init__(self):
         self.sha = "1" * 40
-        card = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("easy", "hard"))
+        card = "".join(
+            f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("easy", "hard")
+        )
         self.files = {"README.md": f"---\nconfigs:\n{card}---\n".encode()}
         for name in ("easy", "hard"):
-            rows = [{"question": f"{name} {number}", "answer": f"a {number}"} for number in range(40)]
-            self.files[f"{name}/train.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            rows = [
+                {"question": f"{name} {number}", "answer": f"a {number}"} for number in range(40)
+            ]
+            self.files[f"{name}/train.jsonl"] = "".join(
+                json.dumps(row) + "\n" for row in rows
+            ).encode()
 
     def __call__(self, request: Request) -> Answer:
         path = request.path.split("?")[0]
@@ -48,21 +56,44 @@ class Hub:
             return Answer(json.dumps(self._listing("/".join(rest[1:]))).encode())
         if kind == "paths-info":
             wanted = parse_qs(request.body.decode())["paths"]
-            return Answer(json.dumps([self._entry(name) for name in self.files if name in wanted]).encode())
+            return Answer(
+                json.dumps([self._entry(name) for name in self.files if name in wanted]).encode()
+            )
         siblings = [{"rfilename": name} for name in self.files]
-        return Answer(json.dumps({"id": REPO, "sha": self.sha, "private": False, "tags": [], "siblings": siblings}).encode())
+        return Answer(
+            json.dumps(
+                {"id": REPO, "sha": self.sha, "private": False, "tags": [], "siblings": siblings}
+            ).encode()
+        )
 
     def _file(self, name: str) -> Answer:
         if name not in self.files:
-            return Answer(status=404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.sha})
-        return Answer(self.files[name], headers={"ETag": f'"{self._entry(name)["oid"]}"', "X-Repo-Commit": self.sha})
+            return Answer(
+                status=404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.sha}
+            )
+        return Answer(
+            self.files[name],
+            headers={"ETag": f'"{self._entry(name)["oid"]}"', "X-Repo-Commit": self.sha},
+        )
 
     def _entry(self, name: str) -> dict:
         content = self.files[name]
-        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()}
+        return {
+            "type": "file",
+            "path": name,
+            "size": len(content),
+            "oid": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
+        }
 
     def _listing(self, folder: str) -> list[dict]:
-        folders = [] if folder else [{"type": "directory", "path": name, "oid": self.sha, "size": 0} for name in ("easy", "hard")]
+        folders = (
+            []
+            if folder
+            else [
+                {"type": "directory", "path": name, "oid": self.sha, "size": 0}
+                for name in ("easy", "hard")
+            ]
+        )
         return folders + [self._entry(name) for name in self.files if name.startswith(folder)]
 
 
@@ -83,9 +114,20 @@ def prepared(tmp_path, hub):
 
     def prepare(*places: str, **environment: str) -> list[str]:
         clean = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
-        clean |= {"HF_ENDPOINT": hub.double.url, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(REPOSITORY), "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "out"), *places], env=clean | environment, capture_output=True,
-                              text=True, timeout=120, check=False)  # fmt: skip
+        clean |= {
+            "HF_ENDPOINT": hub.double.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "PYTHONPATH": str(REPOSITORY),
+            "NO_PROXY": "127.0.0.1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, str(tmp_path / "out"), *places],
+            env=clean | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert not done.returncode, done.stderr
         return done.stdout.splitlines()
 
@@ -93,10 +135,17 @@ def prepared(tmp_path, hub):
 
 
 def test_by_name_with_the_commit_in_the_key_and_offline_from_the_cache(hub, prepared, tmp_path):
-    assert prepared(f"{REPO}|easy|train", f"{REPO}|easy|train", f"{REPO}|hard|train") == [f"made {hub.sha}", f"reused {hub.sha}", f"made {hub.sha}"]
+    assert prepared(f"{REPO}|easy|train", f"{REPO}|easy|train", f"{REPO}|hard|train") == [
+        f"made {hub.sha}",
+        f"reused {hub.sha}",
+        f"made {hub.sha}",
+    ]
     assert "hard" in (tmp_path / "out" / "test.jsonl").read_text()
     asked = len(hub.double.requests)
-    assert prepared(f"{REPO}|hard|train", f"{REPO}|easy|train", HF_HUB_OFFLINE="1") == [f"reused {hub.sha}", f"made {hub.sha}"]
+    assert prepared(f"{REPO}|hard|train", f"{REPO}|easy|train", HF_HUB_OFFLINE="1") == [
+        f"reused {hub.sha}",
+        f"made {hub.sha}",
+    ]
     assert len(hub.double.requests) == asked
     hub.sha = "2" * 40
     hub.files["easy/train.jsonl"] = hub.files["easy/train.jsonl"].replace(b"a 1", b"b 1")
@@ -107,15 +156,24 @@ def test_by_name_with_the_commit_in_the_key_and_offline_from_the_cache(hub, prep
 def test_what_is_not_there_is_said(hub, prepared):
     wrong = ("maker/nothing||train", f"{REPO}||train", f"{REPO}|esay|train", f"{REPO}|easy|test")
     said = (
-        "DataError dataset_name: Dataset 'maker/nothing' doesn't exist on the Hub or cannot be accessed.",
-        "DataError dataset_config: maker/questions: Config name is missing. Please pick one among the available configs: ['easy', 'hard']",
+        (
+            "DataError dataset_name: Dataset 'maker/nothing' doesn't exist on the Hub or cannot be "
+            "accessed."
+        ),
+        (
+            "DataError dataset_config: maker/questions: Config name is missing. Please pick one "
+            "among the available configs: ['easy', 'hard']"
+        ),
         "BuilderConfig 'esay' not found. Available: ['easy', 'hard']",
         "has no split 'test'; it has train",
     )
     for line, words in zip(prepared(*wrong), said, strict=True):
         assert words in line
     (line,) = prepared("maker/other||train", HF_HUB_OFFLINE="1")
-    assert line.startswith("FetchError maker/other: the Hub cannot be reached") and "HF_HUB_OFFLINE is set" in line
+    assert (
+        line.startswith("FetchError maker/other: the Hub cannot be reached")
+        and "HF_HUB_OFFLINE is set" in line
+    )
 
 
 def test_code_of_a_data_set_is_never_run(hub, prepared, tmp_path):

@@ -1,4 +1,5 @@
-"""Prepared rows in NeMo's data module: what is between prompt and answer, what the loss counts, what is cut, what is packed."""
+"""Prepared rows in NeMo's data module: what is between prompt and answer, what the loss counts,
+what is cut, what is packed."""
 
 import itertools
 import json
@@ -30,10 +31,24 @@ def tokenizer(tiny):
 
 
 def batches(prepared: Path, tiny: Path, *lengths: int) -> dict:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(prepared), "OMP_NUM_THREADS": "1", "WORKSHOP_DEVICE": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(prepared),
+        "OMP_NUM_THREADS": "1",
+        "WORKSHOP_DEVICE": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
     nemo_cpu.inherit(environment)
-    command = [sys.executable, str(TESTS / "samples" / "recipe_batches.py"), str(prepared), str(tiny), *map(str, lengths)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [
+        sys.executable,
+        str(TESTS / "samples" / "recipe_batches.py"),
+        str(prepared),
+        str(tiny),
+        *map(str, lengths),
+    ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
     assert line, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(line.removeprefix("FOUND "))
@@ -45,47 +60,71 @@ def row(prepared: Path, number: int = 0) -> dict:
 
 def test_conversations(tmp_path, tiny, tokenizer):
     write_rows(tmp_path / "chat.jsonl", 40)
-    prepare(HFDatasetConfig(str(tmp_path / "chat.jsonl")), tmp_path / "data", tiny, 128, progress=False)
+    prepare(
+        HFDatasetConfig(str(tmp_path / "chat.jsonl")), tmp_path / "data", tiny, 128, progress=False
+    )
     found = batches(tmp_path / "data", tiny, 128)
     assert (found["num_workers"], found["pin_memory"]) == (0, False)
     text = row(tmp_path / "data")
     prompt, answer = tokenizer.encode(text["input"]), tokenizer.encode(text["output"])
     whole, batch = [*prompt, *answer, found["eos"]], found["batches"][0]
-    # Nothing between the two, and the loss on the answer and the stop token alone; labels are tokens moved by one.
+    # Nothing between the two, and the loss on the answer and the stop token alone; labels are
+    # tokens moved by one.
     assert batch["tokens"][0][: len(whole) - 1] == whole[:-1]
     assert batch["labels"][0][: len(whole) - 1] == whole[1:]
-    counted = [label for label, mask in zip(batch["labels"][0], batch["loss_mask"][0], strict=True) if mask]
+    counted = [
+        label for label, mask in zip(batch["labels"][0], batch["loss_mask"][0], strict=True) if mask
+    ]
     assert counted == [*answer, found["eos"]]
 
 
 def test_templates_and_rows_that_are_too_long(tmp_path, tiny, tokenizer):
-    rows = [{"question": f"{'long ' * 30}{number}?", "answer": f"it is {number}"} for number in range(40)]
+    rows = [
+        {"question": f"{'long ' * 30}{number}?", "answer": f"it is {number}"}
+        for number in range(40)
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    config = HFDatasetConfig(str(tmp_path / "rows.jsonl"), input_template="Q: {question}", output_template="{answer}")
+    config = HFDatasetConfig(
+        str(tmp_path / "rows.jsonl"), input_template="Q: {question}", output_template="{answer}"
+    )
     stated = prepare(config, tmp_path / "data", tiny, 64, progress=False)
     assert stated.statistics["validation"].truncated == stated.statistics["validation"].rows == 2
     assert stated.statistics["validation"].answers_cut == 0
     found = batches(tmp_path / "data", tiny, 64)
     text, batch = row(tmp_path / "data"), found["batches"][0]
-    counted = [label for label, mask in zip(batch["labels"][0], batch["loss_mask"][0], strict=True) if mask]
+    counted = [
+        label for label, mask in zip(batch["labels"][0], batch["loss_mask"][0], strict=True) if mask
+    ]
     # One space between, which belongs to the answer; the prompt lost its end.
     assert counted == [*tokenizer.encode(" " + text["output"]), found["eos"]]
     prompt = tokenizer.encode(text["input"])[: 64 - len(counted)]
     assert batch["tokens"][0][: len(prompt)] == prompt
 
 
-def test_packed_rows_are_the_same_rows_and_a_cpu_refuses_to_train_on_them(tmp_path, tiny, tokenizer):
+def test_packed_rows_are_the_same_rows_and_a_cpu_refuses_to_train_on_them(
+    tmp_path, tiny, tokenizer
+):
     write_rows(tmp_path / "chat.jsonl", 40)
-    prepare(HFDatasetConfig(str(tmp_path / "chat.jsonl"), train_split_ratio=0.6), tmp_path / "data", tiny, 64, progress=False)
+    prepare(
+        HFDatasetConfig(str(tmp_path / "chat.jsonl"), train_split_ratio=0.6),
+        tmp_path / "data",
+        tiny,
+        64,
+        progress=False,
+    )
     found = batches(tmp_path / "data", tiny, 64, 200)
     assert "only with Transformer Engine" in found["refused"]
     texts = [row(tmp_path / "data", number) for number in range(8)]
     wanted = [[*tokenizer.encode(text["input"] + text["output"]), found["eos"]] for text in texts]
     packed = []
     for batch in found["batches"]:
-        for tokens, labels, ends in zip(batch["tokens"], batch["labels"], batch["cu_seqlens"], strict=True):
+        for tokens, labels, ends in zip(
+            batch["tokens"], batch["labels"], batch["cu_seqlens"], strict=True
+        ):
             ends = [end for end in ends if end >= 0]
-            packed += [[*tokens[start:end], labels[end - 1]] for start, end in itertools.pairwise(ends)]
+            packed += [
+                [*tokens[start:end], labels[end - 1]] for start, end in itertools.pairwise(ends)
+            ]
     assert len(found["batches"]) < len(wanted)
     for one in wanted:
         assert any(row[: len(one)] == one for row in packed)

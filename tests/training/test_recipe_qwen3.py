@@ -1,4 +1,5 @@
-"""A tiny Qwen 3 through every phase by the commands that a user types: QK norm, and heads wider than hidden / heads."""
+"""A tiny Qwen 3 through every phase by the commands that a user types: QK norm, and heads wider
+than hidden / heads."""
 
 import json
 import subprocess
@@ -17,30 +18,62 @@ pytestmark = pytest.mark.slow
 
 STEPS, HEAD_DIM = 8, 24
 OPTIONS = {
-    "recipe_cls_name": "qwen3_600m", "max_steps": STEPS, "val_check_interval": 4, "limit_val_batches": 1, "micro_batch_size": 2,
-    "accumulate_grad_batches": 2, "max_seq_length": 64, "warmup_steps": 1, "learning_rate": 1e-2, "lora_dim": 4, "lora_alpha": 8.0,
-    "lora_target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"], "hfdc_split": "train", "hfdc_train_split_ratio": 0.6,
-    "hfdc_input_template": r"Q: {question}\nA:", "hfdc_output_template": " {answer}", "hfdc_num_proc": 1, "max_samples": 4,
-    "num_tokens_to_generate": 12, "inference_max_seq_length": 96, "buffer_size_gb": 0.05, "max_batch_size": 4, "block_size_tokens": 8,
-}  # fmt: skip
+    "recipe_cls_name": "qwen3_600m",
+    "max_steps": STEPS,
+    "val_check_interval": 4,
+    "limit_val_batches": 1,
+    "micro_batch_size": 2,
+    "accumulate_grad_batches": 2,
+    "max_seq_length": 64,
+    "warmup_steps": 1,
+    "learning_rate": 1e-2,
+    "lora_dim": 4,
+    "lora_alpha": 8.0,
+    "lora_target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
+    "hfdc_split": "train",
+    "hfdc_train_split_ratio": 0.6,
+    "hfdc_input_template": r"Q: {question}\nA:",
+    "hfdc_output_template": " {answer}",
+    "hfdc_num_proc": 1,
+    "max_samples": 4,
+    "num_tokens_to_generate": 12,
+    "inference_max_seq_length": 96,
+    "buffer_size_gb": 0.05,
+    "max_batch_size": 4,
+    "block_size_tokens": 8,
+}
 
 
 def workshop(*words: object) -> str:
     """Standard output of the command; its end and that of standard error if it fails."""
-    done = subprocess.run([sys.executable, "-m", "workshop_utils", *map(str, words)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "workshop_utils", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory) -> Path:
-    """A folder with ``hf``, the configuration ``my.yaml``, and what the command ``all`` made of them in ``out``; its output is ``all.txt``."""
+    """A folder with ``hf``, the configuration ``my.yaml``, and what the command ``all`` made of
+    them in ``out``; its output is ``all.txt``."""
     folder = tmp_path_factory.mktemp("qwen3.v1")
     make_tiny_family(folder / "hf", "qwen3")
-    rows = [json.dumps({"question": f"number {i}?", "answer": f"it is {i}"}) + "\n" for i in range(40)]
+    rows = [
+        json.dumps({"question": f"number {i}?", "answer": f"it is {i}"}) + "\n" for i in range(40)
+    ]
     (folder / "rows.jsonl").write_text("".join(rows))
-    places = {"hf_model_id": str(folder / "hf"), "output_dir": str(folder / "out"), "data_dir": str(folder / "rows")}
-    (folder / "my.yaml").write_text(yaml.safe_dump(OPTIONS | places | {"hfdc_dataset_name": str(folder / "rows.jsonl")}))
+    places = {
+        "hf_model_id": str(folder / "hf"),
+        "output_dir": str(folder / "out"),
+        "data_dir": str(folder / "rows"),
+    }
+    (folder / "my.yaml").write_text(
+        yaml.safe_dump(OPTIONS | places | {"hfdc_dataset_name": str(folder / "rows.jsonl")})
+    )
     (folder / "all.txt").write_text(recipe(folder, "all"))
     return folder
 
@@ -58,17 +91,32 @@ def test_configuration_and_build(qwen3):
     """The plan, and NeMo-Run's whole configuration of it with the imported base."""
     printed = recipe(qwen3, "--dry-run", "--resolve")
     assert "global_batch_size: 4\n" in printed and "# qwen3_600m: Qwen3Config600M" in printed
-    for line in ("qk_layernorm=True", f"kv_channels={HEAD_DIM}", "hidden_size=64", "num_attention_heads=4", "accumulate_grad_batches=1"):
+    for line in (
+        "qk_layernorm=True",
+        f"kv_channels={HEAD_DIM}",
+        "hidden_size=64",
+        "num_attention_heads=4",
+        "accumulate_grad_batches=1",
+    ):
         assert line in printed, line
 
 
 def test_import_and_data(qwen3):
-    assert [line for line in (qwen3 / "all.txt").read_text().splitlines() if line.startswith("== ")] == [
-        "== import", "== data", "== train", "== test", "== export",
-    ]  # fmt: skip
+    assert [
+        line for line in (qwen3 / "all.txt").read_text().splitlines() if line.startswith("== ")
+    ] == [
+        "== import",
+        "== data",
+        "== train",
+        "== test",
+        "== export",
+    ]
     described = (qwen3 / "out/imported_hf_ckpt/context/model.yaml").read_text()
     assert "qk_layernorm: true" in described and f"kv_channels: {HEAD_DIM}" in described
-    sizes = [len((qwen3 / "rows" / f"{name}.jsonl").read_text().splitlines()) for name in ("training", "validation", "test")]
+    sizes = [
+        len((qwen3 / "rows" / f"{name}.jsonl").read_text().splitlines())
+        for name in ("training", "validation", "test")
+    ]
     assert sizes == [24, 8, 8]
     first = json.loads((qwen3 / "rows/training.jsonl").read_text().splitlines()[0])
     assert first["input"].startswith("Q: number ") and first["input"].endswith("?\nA:")
@@ -78,17 +126,23 @@ def test_training(qwen3):
     events = read_events(qwen3 / "out/nemo_logs/workshop/events.jsonl")
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1, losses
-    assert json.loads((qwen3 / "out/nemo_logs/workshop/run.json").read_text())["status"] == "finished"
+    assert (
+        json.loads((qwen3 / "out/nemo_logs/workshop/run.json").read_text())["status"] == "finished"
+    )
     log = (qwen3 / "out/nemo_logs/workshop/torchrun.log").read_text()
     assert "Missing keys" not in log and "Unexpected keys (for" not in log
 
 
 def answers(folder: Path, pattern: str) -> list[str]:
-    return [json.loads(line)["prediction"] for line in only(folder / "out/predictions", pattern).read_text().splitlines()]
+    return [
+        json.loads(line)["prediction"]
+        for line in only(folder / "out/predictions", pattern).read_text().splitlines()
+    ]
 
 
 def test_inference_with_both_engines(qwen3):
-    """Of the command: the dynamic engine by ``all``, then the static one. Base and tuned differ, the engines do not."""
+    """Of the command: the dynamic engine by ``all``, then the static one. Base and tuned differ,
+    the engines do not."""
     dynamic = {name: answers(qwen3, name) for name in ("base.jsonl", "lora--*.jsonl")}
     assert dynamic["base.jsonl"] != dynamic["lora--*.jsonl"] and all(dynamic["lora--*.jsonl"])
     printed = recipe(qwen3, "test", "--inference_engine", "static")
@@ -97,7 +151,8 @@ def test_inference_with_both_engines(qwen3):
 
 
 def test_export(qwen3):
-    """Of the command: merged for transformers (and NeMo 2.0, on the way), then the adapter for PEFT; each loads and computes the same."""
+    """Of the command: merged for transformers (and NeMo 2.0, on the way), then the adapter for
+    PEFT; each loads and computes the same."""
     printed = (qwen3 / "all.txt").read_text()
     assert printed.count("re-loaded; its logits differ from NeMo's by at most") == 2
     assert "re-loaded; its logits differ" in recipe(qwen3, "export", "--no_merge")
@@ -106,21 +161,38 @@ def test_export(qwen3):
     assert (merged / "weights/.metadata").is_file()
     assert json.loads((model / "config.json").read_text())["head_dim"] == HEAD_DIM
     assert set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"]) == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     ids = [[5, 6, 7, 8, 200, 11, 30, 31]]
-    tuned, base = deliver.huggingface_logits(model, ids), deliver.huggingface_logits(qwen3 / "hf", ids)
+    tuned, base = (
+        deliver.huggingface_logits(model, ids),
+        deliver.huggingface_logits(qwen3 / "hf", ids),
+    )
     rows, effect = tuned.shape[-1], abs(tuned - base[..., : tuned.shape[-1]]).max()
     assert effect > 0.05, "else the comparisons of this test say nothing"
-    assert abs(deliver.huggingface_logits(qwen3 / "hf", ids, adapter)[..., :rows] - tuned).max() < 1e-3 * effect
-    # The tolerance of fp32 weights that `deliver` has, a part of the largest logit: here it is also held against NeMo's own.
-    for checkpoint, its_base in ((merged, None), (only(qwen3, "out/nemo_logs/checkpoints/lora--*[0-9]"), qwen3 / "out/imported_hf_ckpt")):
+    assert (
+        abs(deliver.huggingface_logits(qwen3 / "hf", ids, adapter)[..., :rows] - tuned).max()
+        < 1e-3 * effect
+    )
+    # The tolerance of fp32 weights that `deliver` has, a part of the largest logit: here it is also
+    # held against NeMo's own.
+    for checkpoint, its_base in (
+        (merged, None),
+        (only(qwen3, "out/nemo_logs/checkpoints/lora--*[0-9]"), qwen3 / "out/imported_hf_ckpt"),
+    ):
         apart = abs(deliver.nemo_logits(checkpoint, ids, base=its_base)[..., :rows] - tuned).max()
         assert apart < deliver.TOLERANCE["float32"] * abs(tuned).max()
 
 
 def test_engines_and_transformers_agree_token_for_token(qwen3, tmp_path):
-    """Megatron-Core's engines on the merged NeMo 2.0 checkpoint, transformers on the merged Hugging Face model."""
+    """Megatron-Core's engines on the merged NeMo 2.0 checkpoint, transformers on the merged Hugging
+    Face model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

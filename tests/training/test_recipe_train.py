@@ -1,4 +1,5 @@
-"""Training by the recipe path: what is refused, what decides a run, and real runs of tiny models on one and two processes."""
+"""Training by the recipe path: what is refused, what decides a run, and real runs of tiny models on
+one and two processes."""
 
 import json
 import os
@@ -25,13 +26,27 @@ from workshop_utils.training.recipe.prepare_data import prepare
 from workshop_utils.training.recipe.presets import preset
 from workshop_utils.training.runs.events import read_events
 
-SHORT = {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 1, "micro_batch_size": 2, "accumulate_grad_batches": 2,
-         "max_seq_length": 64, "warmup_steps": 1, "learning_rate": 1e-2, "lora_dim": 4, "lora_alpha": 8.0}  # fmt: skip
+SHORT = {
+    "max_steps": 6,
+    "val_check_interval": 3,
+    "limit_val_batches": 1,
+    "micro_batch_size": 2,
+    "accumulate_grad_batches": 2,
+    "max_seq_length": 64,
+    "warmup_steps": 1,
+    "learning_rate": 1e-2,
+    "lora_dim": 4,
+    "lora_alpha": 8.0,
+}
 FULL = {"peft_scheme": "full_ft", "learning_rate": 1e-3}
 
 
 def options(folder: Path, **changes) -> dict:
-    places = {"output_dir": str(folder / "out"), "nemo_ckpt_dir": str(folder / "base"), "data_dir": str(folder / "data")}
+    places = {
+        "output_dir": str(folder / "out"),
+        "nemo_ckpt_dir": str(folder / "base"),
+        "data_dir": str(folder / "data"),
+    }
     return preset("cpu") | places | SHORT | changes
 
 
@@ -41,7 +56,12 @@ def settled(folder: Path, **changes) -> Resolved:
 
 def stand_in(folder: Path) -> Path:
     """What ``train`` looks for before it starts anything."""
-    for name in ("base/context/model.yaml", "base/weights/.metadata", "data/training.jsonl", "data/validation.jsonl"):
+    for name in (
+        "base/context/model.yaml",
+        "base/weights/.metadata",
+        "data/training.jsonl",
+        "data/validation.jsonl",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     return folder
@@ -51,12 +71,18 @@ def stand_in(folder: Path) -> Path:
     ("changes", "words"),
     [
         ({"precision": "bf16-mixed", "device": "auto"}, "begin with `--preset cpu`"),
-        ({"packed_sequence": True, "micro_batch_size": 1}, "packed_sequence is not possible on a CPU"),
+        (
+            {"packed_sequence": True, "micro_batch_size": 1},
+            "packed_sequence is not possible on a CPU",
+        ),
         ({"enable_memory_profile": True}, "use enable_pytorch_profiler"),
         ({"enable_memory_monitor": True}, "enable_memory_monitor is not possible"),
         ({"enable_nsys_callback": True}, "profiler of GPUs"),
         ({"precision": "bf16-mixed", "device": "auto"}, "set precision=32"),
-        ({"context_parallel_size": 2, "gpus_per_node": 2, "device": "auto"}, "set context_parallel_size=1"),
+        (
+            {"context_parallel_size": 2, "gpus_per_node": 2, "device": "auto"},
+            "set context_parallel_size=1",
+        ),
     ],
 )
 def test_what_a_cpu_cannot_do_is_refused_with_the_reason(tmp_path, monkeypatch, changes, words):
@@ -66,11 +92,17 @@ def test_what_a_cpu_cannot_do_is_refused_with_the_reason(tmp_path, monkeypatch, 
 
 
 def test_nothing_is_refused_that_a_gpu_can_do(tmp_path):
-    build.require_possible(settled(tmp_path, device="gpu", precision="bf16-mixed", packed_sequence=True, micro_batch_size=1))
+    build.require_possible(
+        settled(
+            tmp_path, device="gpu", precision="bf16-mixed", packed_sequence=True, micro_batch_size=1
+        )
+    )
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path):
-    with pytest.raises(WorkshopError, match="training.jsonl is missing or empty. Run `workshop recipe data`"):
+    with pytest.raises(
+        WorkshopError, match="training.jsonl is missing or empty. Run `workshop recipe data`"
+    ):
         job.train(settled(tmp_path))
     stand_in(tmp_path)
     (tmp_path / "base/context/model.yaml").unlink()
@@ -85,7 +117,9 @@ def test_fewer_validation_rows_than_a_batch_are_refused_before_nemo_starts(tmp_p
     write_data(tmp_path / "rows", rows=10)
     source = HFDatasetConfig(str(tmp_path / "rows" / "training.jsonl"), train_split_ratio=0.6)
     prepare(source, tmp_path / "prepared", max_seq_length=64, progress=False)
-    with pytest.raises(DataError, match="validation.jsonl has 2 rows, fewer than the global batch of 4"):
+    with pytest.raises(
+        DataError, match="validation.jsonl has 2 rows, fewer than the global batch of 4"
+    ):
         job.train(settled(tmp_path, data_dir=str(tmp_path / "prepared")))
     assert not (tmp_path / "out").exists()
 
@@ -98,11 +132,17 @@ def test_a_run_is_the_same_by_what_decides_its_outcome(tmp_path):
 
     first = fingerprint()
     assert first == json.loads(json.dumps(first)), "it is compared with what JSON gives back"
-    assert fingerprint(enable_speed_monitor=True, log_every_n_steps=3, resume=False, max_samples=3) == first
+    assert (
+        fingerprint(enable_speed_monitor=True, log_every_n_steps=3, resume=False, max_samples=3)
+        == first
+    )
     assert fingerprint(seed=7) != first and fingerprint(learning_rate=1e-3) != first
     (tmp_path / "data/training.jsonl").write_text("other rows")
     assert fingerprint() != first
-    other_rows, weights = fingerprint(), settled(tmp_path).nemo_ckpt_dir / "weights" / "__0_0.distcp"
+    other_rows, weights = (
+        fingerprint(),
+        settled(tmp_path).nemo_ckpt_dir / "weights" / "__0_0.distcp",
+    )
     weights.write_bytes(b"other weights of the same shape")
     assert fingerprint() != other_rows
 
@@ -117,13 +157,17 @@ def test_the_contents_of_a_linked_base_count(tmp_path):
         (tmp_path / "base" / part).symlink_to(tmp_path / "source" / part, target_is_directory=True)
     assert contents_of(tmp_path / "base") == contents_of(tmp_path / "source")
     (tmp_path / "source" / "weights" / "file").write_text("others")
-    assert contents_of(tmp_path / "base")["weights"] != {} and contents_of(tmp_path / "base") == contents_of(tmp_path / "source")
+    assert contents_of(tmp_path / "base")["weights"] != {} and contents_of(
+        tmp_path / "base"
+    ) == contents_of(tmp_path / "source")
 
 
 def test_names_that_do_not_match_are_repeated_once(tmp_path):
     log = tmp_path / "log"
     line = "Unexpected keys (for this rank): {'model.a'}. \n"
-    log.write_text(f"Some keys found\n{line}other\n{line}Missing keys (for all ranks): {{'model.b'}}. \n")
+    log.write_text(
+        f"Some keys found\n{line}other\n{line}Missing keys (for all ranks): {{'model.b'}}. \n"
+    )
     assert job.mismatches(log) == [
         "Unexpected keys (for this rank): {'model.a'}. ",
         "Missing keys (for all ranks): {'model.b'}. ",
@@ -132,8 +176,11 @@ def test_names_that_do_not_match_are_repeated_once(tmp_path):
 
 def test_the_prefix_of_a_task_is_taken_off_the_error(tmp_path):
     log = tmp_path / "log"
-    log.write_text("train/0 [default0]:[rank0]: Traceback (most recent call last):\ntrain/0 [default0]:[rank0]: KeyError: 'output'\n"
-                   "train/0 torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n")  # fmt: skip
+    log.write_text(
+        "train/0 [default0]:[rank0]: Traceback (most recent call last):\ntrain/0 "
+        "[default0]:[rank0]: KeyError: 'output'\ntrain/0 "
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    )
     assert job._cause(log) == "KeyError: 'output'"
 
 
@@ -153,41 +200,70 @@ def with_data(folder: Path) -> Path:
 
 
 def losses(result: job.TrainResult, kind: str = "step") -> list[float]:
-    return [event["loss"] for event in read_events(result.run_dir / "workshop/events.jsonl") if event["event"] == kind]
+    return [
+        event["loss"]
+        for event in read_events(result.run_dir / "workshop/events.jsonl")
+        if event["event"] == kind
+    ]
 
 
 @pytest.mark.slow
 def test_lora_is_trained_recorded_and_not_trained_twice(tiny, tmp_path, capsys):
-    resolved = settled(tiny, output_dir=str(tmp_path / "out.v1.0"), enable_speed_monitor=True, enable_runtime_estimator=True)
+    resolved = settled(
+        tiny,
+        output_dir=str(tmp_path / "out.v1.0"),
+        enable_speed_monitor=True,
+        enable_runtime_estimator=True,
+    )
     result = job.train(resolved)
     assert result.steps == 6 and not result.stopped_early
     assert losses(result)[-1] < losses(result)[0]
     assert f"{result.val_loss:.4f}" in result.best.name and result.best.name.startswith("lora--")
-    assert (result.best / "context/model.yaml").is_file() and result.last.resolve() == result.best.resolve()
+    assert (
+        result.best / "context/model.yaml"
+    ).is_file() and result.last.resolve() == result.best.resolve()
     assert list(result.run_dir.glob("tensorboard/events.out.tfevents*"))
     record = json.loads((result.run_dir / "workshop/run.json").read_text())
     assert record["status"] == "finished" and record["steps"] == 6 and record["seed"] == 1234
     job.train(resolved)
     assert "an identical run has finished" in capsys.readouterr().out
-    assert [event["step"] for event in read_events(result.run_dir / "workshop/events.jsonl") if event["event"] == "start"] == [
-        0
-    ]
+    assert [
+        event["step"]
+        for event in read_events(result.run_dir / "workshop/events.jsonl")
+        if event["event"] == "start"
+    ] == [0]
 
 
 @pytest.mark.slow
 def test_what_watches_a_run_records(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     watched = {"use_wandb": True} | dict.fromkeys(
-        ("enable_pytorch_profiler", "enable_megatron_progress_bar", "enable_speed_monitor", "enable_runtime_estimator"), True
+        (
+            "enable_pytorch_profiler",
+            "enable_megatron_progress_bar",
+            "enable_speed_monitor",
+            "enable_runtime_estimator",
+        ),
+        True,
     )
     result = job.train(settled(tiny, output_dir=str(tmp_path / "out"), max_steps=12, **watched))
     (trace,) = (result.run_dir / "trace" / "device").glob("*.json")
-    assert any("ProfilerStep" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    assert any(
+        "ProfilerStep" in event.get("name", "")
+        for event in json.loads(trace.read_text())["traceEvents"]
+    )
     (logged,) = result.run_dir.glob("wandb/offline-run-*/*.wandb")
     assert b"reduced_train_loss" in logged.read_bytes()
     tags = tensorboard_tags(result.run_dir / "tensorboard")
-    assert {"throughput/tokens_per_sec", "throughput/samples_per_sec", "time/remaining_estimate", "time/total"} <= tags
-    assert re.search(r"Epoch 0: : 100%.* 12/12 ", (result.run_dir / "workshop/torchrun.log").read_text())  # NeMo's bar, not Lightning's
+    assert {
+        "throughput/tokens_per_sec",
+        "throughput/samples_per_sec",
+        "time/remaining_estimate",
+        "time/total",
+    } <= tags
+    assert re.search(
+        r"Epoch 0: : 100%.* 12/12 ", (result.run_dir / "workshop/torchrun.log").read_text()
+    )  # NeMo's bar, not Lightning's
 
 
 def tensorboard_tags(folder: Path) -> set[str]:
@@ -201,7 +277,8 @@ def tensorboard_tags(folder: Path) -> set[str]:
 
 @pytest.mark.slow
 def test_nemo_builds_every_watcher(tmp_path):
-    """In a process of its own, because it loads NeMo: the options in turn, each with the early stopping that is always there."""
+    """In a process of its own, because it loads NeMo: the options in turn, each with the early
+    stopping that is always there."""
     names = [name for name in option_names() if name.startswith("enable_")]
     (tmp_path / "trace").mkdir()  # the profiler asks for it; a training makes it
     program = textwrap.dedent(f"""
@@ -214,47 +291,97 @@ def test_nemo_builds_every_watcher(tmp_path):
         from workshop_utils.training.recipe.options import RecipeOptions
         for name in {names!r}:
             print("made", *(type(fiddle.build(one)).__name__ for one in callbacks(RecipeOptions(**{{name: True}}), Path({str(tmp_path)!r}))))
-    """)
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"WORKSHOP_DEVICE": "cpu"}, capture_output=True, text=True, check=False)
+    """)  # noqa: E501
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"WORKSHOP_DEVICE": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     made = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("made ")]
-    assert made == [["EarlyStopping", watcher] for watcher in (
-        "MegatronProgressBar", "NsysCallback", "PytorchProfilerCallback", "MemoryProfileCallback", "SpeedMonitor", "MemoryMonitor", "RuntimeEstimator",
-    )]  # fmt: skip
+    assert made == [
+        ["EarlyStopping", watcher]
+        for watcher in (
+            "MegatronProgressBar",
+            "NsysCallback",
+            "PytorchProfilerCallback",
+            "MemoryProfileCallback",
+            "SpeedMonitor",
+            "MemoryMonitor",
+            "RuntimeEstimator",
+        )
+    ]
 
 
 @pytest.mark.slow
 def test_what_gpus_would_run_is_shown_without_one(tmp_path):
-    """By the command, in one process: the defaults (eight GPUs, no base and no data here), packed rows, and context parallelism."""
+    """By the command, in one process: the defaults (eight GPUs, no base and no data here), packed
+    rows, and context parallelism."""
     program = textwrap.dedent("""
         from workshop_utils.cli import main
         for words in ([], ["--packed_sequence", "--micro_batch_size", "1"], ["--tensor_parallel_size", "4", "--context_parallel_size", "2"]):
             print("== next", flush=True)
             assert main(["recipe", "--dry-run", "--resolve", *words]) == 0
-    """)
+    """)  # noqa: E501
     environment = os.environ | {"WORKSHOP_DEVICE": "cpu"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     plain, packed, parallel = done.stdout.split("== next\n")[1:]
-    for line in ("tensor_model_parallel_size=8", "devices=8", "accelerator='gpu'", "max_steps=10000", "precision='bf16-mixed'", "FineTuningDataModule",
-                 "tokenizer='data'", "global_batch_size=64", "seq_length=2048", "Qwen3Config8B"):  # fmt: skip
+    for line in (
+        "tensor_model_parallel_size=8",
+        "devices=8",
+        "accelerator='gpu'",
+        "max_steps=10000",
+        "precision='bf16-mixed'",
+        "FineTuningDataModule",
+        "tokenizer='data'",
+        "global_batch_size=64",
+        "seq_length=2048",
+        "Qwen3Config8B",
+    ):
         assert line in plain, line
-    assert "PreparedDataModule" in packed and "packed_sequence_size=2048" in packed and "'pad_to_max_length': True" in packed
+    assert (
+        "PreparedDataModule" in packed
+        and "packed_sequence_size=2048" in packed
+        and "'pad_to_max_length': True" in packed
+    )
     assert "context_parallel_size=2" in parallel and "'pad_seq_length_to_mult': 4" in parallel
 
 
 @pytest.mark.slow
 def test_names_that_the_base_lacks_are_said_on_the_screen(tiny, tmp_path, capsys):
-    """NeMo trains on, with those weights as they were made: here a bias that the configuration asks for and the weights do not have.
+    """NeMo trains on, with those weights as they were made: here a bias that the configuration asks
+    for and the weights do not have.
 
     The phases after the training are strict: there is nothing to repeat, they end.
     """
     shutil.copytree(tiny / "base", tmp_path / "base")
     built = tmp_path / "base/context/io.json"
-    changed, count = re.subn(r'(?<="value": )false(?=, "paths": \["<root>.model.config.add_qkv_bias"\])', "true", built.read_text())
+    changed, count = re.subn(
+        r'(?<="value": )false(?=, "paths": \["<root>.model.config.add_qkv_bias"\])',
+        "true",
+        built.read_text(),
+    )
     assert count == 1
     built.write_text(changed)
-    job.train(settled(tiny, nemo_ckpt_dir=str(tmp_path / "base"), output_dir=str(tmp_path / "out"), max_steps=2, val_check_interval=2))
+    job.train(
+        settled(
+            tiny,
+            nemo_ckpt_dir=str(tmp_path / "base"),
+            output_dir=str(tmp_path / "out"),
+            max_steps=2,
+            val_check_interval=2,
+        )
+    )
     (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert note.startswith("note: Unexpected keys (for this rank): ") and "linear_qkv.bias" in note
     with pytest.raises(GenerationFailed, match="CheckpointException"):
@@ -264,15 +391,27 @@ def test_names_that_the_base_lacks_are_said_on_the_screen(tiny, tmp_path, capsys
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tiny, tmp_path):
     one = losses(job.train(settled(tiny, output_dir=str(tmp_path / "one"), **FULL)))
-    for name, changes, tolerance in (("tp", {"tensor_parallel_size": 2}, 1e-4), ("pp", {"pipeline_parallel_size": 2}, 1e-4),
-                                     ("dp", {"accumulate_grad_batches": 1}, 1e-3)):  # fmt: skip
-        two = losses(job.train(settled(tiny, output_dir=str(tmp_path / name), gpus_per_node=2, **FULL | changes)))
+    for name, changes, tolerance in (
+        ("tp", {"tensor_parallel_size": 2}, 1e-4),
+        ("pp", {"pipeline_parallel_size": 2}, 1e-4),
+        ("dp", {"accumulate_grad_batches": 1}, 1e-3),
+    ):
+        two = losses(
+            job.train(
+                settled(tiny, output_dir=str(tmp_path / name), gpus_per_node=2, **FULL | changes)
+            )
+        )
         assert two == pytest.approx(one, abs=tolerance), name
 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_its_end(tiny, tmp_path, capsys):
-    changes = {"output_dir": str(tmp_path / "out"), "max_steps": 60, "val_check_interval": 5, "early_stopping_patience": 50}
+    changes = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 60,
+        "val_check_interval": 5,
+        "early_stopping_patience": 50,
+    }
     program = textwrap.dedent(f"""
         from workshop_utils.training.recipe import job
         from workshop_utils.training.recipe.options import from_mapping
@@ -281,7 +420,11 @@ def test_an_interrupted_run_goes_on_to_its_end(tiny, tmp_path, capsys):
             job.train(resolve(from_mapping({options(tiny, **changes)!r})))
     """)
     started = subprocess.Popen(
-        [sys.executable, "-c", program], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", program],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     checkpoints = tmp_path / "out" / build.RUN / "checkpoints"
     while not list(checkpoints.glob("*-last")) and started.poll() is None:
@@ -290,17 +433,27 @@ def test_an_interrupted_run_goes_on_to_its_end(tiny, tmp_path, capsys):
     assert "Stopped. The same command continues" in started.communicate(timeout=60)[0]
     result = job.train(settled(tiny, **changes))
     assert "Continuing from" in capsys.readouterr().out
-    starts = [event["step"] for event in read_events(result.run_dir / "workshop/events.jsonl") if event["event"] == "start"]
+    starts = [
+        event["step"]
+        for event in read_events(result.run_dir / "workshop/events.jsonl")
+        if event["event"] == "start"
+    ]
     assert starts[0] == 0 and starts[1] >= 5 and starts[1] % 5 == 0
     assert result.steps == 60 and losses(result)[-1] < losses(result)[0]
-    assert result.last.name.endswith("step=59-last"), "the end of a resumed run is validated and saved"
+    assert result.last.name.endswith("step=59-last"), (
+        "the end of a resumed run is validated and saved"
+    )
 
 
 @pytest.mark.slow
 def test_the_error_of_a_worker_is_the_error_of_the_command(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "require_possible", lambda resolved: None)
     resolved = settled(
-        tiny, output_dir=str(tmp_path / "out"), gpus_per_node=2, tensor_parallel_size=2, lora_target_modules=("linear_qkv",)
+        tiny,
+        output_dir=str(tmp_path / "out"),
+        gpus_per_node=2,
+        tensor_parallel_size=2,
+        lora_target_modules=("linear_qkv",),
     )
     (tmp_path / "out").mkdir()
     # A base that is whole at first sight; the workers find out.
@@ -309,9 +462,17 @@ def test_the_error_of_a_worker_is_the_error_of_the_command(tiny, tmp_path, monke
     for shard in (base / "weights").glob("*.distcp"):
         shard.write_bytes(b"")
     with pytest.raises(TrainingFailed) as failed:
-        job.train(resolve(from_mapping(options(tiny, output_dir=str(tmp_path / "out"), nemo_ckpt_dir=str(base)))))
+        job.train(
+            resolve(
+                from_mapping(
+                    options(tiny, output_dir=str(tmp_path / "out"), nemo_ckpt_dir=str(base))
+                )
+            )
+        )
     assert (
-        "Error" in str(failed.value) and "The whole log:" in str(failed.value) and "ChildFailedError" not in str(failed.value)
+        "Error" in str(failed.value)
+        and "The whole log:" in str(failed.value)
+        and "ChildFailedError" not in str(failed.value)
     )
     assert json.loads((job.Job(resolved).record).read_text())["status"] == "failed"
 
@@ -319,7 +480,13 @@ def test_the_error_of_a_worker_is_the_error_of_the_command(tiny, tmp_path, monke
 @pytest.mark.slow
 def test_early_stopping_stops(tiny, tmp_path):
     result = job.train(
-        settled(tiny, output_dir=str(tmp_path / "out"), max_steps=60, early_stopping_patience=1, early_stopping_threshold=100.0)
+        settled(
+            tiny,
+            output_dir=str(tmp_path / "out"),
+            max_steps=60,
+            early_stopping_patience=1,
+            early_stopping_threshold=100.0,
+        )
     )
     assert result.stopped_early and result.steps == 6
     assert "stopped early" in str(result)
@@ -334,7 +501,11 @@ def test_qwen3_is_trained_with_dora(tmp_path):
     make_tiny_family(tmp_path / "hf", "qwen3")
     import_base(str(tmp_path / "hf"), tmp_path / "base")
     with_data(tmp_path)
-    result = job.train(settled(tmp_path, recipe_cls_name="qwen3_600m", peft_scheme="dora", lora_target_modules=None))
+    result = job.train(
+        settled(
+            tmp_path, recipe_cls_name="qwen3_600m", peft_scheme="dora", lora_target_modules=None
+        )
+    )
     assert result.best.name.startswith("dora--") and losses(result)[-1] < losses(result)[0]
     described = (result.best / "context/model.yaml").read_text()
     assert "qk_layernorm: true" in described and "kv_channels: 24" in described

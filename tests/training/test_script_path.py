@@ -1,4 +1,5 @@
-"""Import, bridge, train, export, prove: the whole chain on a two-layer model, with NeMo doing the work."""
+"""Import, bridge, train, export, prove: the whole chain on a two-layer model, with NeMo doing the
+work."""
 
 import json
 import os
@@ -26,14 +27,22 @@ pytestmark = pytest.mark.slow
 def workshop(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """One command in a process of its own."""
     command = [sys.executable, "-m", "workshop_utils", *arguments]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=os.environ | environment, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A random Llama 3.1 (scaled rope, grouped queries) imported by NeMo and bridged."""
     folder = tmp_path_factory.mktemp("chain")
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     make_tiny_model(folder / "hf" / "tiny", rope_scaling=scaling)
     done = workshop("import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny"))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -52,20 +61,36 @@ def trained(tiny):
 
 def overrides(tiny: Path, **changes) -> list[str]:
     settings = {
-        "model.restore_from_path": tiny / "bridged" / "tiny", "exp_manager.exp_dir": tiny / "runs", "exp_manager.name": "lora",
-        "trainer.max_steps": 12, "trainer.val_check_interval": 6, "model.peft.lora_tuning.adapter_dim": 8,
-        "model.peft.lora_tuning.alpha": 16, "model.optim.lr": "2e-2",
-    }  # fmt: skip
-    return [f"{key}={value}" for key, value in (settings | {key.replace("__", "."): value for key, value in changes.items()}).items()]
+        "model.restore_from_path": tiny / "bridged" / "tiny",
+        "exp_manager.exp_dir": tiny / "runs",
+        "exp_manager.name": "lora",
+        "trainer.max_steps": 12,
+        "trainer.val_check_interval": 6,
+        "model.peft.lora_tuning.adapter_dim": 8,
+        "model.peft.lora_tuning.alpha": 16,
+        "model.optim.lr": "2e-2",
+    }
+    return [
+        f"{key}={value}"
+        for key, value in (
+            settings | {key.replace("__", "."): value for key, value in changes.items()}
+        ).items()
+    ]
 
 
 def test_the_checkpoint_is_genuine(tiny):
     checkpoint = nemo2.read(tiny / "nemo2" / "tiny")
     assert checkpoint.model["_target_"] == "nemo.collections.llm.gpt.model.llama.LlamaModel"
     assert checkpoint.model["config"]["_target_"].endswith("Llama31Config")
-    assert {"model.yaml", "io.json", "nemo_tokenizer"} <= {path.name for path in (tiny / "nemo2/tiny/context").iterdir()}
-    assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__0_1.distcp"} == set(checkpoint.files)
-    assert verify(tiny / "nemo2" / "tiny", deep=True).findings == [], "io.json and model.yaml name nothing that NeMo does not write"
+    assert {"model.yaml", "io.json", "nemo_tokenizer"} <= {
+        path.name for path in (tiny / "nemo2/tiny/context").iterdir()
+    }
+    assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__0_1.distcp"} == set(
+        checkpoint.files
+    )
+    assert verify(tiny / "nemo2" / "tiny", deep=True).findings == [], (
+        "io.json and model.yaml name nothing that NeMo does not write"
+    )
 
 
 def test_bridged_logits_equal_hugging_face(tiny):
@@ -75,7 +100,8 @@ def test_bridged_logits_equal_hugging_face(tiny):
 
 
 def logits(tiny: Path, adapter: Path | None = None, peft: Path | None = None):
-    """(transformers, NeMo) logits ``[1, 300, vocabulary]``: long enough for the rope scaling to matter."""
+    """(transformers, NeMo) logits ``[1, 300, vocabulary]``: long enough for the rope scaling to
+    matter."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -94,7 +120,12 @@ def test_training_learns_and_reports(trained):
     events = script.read_events(plan.events)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert [event["event"] for event in events if event["event"] != "step"] == ["start", "validation", "validation", "end"]
+    assert [event["event"] for event in events if event["event"] != "step"] == [
+        "start",
+        "validation",
+        "validation",
+        "end",
+    ]
     assert adapter.name == "lora.nemo" and script.train_seconds(plan) > 0
 
 
@@ -117,8 +148,13 @@ def test_the_bare_link_and_the_plain_checkpoint_do_not_train(tiny, trained):
     plan, _ = trained
     bridge(tiny / "nemo2" / "tiny", link_only=True)
     run = tiny / "runs" / "link"
-    settings = plan.overrides | {"model.restore_from_path": str(tiny / "nemo2" / "tiny"), "exp_manager.name": "link"}
-    command = script.torchrun(script.script_path(), [f"{key}={value}" for key, value in settings.items()])
+    settings = plan.overrides | {
+        "model.restore_from_path": str(tiny / "nemo2" / "tiny"),
+        "exp_manager.name": "link",
+    }
+    command = script.torchrun(
+        script.script_path(), [f"{key}={value}" for key, value in settings.items()]
+    )
     status = script.run_logged(command, script.training_environment(run), tiny / "link.log")
     (tiny / "nemo2" / "tiny" / "model_config.yaml").unlink()
     assert status != 0
@@ -126,7 +162,10 @@ def test_the_bare_link_and_the_plain_checkpoint_do_not_train(tiny, trained):
 
 
 def test_a_failure_is_shown_as_its_cause(tiny):
-    plan = script.make_plan([*overrides(tiny, exp_manager__name="bad"), "model.optim.name=no_such_optimizer"], data=tiny / "rows.jsonl")
+    plan = script.make_plan(
+        [*overrides(tiny, exp_manager__name="bad"), "model.optim.name=no_such_optimizer"],
+        data=tiny / "rows.jsonl",
+    )
     plan.preflight.problems.clear()  # which knows the optimizers, too
     with pytest.raises(TrainingFailed, match="Cannot resolve optimizer.*no_such_optimizer"):
         script.finetune(plan, progress=False)
@@ -134,12 +173,21 @@ def test_a_failure_is_shown_as_its_cause(tiny):
 
 
 NEEDED = {
-    "modelopt_at_import": "import", "fusions_off": "import", "cuda_calls_do_nothing": "train", "cuda_method_keeps_the_cpu": "train",
-    "cuda_literals_in_megatron": "train", "random_states_of_the_gpu": "train", "lora_mixin_forward": "train",
-    "strategy_without_apex": "train", "container_version": "train", "local_layer_spec": "train",
-    "process_groups_before_the_model": "train", "parallel_attributes": "train", "gradient_norm": "train",
+    "modelopt_at_import": "import",
+    "fusions_off": "import",
+    "cuda_calls_do_nothing": "train",
+    "cuda_method_keeps_the_cpu": "train",
+    "cuda_literals_in_megatron": "train",
+    "random_states_of_the_gpu": "train",
+    "lora_mixin_forward": "train",
+    "strategy_without_apex": "train",
+    "container_version": "train",
+    "local_layer_spec": "train",
+    "process_groups_before_the_model": "train",
+    "parallel_attributes": "train",
+    "gradient_norm": "train",
     "cuda_literals_in_nemo": "train",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -149,17 +197,39 @@ def test_without_this_patch_the_job_fails(tiny, trained, name, tmp_path):
     arguments = ["workshop", "import", str(tiny / "hf" / "tiny"), "--out", str(tmp_path / "out")]
     start = "from workshop_utils.cli import main; raise SystemExit(main())"
     if NEEDED[name] == "train":
-        arguments = ["train", *(f"{key}={value}" for key, value in trained[0].overrides.items() if not key.startswith("exp_manager")),
-                     f"exp_manager.exp_dir={tmp_path}", "trainer.max_steps=1", "trainer.val_check_interval=1"]  # fmt: skip
-        start = f"import runpy; runpy.run_path({str(folder.parent / 'finetune' / 'megatron_gpt_finetuning.py')!r}, run_name='__main__')"
+        arguments = [
+            "train",
+            *(
+                f"{key}={value}"
+                for key, value in trained[0].overrides.items()
+                if not key.startswith("exp_manager")
+            ),
+            f"exp_manager.exp_dir={tmp_path}",
+            "trainer.max_steps=1",
+            "trainer.val_check_interval=1",
+        ]
+        start = (
+            "import runpy; "
+            f"runpy.run_path({str(folder.parent / 'finetune' / 'megatron_gpt_finetuning.py')!r}, "
+            "run_name='__main__')"
+        )
     program = (
-        "import sys; from workshop_utils.runtime.nemo_cpu import megatron_core, nemo2, nemo_script_path, torch_cuda, registry\n"
-        f"if __name__ == '__main__':\n    registry.PATCHES[:] = [patch for patch in registry.PATCHES if patch.name != {name!r}]\n"
-        f"    sys.argv = {arguments!r}\n    {start}"
+        "import sys; from workshop_utils.runtime.nemo_cpu import megatron_core, nemo2, "
+        "nemo_script_path, torch_cuda, registry\nif __name__ == '__main__':\n    "
+        "registry.PATCHES[:] = [patch for patch in registry.PATCHES if patch.name != "
+        f"{name!r}]\n    sys.argv = {arguments!r}\n    {start}"
     )
     (tmp_path / "program.py").write_text(program)
-    environment = {key: value for key, value in os.environ.items() if "inherited" not in value} | {"PYTHONPATH": str(folder.parents[1])}
-    done = subprocess.run([sys.executable, tmp_path / "program.py"], env=environment, capture_output=True, text=True, check=False)
+    environment = {key: value for key, value in os.environ.items() if "inherited" not in value} | {
+        "PYTHONPATH": str(folder.parents[1])
+    }
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0, f"it works without {name}: delete the patch"
 
 

@@ -1,1 +1,2 @@
-"""LoRA adapters: read, merged, exported, proven, and the rules of who takes them. Only merging looks at the base model."""
+"""LoRA adapters: read, merged, exported, proven, and the rules of who takes them. Only merging
+looks at the base model."""

@@ -1,7 +1,7 @@
 """A LoRA adapter in memory, whoever wrote it: NeMo's script path, NeMo 2.0, or Hugging Face PEFT.
 
-One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or of Hugging Face
-(``self_attn.q_proj``). :mod:`.modules` goes from the one to the other.
+One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or
+of Hugging Face (``self_attn.q_proj``). :mod:`.modules` goes from the one to the other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ NAME_RULE = "up to 128 letters, digits, '.', '_' and '-', a letter or digit firs
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target) to its two matrices, in the file's dtype.
+    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target) to its two matrices, in the
+    file's dtype.
 
-    ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read. ``architecture`` is None for a PEFT
-    adapter whose base is not known. ``magnitudes`` are DoRA's, ``[out]``, by the same keys. ``notes`` say what reading it changed.
-    ``some_layers``: PEFT was told to adapt only those layers that are there.
+    ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read.
+    ``architecture`` is None for a PEFT adapter whose base is not known. ``magnitudes`` are DoRA's,
+    ``[out]``, by the same keys. ``notes`` say what reading it changed. ``some_layers``: PEFT was
+    told to adapt only those layers that are there.
     """
 
     source: Path
@@ -57,13 +59,19 @@ class LoraAdapter:
     @property
     def layers(self) -> int:
         """Layers of the base, or as far as the adapter tells."""
-        return self.architecture.num_layers if self.architecture else 1 + max(layer for layer, _ in self.weights)
+        return (
+            self.architecture.num_layers
+            if self.architecture
+            else 1 + max(layer for layer, _ in self.weights)
+        )
 
 
 def fingerprint(*files: Path) -> str:
     """sha256 of one file, or of the digests of several, in hexadecimal."""
     digests = [sha256(file) for file in files]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return (
+        digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    )
 
 
 def as_tensor(array: numpy.ndarray) -> Tensor:
@@ -74,4 +82,3 @@ def as_tensor(array: numpy.ndarray) -> Tensor:
     plain = array.reshape(-1).view("uint8")
     plain = plain if plain.flags.writeable else plain.copy()
     return torch.from_numpy(plain).view(getattr(torch, array.dtype.name)).reshape(array.shape)
-

@@ -1,6 +1,8 @@
-"""What an adapter records as its base: the model's id on the Hub, which is the same on every machine.
+"""What an adapter records as its base: the model's id on the Hub, which is the same on every
+machine.
 
-One rule for the exporters, which write it, for ``workshop conform``, which asks for it, and for the store, which compares two.
+One rule for the exporters, which write it, for ``workshop conform``, which asks for it, and for the
+store, which compares two.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ _NAME = re.compile(r"\w[\w.-]*")
 
 
 def base_id(base: str) -> str:
-    """``base`` if it is an id already; else the id that the catalogue has for that name or directory, else its last part."""
+    """``base`` if it is an id already; else the id that the catalogue has for that name or
+    directory, else its last part."""
     if is_hub_id(base):
         return base
     name = Path(base).name.removesuffix(".nemo")
@@ -24,13 +27,15 @@ def base_id(base: str) -> str:
 
 
 def of_directory(directory: Path, recorded: str) -> str:
-    """The id of the model in ``directory``, where an adapter of it has ``recorded`` its base: an id that is recorded is kept."""
+    """The id of the model in ``directory``, where an adapter of it has ``recorded`` its base: an id
+    that is recorded is kept."""
     found = _catalogued().get(directory.name)
     return found or (recorded if is_hub_id(recorded) else directory.name)
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two ids, names or directories are the same model's. Organisations differ (meta, meta-llama), and so do capital letters."""
+    """Whether two ids, names or directories are the same model's. Organisations differ (meta,
+    meta-llama), and so do capital letters."""
     first, second = (base_id(base).rpartition("/")[2].casefold() for base in (one, other))
     return first == second
 
@@ -41,12 +46,15 @@ def is_hub_id(base: str) -> bool:
 
 
 def is_place(base: str) -> bool:
-    """Whether ``base`` can only be a place on some machine: an absolute path, one with ``.`` or ``~`` in front, or one of several folders."""
+    """Whether ``base`` can only be a place on some machine: an absolute path, one with ``.`` or
+    ``~`` in front, or one of several folders."""
     return not (is_hub_id(base) or _NAME.fullmatch(base))
 
 
 def _catalogued() -> dict[str, str]:
     """Ids on the Hub of the models of the manifest, by name, where they have one."""
-    if not paths.repository_file("models/manifest.yaml").is_file():  # the package alone, copied into another project
+    if not paths.repository_file(
+        "models/manifest.yaml"
+    ).is_file():  # the package alone, copied into another project
         return {}
     return {name: model.hub_id for name, model in catalogue().items() if model.hub_id}

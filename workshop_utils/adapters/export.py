@@ -1,4 +1,5 @@
-"""One export from start to end: read, write beside the place it goes to, check, then give it its name."""
+"""One export from start to end: read, write beside the place it goes to, check, then give it its
+name."""
 
 from __future__ import annotations
 
@@ -30,15 +31,21 @@ from workshop_utils.core.paths import shown
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
 _CARD = "README.md"
 ELSEWHERE = "Choose another --out"
-"""Of the errors about what stands where an export would go; :mod:`workshop_utils.training.recipe.deliver` has no such option, and says it otherwise."""
-_PEFT_FILES = re.compile(r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md")
-_MERGED_FILES = re.compile(r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights")
+"""Of the errors about what stands where an export would go;
+:mod:`workshop_utils.training.recipe.deliver` has no such option, and says it otherwise."""
+_PEFT_FILES = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md"
+)
+_MERGED_FILES = re.compile(
+    r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights"
+)
 _BASES = {"hf-merged": Kind.HUGGINGFACE, "nemo2-merged": Kind.NEMO2}
 
 
 @dataclass(frozen=True)
 class Export:
-    """What an export made. ``path`` is the ``.nemo`` or the directory; ``rules`` are the reader's rules it keeps, ``notes`` to know."""
+    """What an export made. ``path`` is the ``.nemo`` or the directory; ``rules`` are the reader's
+    rules it keeps, ``notes`` to know."""
 
     path: Path
     files: tuple[Path, ...]
@@ -69,7 +76,10 @@ class _Job:
 
     def notes(self) -> tuple[str, ...]:
         """What reading the adapter changed, and what a server has to be started with."""
-        return (*self.adapter.notes, *(rank_notes(self.record.rank, self.record.to) if self.record.for_servers else ()))
+        return (
+            *self.adapter.notes,
+            *(rank_notes(self.record.rank, self.record.to) if self.record.for_servers else ()),
+        )
 
 
 def export_adapter(
@@ -86,18 +96,21 @@ def export_adapter(
     check: bool = True,
     accept: Callable[[Path], None] | None = None,
 ) -> Export:
-    """The same as :func:`workshop_utils.adapters.export.export`, with everything there is to say about what was made.
+    """The same as :func:`workshop_utils.adapters.export.export`, with everything there is to say
+    about what was made.
 
-    ``accept`` gets the export before it has its name, or the one that is to be reused, and raises a WorkshopError to refuse it.
+    ``accept`` gets the export before it has its name, or the one that is to be reused, and raises a
+    WorkshopError to refuse it.
     """
     if to not in TARGETS or reader not in ("trtllm", "nemo") or dtype not in (None, *DTYPES):
         raise WorkshopError(
-            f"Cannot export to {to!r} for reader {reader!r} as {dtype!r}: to is one of {', '.join(TARGETS)}, reader is trtllm or nemo, dtype "
-            f"one of {', '.join(DTYPES)}."
+            f"Cannot export to {to!r} for reader {reader!r} as {dtype!r}: to is one of "
+            f"{', '.join(TARGETS)}, reader is trtllm or nemo, dtype one of {', '.join(DTYPES)}."
         )
     if to == "nemo2-merged" and dtype:
         raise WorkshopError(
-            "A merged NeMo 2.0 checkpoint keeps its base's dtype. To change it: workshop convert MERGED OUT --to nemo2 --dtype ..."
+            "A merged NeMo 2.0 checkpoint keeps its base's dtype. To change it: workshop convert "
+            "MERGED OUT --to nemo2 --dtype ..."
         )
     source = find_adapter(adapter)
     require_sound(source, trust)
@@ -129,7 +142,8 @@ def export_adapter(
 
 
 def _default_name(source: Path) -> str:
-    """The name of the file or directory; for ``NAME/checkpoints/...`` and for the forms of an earlier export, that of the run."""
+    """The name of the file or directory; for ``NAME/checkpoints/...`` and for the forms of an
+    earlier export, that of the run."""
     above = source.resolve().parent
     if above.name == "checkpoints" and source.suffix != ".nemo":
         return above.parent.name
@@ -183,7 +197,9 @@ def _to_directory(job: _Job, target: Path) -> Export:
                 merge.merge_huggingface(job.adapter, job.base, part, job.dtype)
             else:
                 merge.merge_nemo2(job.adapter, job.base, part)
-            (part / write_peft.RECORD).write_text(json.dumps(job.record.as_dict(), indent=2) + "\n", encoding="utf-8")
+            (part / write_peft.RECORD).write_text(
+                json.dumps(job.record.as_dict(), indent=2) + "\n", encoding="utf-8"
+            )
             kept = _kept(job, part)
             (part / _CARD).write_text(job.card(), encoding="utf-8")
     elif job.results or not (target / _CARD).exists():
@@ -211,10 +227,12 @@ def _rules(job: _Job, path: Path) -> list[str]:
 
 
 def _reusable(job: _Job, target: Path) -> list[str] | None:
-    """The rules kept by an existing export of the same adapter in the same form; ``None`` when a new one is to be written.
+    """The rules kept by an existing export of the same adapter in the same form; ``None`` when a
+    new one is to be written.
 
     Raises:
-        OutputExists: something else is there, or that export no longer passes its checks, and ``overwrite`` is not set.
+        OutputExists: something else is there, or that export no longer passes its checks, and
+            ``overwrite`` is not set.
     """
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return None
@@ -223,7 +241,9 @@ def _reusable(job: _Job, target: Path) -> list[str] | None:
     except (WorkshopError, OSError, ValueError) as error:
         if job.overwrite:
             return None
-        raise OutputExists(f"{shown(target)} exists. {error} {ELSEWHERE}, or replace it with --overwrite.") from error
+        raise OutputExists(
+            f"{shown(target)} exists. {error} {ELSEWHERE}, or replace it with --overwrite."
+        ) from error
 
 
 def _check_existing(job: _Job, target: Path) -> list[str] | None:
@@ -234,12 +254,17 @@ def _check_existing(job: _Job, target: Path) -> list[str] | None:
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     if not isinstance(found, dict):
         raise OutputExists("It was not made by this workshop.")
-    # The name of the file it was made from and the version that made it do not matter: what it holds is checked below.
-    differing = {field for field, value in asdict(job.record).items() if found.get(field) != value} - {"source", "exporter"}
+    # The name of the file it was made from and the version that made it do not matter: what it
+    # holds is checked below.
+    differing = {
+        field for field, value in asdict(job.record).items() if found.get(field) != value
+    } - {"source", "exporter"}
     if differing == {"base"} and same_base(str(found.get("base") or ""), job.record.base):
         return None  # the same export, but for how it names the base
     if differing:
-        raise OutputExists("It was made from another adapter, or for another reader, base or dtype.")
+        raise OutputExists(
+            "It was made from another adapter, or for another reader, base or dtype."
+        )
     return _kept(job, target)
 
 
@@ -247,25 +272,38 @@ def _refuse_second_nemo(target: Path) -> None:
     """NIM takes a directory as one adapter and wants exactly one ``.nemo`` in it."""
     others = [path for path in target.parent.glob("*.nemo") if path.name != target.name]
     if others:
-        raise OutputExists(f"NIM wants exactly one .nemo a directory, and {shown(others[0])} is there already. {ELSEWHERE}.")
+        raise OutputExists(
+            f"NIM wants exactly one .nemo a directory, and {shown(others[0])} is there already. "
+            f"{ELSEWHERE}."
+        )
 
 
 def _refuse_foreign_directory(target: Path) -> None:
-    """A whole directory is replaced, so nothing of somebody else's may be in it, overwrite or not: only what an export wrote."""
+    """A whole directory is replaced, so nothing of somebody else's may be in it, overwrite or not:
+    only what an export wrote."""
     if target.exists() and not target.is_dir():
         raise OutputExists(f"{shown(target)} is a file; this export is a directory. {ELSEWHERE}.")
     merged = (target / write_peft.RECORD).is_file() and not (target / write_peft.CONFIG).exists()
     known = _MERGED_FILES if merged else _PEFT_FILES
-    foreign = sorted(path.name for path in target.iterdir() if not known.fullmatch(path.name)) if target.exists() else []
+    foreign = (
+        sorted(path.name for path in target.iterdir() if not known.fullmatch(path.name))
+        if target.exists()
+        else []
+    )
     if foreign:
-        raise OutputExists(f"{shown(target)} holds {foreign[0]!r}, which no export wrote: it is not replaced. {ELSEWHERE}.")
+        raise OutputExists(
+            f"{shown(target)} holds {foreign[0]!r}, which no export wrote: it is not replaced. "
+            f"{ELSEWHERE}."
+        )
 
 
 def _refuse_source(adapter: LoraAdapter, target: Path) -> None:
     if target.suffix == ".nemo" and target.is_dir():
         raise OutputExists(f"{shown(target)} is a directory. {ELSEWHERE}.")
     if target.exists() and adapter.source.resolve().is_relative_to(target.resolve()):
-        raise OutputExists(f"{shown(target)} is, or holds, the adapter that is exported. {ELSEWHERE}.")
+        raise OutputExists(
+            f"{shown(target)} is, or holds, the adapter that is exported. {ELSEWHERE}."
+        )
 
 
 def export(
@@ -281,32 +319,45 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     check: bool = True,
 ) -> Path:
-    """Export ``adapter`` and return the path of the new ``.nemo`` (``to="nemo"``) or directory (PEFT adapter or merged model).
+    """Export ``adapter`` and return the path of the new ``.nemo`` (``to="nemo"``) or directory
+    (PEFT adapter or merged model).
 
-    The result is checked against the rules of its reader before it gets its name, and a model card is written with it. An
-    export that was already made from the identical adapter is checked and reused.
+    The result is checked against the rules of its reader before it gets its name, and a model card
+    is written with it. An export that was already made from the identical adapter is checked and
+    reused.
 
     Args:
-        adapter: a ``.nemo`` or ``.ckpt`` of NeMo's script path, a run directory that holds exactly one ``.nemo``, an adapter directory of
+        adapter: a ``.nemo`` or ``.ckpt`` of NeMo's script path, a run directory that holds exactly
+            one ``.nemo``, an adapter directory of
             NeMo 2.0 (LoRA, DoRA, CanonicalLoRA), or a PEFT directory (LoRA, DoRA).
         to: the form.
-        out: where; by default ``runs/exports/NAME/{trtllm,nemo}/NAME.nemo`` or ``runs/exports/NAME/TO``.
-        reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"`` (interleaved, as trained).
-        base_model: the base's id to record; by default the name in the adapter's configuration. Or its directory: needed for merging (a
-            Hugging Face model or a NeMo 2.0 checkpoint), and for a ``.nemo`` of a PEFT adapter, which does not tell the base's heads.
+        out: where; by default ``runs/exports/NAME/{trtllm,nemo}/NAME.nemo`` or
+            ``runs/exports/NAME/TO``.
+        reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"``
+            (interleaved, as trained).
+        base_model: the base's id to record; by default the name in the adapter's configuration. Or
+            its directory: needed for merging (a
+            Hugging Face model or a NeMo 2.0 checkpoint), and for a ``.nemo`` of a PEFT adapter,
+            which does not tell the base's heads.
         name: the adapter's name; by default the file's.
-        overwrite: replace an export of another adapter, or a spoilt one. A directory with other files is never replaced.
+        overwrite: replace an export of another adapter, or a spoilt one. A directory with other
+            files is never replaced.
         results: measured figures by name, for the model card.
-        dtype: of the adapter's tensors, or of the merged Hugging Face model; by default they keep theirs.
+        dtype: of the adapter's tensors, or of the merged Hugging Face model; by default they keep
+            theirs.
         check: judge the result before it gets its name.
-        trust: what :func:`workshop_utils.checkpoints.verify.verify.require_sound` finds wrong with ``adapter`` is printed and not raised.
+        trust: what :func:`workshop_utils.checkpoints.verify.verify.require_sound` finds wrong with
+            ``adapter`` is printed and not raised.
 
     Raises:
-        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: see :func:`workshop_utils.adapters.read.read_adapter`.
+        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: see
+            :func:`workshop_utils.adapters.read.read_adapter`.
         UnsupportedAdapter: the form cannot hold this adapter; the message names one that can.
         OutputExists: something else is where the export would go.
         ConformanceFailed: what was written breaks a rule of its reader. It was not kept.
     """
     from workshop_utils.adapters.export import export_adapter
 
-    return export_adapter(adapter, to, out, reader, base_model, name, overwrite, results, trust, dtype, check).path
+    return export_adapter(
+        adapter, to, out, reader, base_model, name, overwrite, results, trust, dtype, check
+    ).path

@@ -1,7 +1,9 @@
-"""Merge an adapter into its base: a Hugging Face model, or a NeMo 2.0 checkpoint, that needs no adapter any more.
+"""Merge an adapter into its base: a Hugging Face model, or a NeMo 2.0 checkpoint, that needs no
+adapter any more.
 
-The base is read and written tensor by tensor, and never as a whole in memory. The sum is made in single precision and then rounded once,
-to the base's dtype. Neither transformers nor NeMo is needed.
+The base is read and written tensor by tensor, and never as a whole in memory. The sum is made in
+single precision and then rounded once, to the base's dtype. Neither transformers nor NeMo is
+needed.
 """
 
 from __future__ import annotations
@@ -27,11 +29,24 @@ from workshop_utils.core.paths import shown
 if TYPE_CHECKING:
     import torch
 
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64", "int64": "I64", "int32": "I32", "uint8": "U8",
-                "int16": "I16", "int8": "I8", "bool": "BOOL"}  # fmt: skip
+_SAFETENSORS = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float64": "F64",
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "int16": "I16",
+    "int8": "I8",
+    "bool": "BOOL",
+}
 _COPIED = (".json", ".txt", ".model", ".jinja")
-#: Names of the linear layers in a NeMo 2.0 checkpoint, which stacks the layers of the model, and the targets that they are.
-FUSED = {f"module.decoder.layers.{name}.weight": target for name, target in read_nemo2.LAYERS.items()}
+#: Names of the linear layers in a NeMo 2.0 checkpoint, which stacks the layers of the model, and
+#: the targets that they are.
+FUSED = {
+    f"module.decoder.layers.{name}.weight": target for name, target in read_nemo2.LAYERS.items()
+}
 
 
 def base_directory(base: Path | str | None, to: str) -> Path:
@@ -41,8 +56,16 @@ def base_directory(base: Path | str | None, to: str) -> Path:
         UnsupportedAdapter: it is not here, or of another kind; the message says how to get one.
     """
     file, kind, how = {
-        "hf-merged": ("config.json", "Hugging Face model directory", "workshop import --to-huggingface NEMO2_DIR --out DIR"),
-        "nemo2-merged": ("context/model.yaml", "NeMo 2.0 checkpoint", "workshop import HF_DIR --out DIR"),
+        "hf-merged": (
+            "config.json",
+            "Hugging Face model directory",
+            "workshop import --to-huggingface NEMO2_DIR --out DIR",
+        ),
+        "nemo2-merged": (
+            "context/model.yaml",
+            "NeMo 2.0 checkpoint",
+            "workshop import HF_DIR --out DIR",
+        ),
     }[to]
     if base is None or not (Path(base) / file).is_file():
         given = (
@@ -56,8 +79,11 @@ def base_directory(base: Path | str | None, to: str) -> Path:
     return Path(base)
 
 
-def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: str | None = None) -> None:
-    """Fill the empty ``directory`` with the Hugging Face model ``base`` and ``adapter`` in one. ``dtype`` replaces the base's.
+def merge_huggingface(
+    adapter: LoraAdapter, base: Path, directory: Path, dtype: str | None = None
+) -> None:
+    """Fill the empty ``directory`` with the Hugging Face model ``base`` and ``adapter`` in one.
+    ``dtype`` replaces the base's.
 
     Raises:
         UnsupportedAdapter: the base is another model, or quantised.
@@ -68,12 +94,17 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
     checkpoint, apart = huggingface.describe(base), separated(adapter)
     config = read_json(base / "config.json")
     if "quantization_config" in config:
-        raise UnsupportedAdapter(f"{shown(base)} is quantised: merge into the model that it was made from.")
-    places = {f"model.layers.{layer}.{module}.weight": (layer, module) for layer, module in apart.weights}
+        raise UnsupportedAdapter(
+            f"{shown(base)} is quantised: merge into the model that it was made from."
+        )
+    places = {
+        f"model.layers.{layer}.{module}.weight": (layer, module) for layer, module in apart.weights
+    }
     _fit(apart, {tensor.name: tensor.shape for tensor in checkpoint.tensors}, places, base)
 
     def made(tensor: Tensor) -> torch.Tensor:
-        """``tensor`` as it is written: with what the adapter adds to it, in the dtype that is wanted."""
+        """``tensor`` as it is written: with what the adapter adds to it, in the dtype that is
+        wanted."""
         weight = as_tensor(values.read_tensor(checkpoint, tensor))
         wanted = _wanted(tensor, dtype)
         found = updated(weight, apart, *places[tensor.name]) if tensor.name in places else weight
@@ -87,7 +118,9 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
             _write_safetensors(directory / name, tensors, made, dtype, bar)
     if len(parts) > 1:
         index = {tensor.name: name for name, tensors in parts.items() for tensor in tensors}
-        total = sum(tensor.elements * DTYPE_BYTES[_wanted(tensor, dtype)] for tensor in checkpoint.tensors)
+        total = sum(
+            tensor.elements * DTYPE_BYTES[_wanted(tensor, dtype)] for tensor in checkpoint.tensors
+        )
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
         (directory / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
     for file in sorted(base.iterdir()):
@@ -95,35 +128,52 @@ def merge_huggingface(adapter: LoraAdapter, base: Path, directory: Path, dtype: 
             shutil.copyfile(file, directory / file.name)
     if dtype:
         field = "dtype" if "dtype" in config else "torch_dtype"
-        (directory / "config.json").write_text(json.dumps(config | {field: dtype}, indent=2) + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(
+            json.dumps(config | {field: dtype}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
-    """Fill the empty ``directory`` with the NeMo 2.0 checkpoint ``base`` and ``adapter`` in one; errors as :func:`merge_huggingface`."""
+    """Fill the empty ``directory`` with the NeMo 2.0 checkpoint ``base`` and ``adapter`` in one;
+    errors as :func:`merge_huggingface`."""
     import torch
 
     source, checkpoint, apart = readers.read(base), nemo2.describe(base), separated(adapter)
     sizes = read_nemo2.base_architecture(source.fields)
     # An mlp_fc1 with a gate and one without have not even up_proj in common.
-    targets = [target for target in MODULES if target != "mlp_fc1" or sizes.gated == apart.architecture.gated]
+    targets = [
+        target
+        for target in MODULES
+        if target != "mlp_fc1" or sizes.gated == apart.architecture.gated
+    ]
     shapes = {
         f"{module} of layer {layer}": sizes.features(module)[::-1]
         for target in targets
         for module in modules_of(target, sizes)
         for layer in range(sizes.num_layers)
     }
-    _fit(apart, shapes, {f"{module} of layer {layer}": (layer, module) for layer, module in apart.weights}, base)
+    _fit(
+        apart,
+        shapes,
+        {f"{module} of layer {layer}": (layer, module) for layer, module in apart.weights},
+        base,
+    )
 
     def change(tensor: Tensor, chunk: Chunk, held: torch.Tensor) -> torch.Tensor:
-        """The ``chunk`` of the base, layer by layer, with what the adapter adds to that part of each."""
+        """The ``chunk`` of the base, layer by layer, with what the adapter adds to that part of
+        each."""
         if tensor.name not in FUSED:
             return held
         layers = range(chunk.offsets[0], chunk.offsets[0] + chunk.shape[0])
         whole = chunk.shape[1:] == tensor.shape[1:]
-        region = tuple(slice(start, start + size) for start, size in zip(chunk.offsets[1:], chunk.shape[1:], strict=True))
+        region = tuple(
+            slice(start, start + size)
+            for start, size in zip(chunk.offsets[1:], chunk.shape[1:], strict=True)
+        )
         rows = []
         for at, layer in enumerate(layers):
-            # A part of a matrix says nothing of the length of its rows (DoRA), nor where a head begins.
+            # A part of a matrix says nothing of the length of its rows (DoRA), nor where a head
+            # begins.
             weight = held[at] if whole else as_tensor(values.read_tensor(checkpoint, tensor, layer))
             merged = merged_fused(weight, apart, layer, FUSED[tensor.name], sizes.heads)
             rows.append(merged.to(held.dtype) if whole else merged.to(held.dtype)[region])
@@ -137,8 +187,11 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
     shutil.copytree(base / "context", directory / "context")
 
 
-def merged_fused(weight: torch.Tensor, apart: LoraAdapter, layer: int, target: str, heads: Heads) -> torch.Tensor:
-    """NeMo's fused ``weight`` ``[out, in]`` of ``target``, rows interleaved, with what ``apart`` adds to its parts; fp32."""
+def merged_fused(
+    weight: torch.Tensor, apart: LoraAdapter, layer: int, target: str, heads: Heads
+) -> torch.Tensor:
+    """NeMo's fused ``weight`` ``[out, in]`` of ``target``, rows interleaved, with what ``apart``
+    adds to its parts; fp32."""
     import torch
 
     modules = modules_of(target, apart.architecture)
@@ -155,7 +208,12 @@ def merged_fused(weight: torch.Tensor, apart: LoraAdapter, layer: int, target: s
     return join(*made, heads, "interleaved") if target == "attention_qkv" else torch.cat(made)
 
 
-def _fit(apart: LoraAdapter, shapes: dict[str, tuple[int, ...]], places: dict[str, tuple[int, str]], base: Path) -> None:
+def _fit(
+    apart: LoraAdapter,
+    shapes: dict[str, tuple[int, ...]],
+    places: dict[str, tuple[int, str]],
+    base: Path,
+) -> None:
     """The base has every layer that the adapter adapts, in its shape."""
     for name, place in places.items():
         a, b = apart.weights[place]
@@ -163,14 +221,18 @@ def _fit(apart: LoraAdapter, shapes: dict[str, tuple[int, ...]], places: dict[st
         if shapes.get(name) != wanted:
             has = f"there it is {list(shapes[name])}" if name in shapes else "which it lacks"
             raise UnsupportedAdapter(
-                f"{shown(base)} is not the base of {shown(apart.source)}: the adapter is for {name} {list(wanted)}; {has}. Give --base "
-                f"the model that it was trained on{f' ({apart.base})' if apart.base else ''}."
+                f"{shown(base)} is not the base of {shown(apart.source)}: the adapter is for "
+                f"{name} {list(wanted)}; {has}. Give --base the model that it was trained "
+                f"on{f' ({apart.base})' if apart.base else ''}."
             )
 
 
 def _part(file: str) -> str:
     """The name of the safetensors file for what ``file`` of the base holds."""
-    return file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors") + ".safetensors"
+    return (
+        file.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
+        + ".safetensors"
+    )
 
 
 def _wanted(tensor: Tensor, dtype: str | None) -> str:
@@ -178,11 +240,17 @@ def _wanted(tensor: Tensor, dtype: str | None) -> str:
 
 
 def _write_safetensors(
-    file: Path, tensors: Iterable[Tensor], made: Callable[[Tensor], torch.Tensor], dtype: str | None, bar: Any
+    file: Path,
+    tensors: Iterable[Tensor],
+    made: Callable[[Tensor], torch.Tensor],
+    dtype: str | None,
+    bar: Any,
 ) -> None:
-    """The safetensors ``file``, one tensor at a time: the length of the header, the header, and the bytes of each.
+    """The safetensors ``file``, one tensor at a time: the length of the header, the header, and the
+    bytes of each.
 
-    The library's own writer wants all tensors in memory. Source of the format: the description in the safetensors repository.
+    The library's own writer wants all tensors in memory. Source of the format: the description in
+    the safetensors repository.
     """
     import torch
 
@@ -192,12 +260,18 @@ def _write_safetensors(
     for tensor in tensors:
         wanted = _wanted(tensor, dtype)
         size = tensor.elements * DTYPE_BYTES[wanted]
-        header[tensor.name] = {"dtype": _SAFETENSORS[wanted], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS[wanted],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as written:
         written.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            written.write(memoryview(made(tensor).contiguous().reshape(-1).view(torch.uint8).numpy()))
+            written.write(
+                memoryview(made(tensor).contiguous().reshape(-1).view(torch.uint8).numpy())
+            )
             bar.update(tensor.nbytes)

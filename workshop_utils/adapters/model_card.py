@@ -16,12 +16,20 @@ _ORDER = {
 }
 
 
-def model_card(adapter: LoraAdapter, record: Record, name: str, results: Mapping[str, float | str] | None = None) -> str:
-    """The card in Markdown. ``results`` are measured figures by name; without them the card says that none were given."""
+def model_card(
+    adapter: LoraAdapter,
+    record: Record,
+    name: str,
+    results: Mapping[str, float | str] | None = None,
+) -> str:
+    """The card in Markdown. ``results`` are measured figures by name; without them the card says
+    that none were given."""
     base = f"`{record.base}`" if record.base else "a base model that was not recorded"
     merged = record.to.endswith("-merged")
     kind = "DoRA" if adapter.magnitudes else "LoRA"
-    what = f"{base} with a {kind} adapter merged into it" if merged else f"A {kind} adapter for {base}"
+    what = (
+        f"{base} with a {kind} adapter merged into it" if merged else f"A {kind} adapter for {base}"
+    )
     return "\n".join(
         [
             *_front_matter(record),
@@ -37,7 +45,10 @@ def model_card(adapter: LoraAdapter, record: Record, name: str, results: Mapping
             f"- Intended reader: {record.reader}.",
             f"- Row order of the fused q/k/v matrix: {_ORDER[record.qkv_order]}.",
             f"- Scale: {_scale(adapter, record)}.",
-            f"- Made from `{record.source}` (sha256 `{record.source_sha256}`){'' if merged else ', without loading the base model'}.",
+            (
+                f"- Made from `{record.source}` (sha256 "
+                f"`{record.source_sha256}`){'' if merged else ', without loading the base model'}."
+            ),
             *(f"- {note[:1].upper()}{note[1:]}." for note in adapter.notes),
             *_cautions(adapter, record),
             "",
@@ -51,12 +62,22 @@ def model_card(adapter: LoraAdapter, record: Record, name: str, results: Mapping
             "",
             "## Results",
             "",
-            *([f"- {what}: {figure}" for what, figure in results.items()] if results else ["None were given to the export."]),
+            *(
+                [f"- {what}: {figure}" for what, figure in results.items()]
+                if results
+                else ["None were given to the export."]
+            ),
             "",
             "## Not tested",
             "",
-            f"The {'model' if merged else 'adapter'} was not loaded by a NIM. NIM 1.x documents `.nemo` adapters, but its own loader is closed; NIM 2.x",
-            "documents the Hugging Face layout only. What was checked is the rules of the public readers.",
+            (
+                f"The {'model' if merged else 'adapter'} was not loaded by a NIM. NIM 1.x "
+                "documents `.nemo` adapters, but its own loader is closed; NIM 2.x"
+            ),
+            (
+                "documents the Hugging Face layout only. What was checked is the rules of the "
+                "public readers."
+            ),
             "",
         ]
     )
@@ -83,7 +104,8 @@ def _scale(adapter: LoraAdapter, record: Record) -> str:
     fraction = f"alpha / rank = {adapter.alpha:g} / {adapter.rank} = {adapter.scale:g}"
     if record.alpha_baked_in:
         return (
-            f"{fraction} is multiplied into `linear_out`, because the reader applies none; the configuration says alpha = rank"
+            f"{fraction} is multiplied into `linear_out`, because the reader applies none; the "
+            "configuration says alpha = rank"
         )
     return f"the reader applies {fraction}"
 
@@ -91,14 +113,26 @@ def _scale(adapter: LoraAdapter, record: Record) -> str:
 def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
     if record.to.endswith("-merged"):
         return []
-    lines = [f"- Rank {adapter.rank}: the server must allow it (vLLM `--max-lora-rank`, NIM `NIM_MAX_LORA_RANK`)."]
+    lines = [
+        (
+            f"- Rank {adapter.rank}: the server must allow it (vLLM `--max-lora-rank`, NIM "
+            "`NIM_MAX_LORA_RANK`)."
+        )
+    ]
     if record.qkv_order == "qkv":
-        lines.append("- Do not give this file to NeMo or to NeMo's converter: they expect interleaved rows.")
+        lines.append(
+            "- Do not give this file to NeMo or to NeMo's converter: they expect interleaved rows."
+        )
     if record.qkv_order == "interleaved":
-        lines.append("- Do not give this file to TensorRT-LLM: it expects `Q|K|V` rows and applies no scale.")
+        lines.append(
+            "- Do not give this file to TensorRT-LLM: it expects `Q|K|V` rows and applies no scale."
+        )
         heads, hidden = adapter.architecture.heads, adapter.architecture.hidden_size
         if heads.channels * heads.attention != hidden:
-            lines.append(f"- NeMo's converter takes hidden_size / heads for the head size; this model's is {heads.channels}.")
+            lines.append(
+                "- NeMo's converter takes hidden_size / heads for the head size; this model's "
+                f"is {heads.channels}."
+            )
     return lines
 
 
@@ -113,15 +147,38 @@ def _use(record: Record, name: str) -> list[str]:
             "model = PeftModel.from_pretrained(base, THIS_DIRECTORY)",
             "```",
             "",
-            f"For NIM or vLLM, give this directory the name that clients will ask for, such as `{name}`.",
+            (
+                "For NIM or vLLM, give this directory the name that clients will ask for, such as "
+                f"`{name}`."
+            ),
         ]
     if record.to == "hf-merged":
-        return ["Load it as any model: `AutoModelForCausalLM.from_pretrained(THIS_DIRECTORY)`. It needs no adapter."]
+        return [
+            (
+                "Load it as any model: `AutoModelForCausalLM.from_pretrained(THIS_DIRECTORY)`. It "
+                "needs no adapter."
+            )
+        ]
     if record.to == "nemo2-merged":
-        return ["Give it to NeMo 2.0 as any checkpoint: `llm.generate(path=THIS_DIRECTORY, ...)`, or train on from it."]
+        return [
+            (
+                "Give it to NeMo 2.0 as any checkpoint: `llm.generate(path=THIS_DIRECTORY, "
+                "...)`, or train on from it."
+            )
+        ]
     if record.qkv_order == "qkv":
-        return [f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one `.nemo` in each directory."]
-    return ["Restore it with NeMo onto the base it was trained on, or convert it with `nemo/export/utils/lora_converter.py`."]
+        return [
+            (
+                f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one "
+                "`.nemo` in each directory."
+            )
+        ]
+    return [
+        (
+            "Restore it with NeMo onto the base it was trained on, or convert it with "
+            "`nemo/export/utils/lora_converter.py`."
+        )
+    ]
 
 
 def _training(adapter: LoraAdapter) -> list[str]:
@@ -139,7 +196,9 @@ def _training(adapter: LoraAdapter) -> list[str]:
         "Longest sequence (tokens)": _at(config, "data", "train_ds", "max_seq_length"),
         "Precision": config.get("precision"),
         "Layers": adapter.layers,
-        "Trainable parameters": sum(half.numel() for halves in adapter.weights.values() for half in halves),
+        "Trainable parameters": sum(
+            half.numel() for halves in adapter.weights.values() for half in halves
+        ),
     }
     return [f"- {what}: {value}" for what, value in facts.items() if value is not None]
 

@@ -1,8 +1,10 @@
-"""The linear layers of NeMo and those of Hugging Face: q, k, v and gate, up are fused in the one, separate in the other.
+"""The linear layers of NeMo and those of Hugging Face: q, k, v and gate, up are fused in the one,
+separate in the other.
 
-A fused layer has one A for all its parts; separate ones have an A each. Separating is exact: A is shared, B is cut. Fusing is exact,
-too: at the same rank where the parts share one A, else at the sum of the ranks, with the As one below the other and the Bs on a
-diagonal of blocks.
+A fused layer has one A for all its parts; separate ones have an A each. Separating is exact: A is
+shared, B is cut. Fusing is exact,
+too: at the same rank where the parts share one A, else at the sum of the ranks, with the As one
+below the other and the Bs on a diagonal of blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _ORDER = [*MODULES, *(module for modules in MODULES.values() for module in modul
 
 
 def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
-    """Hugging Face's modules for ``target`` in a base of ``sizes``, in the order of B's parts; a module of Hugging Face's is itself."""
+    """Hugging Face's modules for ``target`` in a base of ``sizes``, in the order of B's parts; a
+    module of Hugging Face's is itself."""
     if target == "mlp_fc1" and sizes and not sizes.gated:
         return ("mlp.up_proj",)
     return MODULES.get(target, (target,))
@@ -39,11 +42,14 @@ def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
 
 def hf_modules(adapter: LoraAdapter) -> list[str]:
     """The Hugging Face modules that ``adapter`` adapts."""
-    return [module for target in adapter.targets for module in modules_of(target, adapter.architecture)]
+    return [
+        module for target in adapter.targets for module in modules_of(target, adapter.architecture)
+    ]
 
 
 def separated(adapter: LoraAdapter) -> LoraAdapter:
-    """``adapter`` with Hugging Face's modules as targets. The parts of one fused layer share their A: the same tensor.
+    """``adapter`` with Hugging Face's modules as targets. The parts of one fused layer share their
+    A: the same tensor.
 
     Raises:
         UnsupportedAdapter: the base has an MLP that no family in Hugging Face's layout here has.
@@ -55,35 +61,51 @@ def separated(adapter: LoraAdapter) -> LoraAdapter:
         if (layer, target) in adapter.magnitudes:
             for module, part in _parts(adapter, target, adapter.magnitudes[layer, target][:, None]):
                 magnitudes[layer, module] = part[:, 0]
-    return dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes, targets=ordered(weights))
+    return dataclasses.replace(
+        adapter, weights=weights, magnitudes=magnitudes, targets=ordered(weights)
+    )
 
 
 def fused(adapter: LoraAdapter) -> LoraAdapter:
-    """``adapter`` with NeMo's targets, its rows in ``qkv_order``, every layer there, all of one rank.
+    """``adapter`` with NeMo's targets, its rows in ``qkv_order``, every layer there, all of one
+    rank.
 
     Raises:
-        UnsupportedAdapter: it is DoRA, whose magnitudes need the base, or the base's sizes are not known.
+        UnsupportedAdapter: it is DoRA, whose magnitudes need the base, or the base's sizes are not
+            known.
     """
     if adapter.magnitudes:
         raise UnsupportedAdapter(
-            f"{shown(adapter.source)} is a DoRA adapter, and a .nemo holds LoRA only. Export it with --to hf-peft, or merge it: --to hf-merged."
+            f"{shown(adapter.source)} is a DoRA adapter, and a .nemo holds LoRA only. Export it "
+            "with --to hf-peft, or merge it: --to hf-merged."
         )
     if adapter.architecture is None:
         raise UnsupportedAdapter(
-            f"{shown(adapter.source)}: a .nemo fuses q, k and v, for which the base's heads have to be known. Name the base's directory: --base DIR."
+            f"{shown(adapter.source)}: a .nemo fuses q, k and v, for which the base's heads have "
+            "to be known. Name the base's directory: --base DIR."
         )
-    wanted = [target for target, modules in MODULES.items() if {target, *modules} & set(adapter.targets)]
-    weights = {(layer, target): _fused(adapter, layer, target) for layer in range(adapter.layers) for target in wanted}
+    wanted = [
+        target for target, modules in MODULES.items() if {target, *modules} & set(adapter.targets)
+    ]
+    weights = {
+        (layer, target): _fused(adapter, layer, target)
+        for layer in range(adapter.layers)
+        for target in wanted
+    }
     found = dataclasses.replace(adapter, weights=weights, targets=tuple(wanted))
     made = of_one_rank(found)
     if made.rank == adapter.rank:
         return made
-    note = f"q, k and v (or gate and up) have an A each: fused exactly, at rank {made.rank} in place of {adapter.rank}"
+    note = (
+        f"q, k and v (or gate and up) have an A each: fused exactly, at rank {made.rank} in "
+        f"place of {adapter.rank}"
+    )
     return dataclasses.replace(made, notes=(*adapter.notes, note))
 
 
 def of_one_rank(adapter: LoraAdapter) -> LoraAdapter:
-    """``adapter`` with every matrix at the largest rank that one has: rows and columns of zeros change nothing. The scale stays."""
+    """``adapter`` with every matrix at the largest rank that one has: rows and columns of zeros
+    change nothing. The scale stays."""
     import torch
 
     rank = max(a.shape[0] for a, _ in adapter.weights.values())
@@ -93,9 +115,14 @@ def of_one_rank(adapter: LoraAdapter) -> LoraAdapter:
     for place, (a, b) in adapter.weights.items():
         lacking = rank - a.shape[0]
         if lacking:
-            a, b = torch.cat([a, a.new_zeros(lacking, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1)
+            a, b = (
+                torch.cat([a, a.new_zeros(lacking, a.shape[1])]),
+                torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1),
+            )
         weights[place] = Halves(a, b)
-    return dataclasses.replace(adapter, weights=weights, rank=rank, alpha=adapter.alpha * rank / adapter.rank)
+    return dataclasses.replace(
+        adapter, weights=weights, rank=rank, alpha=adapter.alpha * rank / adapter.rank
+    )
 
 
 def of_dtype(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
@@ -103,15 +130,20 @@ def of_dtype(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
     import torch
 
     wanted = getattr(torch, dtype)
-    weights = {place: Halves(*(half.to(wanted) for half in halves)) for place, halves in adapter.weights.items()}
+    weights = {
+        place: Halves(*(half.to(wanted) for half in halves))
+        for place, halves in adapter.weights.items()
+    }
     magnitudes = {place: tensor.to(wanted) for place, tensor in adapter.magnitudes.items()}
     return dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes)
 
 
 def updated(weight: Tensor, adapter: LoraAdapter, layer: int, module: str) -> Tensor:
-    """The base's ``weight`` ``[out, in]`` with what ``adapter`` (of :func:`separated`) adds to it, in single precision.
+    """The base's ``weight`` ``[out, in]`` with what ``adapter`` (of :func:`separated`) adds to it,
+    in single precision.
 
-    LoRA: ``W + s B A``. DoRA (NeMo's ``DoRALinear``, PEFT's ``DoraLinearLayer``): each row of that, at the length in ``magnitudes``.
+    LoRA: ``W + s B A``. DoRA (NeMo's ``DoRALinear``, PEFT's ``DoraLinearLayer``): each row of that,
+    at the length in ``magnitudes``.
     """
     a, b = adapter.weights[layer, module]
     made = weight.float().addmm(b.float(), a.float(), alpha=adapter.scale)
@@ -125,11 +157,16 @@ def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> Iterator[tuple[st
     sizes = adapter.architecture
     if target == "mlp_fc1" and not sizes.gated and sizes.activation != "squared-relu":
         raise UnsupportedAdapter(
-            f"{shown(adapter.source)}: mlp_fc1 with activation {sizes.activation!r} has no gate; only gated models (fast-swiglu: gate_proj "
-            "and up_proj) and Nemotron (squared-relu: up_proj) have a form in Hugging Face's layout here."
+            f"{shown(adapter.source)}: mlp_fc1 with activation {sizes.activation!r} has no gate; "
+            "only gated models (fast-swiglu: gate_proj and up_proj) and Nemotron (squared-relu: "
+            "up_proj) have a form in Hugging Face's layout here."
         )
     modules = modules_of(target, sizes)
-    parts = split(rows, sizes.heads, adapter.qkv_order) if target == "attention_qkv" else rows.chunk(len(modules))
+    parts = (
+        split(rows, sizes.heads, adapter.qkv_order)
+        if target == "attention_qkv"
+        else rows.chunk(len(modules))
+    )
     return zip(modules, parts, strict=True)
 
 
@@ -166,18 +203,37 @@ def ordered(places: Iterable[tuple[int, str]]) -> tuple[str, ...]:
 
 
 def synthetic_config(
-    adapter_dim: int, alpha: float, targets: Iterable[str], base: str, architecture: Architecture | None
+    adapter_dim: int,
+    alpha: float,
+    targets: Iterable[str],
+    base: str,
+    architecture: Architecture | None,
 ) -> dict:
-    """The fields of NeMo's ``model_config.yaml`` that describe an adapter which another program wrote."""
-    nemo_targets = [target for target in TARGETS.values() if {target, *MODULES[target]} & set(targets)]
-    lora = {"variant": "nemo", "target_modules": nemo_targets, "adapter_dim": adapter_dim, "alpha": alpha}
-    config = {"peft": {"peft_scheme": "lora", "lora_tuning": lora}, "restore_from_path": base or None}
+    """The fields of NeMo's ``model_config.yaml`` that describe an adapter which another program
+    wrote."""
+    nemo_targets = [
+        target for target in TARGETS.values() if {target, *MODULES[target]} & set(targets)
+    ]
+    lora = {
+        "variant": "nemo",
+        "target_modules": nemo_targets,
+        "adapter_dim": adapter_dim,
+        "alpha": alpha,
+    }
+    config = {
+        "peft": {"peft_scheme": "lora", "lora_tuning": lora},
+        "restore_from_path": base or None,
+    }
     if architecture is None:
         return config
     heads = architecture.heads
     sizes = {
-        "num_layers": architecture.num_layers, "hidden_size": architecture.hidden_size, "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": heads.attention, "num_query_groups": heads.groups, "kv_channels": heads.channels,
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": heads.attention,
+        "num_query_groups": heads.groups,
+        "kv_channels": heads.channels,
         "activation": architecture.activation,
-    }  # fmt: skip
+    }
     return sizes | config | {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}

@@ -1,8 +1,10 @@
-"""Prove exports: load each with the reader that exists on this machine, and compare logits and weight updates with the trained adapter.
+"""Prove exports: load each with the reader that exists on this machine, and compare logits and
+weight updates with the trained adapter.
 
-The trained side is the base with ``alpha / rank * B A`` added, cut head by head with the code of :mod:`.check`, not that of the exporters.
-Each export is read by somebody else: PEFT, transformers, torch's distributed checkpoints, NeMo's own converter. TensorRT-LLM is not
-here; its file is read by the rules of ``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale.
+The trained side is the base with ``alpha / rank * B A`` added, cut head by head with the code of
+:mod:`.check`, not that of the exporters. Each export is read by somebody else: PEFT, transformers,
+torch's distributed checkpoints, NeMo's own converter. TensorRT-LLM is not here; its file is read by
+the rules of ``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale.
 """
 
 from __future__ import annotations
@@ -50,9 +52,10 @@ PROMPTS = (
 class Form:
     """One export under proof.
 
-    ``logits`` is the largest difference of a logit from the trained adapter's, ``agreement`` the share of positions with the same most
-    likely token. ``update`` is the largest difference of a weight update, relative to the largest trained one, over all modules;
-    ``by_layer`` the same for each layer. ``untold`` says why it could not be loaded here; the figures are then None.
+    ``logits`` is the largest difference of a logit from the trained adapter's, ``agreement`` the
+    share of positions with the same most likely token. ``update`` is the largest difference of a
+    weight update, relative to the largest trained one, over all modules; ``by_layer`` the same for
+    each layer. ``untold`` says why it could not be loaded here; the figures are then None.
     """
 
     name: str
@@ -69,7 +72,8 @@ class Form:
 
 @dataclass(frozen=True)
 class Proof:
-    """``effect`` is the largest difference of a logit that the trained adapter makes to the base, over ``tokens`` tokens of prompts."""
+    """``effect`` is the largest difference of a logit that the trained adapter makes to the base,
+    over ``tokens`` tokens of prompts."""
 
     adapter: Path
     base: Path
@@ -79,40 +83,73 @@ class Proof:
 
     @property
     def proven(self) -> bool:
-        """Whether the adapter changes something, and every form that could be loaded computes it."""
+        """Whether the adapter changes something, and every form that could be loaded computes
+        it."""
         return (
-            self.effect > 0 and any(form.proven for form in self.forms) and all(form.proven is not False for form in self.forms)
+            self.effect > 0
+            and any(form.proven for form in self.forms)
+            and all(form.proven is not False for form in self.forms)
         )
 
     def table(self) -> str:
         """The figures, one line a form."""
-        lines = [f"{'form':16} {'dtype':9} {'logits':>9} {'same token':>10} {'update':>9}  {'verdict':10} read by"]
+        lines = [
+            (
+                f"{'form':16} {'dtype':9} {'logits':>9} {'same token':>10} {'update':>9}  "
+                f"{'verdict':10} read by"
+            )
+        ]
         for form in self.forms:
-            figures = "" if form.untold else f"{form.logits:9.1e} {form.agreement:10.1%} {form.update:9.1e}"
+            figures = (
+                ""
+                if form.untold
+                else f"{form.logits:9.1e} {form.agreement:10.1%} {form.update:9.1e}"
+            )
             verdict = "equal" if form.proven else "not told" if form.proven is None else "DIFFERS"
-            lines.append(f"{form.name:16} {form.dtype:9} {figures:30}  {verdict:10} {form.untold or form.reader}")
-        return "\n".join([*lines, f"The adapter itself moves a logit by up to {self.effect:.2g} ({self.tokens} tokens)."])
+            lines.append(
+                f"{form.name:16} {form.dtype:9} {figures:30}  {verdict:10} "
+                f"{form.untold or form.reader}"
+            )
+        return "\n".join(
+            [
+                *lines,
+                (
+                    f"The adapter itself moves a logit by up to {self.effect:.2g} ({self.tokens} "
+                    "tokens)."
+                ),
+            ]
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         forms = [dataclasses.asdict(form) | {"path": shown(form.path)} for form in self.forms]
         return dataclasses.asdict(self) | {
-            "adapter": shown(self.adapter), "base": shown(self.base), "forms": forms, "proven": self.proven,
-        }  # fmt: skip
+            "adapter": shown(self.adapter),
+            "base": shown(self.base),
+            "forms": forms,
+            "proven": self.proven,
+        }
 
     def save(self, target: Path | None = None) -> Path:
         """Write the proof as JSON, by default beside the exports, and return its path."""
         return paths.write_text(
-            target or _beside([form.path for form in self.forms]), json.dumps(self.as_dict(), indent=2) + "\n"
+            target or _beside([form.path for form in self.forms]),
+            json.dumps(self.as_dict(), indent=2) + "\n",
         )
 
 
 def prove(
-    adapter: Path | str, exports: Mapping[str, Path], base: Path | str, prompts: Sequence[str] = PROMPTS, trust: bool = False
+    adapter: Path | str,
+    exports: Mapping[str, Path],
+    base: Path | str,
+    prompts: Sequence[str] = PROMPTS,
+    trust: bool = False,
 ) -> Proof:
-    """Compare the ``exports`` (name -> path) of ``adapter`` with it, on the Hugging Face model ``base``, in single precision on the CPU.
+    """Compare the ``exports`` (name -> path) of ``adapter`` with it, on the Hugging Face model
+    ``base``, in single precision on the CPU.
 
-    One model is in memory at a time. ``trust`` as for :func:`workshop_utils.checkpoints.verify.verify.require_sound`.
+    One model is in memory at a time. ``trust`` as for
+    :func:`workshop_utils.checkpoints.verify.verify.require_sound`.
 
     Raises:
         UnsupportedAdapter: ``base`` is no Hugging Face model directory, or not the adapter's.
@@ -132,9 +169,13 @@ def prove(
     effect = _difference(wanted, plain)
     if not math.isfinite(effect):
         raise DamagedCheckpoint(
-            f"{shown(base)} with {shown(trained.source)} gives logits that are no numbers. Check the base's weights."
+            f"{shown(base)} with {shown(trained.source)} gives logits that are no numbers. Check "
+            "the base's weights."
         )
-    forms = [_prove_one(name, Path(path), base, truth, tokens, wanted, effect) for name, path in exports.items()]
+    forms = [
+        _prove_one(name, Path(path), base, truth, tokens, wanted, effect)
+        for name, path in exports.items()
+    ]
     return Proof(trained.source, base, effect, sum(map(len, tokens)), tuple(forms))
 
 
@@ -148,7 +189,8 @@ class _Truth:
         self.layers = 1 + max(layer for layer, _ in adapter.weights)
 
     def weights(self) -> Iterator[tuple[int, str, Tensor, Tensor]]:
-        """Layer, Hugging Face module, and its weight in the base and trained, fp32 ``[out, in]``."""
+        """Layer, Hugging Face module, and its weight in the base and trained, fp32 ``[out,
+        in]``."""
         sizes, order = self.adapter.architecture, self.adapter.qkv_order
         for (layer, target), (a, b) in self.adapter.weights.items():
             update = self.adapter.scale * (b.float() @ a.float())
@@ -169,7 +211,8 @@ class _Truth:
         name = f"model.layers.{layer}.{module}.weight"
         if name not in self._stored:
             raise UnsupportedAdapter(
-                f"{shown(self._checkpoint.path)} has no {name}: it is not the base of {shown(self.adapter.source)}."
+                f"{shown(self._checkpoint.path)} has no {name}: it is not the base of "
+                f"{shown(self.adapter.source)}."
             )
         return as_tensor(values.read_tensor(self._checkpoint, self._stored[name])).float()
 
@@ -180,7 +223,13 @@ class _Truth:
 
 
 def _prove_one(
-    name: str, path: Path, base: Path, truth: _Truth, tokens: list[list[int]], wanted: list[Tensor], effect: float
+    name: str,
+    path: Path,
+    base: Path,
+    truth: _Truth,
+    tokens: list[list[int]],
+    wanted: list[Tensor],
+    effect: float,
 ) -> Form:
     reader, load = _reader(path)
     form = Form(name, path, reader, _dtype(path))
@@ -189,11 +238,15 @@ def _prove_one(
     except UnsupportedAdapter as error:
         return dataclasses.replace(form, untold=str(error))
     except (UserWarning, RuntimeError) as error:
-        return dataclasses.replace(form, proven=False, untold=f"it does not load: {str(error).splitlines()[0]}")
+        return dataclasses.replace(
+            form, proven=False, untold=f"it does not load: {str(error).splitlines()[0]}"
+        )
     found = _logits(model, tokens)
     logits = _difference(found, wanted)
     if not effect:
-        return dataclasses.replace(form, untold="the adapter changes no logit: there is nothing to prove")
+        return dataclasses.replace(
+            form, untold="the adapter changes no logit: there is nothing to prove"
+        )
     if not math.isfinite(logits):
         return dataclasses.replace(form, proven=False, untold="its logits are no numbers")
     merged = not path.is_file() and not (path / "adapter_config.json").is_file()
@@ -204,17 +257,28 @@ def _prove_one(
     for layer, module, before, after in truth.weights():
         difference = (_parameter(model, layer, module).data.float() - after).abs()
         largest = (after - before).abs().max()
-        # Of an adapter, relative to the largest update: A has its rounding, and so has B; each is added up over the rank.
+        # Of an adapter, relative to the largest update: A has its rounding, and so has B; each is
+        # added up over the rank.
         allowed = rounding * after.abs() if merged else 4 * rounding * largest
         fits &= bool((difference <= allowed + SUM * after.abs().max()).all())
         share = difference.max() / largest if largest else difference.max()
         layers[layer] = max(layers[layer], share.item())
-    same = [bool(pair) for one, other in zip(found, wanted, strict=True) for pair in one.argmax(-1) == other.argmax(-1)]
-    # Half precision rounds every weight of a merged model: the logits then differ by a part of the effect, and the weights decide.
+    same = [
+        bool(pair)
+        for one, other in zip(found, wanted, strict=True)
+        for pair in one.argmax(-1) == other.argmax(-1)
+    ]
+    # Half precision rounds every weight of a merged model: the logits then differ by a part of the
+    # effect, and the weights decide.
     enough = effect * (1e-3 if form.dtype == "float32" else 0.5)
     return dataclasses.replace(
-        form, logits=logits, agreement=sum(same) / len(same), update=max(layers), by_layer=tuple(layers), proven=fits and logits <= enough
-    )  # fmt: skip
+        form,
+        logits=logits,
+        agreement=sum(same) / len(same),
+        update=max(layers),
+        by_layer=tuple(layers),
+        proven=fits and logits <= enough,
+    )
 
 
 def _difference(some: list[Tensor], others: list[Tensor]) -> float:
@@ -225,11 +289,16 @@ def _difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 
 def _reader(path: Path) -> tuple[str, Callable[[Path, Path], Any]]:
-    """Who reads the export at ``path``, in words, and a function of it and the base that returns a model."""
+    """Who reads the export at ``path``, in words, and a function of it and the base that returns a
+    model."""
     if path.is_file():
         section = nemo_archive.read_config(path).get("workshop")
         baked = isinstance(section, dict) and section.get("alpha_baked_in")
-        return ("TensorRT-LLM's rules", _as_trtllm) if baked else ("NeMo's lora_converter.py, then PEFT", _as_nemo_converts)
+        return (
+            ("TensorRT-LLM's rules", _as_trtllm)
+            if baked
+            else ("NeMo's lora_converter.py, then PEFT", _as_nemo_converts)
+        )
     if (path / "adapter_config.json").is_file():
         return "PEFT", _with_peft
     if (path / "config.json").is_file():
@@ -241,7 +310,9 @@ def _load(directory: Path) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32, trust_remote_code=False).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, torch_dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
 
 def _with_peft(directory: Path, base: Path) -> Any:
@@ -254,11 +325,14 @@ def _with_peft(directory: Path, base: Path) -> Any:
 
 
 def _as_trtllm(path: Path, base: Path) -> PreTrainedModel:
-    """The base with what TensorRT-LLM takes from the file: ``B A`` without a scale, all q rows, all k rows, all v rows."""
+    """The base with what TensorRT-LLM takes from the file: ``B A`` without a scale, all q rows, all
+    k rows, all v rows."""
     import torch
 
     with tarfile.open(path, "r:") as archive:
-        member = next(member for member in archive.getmembers() if member.name.endswith("model_weights.ckpt"))
+        member = next(
+            member for member in archive.getmembers() if member.name.endswith("model_weights.ckpt")
+        )
         state = torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
     model = _load(base)
     for key, a in state.items():
@@ -267,7 +341,9 @@ def _as_trtllm(path: Path, base: Path) -> PreTrainedModel:
         attention = model.model.layers[int(re.match(r".*\.layers\.(\d+)\..*", key)[1])].self_attn
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         update = state[key.replace("linear_in", "linear_out")].float() @ a.float()
-        for module, rows in zip(projections, update.split([one.out_features for one in projections]), strict=True):
+        for module, rows in zip(
+            projections, update.split([one.out_features for one in projections]), strict=True
+        ):
             module.weight.data += rows
     return model
 
@@ -278,17 +354,24 @@ def _as_nemo_converts(path: Path, base: Path) -> Any:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     if config.get("kv_channels", hidden // heads) * heads != hidden:
         raise UnsupportedAdapter(
-            f"NeMo's converter takes hidden_size / heads for the head size; this model's is {config['kv_channels']}"
+            "NeMo's converter takes hidden_size / heads for the head size; this model's is "
+            f"{config['kv_channels']}"
         )
-    if config.get("activation") == "squared-relu" and "mlp_fc1" in config["peft"]["lora_tuning"]["target_modules"]:
-        raise UnsupportedAdapter("NeMo's converter halves mlp_fc1 into gate and up, and this model has no gate")
+    if (
+        config.get("activation") == "squared-relu"
+        and "mlp_fc1" in config["peft"]["lora_tuning"]["target_modules"]
+    ):
+        raise UnsupportedAdapter(
+            "NeMo's converter halves mlp_fc1 into gate and up, and this model has no gate"
+        )
     with tempfile.TemporaryDirectory() as folder:
         _converter().convert_lora_nemo_to_canonical(str(path), folder, hf_format=True)
         return _with_peft(Path(folder), base)
 
 
 def _converter() -> Any:
-    """``nemo/export/utils/lora_converter.py`` alone: the package around it takes a minute to import."""
+    """``nemo/export/utils/lora_converter.py`` alone: the package around it takes a minute to
+    import."""
     nemo = Path(importlib.util.find_spec("nemo").submodule_search_locations[0])
     for name, file in (
         ("nemo.export.tarutils", "export/tarutils.py"),
@@ -309,7 +392,9 @@ def _as_torch_dist(directory: Path, base: Path) -> PreTrainedModel:
     reader = dcp.FileSystemReader(directory / "weights")
     stored = reader.read_metadata().state_dict_metadata
     state = {
-        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in merge.FUSED if name in stored
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        for name in merge.FUSED
+        if name in stored
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -318,7 +403,9 @@ def _as_torch_dist(directory: Path, base: Path) -> PreTrainedModel:
     sizes = base_architecture(base)
     for name, stacked in state.items():
         for layer, weight in enumerate(stacked):
-            for module, rows in cut(weight.float(), merge.FUSED[name], sizes, "interleaved").items():
+            for module, rows in cut(
+                weight.float(), merge.FUSED[name], sizes, "interleaved"
+            ).items():
                 _parameter(model, layer, module).data.copy_(rows)
     return model
 
@@ -344,11 +431,14 @@ def _tokens(base: Path, prompts: Sequence[str]) -> list[list[int]]:
     import torch
 
     vocabulary = AutoConfig.from_pretrained(base, trust_remote_code=False).vocab_size
-    return torch.randint(vocabulary, (len(prompts), 16), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.randint(
+        vocabulary, (len(prompts), 16), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
 
 def _logits(model: Any, tokens: list[list[int]]) -> list[Tensor]:
-    """The logits of each prompt, all in one pass: what fills up the shorter ones comes after them, where it changes nothing."""
+    """The logits of each prompt, all in one pass: what fills up the shorter ones comes after them,
+    where it changes nothing."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -362,7 +452,8 @@ def _logits(model: Any, tokens: list[list[int]]) -> list[Tensor]:
 
 
 def _beside(exports: list[Path]) -> Path:
-    """``proof.json`` in the directory that holds all exports, or ``NAME.proof.json`` beside the only one."""
+    """``proof.json`` in the directory that holds all exports, or ``NAME.proof.json`` beside the
+    only one."""
     if len(exports) == 1:
         return exports[0].with_name(f"{exports[0].name.removesuffix('.nemo')}.proof.json")
     return Path(os.path.commonpath([path.resolve() for path in exports])) / "proof.json"

@@ -17,39 +17,55 @@ if TYPE_CHECKING:
 
 
 def find_adapter(path: Path | str) -> Path:
-    """The adapter at ``path``: a file, a PEFT or NeMo 2.0 directory, or the only ``.nemo`` in the ``checkpoints`` folders below it.
+    """The adapter at ``path``: a file, a PEFT or NeMo 2.0 directory, or the only ``.nemo`` in the
+    ``checkpoints`` folders below it.
 
     Raises:
         NotACheckpoint: there is none, or more than one.
     """
     path = Path(path)
-    if path.is_file() or (path / PEFT_CONFIG).is_file() or (path / "weights" / "adapter_metadata.json").is_file():
+    if (
+        path.is_file()
+        or (path / PEFT_CONFIG).is_file()
+        or (path / "weights" / "adapter_metadata.json").is_file()
+    ):
         return path
     if not path.exists():
         raise NotACheckpoint(
-            f"{shown(path)} does not exist. Give an adapter, or the run directory of a script-path training.{_kept(path)}"
+            f"{shown(path)} does not exist. Give an adapter, or the run directory of a "
+            f"script-path training.{_kept(path)}"
         )
     if nemo2.looks_like(path):
         raise NotACheckpoint(
-            f"{shown(path)} is a NeMo 2.0 distributed checkpoint of a whole model: it has no weights/adapter_metadata.json."
+            f"{shown(path)} is a NeMo 2.0 distributed checkpoint of a whole model: it has no "
+            "weights/adapter_metadata.json."
         )
-    found = sorted(file for file in path.rglob("*.nemo") if file.parent == path or file.parent.name == "checkpoints")
+    found = sorted(
+        file
+        for file in path.rglob("*.nemo")
+        if file.parent == path or file.parent.name == "checkpoints"
+    )
     if not found:
         raise NotACheckpoint(
-            f"{shown(path)} holds no adapter: no .nemo (NeMo writes one to checkpoints/ when a training ends normally), no {PEFT_CONFIG} and "
-            f"no weights/adapter_metadata.json.{_state(path)}{_kept(path)}"
+            f"{shown(path)} holds no adapter: no .nemo (NeMo writes one to checkpoints/ when a "
+            f"training ends normally), no {PEFT_CONFIG} and no "
+            f"weights/adapter_metadata.json.{_state(path)}{_kept(path)}"
         )
     if len(found) > 1:
         names = "\n".join(f"  {shown(file)}" for file in found)
-        raise NotACheckpoint(f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}")
+        raise NotACheckpoint(
+            f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}"
+        )
     return found[0]
 
 
 def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
-    """Read and validate the LoRA or DoRA adapter at ``path``: ``.nemo``, ``.ckpt``, NeMo 2.0 or PEFT directory, or a run directory.
+    """Read and validate the LoRA or DoRA adapter at ``path``: ``.nemo``, ``.ckpt``, NeMo 2.0 or
+    PEFT directory, or a run directory.
 
-    Nothing is executed or extracted. The base model is not read; of ``base``, its directory, only the configuration is, and only for a
-    PEFT adapter, which does not tell the base's sizes (:mod:`.modules` needs them to fuse q, k and v).
+    Nothing is executed or extracted. The base model is not read; of ``base``, its directory, only
+    the configuration is, and only for a PEFT adapter, which does not tell the base's sizes
+    (:mod:`.modules` needs them to fuse q, k and v).
 
     Raises:
         NotACheckpoint: not a LoRA adapter, or not one adapter.
@@ -81,27 +97,42 @@ def _check_numbers(adapter: LoraAdapter) -> None:
         for (layer, target), halves in adapter.weights.items()
         for half, tensor in zip(Halves._fields, halves, strict=True)
     ]
-    named += [(f"layer {layer}, {target} magnitude", tensor) for (layer, target), tensor in adapter.magnitudes.items()]
+    named += [
+        (f"layer {layer}, {target} magnitude", tensor)
+        for (layer, target), tensor in adapter.magnitudes.items()
+    ]
     for name, tensor in named:
         if not tensor.is_floating_point():
             raise UnsupportedAdapter(
-                f"{shown(adapter.source)}: {name} is {tensor.dtype}; only floating-point weights can be exported."
+                f"{shown(adapter.source)}: {name} is {tensor.dtype}; only floating-point weights "
+                "can be exported."
             )
         if not torch.isfinite(tensor).all():
             raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: {name} holds NaN or infinity. The training diverged: lower the rate."
+                f"{shown(adapter.source)}: {name} holds NaN or infinity. The training diverged: "
+                "lower the rate."
             )
 
 
 def _state(run: Path) -> str:
-    """What the record in the directory ``run`` says of its training, as a sentence; empty where there is none."""
+    """What the record in the directory ``run`` says of its training, as a sentence; empty where
+    there is none."""
     record = run / "workshop" / "run.json"
     status = safe_text.read_json(record).get("status") if record.is_file() else None
     return f" {shown(record)} has its training as {status}." if isinstance(status, str) else ""
 
 
 def _kept(run: Path) -> str:
-    """Adapters of earlier trainings that are kept beside ``run`` under a number, as a sentence; empty where there are none."""
-    folders = [folder for folder in run.parent.glob(f"{glob.escape(run.name)}.*") if folder.suffix[1:].isdecimal()]
+    """Adapters of earlier trainings that are kept beside ``run`` under a number, as a sentence;
+    empty where there are none."""
+    folders = [
+        folder
+        for folder in run.parent.glob(f"{glob.escape(run.name)}.*")
+        if folder.suffix[1:].isdecimal()
+    ]
     found = [shown(folder) for folder in sorted(folders) if any(folder.glob("checkpoints/*.nemo"))]
-    return f" An earlier run of that name, with an adapter, is kept as {' and as '.join(found)}." if found else ""
+    return (
+        f" An earlier run of that name, with an adapter, is kept as {' and as '.join(found)}."
+        if found
+        else ""
+    )

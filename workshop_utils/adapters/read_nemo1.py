@@ -1,6 +1,8 @@
-"""Read the LoRA adapter of NeMo's script path: a ``.nemo``, or the Lightning ``.ckpt`` that a training leaves beside it.
+"""Read the LoRA adapter of NeMo's script path: a ``.nemo``, or the Lightning ``.ckpt`` that a
+training leaves beside it.
 
-Formats and names: ``PEFT_MODULE_MAP``, ``LoraPEFTConfig`` (``nemo/collections/nlp/parts/peft_config.py``) and ``AdapterName``
+Formats and names: ``PEFT_MODULE_MAP``, ``LoraPEFTConfig``
+(``nemo/collections/nlp/parts/peft_config.py``) and ``AdapterName``
 (``.../megatron/adapters/parallel_adapters.py``) of nemo-toolkit 2.4.1. The update of a layer is
 ``alpha / adapter_dim * linear_out @ linear_in`` (``ParallelLinearAdapter.forward``).
 """
@@ -15,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.rank_parts import merge
 from workshop_utils.checkpoints.formats import lightning, nemo_archive, saved_tensors, values
-from workshop_utils.checkpoints.formats.lora_layout import architecture_of, number_of, read_layout, stated_lora
+from workshop_utils.checkpoints.formats.lora_layout import (
+    architecture_of,
+    number_of,
+    read_layout,
+    stated_lora,
+)
 from workshop_utils.checkpoints.formats.qkv import ORDERS
 from workshop_utils.checkpoints.formats.rank_files import WEIGHTS, rank_files, sizes
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
@@ -25,29 +32,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 def read_nemo(source: Path) -> LoraAdapter:
-    """The adapter in the ``.nemo`` ``source``; errors as :func:`workshop_utils.adapters.read.read_adapter`."""
+    """The adapter in the ``.nemo`` ``source``; errors as
+    :func:`workshop_utils.adapters.read.read_adapter`."""
     config = nemo_archive.read_config(source)
     stated_lora(source, config)
     return _adapter(source, config, read_state(source, config))
 
 
 def read_ckpt(source: Path) -> LoraAdapter:
-    """The adapter in the Lightning checkpoint ``source``, with the configuration in it or in ``version_N/hparams.yaml`` beside it.
+    """The adapter in the Lightning checkpoint ``source``, with the configuration in it or in
+    ``version_N/hparams.yaml`` beside it.
 
-    Nothing of the file is unpickled by torch: it holds the optimizer's state and objects of Lightning's. Errors as :func:`read_nemo`.
+    Nothing of the file is unpickled by torch: it holds the optimizer's state and objects of
+    Lightning's. Errors as :func:`read_nemo`.
     """
     checkpoint = lightning.describe(source)
     with source.open("rb") as file:
         config, _ = lightning.configuration(source, saved_tensors.read_state(file, shown(source)))
     if not config:
         raise DamagedCheckpoint(
-            f"{shown(source)} has no configuration that can be read, and no version_N/hparams.yaml lies beside checkpoints/: rank, alpha "
-            "and heads are not known. Give the .nemo of the same run, or put hparams.yaml back."
+            f"{shown(source)} has no configuration that can be read, and no "
+            "version_N/hparams.yaml lies beside checkpoints/: rank, alpha and heads are not "
+            "known. Give the .nemo of the same run, or put hparams.yaml back."
         )
     stated_lora(source, config)
-    state = {tensor.name: as_tensor(values.read_tensor(checkpoint, tensor)) for tensor in checkpoint.tensors}
+    state = {
+        tensor.name: as_tensor(values.read_tensor(checkpoint, tensor))
+        for tensor in checkpoint.tensors
+    }
     return _adapter(source, dict(config), state)
 
 
@@ -55,8 +68,13 @@ def _adapter(source: Path, config: dict[str, Any], state: Mapping[str, Tensor]) 
     layout = read_layout(source, config, state)
     order = _workshop_section(config).get("qkv_order", "interleaved")
     if order not in ORDERS:
-        raise DamagedCheckpoint(f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of {', '.join(ORDERS)}.")
-    return LoraAdapter(source, fingerprint(source), config, *layout[:4], order, _base(config), layout.weights)
+        raise DamagedCheckpoint(
+            f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of "
+            f"{', '.join(ORDERS)}."
+        )
+    return LoraAdapter(
+        source, fingerprint(source), config, *layout[:4], order, _base(config), layout.weights
+    )
 
 
 def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,21 +83,30 @@ def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _base(config: dict[str, Any]) -> str:
-    """The base model's name: what an earlier export recorded, else the last part of the path it was restored from."""
+    """The base model's name: what an earlier export recorded, else the last part of the path it was
+    restored from."""
     recorded = _workshop_section(config).get("base")
-    return str(recorded) if recorded else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
+    return (
+        str(recorded)
+        if recorded
+        else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
+    )
 
 
 def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the archive by name; the parts of several model-parallel ranks are put together. Errors as :func:`read_adapter`."""
+    """The tensors of the archive by name; the parts of several model-parallel ranks are put
+    together. Errors as :func:`read_adapter`."""
     files = rank_files(member.name for member in nemo_archive.members(source))
     if not files:
         raise DamagedCheckpoint(f"{shown(source)} has no {WEIGHTS}.")
-    stated = tuple(number_of(source, config, f"{kind}_model_parallel_size", default=1) for kind in ("tensor", "pipeline"))
+    stated = tuple(
+        number_of(source, config, f"{kind}_model_parallel_size", default=1)
+        for kind in ("tensor", "pipeline")
+    )
     if stated != sizes(files) or len(files) != stated[0] * stated[1]:
         raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml names {stated[0]} tensor-parallel ranks x {stated[1]} pipeline stages, the archive holds "
-            f"{', '.join(files.values())}."
+            f"{shown(source)}: model_config.yaml names {stated[0]} tensor-parallel ranks x "
+            f"{stated[1]} pipeline stages, the archive holds {', '.join(files.values())}."
         )
     parts = {rank: _load_tensors(source, file) for rank, file in files.items()}
     if len(parts) == 1:
@@ -97,13 +124,18 @@ def _load_tensors(source: Path, member: str) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0] if str(error) else "it is not a tensor file"
-        raise UnsafeCheckpoint(f"{shown(source)}: {member} holds something else than tensors: {reason}") from error
+        raise UnsafeCheckpoint(
+            f"{shown(source)}: {member} holds something else than tensors: {reason}"
+        ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(f"{shown(source)}: {member} cannot be read: {str(error).splitlines()[0]}") from error
+        raise DamagedCheckpoint(
+            f"{shown(source)}: {member} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(state, dict) or not state:
         raise NotACheckpoint(f"{shown(source)}: {member} holds no tensors by name.")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
-            raise NotACheckpoint(f"{shown(source)}: {key!r} in {member} is a {type(value).__name__}, not a tensor.")
+            raise NotACheckpoint(
+                f"{shown(source)}: {key!r} in {member} is a {type(value).__name__}, not a tensor."
+            )
     return state
-

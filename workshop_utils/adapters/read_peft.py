@@ -1,8 +1,10 @@
-"""Read a Hugging Face PEFT adapter, LoRA or DoRA: ``adapter_config.json`` with ``adapter_model.safetensors`` or ``.bin``.
+"""Read a Hugging Face PEFT adapter, LoRA or DoRA: ``adapter_config.json`` with
+``adapter_model.safetensors`` or ``.bin``.
 
-PEFT scales each module by ``lora_alpha / r`` (with ``use_rslora`` by ``lora_alpha / sqrt(r)``), and ``rank_pattern`` and
-``alpha_pattern`` give single modules numbers of their own. Here all modules get one rank and one scale: matrices are filled up with
-zeros, and what differs in the scale is multiplied into B. Source: ``peft/tuners/lora/{config,layer}.py`` (0.17).
+PEFT scales each module by ``lora_alpha / r`` (with ``use_rslora`` by ``lora_alpha / sqrt(r)``), and
+``rank_pattern`` and ``alpha_pattern`` give single modules numbers of their own. Here all modules
+get one rank and one scale: matrices are filled up with zeros, and what differs in the scale is
+multiplied into B. Source: ``peft/tuners/lora/{config,layer}.py`` (0.17).
 """
 
 from __future__ import annotations
@@ -35,16 +37,24 @@ _KEY = re.compile(
 )
 #: Fields of LoraConfig that change what is computed, and that nothing here can express.
 _REFUSED = {
-    "bias": ("none", None), "modules_to_save": (None, []), "fan_in_fan_out": (False, None), "lora_bias": (False, None),
-    "trainable_token_indices": (None, []), "target_parameters": (None, []), "layer_replication": (None, []), "use_qalora": (False, None),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
-}  # fmt: skip
+}
 
 
 def read(source: Path, base: Path | None = None) -> LoraAdapter:
-    """The adapter in the directory ``source``; errors as :func:`workshop_utils.adapters.read.read_adapter`.
+    """The adapter in the directory ``source``; errors as
+    :func:`workshop_utils.adapters.read.read_adapter`.
 
-    ``base`` is the directory of its base model; without it the one that ``base_model_name_or_path`` names, if it is here.
+    ``base`` is the directory of its base model; without it the one that ``base_model_name_or_path``
+    names, if it is here.
     """
     config = read_json(source / PEFT_CONFIG)
     _refuse(source, config)
@@ -54,22 +64,31 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
         match = _KEY.fullmatch(tensor.name)
         if not match or match[2] not in _KNOWN:
             raise UnsupportedAdapter(
-                f"{shown(source)}: {tensor.name} is none of the modules that can be exported: {', '.join(sorted(_KNOWN))}."
+                f"{shown(source)}: {tensor.name} is none of the modules that can be exported: "
+                f"{', '.join(sorted(_KNOWN))}."
             )
         one = halves.setdefault((int(match[1]), match[2]), {})
         if (match[3] or "magnitude") in one:
-            raise DamagedCheckpoint(f"{shown(source)}: {tensor.name} is there under two names.", tensor.name)
+            raise DamagedCheckpoint(
+                f"{shown(source)}: {tensor.name} is there under two names.", tensor.name
+            )
         one[match[3] or "magnitude"] = as_tensor(values.read_tensor(checkpoint, tensor))
     dora = config.get("use_dora") is True
     for (layer, module), one in halves.items():
         lacking = sorted({"A", "B", *(["magnitude"] if dora else [])} ^ one.keys())
         if lacking:
-            raise DamagedCheckpoint(f"{shown(source)}: layer {layer}, {module}: lora {lacking[0]} is missing, or is too many.")
+            raise DamagedCheckpoint(
+                f"{shown(source)}: layer {layer}, {module}: lora {lacking[0]} is missing, or is "
+                "too many."
+            )
     recorded = config.get("base_model_name_or_path")
     architecture = base_architecture(base or Path(recorded if isinstance(recorded, str) else ""))
     adapter = LoraAdapter(
         source=source,
-        sha256=fingerprint(source / PEFT_CONFIG, *huggingface.weight_files(source, "adapter_model", "adapter_model")),
+        sha256=fingerprint(
+            source / PEFT_CONFIG,
+            *huggingface.weight_files(source, "adapter_model", "adapter_model"),
+        ),
         config={},
         architecture=architecture,
         rank=1,
@@ -83,50 +102,73 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
     )
     _check_shapes(adapter)
     made = _of_one_scale(adapter, config)
-    return dataclasses.replace(made, config=synthetic_config(made.rank, made.alpha, made.targets, made.base, made.architecture))
+    return dataclasses.replace(
+        made,
+        config=synthetic_config(made.rank, made.alpha, made.targets, made.base, made.architecture),
+    )
 
 
 def _refuse(source: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise UnsupportedAdapter(f"{shown(source)}: peft_type is {config.get('peft_type')!r}; only LORA can be exported.")
+        raise UnsupportedAdapter(
+            f"{shown(source)}: peft_type is {config.get('peft_type')!r}; only LORA can be exported."
+        )
     for name, harmless in _REFUSED.items():
         if config.get(name) not in (*harmless, None):
             raise UnsupportedAdapter(
-                f"{shown(source)}: {PEFT_CONFIG} has {name} = {config[name]!r}, which no other form can hold. "
-                "Merge it into its base with PEFT (merge_and_unload)."
+                f"{shown(source)}: {PEFT_CONFIG} has {name} = {config[name]!r}, which no other "
+                "form can hold. Merge it into its base with PEFT (merge_and_unload)."
             )
 
 
 def base_architecture(base: Path) -> Architecture | None:
-    """The sizes in the configuration of the model directory ``base`` (Hugging Face or NeMo 2.0), or None where there is none."""
+    """The sizes in the configuration of the model directory ``base`` (Hugging Face or NeMo 2.0), or
+    None where there is none."""
     if (file := base / "context" / "model.yaml").is_file():
         return read_nemo2.base_architecture(gpt_config.read_fields(read_yaml(file), shown(file)))
-    sizes = huggingface.architecture(read_json(base / "config.json")) if (base / "config.json").is_file() else None
+    sizes = (
+        huggingface.architecture(read_json(base / "config.json"))
+        if (base / "config.json").is_file()
+        else None
+    )
     if sizes is None:
         return None
     activation = "squared-relu" if sizes.family == "Nemotron" else "fast-swiglu"
-    return Architecture(sizes.hidden, sizes.ffn, sizes.layers, Heads(sizes.heads, sizes.groups, sizes.head_dim), activation)
+    return Architecture(
+        sizes.hidden,
+        sizes.ffn,
+        sizes.layers,
+        Heads(sizes.heads, sizes.groups, sizes.head_dim),
+        activation,
+    )
 
 
 def _check_shapes(adapter: LoraAdapter) -> None:
     for (layer, module), (a, b) in adapter.weights.items():
         place = f"{shown(adapter.source)}: layer {layer}, {module}"
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-            raise DamagedCheckpoint(f"{place}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: no [r, in] and [out, r].")
+            raise DamagedCheckpoint(
+                f"{place}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: no [r, in] and "
+                "[out, r]."
+            )
         if module == "mlp.gate_proj" and adapter.architecture and not adapter.architecture.gated:
             raise DamagedCheckpoint(f"{place}: the MLP of its base has no gate.")
         found = a.shape[1], b.shape[0]
         wanted = adapter.architecture.features(module) if adapter.architecture else found
         if found != wanted:
             raise DamagedCheckpoint(
-                f"{place} is for {found[0]} -> {found[1]} features, but its base has {wanted[0]} -> {wanted[1]}."
+                f"{place} is for {found[0]} -> {found[1]} features, but its base has {wanted[0]} "
+                f"-> {wanted[1]}."
             )
         magnitude = adapter.magnitudes.get((layer, module))
         if magnitude is not None and magnitude.shape != (found[1],):
-            raise DamagedCheckpoint(f"{place}: the magnitudes are {list(magnitude.shape)}, not [{found[1]}].")
+            raise DamagedCheckpoint(
+                f"{place}: the magnitudes are {list(magnitude.shape)}, not [{found[1]}]."
+            )
     if adapter.architecture and adapter.layers <= max(layer for layer, _ in adapter.weights):
         raise DamagedCheckpoint(
-            f"{shown(adapter.source)}: it has tensors for a layer that its base, of {adapter.layers}, lacks."
+            f"{shown(adapter.source)}: it has tensors for a layer that its base, of "
+            f"{adapter.layers}, lacks."
         )
 
 
@@ -138,27 +180,41 @@ def _of_one_scale(adapter: LoraAdapter, config: Mapping[str, Any]) -> LoraAdapte
         stated = of_pattern(config, "rank_pattern", name, size(config, "r"))
         if stated != rank:
             raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: layer {layer}, {module} has rank {rank}, but {PEFT_CONFIG} says {stated}."
+                f"{shown(adapter.source)}: layer {layer}, {module} has rank {rank}, but "
+                f"{PEFT_CONFIG} says {stated}."
             )
         alpha = of_pattern(config, "alpha_pattern", name, number(config, "lora_alpha"))
         if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
             raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: lora_alpha of {module} in {PEFT_CONFIG} is {alpha!r}; it must be a positive number."
+                f"{shown(adapter.source)}: lora_alpha of {module} in {PEFT_CONFIG} is {alpha!r}; "
+                "it must be a positive number."
             )
-        scales[layer, module] = alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+        scales[layer, module] = alpha / (
+            math.sqrt(rank) if config.get("use_rslora") is True else rank
+        )
     found = list(scales.values())
     scale = max(set(found), key=found.count)
     weights = {
-        place: halves if scales[place] == scale else Halves(halves.linear_in, (halves.linear_out.float() * (scales[place] / scale)).to(halves.linear_out.dtype))
+        place: halves
+        if scales[place] == scale
+        else Halves(
+            halves.linear_in,
+            (halves.linear_out.float() * (scales[place] / scale)).to(halves.linear_out.dtype),
+        )
         for place, halves in adapter.weights.items()
-    }  # fmt: skip
+    }
     ranks = {a.shape[0] for a, _ in weights.values()}
     # alpha exactly as it is written, where it can be: 16 and not 15.999.
     alpha = scale * max(ranks)
     alpha = float(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
     notes = ()
     if len(ranks) > 1:
-        notes += (f"its modules had the ranks {', '.join(map(str, sorted(ranks)))}: all filled up with zeros to {max(ranks)}",)
+        notes += (
+            (
+                f"its modules had the ranks {', '.join(map(str, sorted(ranks)))}: all filled up "
+                f"with zeros to {max(ranks)}"
+            ),
+        )
     if len(set(found)) > 1:
         notes += ("its modules had different scales: multiplied into B",)
     made = of_one_rank(dataclasses.replace(adapter, weights=weights, rank=max(ranks), alpha=alpha))

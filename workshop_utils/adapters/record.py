@@ -1,4 +1,5 @@
-"""What an export says about itself: made from which adapter, for which reader, in which row order."""
+"""What an export says about itself: made from which adapter, for which reader, in which row
+order."""
 
 from __future__ import annotations
 
@@ -14,8 +15,14 @@ READERS = {
     (
         "nemo",
         "trtllm",
-    ): "TensorRT-LLM's .nemo reader (lora_manager.py); NIM 1.x names this format, but its own loader is closed",
-    ("nemo", "nemo"): "NeMo: MegatronGPTSFTModel.load_adapters and nemo/export/utils/lora_converter.py",
+    ): (
+        "TensorRT-LLM's .nemo reader (lora_manager.py); NIM 1.x names this format, but its own "
+        "loader is closed"
+    ),
+    (
+        "nemo",
+        "nemo",
+    ): "NeMo: MegatronGPTSFTModel.load_adapters and nemo/export/utils/lora_converter.py",
     ("hf-peft", None): "Hugging Face PEFT, vLLM, TensorRT-LLM's Hugging Face reader, NIM",
     ("hf-merged", None): "transformers, vLLM, TensorRT-LLM and NIM, as a model of its own",
     ("nemo2-merged", None): "NeMo 2.0, as a model of its own",
@@ -24,11 +31,13 @@ READERS = {
 
 @dataclass(frozen=True)
 class Record:
-    """Written into every export: the ``workshop`` section of a ``.nemo``, ``workshop_export.json`` in a directory.
+    """Written into every export: the ``workshop`` section of a ``.nemo``, ``workshop_export.json``
+    in a directory.
 
-    ``qkv_order`` is the row order of the fused query/key/value matrix, or ``"separate"`` where there is no fused matrix. ``dtype`` is
-    the one that was asked for; None keeps that of the adapter, or of the base of a merged model.
-    ``alpha_baked_in`` says whether ``alpha / rank`` was multiplied into the weights.
+    ``qkv_order`` is the row order of the fused query/key/value matrix, or ``"separate"`` where
+    there is no fused matrix. ``dtype`` is the one that was asked for; None keeps that of the
+    adapter, or of the base of a merged model. ``alpha_baked_in`` says whether ``alpha / rank`` was
+    multiplied into the weights.
     """
 
     to: str
@@ -53,9 +62,13 @@ class Record:
         return {name: value for name, value in asdict(self).items() if name != "dtype" or value}
 
 
-def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dtype: str | None = None) -> Record:
+def make_record(
+    adapter: LoraAdapter, to: str, reader: str | None, base: str, dtype: str | None = None
+) -> Record:
     """The record of exporting ``adapter`` to ``to`` for ``reader`` (``None`` for all but nemo)."""
-    order = {"hf-merged": "separate", "nemo2-merged": "interleaved", "hf-peft": "separate"}.get(to) or {
+    order = {"hf-merged": "separate", "nemo2-merged": "interleaved", "hf-peft": "separate"}.get(
+        to
+    ) or {
         "trtllm": "qkv",
         "nemo": "interleaved",
     }[reader]
@@ -76,11 +89,19 @@ def make_record(adapter: LoraAdapter, to: str, reader: str | None, base: str, dt
 
 def _fewer_readers(adapter: LoraAdapter, to: str, reader: str | None) -> str | None:
     """Who reads ``adapter`` where not all of :data:`READERS` do, and what to do about it."""
-    wide = any(str(half.dtype) == "torch.float64" for halves in adapter.weights.values() for half in halves)
+    wide = any(
+        str(half.dtype) == "torch.float64" for halves in adapter.weights.values() for half in halves
+    )
     if to == "hf-peft" and adapter.magnitudes:
         return "Hugging Face PEFT (vLLM and NIM take no DoRA: merge it for them)"
     if to == "hf-peft" and wide:
-        return "Hugging Face PEFT (vLLM and NIM may take no float64: export it for them with --dtype bfloat16)"
+        return (
+            "Hugging Face PEFT (vLLM and NIM may take no float64: export it for them with "
+            "--dtype bfloat16)"
+        )
     if reader == "trtllm" and wide:
-        return "TensorRT-LLM's .nemo reader (lora_manager.py), which casts it (NIM may take no float64: export it for NIM with --dtype bfloat16)"
+        return (
+            "TensorRT-LLM's .nemo reader (lora_manager.py), which casts it (NIM may take no "
+            "float64: export it for NIM with --dtype bfloat16)"
+        )
     return None

@@ -1,8 +1,9 @@
 """Write a LoRA adapter as a ``.nemo``, for one of its two readers.
 
-NeMo keeps q, k and v interleaved and applies ``alpha / adapter_dim`` itself. TensorRT-LLM's reader reorders nothing, expects
-all q, then all k, then all v, reads no value of the YAML and never applies alpha (``tensorrt_llm/lora_manager.py``:
-``load_from_nemo``, ``get_all_nemo_lora_weights``). One file cannot serve both, so each says which reader it is for.
+NeMo keeps q, k and v interleaved and applies ``alpha / adapter_dim`` itself. TensorRT-LLM's reader
+reorders nothing, expects all q, then all k, then all v, reads no value of the YAML and never
+applies alpha (``tensorrt_llm/lora_manager.py``: ``load_from_nemo``, ``get_all_nemo_lora_weights``).
+One file cannot serve both, so each says which reader it is for.
 """
 
 from __future__ import annotations
@@ -33,37 +34,50 @@ def refuse_for_trtllm(adapter: LoraAdapter) -> None:
     """TensorRT-LLM's ``.nemo`` reader knows one module, ``attn_qkv``.
 
     Raises:
-        UnsupportedAdapter: the adapter has other targets; the message names them and the form that takes them.
+        UnsupportedAdapter: the adapter has other targets; the message names them and the form that
+            takes them.
     """
-    others = [target for target in adapter.targets if target not in ("attention_qkv", *MODULES["attention_qkv"])]
+    others = [
+        target
+        for target in adapter.targets
+        if target not in ("attention_qkv", *MODULES["attention_qkv"])
+    ]
     if others:
         raise UnsupportedAdapter(
-            f"{shown(adapter.source)} adapts {', '.join(others)}. TensorRT-LLM's .nemo reader takes attention_qkv only. "
-            "Export it with --to hf-peft, which takes every target."
+            f"{shown(adapter.source)} adapts {', '.join(others)}. TensorRT-LLM's .nemo reader "
+            "takes attention_qkv only. Export it with --to hf-peft, which takes every target."
         )
 
 
 def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
-    """``model_config.yaml`` of the export: the trained one, with what was changed and the ``workshop`` section."""
+    """``model_config.yaml`` of the export: the trained one, with what was changed and the
+    ``workshop`` section."""
     config = copy.deepcopy(adapter.config)
     config["tensor_model_parallel_size"] = config["pipeline_model_parallel_size"] = 1
-    # Written out because NeMo's converter takes another default (all heads) only when the field is absent, not when it is null.
+    # Written out because NeMo's converter takes another default (all heads) only when the field is
+    # absent, not when it is null.
     config["num_query_groups"] = adapter.architecture.heads.groups
     lora = config["peft"]["lora_tuning"]
     lora["variant"] = "nemo"
     lora["target_modules"] = list(adapter.targets)
     # Fusing what another program trained apart may take a larger rank.
-    lora["adapter_dim"], lora["alpha"] = adapter.rank, adapter.rank if record.alpha_baked_in else adapter.alpha
+    lora["adapter_dim"], lora["alpha"] = (
+        adapter.rank,
+        adapter.rank if record.alpha_baked_in else adapter.alpha,
+    )
     config["workshop"] = record.as_dict()
     return config
 
 
 def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
-    """Flat ``{key: tensor}`` with ``linear_in`` ``[r, in]`` and ``linear_out`` ``[out, r]``, each with storage of its own."""
+    """Flat ``{key: tensor}`` with ``linear_in`` ``[r, in]`` and ``linear_out`` ``[out, r]``, each
+    with storage of its own."""
     state = {}
     for (layer, target), (linear_in, linear_out) in adapter.weights.items():
         if target == "attention_qkv":
-            linear_out = reorder(linear_out, adapter.architecture.heads, adapter.qkv_order, record.qkv_order)
+            linear_out = reorder(
+                linear_out, adapter.architecture.heads, adapter.qkv_order, record.qkv_order
+            )
         if record.alpha_baked_in and adapter.scale != 1:
             # In single precision, so that half-precision weights are rounded once.
             linear_out = (linear_out.float() * adapter.scale).to(linear_out.dtype)
@@ -73,7 +87,8 @@ def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
 
 
 def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
-    """Write ``adapter`` (of :func:`.modules.fused`) to the file ``target`` as ``record`` says. The same adapter gives the same bytes."""
+    """Write ``adapter`` (of :func:`.modules.fused`) to the file ``target`` as ``record`` says. The
+    same adapter gives the same bytes."""
     import torch
 
     content = io.BytesIO()
@@ -82,7 +97,8 @@ def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
 
 
 def merge_parts(source: Path) -> bool:
-    """Replace the ``.nemo`` that several model-parallel ranks wrote by one that holds everything in one part, all or nothing.
+    """Replace the ``.nemo`` that several model-parallel ranks wrote by one that holds everything in
+    one part, all or nothing.
 
     Returns whether there was anything to merge. Errors as :func:`.adapter.read_adapter`.
     """
@@ -93,6 +109,10 @@ def merge_parts(source: Path) -> bool:
     if all((config.get(size) or 1) == 1 for size in sizes):
         return False
     content = io.BytesIO()
-    torch.save({name: tensor.contiguous() for name, tensor in read_state(source, config).items()}, content)
-    nemo_archive.write(source, config | dict.fromkeys(sizes, 1) | {"sequence_parallel": False}, content.getvalue())
+    torch.save(
+        {name: tensor.contiguous() for name, tensor in read_state(source, config).items()}, content
+    )
+    nemo_archive.write(
+        source, config | dict.fromkeys(sizes, 1) | {"sequence_parallel": False}, content.getvalue()
+    )
     return True

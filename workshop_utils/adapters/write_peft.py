@@ -1,7 +1,9 @@
-"""Write a LoRA adapter in the layout of Hugging Face PEFT, which vLLM, TensorRT-LLM and NIM read too.
+"""Write a LoRA adapter in the layout of Hugging Face PEFT, which vLLM, TensorRT-LLM and NIM read
+too.
 
-Formats: ``adapter_config.json`` is PEFT's ``LoraConfig``; the tensor names are those of ``PeftModel.save_pretrained`` for a
-Llama. NeMo fuses projections that Hugging Face keeps apart: A is the same for each part, B is cut into parts.
+Formats: ``adapter_config.json`` is PEFT's ``LoraConfig``; the tensor names are those of
+``PeftModel.save_pretrained`` for a Llama. NeMo fuses projections that Hugging Face keeps apart: A
+is the same for each part, B is cut into parts.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ RECORD = "workshop_export.json"
 
 
 def key(layer: int, module: str, matrix: str) -> str:
-    """PEFT's name of a tensor: ``module`` as in :data:`MODULES`, ``matrix`` is ``A`` or ``B``, ``layer`` counts from 0."""
+    """PEFT's name of a tensor: ``module`` as in :data:`MODULES`, ``matrix`` is ``A`` or ``B``,
+    ``layer`` counts from 0."""
     return f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.weight"
 
 
@@ -33,9 +36,11 @@ def magnitude_key(layer: int, module: str) -> str:
 
 
 def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
-    """``adapter_config.json``: only fields that PEFT 0.17 to 0.21 and vLLM know, so that none warns.
+    """``adapter_config.json``: only fields that PEFT 0.17 to 0.21 and vLLM know, so that none
+    warns.
 
-    Dropout is 0: NeMo's default drops the adapter's output, which PEFT cannot express, and inference uses none.
+    Dropout is 0: NeMo's default drops the adapter's output, which PEFT cannot express, and
+    inference uses none.
     """
     alpha = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
     return {
@@ -54,7 +59,9 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
         "use_rslora": False,
         "use_dora": bool(adapter.magnitudes),
         "modules_to_save": None,
-        "layers_to_transform": sorted({layer for layer, _ in adapter.weights}) if adapter.some_layers else None,
+        "layers_to_transform": sorted({layer for layer, _ in adapter.weights})
+        if adapter.some_layers
+        else None,
         "layers_pattern": None,
         "rank_pattern": {},
         "alpha_pattern": {},
@@ -62,9 +69,11 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
 
 
 def tensors_for(adapter: LoraAdapter) -> dict[str, Tensor]:
-    """Flat ``{key: tensor}`` with ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, each with storage of its own.
+    """Flat ``{key: tensor}`` with ``lora_A`` ``[r, in]`` and ``lora_B`` ``[out, r]``, each with
+    storage of its own.
 
-    A DoRA adapter has ``lora_magnitude_vector`` ``[out]`` as well. Raises :class:`UnsupportedAdapter`, see :func:`.modules.separated`.
+    A DoRA adapter has ``lora_magnitude_vector`` ``[out]`` as well. Raises
+    :class:`UnsupportedAdapter`, see :func:`.modules.separated`.
     """
     state = {}
     apart = separated(adapter)
@@ -72,7 +81,9 @@ def tensors_for(adapter: LoraAdapter) -> dict[str, Tensor]:
         state[key(layer, module, "A")] = a.clone().contiguous()
         state[key(layer, module, "B")] = b.clone().contiguous()
         if (layer, module) in apart.magnitudes:
-            state[magnitude_key(layer, module)] = apart.magnitudes[layer, module].clone().contiguous()
+            state[magnitude_key(layer, module)] = (
+                apart.magnitudes[layer, module].clone().contiguous()
+            )
     return state
 
 
@@ -85,4 +96,6 @@ def write_hf_peft(adapter: LoraAdapter, directory: Path, record: Record) -> None
     from safetensors.torch import save_file
 
     save_file(tensors_for(adapter), directory / WEIGHTS, metadata={"format": "pt"})
-    (directory / CONFIG).write_text(json.dumps(config_for(adapter, record), indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG).write_text(
+        json.dumps(config_for(adapter, record), indent=2) + "\n", encoding="utf-8"
+    )

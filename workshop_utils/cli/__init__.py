@@ -1,4 +1,5 @@
-"""The ``workshop`` command. Each sub-command is one module of this package; none of them imports torch or NeMo to show help."""
+"""The ``workshop`` command. Each sub-command is one module of this package; none of them imports
+torch or NeMo to show help."""
 
 import argparse
 import errno
@@ -31,8 +32,8 @@ The usual order:
   workshop evaluate --adapter ADAPTER             both on the test set
   workshop export ADAPTER --to nemo               an adapter for NIM
 
-models/, data/, runs/ and workshop.yaml lie in the clone that the package is installed from, or, when it was installed from a
-wheel, in the current folder. WORKSHOP_ROOT names another folder.
+models/, data/, runs/ and workshop.yaml lie in the clone that the package is installed from, or,
+when it was installed from a wheel, in the current folder. WORKSHOP_ROOT names another folder.
 """
 
 
@@ -40,25 +41,41 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes on under its second column."""
+    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes
+    on under its second column."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
-        for kept, block in itertools.groupby(text.splitlines(), key=lambda line: not line or line[0] == " "):
+        for kept, block in itertools.groupby(
+            text.splitlines(), key=lambda line: not line or line[0] == " "
+        ):
             here = list(block)
-            lines += [self._folded(line, width) for line in here] if kept else [textwrap.fill(" ".join(here), width)]
+            lines += (
+                [self._folded(line, width) for line in here]
+                if kept
+                else [textwrap.fill(" ".join(here), width)]
+            )
         return "\n".join(lines)
 
     @staticmethod
     def _folded(line: str, width: int) -> str:
         start = re.match(r" *(\S+( \S+)* {2,})?", line)
         command = line.startswith("  workshop ") and not start[1]
-        options = {"subsequent_indent": " " * (start.end() + 4 * command), "break_long_words": False, "break_on_hyphens": False}
-        return " \\\n".join(textwrap.wrap(line, width - 2, **options)) if command else textwrap.fill(line, width, **options)
+        options = {
+            "subsequent_indent": " " * (start.end() + 4 * command),
+            "break_long_words": False,
+            "break_on_hyphens": False,
+        }
+        return (
+            " \\\n".join(textwrap.wrap(line, width - 2, **options))
+            if command
+            else textwrap.fill(line, width, **options)
+        )
 
 
 class _Command(argparse.ArgumentParser):
-    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser`` of what it parsed."""
+    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser``
+    of what it parsed."""
 
     def __init__(self, *words, **options):
         super().__init__(*words, formatter_class=_Formatter, **options)
@@ -75,7 +92,11 @@ class _Command(argparse.ArgumentParser):
             message += did_you_mean(nearest(wrong[1], re.findall(r"'([^']*)'", wrong[2])))
         elif "are required" in message:
             known = self._option_string_actions
-            message += "".join(self.meant(word) for word in self.words if word.startswith("-") and word.partition("=")[0] not in known)
+            message += "".join(
+                self.meant(word)
+                for word in self.words
+                if word.startswith("-") and word.partition("=")[0] not in known
+            )
         super().error(message)
 
     def meant(self, word: str) -> str:
@@ -84,11 +105,13 @@ class _Command(argparse.ArgumentParser):
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among them."""
+    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among
+    them."""
     for word in args.rest:
         if word.startswith("-"):
             raise WorkshopError(
-                f"unknown option {word}; see `{args.parser.prog} --help`. Overrides are written key=value.{args.parser.meant(word)}"
+                f"unknown option {word}; see `{args.parser.prog} --help`. Overrides are written "
+                f"key=value.{args.parser.meant(word)}"
             )
     return args.rest
 
@@ -104,7 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a checkpoint, 130 interrupted.
+    """Run one command line and return its exit status: 0 done, 1 failed, 2 usage or not a
+    checkpoint, 130 interrupted.
 
     Without ``argv`` it is that of this process, which does not go on after Ctrl-C or SIGTERM.
     """
@@ -118,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     finally:
-        # Whatever was raised or returned: a library may have caught the interrupt and failed of something else.
+        # Whatever was raised or returned: a library may have caught the interrupt and failed of
+        # something else.
         if interrupt.has_come():
             interrupt.end()
 
@@ -132,7 +157,9 @@ def _run(argv: Sequence[str] | None) -> int:
     quiet_environment(os.environ)
     if not sys.stderr.isatty():
         progress.quiet_libraries(os.environ)
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="The pynvml package is deprecated", category=FutureWarning
+    )
     try:
         return args.run(args)
     except WorkshopError as error:
@@ -145,17 +172,27 @@ def _run(argv: Sequence[str] | None) -> int:
         incomplete = packages()
         if incomplete.status != "FAIL":
             raise
-        print(f"error: {error}. `workshop preflight` says: {incomplete.found}. {incomplete.fix}", file=sys.stderr)
+        print(
+            f"error: {error}. `workshop preflight` says: {incomplete.found}. {incomplete.fix}",
+            file=sys.stderr,
+        )
         return 1
     except BrokenPipeError:
-        # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from complaining at exit.
+        # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from
+        # complaining at exit.
         sys.stdout = None
         return 0
     except OSError as error:
-        if error.errno is None or interrupt.has_come():  # of a library, with words of its own; the interrupt's are said by `main`
+        if (
+            error.errno is None or interrupt.has_come()
+        ):  # of a library, with words of its own; the interrupt's are said by `main`
             raise
         place = f"{terminal.lines(paths.shown(str(error.filename)))}: " if error.filename else ""
-        advice = " Use a folder that is yours, or change its owner or mode." if error.errno in _NOT_ALLOWED else ""
+        advice = (
+            " Use a folder that is yours, or change its owner or mode."
+            if error.errno in _NOT_ALLOWED
+            else ""
+        )
         print(f"error: {place}{error.strerror}.{advice}", file=sys.stderr)
         if error.errno == errno.ENOSPC:
             sys.stdout = None  # it may be what is full, and Python flushes it at exit

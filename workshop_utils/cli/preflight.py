@@ -3,8 +3,9 @@
 import argparse
 
 DESCRIPTION = """\
-Check system, Python, cores, memory, disk, home, package versions, Jupyter kernel and GPU. Takes a second and needs no network.
-Each line is [OK], [WARN] (it works, but mind this) or [FAIL] with what to do. Exits with 1 if a check failed.
+Check system, Python, cores, memory, disk, home, package versions, Jupyter kernel and GPU. Takes a
+second and needs no network. Each line is [OK], [WARN] (it works, but mind this) or [FAIL] with what
+to do. Exits with 1 if a check failed.
 """
 
 
@@ -25,7 +26,10 @@ def run(args: argparse.Namespace) -> int:
     from workshop_utils.series.preflight import preflight
 
     checks = preflight()
-    print(*(terminal.folded(line, 7) for check in checks for line in str(check).splitlines()), sep="\n")
+    print(
+        *(terminal.folded(line, 7) for check in checks for line in str(check).splitlines()),
+        sep="\n",
+    )
     failed = sum(check.status == "FAIL" for check in checks)
     print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nready")
     return 1 if failed else 0

@@ -22,9 +22,10 @@ ACTION is one of
   export   a checkpoint -> Hugging Face or NeMo 2.0, re-loaded and compared by logits
   all      all of it, in this order
 
-Options have the names and the defaults (one machine with eight GPUs) of the pipeline that they come from; in YAML they
-are keys, without the dashes. Unset ones take the default; `none` on the command line, null in YAML, takes it back.
-"""
+Options have the names and the defaults (one machine with eight GPUs) of the pipeline that they come
+from; in YAML they are keys, without the dashes. Unset ones take the default; `none` on the command
+line, null in YAML, takes it back.
+"""  # noqa: E501
 ACTIONS = ("train", "import", "data", "test", "export", "all")
 
 
@@ -32,19 +33,36 @@ def add_parser(subparsers) -> None:
     """Register the command, with an option for each field of the dataclass."""
     from workshop_utils.training.recipe import options
 
-    parser = subparsers.add_parser("recipe", help="fine-tuning with NeMo 2.0's recipes", description=HELP, allow_abbrev=False,
-                                   usage="workshop recipe [ACTION] [options]")  # fmt: skip
-    parser.add_argument("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
+    parser = subparsers.add_parser(
+        "recipe",
+        help="fine-tuning with NeMo 2.0's recipes",
+        description=HELP,
+        allow_abbrev=False,
+        usage="workshop recipe [ACTION] [options]",
+    )
     parser.add_argument(
-        "--preset", metavar="NAME", help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)"
+        "action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file")
-    parser.add_argument("--dry-run", action="store_true", help="check, print every resolved value, and stop; imports no NeMo")
     parser.add_argument(
-        "--resolve", action="store_true", help="with --dry-run: NeMo-Run's whole configuration, too; imports NeMo"
+        "--dry-run",
+        action="store_true",
+        help="check, print every resolved value, and stop; imports no NeMo",
+    )
+    parser.add_argument(
+        "--resolve",
+        action="store_true",
+        help="with --dry-run: NeMo-Run's whole configuration, too; imports NeMo",
     )
     parser.add_argument("--list", action="store_true", help="list NeMo's recipes and stop")
-    parser.add_argument("--options", action="store_true", help="print all options as Markdown tables and stop")
+    parser.add_argument(
+        "--options", action="store_true", help="print all options as Markdown tables and stop"
+    )
     for script, what in options.SCRIPTS.items():
         group = parser.add_argument_group(f"{what} (the reference's {script})")
         for name in options.names():
@@ -60,12 +78,18 @@ def _add_option(group, name: str) -> None:
     default = options.default(name)
     text = options.field(name).metadata["help"].replace("%", "%%")
     shown = (
-        "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default).replace("%", "%%")
+        "none"
+        if default is None
+        else str(default).lower()
+        if isinstance(default, bool)
+        else str(default).replace("%", "%%")
     )
     keep = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
     if isinstance(default, bool):
         off = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no-{name}"
-        group.add_argument(f"--{name}", action="store_true", help=f"{text} ({shown}; off: {off})", **keep)
+        group.add_argument(
+            f"--{name}", action="store_true", help=f"{text} ({shown}; off: {off})", **keep
+        )
         group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **keep)
     else:
         group.add_argument(f"--{name}", metavar=_metavar(name), help=f"{text} ({shown})", **keep)
@@ -77,7 +101,9 @@ def _metavar(name: str) -> str:
     words = options.described(name)
     if words.startswith("one of "):
         return words.removeprefix("one of ").replace(", ", "|")
-    return {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}.get(words.split()[1], "TEXT")
+    return {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}.get(
+        words.split()[1], "TEXT"
+    )
 
 
 def run(args) -> int:
@@ -108,11 +134,15 @@ def _print_notices(resolved) -> None:
 
 
 def act(action: str, resolved) -> int:
-    """Do ``action``, saying what came of each phase; the next begins only when the one before has succeeded."""
+    """Do ``action``, saying what came of each phase; the next begins only when the one before has
+    succeeded."""
     from workshop_utils.core.errors import WorkshopError
     from workshop_utils.training.recipe.plan import ONE_MACHINE, on_cpu, require_possible
 
-    phases = {"train": ("import", "data", "train"), "all": ("import", "data", "train", "test", "export")}.get(action, (action,))
+    phases = {
+        "train": ("import", "data", "train"),
+        "all": ("import", "data", "train", "test", "export"),
+    }.get(action, (action,))
     require_possible(resolved)
     if "train" in phases and resolved.options.num_nodes > 1:
         raise WorkshopError(ONE_MACHINE)
@@ -123,12 +153,15 @@ def act(action: str, resolved) -> int:
         _require_sources(resolved)
     for phase in phases:
         print(f"== {phase}", flush=True)
-        {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}[phase](resolved)
+        {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}[
+            phase
+        ](resolved)
     return 0
 
 
 def _require_sources(resolved) -> None:
-    """Base and data set exist: said before an import that may take an hour. Raises WorkshopError."""
+    """Base and data set exist: said before an import that may take an hour. Raises
+    WorkshopError."""
     from workshop_utils.core import paths
     from workshop_utils.series import workshop
     from workshop_utils.training.recipe import base_checkpoint, dataset_sources
@@ -145,7 +178,8 @@ def _import(resolved) -> None:
 
     options = resolved.options
     print(
-        f"base: {paths.shown(import_base(options.hf_model_id, resolved.nemo_ckpt_dir, options.import_timeout, options.trust))}"
+        "base: "
+        f"{paths.shown(import_base(options.hf_model_id, resolved.nemo_ckpt_dir, options.import_timeout, options.trust))}"  # noqa: E501
     )
 
 
@@ -155,7 +189,11 @@ def _data(resolved) -> None:
     base = resolved.nemo_ckpt_dir if (resolved.nemo_ckpt_dir / "context").is_dir() else None
     print(
         prepare(
-            resolved.dataset, resolved.data_dir, base, resolved.options.max_seq_length, timeout=resolved.options.import_timeout
+            resolved.dataset,
+            resolved.data_dir,
+            base,
+            resolved.options.max_seq_length,
+            timeout=resolved.options.import_timeout,
         )
     )
 
@@ -187,9 +225,18 @@ def gather(args):
     chosen = from_mapping(preset(args.preset) if args.preset else {}, where="preset: ")
     if args.config:
         chosen = from_file(args.config, chosen)
-    typed = {key.removeprefix("option_"): value for key, value in vars(args).items() if key.startswith("option_")}
+    typed = {
+        key.removeprefix("option_"): value
+        for key, value in vars(args).items()
+        if key.startswith("option_")
+    }
     return from_mapping(
-        {name: from_text(name, text) if isinstance(text, str) else text for name, text in typed.items()}, chosen, where="--"
+        {
+            name: from_text(name, text) if isinstance(text, str) else text
+            for name, text in typed.items()
+        },
+        chosen,
+        where="--",
     )
 
 
@@ -203,10 +250,17 @@ def _refuse_unknown(args) -> None:
         if word.startswith("-"):
             name = word.lstrip("-").partition("=")[0]
             known = [*names(), "preset", "config", "dry-run", "resolve", "list", "options"]
-            raise WorkshopError(f"{word} is no option.{nearest(name, known, '--')} `workshop recipe --help` lists all.")
+            raise WorkshopError(
+                f"{word} is no option.{nearest(name, known, '--')} `workshop recipe --help` "
+                "lists all."
+            )
     if args.action not in ACTIONS or args.rest:
         word = args.action if args.action not in ACTIONS else args.rest[0]
-        hint = f" Options begin with dashes: --preset {word}." if word in PRESETS else nearest(word, list(ACTIONS))
+        hint = (
+            f" Options begin with dashes: --preset {word}."
+            if word in PRESETS
+            else nearest(word, list(ACTIONS))
+        )
         raise WorkshopError(f"{word!r} is no action.{hint} There are: {', '.join(ACTIONS)}.")
 
 

@@ -4,12 +4,12 @@ import argparse
 import re
 
 DESCRIPTION = """\
-Run the notebooks in order, without a browser, and end with a table: notebook, time, result. This is what `make workshop`
-does after it has made the environment.
+Run the notebooks in order, without a browser, and end with a table: notebook, time, result. This is
+what `make workshop` does after it has made the environment.
 
-A notebook that fails is named with its first error and does not stop the others: each makes what it needs. The command
-then exits with 1. Executed copies go to runs/workshop/notebooks, the report to runs/workshop/report.json. What an earlier
-run made is used again.
+A notebook that fails is named with its first error and does not stop the others: each makes what it
+needs. The command then exits with 1. Executed copies go to runs/workshop/notebooks, the report to
+runs/workshop/report.json. What an earlier run made is used again.
 """
 
 EXAMPLES = """\
@@ -23,11 +23,27 @@ examples:
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``run`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "run", help="run all notebooks, or some, and report what they made", description=DESCRIPTION, epilog=EXAMPLES
+        "run",
+        help="run all notebooks, or some, and report what they made",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
-    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NN", help="numbers or names of the notebooks to run, with commas or spaces between them")
-    parser.add_argument("--save-outputs", action="store_true", help="store the outputs of those that pass in notebooks/")
-    parser.add_argument("--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NN",
+        help="numbers or names of the notebooks to run, with commas or spaces between them",
+    )
+    parser.add_argument(
+        "--save-outputs",
+        action="store_true",
+        help="store the outputs of those that pass in notebooks/",
+    )
+    parser.add_argument(
+        "--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop"
+    )
     parser.set_defaults(run=run)
 
 

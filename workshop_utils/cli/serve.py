@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 DESCRIPTION = """\
-Serve a base model and the adapters of a store, with the routes of NIM and the API of OpenAI. For learning and testing: production
-is NIM or vLLM. What you write against this server runs against them with another address and key.
+Serve a base model and the adapters of a store, with the routes of NIM and the API of OpenAI. For
+learning and testing: production is NIM or vLLM. What you write against this server runs against
+them with another address and key.
 
-The store has a directory for each adapter, DIR/NAME/, with one .nemo or with adapter_config.json and adapter_model.safetensors (as
-`workshop export --to hf-peft` writes them). NAME is the "model" to ask for; the base's is its directory's name. New, replaced and
-removed adapters are noticed while the server runs. Requests for different adapters share one batch.
+The store has a directory for each adapter, DIR/NAME/, with one .nemo or with adapter_config.json
+and adapter_model.safetensors (as `workshop export --to hf-peft` writes them). NAME is the "model"
+to ask for; the base's is its directory's name. New, replaced and removed adapters are noticed while
+the server runs. Requests for different adapters share one batch.
 """
 
 EXAMPLES = """\
@@ -26,37 +28,85 @@ examples:
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser("serve", help="a NIM-like server on this machine, for learning and testing", description=DESCRIPTION,
-                                   epilog=EXAMPLES)  # fmt: skip
-    parser.add_argument("--base", required=True, help="a Hugging Face model directory, or a name from `workshop models`")
+    parser = subparsers.add_parser(
+        "serve",
+        help="a NIM-like server on this machine, for learning and testing",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
+    parser.add_argument(
+        "--base",
+        required=True,
+        help="a Hugging Face model directory, or a name from `workshop models`",
+    )
     store = parser.add_mutually_exclusive_group()
-    store.add_argument("--store", type=Path, metavar="DIR", help="the directory of the adapters (default: runs/store)")
+    store.add_argument(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="the directory of the adapters (default: runs/store)",
+    )
     store.add_argument("--no-store", action="store_true", help="serve only the base")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port (default: 8000; 0: any free one)"
+    )
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help="key that clients have to send; better in the environment: WORKSHOP_API_KEY (default: none)",
+        help="key that clients have to send; better in the environment: WORKSHOP_API_KEY "
+        "(default: none)",
     )
     parser.add_argument(
-        "--refresh", type=float, default=5, metavar="SECONDS", help="how often to look at the store (default: 5)"
+        "--refresh",
+        type=float,
+        default=5,
+        metavar="SECONDS",
+        help="how often to look at the store (default: 5)",
     )
     parser.add_argument(
-        "--max-length", type=int, default=2048, metavar="N", help="tokens of prompt and answer together (default: 2048)"
+        "--max-length",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="tokens of prompt and answer together (default: 2048)",
     )
-    parser.add_argument("--max-batch", type=int, default=16, metavar="N", help="texts generated at once (default: 16)")
     parser.add_argument(
-        "--max-queue", type=int, default=64, metavar="N", help="texts that may wait; more are refused with 429 (default: 64)"
+        "--max-batch",
+        type=int,
+        default=16,
+        metavar="N",
+        help="texts generated at once (default: 16)",
     )
-    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default: 1 MiB)")
     parser.add_argument(
-        "--max-rank", type=int, metavar="N", help="largest rank of an adapter, as NIM_MAX_LORA_RANK of a NIM (default: any)"
+        "--max-queue",
+        type=int,
+        default=64,
+        metavar="N",
+        help="texts that may wait; more are refused with 429 (default: 64)",
+    )
+    parser.add_argument(
+        "--max-body",
+        type=int,
+        default=1 << 20,
+        metavar="BYTES",
+        help="largest request (default: 1 MiB)",
+    )
+    parser.add_argument(
+        "--max-rank",
+        type=int,
+        metavar="N",
+        help="largest rank of an adapter, as NIM_MAX_LORA_RANK of a NIM (default: any)",
     )
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="go on in spite of what the verification of base and adapters finds: it is only printed",
+        help="go on in spite of what the verification of base and adapters finds: it is only "
+        "printed",
     )
     parser.set_defaults(run=run)
 
@@ -73,16 +123,28 @@ def run(args) -> int:
         if value is not None and not value > 0:
             raise WorkshopError(f"--{name.replace('_', '-')} is {value}; it has to be above 0.")
     if args.api_key == "":
-        raise WorkshopError("--api-key is empty. Give a key, or leave the option out to serve without.")
+        raise WorkshopError(
+            "--api-key is empty. Give a key, or leave the option out to serve without."
+        )
     key = args.api_key or os.environ.get(server.API_KEY) or None
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(
-            f"warning: {args.host} can be reached from other machines, and no --api-key is set: anybody there can use this server.",
+            f"warning: {args.host} can be reached from other machines, and no --api-key is set: "
+            "anybody there can use this server.",
             file=sys.stderr,
         )
-    limits = server.Limits(args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank)
-    service = server.Service(args.base, None if args.no_store else args.store or _own_store(), limits, args.refresh, args.trust)
-    # Read when torch is loaded. Threads that spin while they wait take the processor from the clients, which often run on this machine,
+    limits = server.Limits(
+        args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank
+    )
+    service = server.Service(
+        args.base,
+        None if args.no_store else args.store or _own_store(),
+        limits,
+        args.refresh,
+        args.trust,
+    )
+    # Read when torch is loaded. Threads that spin while they wait take the processor from the
+    # clients, which often run on this machine,
     # too; benchmarks/waiting_threads.json says what that costs where nothing else runs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     server.run(service, args.host, args.port, key)
@@ -90,7 +152,8 @@ def run(args) -> int:
 
 
 def _own_store() -> Path:
-    """The store of the workshop, made where it is missing: adapters that are staged later are noticed."""
+    """The store of the workshop, made where it is missing: adapters that are staged later are
+    noticed."""
     from workshop_utils.core import paths
     from workshop_utils.core.errors import WorkshopError
 
@@ -98,5 +161,8 @@ def _own_store() -> Path:
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkshopError(f"{paths.shown(store)} cannot be made: {error.strerror}. Give --store DIR, or --no-store.") from None
+        raise WorkshopError(
+            f"{paths.shown(store)} cannot be made: {error.strerror}. Give --store DIR, or "
+            "--no-store."
+        ) from None
     return store

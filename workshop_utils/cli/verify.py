@@ -11,19 +11,24 @@ if TYPE_CHECKING:
     from workshop_utils.checkpoints.verify.report import Report
 
 DESCRIPTION = """\
-Tell whether a checkpoint is whole and safe to load, before a program spends minutes, or runs code, to find out.
+Tell whether a checkpoint is whole and safe to load, before a program spends minutes, or runs code,
+to find out.
 
-Checked is that every file that an index names is there and long enough; no two tensors share bytes; the pieces of each tensor
-cover it exactly; names, shapes, layers and dtypes fit the configuration; adapters have both halves, one rank and every layer;
-pickles, tars and configurations name nothing that would run. This reads indexes, headers and the sizes of files: no weight, so
-that it takes seconds for any size. torch is not needed, and nothing that a file contains is run.
+Checked is that every file that an index names is there and long enough; no two tensors share bytes;
+the pieces of each tensor cover it exactly; names, shapes, layers and dtypes fit the configuration;
+adapters have both halves, one rank and every layer; pickles, tars and configurations name nothing
+that would run. This reads indexes, headers and the sizes of files: no weight, so that it takes
+seconds for any size. torch is not needed, and nothing that a file contains is run.
 
-  --deep              read every value once, too: each piece is what the index says, and every number is finite
-  --write-manifest    write size and sha256 of every file to NAME.manifest.json beside the checkpoint, if it is sound
-  --manifest FILE     compare with such a manifest: the only way to tell that no file comes from another save
+  --deep              read every value once, too: each piece is what the index says, and every
+                      number is finite
+  --write-manifest    write size and sha256 of every file to NAME.manifest.json beside the
+                      checkpoint, if it is sound
+  --manifest FILE     compare with such a manifest: the only way to tell that no file comes from
+                      another save
 
-What is damaged is named to the tensor and layer. "Cannot be told" is what nothing in the checkpoint could prove.
-Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
+What is damaged is named to the tensor and layer. "Cannot be told" is what nothing in the checkpoint
+could prove. Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
 """
 
 EXAMPLES = """\
@@ -40,14 +45,28 @@ _SHOWN = 200
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``verify`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
-        "verify", help="is a checkpoint whole, and safe to load?", description=DESCRIPTION, epilog=EXAMPLES
+        "verify",
+        help="is a checkpoint whole, and safe to load?",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
-    parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint of any format: a directory or a file")
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="a checkpoint of any format: a directory or a file"
+    )
     parser.add_argument("--deep", action="store_true", help="read every value, too")
     parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
     manifests = parser.add_mutually_exclusive_group()
-    manifests.add_argument("--manifest", metavar="FILE", type=Path, help="the manifest that the files have to match")
-    manifests.add_argument("--write-manifest", metavar="FILE", type=Path, nargs="?", const=Path(), help="write a manifest")
+    manifests.add_argument(
+        "--manifest", metavar="FILE", type=Path, help="the manifest that the files have to match"
+    )
+    manifests.add_argument(
+        "--write-manifest",
+        metavar="FILE",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="write a manifest",
+    )
     parser.set_defaults(run=run)
 
 
@@ -65,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(json.dumps(as_dict(report) | {"manifest_written": shown(written) if written else None}, indent=2))
+        print(
+            json.dumps(
+                as_dict(report) | {"manifest_written": shown(written) if written else None},
+                indent=2,
+            )
+        )
     else:
         _print(report)
         if written:
@@ -85,7 +109,8 @@ def as_dict(report: "Report") -> dict[str, Any]:
         "sound": report.sound,
         "verdict": report.verdict,
         "findings": [
-            {"kind": type(finding).__name__, "message": str(finding), "tensor": finding.tensor} for finding in report.findings
+            {"kind": type(finding).__name__, "message": str(finding), "tensor": finding.tensor}
+            for finding in report.findings
         ],
         "checked": report.checked,
         "untold": report.untold,

@@ -1,8 +1,9 @@
 """Training rows: read, checked, and rendered through the model's own chat template.
 
-NeMo's script path takes rows ``{"input", "output"}`` and glues them with a prompt template. Here ``input`` is everything the
-chat template puts before the answer, ``output`` is the answer, and the tokenizer's stop token follows (``add_eos``). That is,
-token for token, what the model sees later when a server renders the same conversation.
+NeMo's script path takes rows ``{"input", "output"}`` and glues them with a prompt template. Here
+``input`` is everything the chat template puts before the answer, ``output`` is the answer, and the
+tokenizer's stop token follows (``add_eos``). That is, token for token, what the model sees later
+when a server renders the same conversation.
 """
 
 import json
@@ -20,35 +21,45 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file as ``{"messages": [{"role", "content"}, ...]}``, the last message being the answer.
+    """The rows of a JSON Lines file as ``{"messages": [{"role", "content"}, ...]}``, the last
+    message being the answer.
 
     Rows ``{"input": str, "output": str}`` become a user and an assistant message.
 
     Raises:
         DataError: names the file, the line and the field that is wrong.
     """
-    rows = [_checked_row(line, f"{paths.shown(path)}, line {number}")
-            for number, line in enumerate(lines(path), 1) if line.strip()]  # fmt: skip
+    rows = [
+        _checked_row(line, f"{paths.shown(path)}, line {number}")
+        for number, line in enumerate(lines(path), 1)
+        if line.strip()
+    ]
     if not rows:
         raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
     return rows
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no readable file of UTF-8 text."""
+    """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no
+    readable file of UTF-8 text."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{paths.shown(path)} {'is not a file' if path.exists() else 'does not exist'}.")
+        raise DataError(
+            f"{paths.shown(path)} {'is not a file' if path.exists() else 'does not exist'}."
+        )
     try:
         return path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise DataError(
+            f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start})."
+        ) from None
     except OSError as error:
         raise DataError(f"{paths.shown(path)} cannot be read: {error.strerror}.") from None
 
 
 def json_object(line: str, where: str) -> dict:
-    """The object in ``line``. Raises :class:`DataError`, beginning with ``where``, if there is none, or one that no tokenizer takes."""
+    """The object in ``line``. Raises :class:`DataError`, beginning with ``where``, if there is
+    none, or one that no tokenizer takes."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -56,9 +67,14 @@ def json_object(line: str, where: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON that can be read ({error}).") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: a {type(row).__name__}, not an object with `messages`, or `input` and `output`.")
+        raise DataError(
+            f"{where}: a {type(row).__name__}, not an object with `messages`, or `input` and "
+            "`output`."
+        )
     if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character. Take it out.")
+        raise DataError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character. Take it out."
+        )
     return row
 
 
@@ -66,21 +82,41 @@ def _checked_row(line: str, where: str) -> dict:
     row = json_object(line, where)
     if "messages" not in row:
         if not {"input", "output"} <= row.keys():
-            raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {', '.join(sorted(row)) or 'nothing'}.")
-        row = {"messages": [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]}
+            raise DataError(
+                f"{where}: needs `messages`, or `input` and `output`; it has "
+                f"{', '.join(sorted(row)) or 'nothing'}."
+            )
+        row = {
+            "messages": [
+                {"role": "user", "content": row["input"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
+        }
     check_messages(row["messages"], where)
     return row
 
 
 def check_messages(messages: object, where: str) -> None:
-    """Raise :class:`DataError` unless ``messages`` is a conversation that ends with the assistant's answer; ``where`` begins the message."""
+    """Raise :class:`DataError` unless ``messages`` is a conversation that ends with the assistant's
+    answer; ``where`` begins the message."""
     if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(f"{where}: `messages` has to be a list of at least a user and an assistant message.")
+        raise DataError(
+            f"{where}: `messages` has to be a list of at least a user and an assistant message."
+        )
     for position, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES or not isinstance(message.get("content"), str):
-            raise DataError(f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a `content` that is a text.")
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a "
+                "`content` that is a text."
+            )
     if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(f"{where}: the last message has to be the assistant's answer, and not empty.")
+        raise DataError(
+            f"{where}: the last message has to be the assistant's answer, and not empty."
+        )
 
 
 def prompt_turns(messages: list[dict]) -> list[dict]:
@@ -95,7 +131,8 @@ def render_prompt(tokenizer: ChatTokenizer, messages: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A file ready for NeMo: its path, rows, and token counts (prompt, answer and stop token together)."""
+    """A file ready for NeMo: its path, rows, and token counts (prompt, answer and stop token
+    together)."""
 
     path: Path
     rows: int
@@ -108,23 +145,36 @@ def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendere
     rows = read_rows(source)
     lengths, lines = [], []
     for row in rows:
-        prompt, answer = render_prompt(tokenizer, row["messages"]), row["messages"][-1]["content"].strip()
+        prompt, answer = (
+            render_prompt(tokenizer, row["messages"]),
+            row["messages"][-1]["content"].strip(),
+        )
         lengths.append(len(tokenizer.encode(prompt + answer)) + 1)
         lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
     paths.write_text(target, "\n".join(lines) + "\n")
-    # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old one would point into the old text.
+    # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old one
+    # would point into the old text.
     for stale in target.parent.glob(f"{target.name}.idx.*"):
         stale.unlink()
     return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
 
 
 def make_tickets() -> Path:
-    """The folder of the workshop's data set, generated if it is not there. Raises :class:`DataError` where that fails."""
+    """The folder of the workshop's data set, generated if it is not there. Raises
+    :class:`DataError` where that fails."""
     folder = paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         script = paths.repository_file("data/make_tickets.py")
-        done = subprocess.run([sys.executable, str(script), "--out", str(folder)], check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(script), "--out", str(folder)],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise DataError(f"{paths.shown(folder)} cannot be made by {paths.shown(script)}: {said}. Give rows of your own (--data).")
+            raise DataError(
+                f"{paths.shown(folder)} cannot be made by {paths.shown(script)}: {said}. Give "
+                "rows of your own (--data)."
+            )
     return folder

@@ -1,7 +1,8 @@
 """What can go wrong that a person can put right.
 
-Every class is raised with a message that names the file, the field and the fix. The command line prints the message without
-a traceback and exits with ``exit_code``; anything that is not a ``WorkshopError`` is a bug and keeps its traceback.
+Every class is raised with a message that names the file, the field and the fix. The command line
+prints the message without a traceback and exits with ``exit_code``; anything that is not a
+``WorkshopError`` is a bug and keeps its traceback.
 """
 
 
@@ -12,7 +13,8 @@ class WorkshopError(Exception):
 
 
 class CheckpointError(WorkshopError):
-    """Something is wrong with a checkpoint. ``tensor`` names what is affected, where it is one tensor."""
+    """Something is wrong with a checkpoint. ``tensor`` names what is affected, where it is one
+    tensor."""
 
     def __init__(self, message: str, tensor: str | None = None) -> None:
         super().__init__(message)
@@ -26,7 +28,8 @@ class NotACheckpoint(CheckpointError):
 
 
 class UnsafeCheckpoint(CheckpointError):
-    """The file would run code or write outside its directory if it were loaded. Nothing of it was executed."""
+    """The file would run code or write outside its directory if it were loaded. Nothing of it was
+    executed."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -34,15 +37,18 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class UnsupportedCheckpoint(CheckpointError):
-    """A sound checkpoint of a kind that this command cannot take. The message names the field and what can take it."""
+    """A sound checkpoint of a kind that this command cannot take. The message names the field and
+    what can take it."""
 
 
 class FetchError(WorkshopError):
-    """A model could not be downloaded. The message says from where, why, and whether a new start resumes."""
+    """A model could not be downloaded. The message says from where, why, and whether a new start
+    resumes."""
 
 
 class GatedModel(FetchError):
-    """The licence of a model has to be accepted, or a key is missing. The message says what and where."""
+    """The licence of a model has to be accepted, or a key is missing. The message says what and
+    where."""
 
 
 class DataError(WorkshopError):
@@ -50,7 +56,8 @@ class DataError(WorkshopError):
 
 
 class TrainingFailed(WorkshopError):
-    """The training process ended with an error; the message holds its cause and the path of the log."""
+    """The training process ended with an error; the message holds its cause and the path of the
+    log."""
 
 
 class GenerationFailed(WorkshopError):
@@ -58,7 +65,8 @@ class GenerationFailed(WorkshopError):
 
 
 class UnsupportedAdapter(WorkshopError):
-    """A sound adapter of a kind that the chosen reader, or this workshop, cannot take. The message names what can."""
+    """A sound adapter of a kind that the chosen reader, or this workshop, cannot take. The message
+    names what can."""
 
 
 class OutputExists(WorkshopError):
@@ -66,12 +74,15 @@ class OutputExists(WorkshopError):
 
 
 class ConformanceFailed(WorkshopError):
-    """A file that was just written breaks a rule of its reader; it was not kept. The message names the rule and the key."""
+    """A file that was just written breaks a rule of its reader; it was not kept. The message names
+    the rule and the key."""
 
 
 class WaitedTooLong(WorkshopError):
-    """Another process did not finish in time. The message says which one, what it does, and what to do."""
+    """Another process did not finish in time. The message says which one, what it does, and what to
+    do."""
 
 
 class NimFailed(WorkshopError):
-    """A NIM could not be started, or did not become ready. The message says what is missing, or what its log names."""
+    """A NIM could not be started, or did not become ready. The message says what is missing, or
+    what its log names."""

@@ -1,4 +1,5 @@
-"""Digests that tell one file from another: of the whole, or of a bounded sample where weights are too large to read each time."""
+"""Digests that tell one file from another: of the whole, or of a bounded sample where weights are
+too large to read each time."""
 
 import hashlib
 import os
@@ -16,9 +17,11 @@ def sha256(path: Path) -> str:
 
 
 def sampled(path: Path) -> str:
-    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its last.
+    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its
+    last.
 
-    Training changes whole tensors, so other weights of the same shape have another digest. A change between two pieces is not seen.
+    Training changes whole tensors, so other weights of the same shape have another digest. A change
+    between two pieces is not seen.
     """
     size = path.stat().st_size
     found = hashlib.sha256(str(size).encode())
@@ -33,12 +36,15 @@ def sampled(path: Path) -> str:
 
 
 def of_contents(path: Path) -> dict[str, str]:
-    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name below it, wherever ``path`` lies. Links to
-    files count as the files; what is not there has no entry. Raises OSError for what cannot be read.
+    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name
+    below it, wherever ``path`` lies. Links to files count as the files; what is not there has no
+    entry. Raises OSError for what cannot be read.
     """
     if path.is_file():
         return {"": sampled(path)}
-    files = [Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names]
+    files = [
+        Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names
+    ]
     return {str(file.relative_to(path)): sampled(file) for file in sorted(files) if file.is_file()}
 
 

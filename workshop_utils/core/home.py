@@ -1,7 +1,8 @@
-"""Caches and settings in the workshop's own folder where the home cannot be written to: a container that runs as a stranger to
-it, a home on a read-only file system, no home at all.
+"""Caches and settings in the workshop's own folder where the home cannot be written to: a container
+that runs as a stranger to it, a home on a read-only file system, no home at all.
 
-    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run a program of others (JupyterLab) with such places
+    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run a program of others
+    (JupyterLab) with such places
 """
 
 import atexit
@@ -14,14 +15,22 @@ from pathlib import Path
 from workshop_utils.core import paths
 
 MOVED = "WORKSHOP_HOME_MOVED"
-"""Variable that names the folder which took the home's place, also to the processes that this one starts."""
+"""Variable that names the folder which took the home's place, also to the processes that this one
+starts."""
 
 
 def places() -> dict[str, Path]:
-    """Variable -> the place that the libraries write to, which the variable names or, unset, the home and the XDG variables give."""
+    """Variable -> the place that the libraries write to, which the variable names or, unset, the
+    home and the XDG variables give."""
     home = Path(os.path.expanduser("~"))
-    xdg = {"XDG_CACHE_HOME": ".cache", "XDG_CONFIG_HOME": ".config", "XDG_DATA_HOME": ".local/share"}
-    cache, config, data = (Path(os.environ.get(name) or home / place) for name, place in xdg.items())
+    xdg = {
+        "XDG_CACHE_HOME": ".cache",
+        "XDG_CONFIG_HOME": ".config",
+        "XDG_DATA_HOME": ".local/share",
+    }
+    cache, config, data = (
+        Path(os.environ.get(name) or home / place) for name, place in xdg.items()
+    )
     usual = {
         "XDG_CACHE_HOME": cache,
         "HF_HOME": cache / "huggingface",
@@ -42,15 +51,20 @@ def stand_in() -> Path:
 
 
 def use_writable_places() -> None:
-    """Set, in this process and those that it starts, each variable of :func:`places` whose place cannot be written to, to one below
-    :func:`stand_in`, and HOME where it is no directory that can be entered.
+    """Set, in this process and those that it starts, each variable of :func:`places` whose place
+    cannot be written to, to one below :func:`stand_in`, and HOME where it is no directory that can
+    be entered.
 
-    What a person has set stays, and so does everything where the home can be written to. ``~/.config`` is not moved: pip and others
-    only read there.
+    What a person has set stays, and so does everything where the home can be written to.
+    ``~/.config`` is not moved: pip and others only read there.
     """
     home = Path(os.path.expanduser("~"))  # stays "~" for a user that the system does not know
     homeless = not (home.is_absolute() and os.path.isdir(home) and os.access(home, os.X_OK))
-    shut = [variable for variable, place in places().items() if not os.environ.get(variable) and not can_be_written(place)]
+    shut = [
+        variable
+        for variable, place in places().items()
+        if not os.environ.get(variable) and not can_be_written(place)
+    ]
     if not (homeless or shut):
         return
     folder = _made(stand_in())
@@ -68,7 +82,8 @@ def can_be_written(place: Path) -> bool:
 
 
 def _made(folder: Path) -> Path:
-    """``folder``, or a temporary one that goes with this process where the workshop cannot be written to either."""
+    """``folder``, or a temporary one that goes with this process where the workshop cannot be
+    written to either."""
     if can_be_written(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder

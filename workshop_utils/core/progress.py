@@ -1,4 +1,5 @@
-"""Progress bars that fit where they are shown: live in a notebook and on a terminal, a line for each tenth in a file or a pipe."""
+"""Progress bars that fit where they are shown: live in a notebook and on a terminal, a line for
+each tenth in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -10,11 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_OF_LIBRARIES = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
+_OF_LIBRARIES = (
+    "TQDM_DISABLE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+)
 
 
 def progress_bar(over: Iterable | None = None, shown: bool = True, **options) -> tqdm:
-    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's. Nothing is shown without ``shown``."""
+    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's. Nothing is
+    shown without ``shown``."""
     return progress_bar_class()(over, disable=not shown, **options)
 
 
@@ -22,11 +28,16 @@ def progress_bar_class() -> type[tqdm]:
     """The class of tqdm that suits this process."""
     from tqdm import auto, notebook
 
-    return auto.tqdm if issubclass(auto.tqdm, notebook.tqdm_notebook) or sys.stderr.isatty() else _lines()
+    return (
+        auto.tqdm
+        if issubclass(auto.tqdm, notebook.tqdm_notebook) or sys.stderr.isatty()
+        else _lines()
+    )
 
 
 def quiet_libraries(environment: MutableMapping[str, str]) -> None:
-    """Switch off the bars that libraries draw, which know nothing of lines, unless a person has said otherwise. Before they are imported."""
+    """Switch off the bars that libraries draw, which know nothing of lines, unless a person has
+    said otherwise. Before they are imported."""
     for name in _OF_LIBRARIES:
         environment.setdefault(name, "1")
 
@@ -41,7 +52,9 @@ def _lines() -> type[tqdm]:
         said: tuple | None = None
 
         def __init__(self, *words, **options):
-            super().__init__(*words, **options | {"gui": True})  # tqdm's word for: it is displayed by `display` below
+            super().__init__(
+                *words, **options | {"gui": True}
+            )  # tqdm's word for: it is displayed by `display` below
             if not self.disable and self.delay <= 0:
                 self.display()
 
@@ -50,7 +63,11 @@ def _lines() -> type[tqdm]:
             news = self.desc, self.total and int(10 * self.n / self.total)
             if news != self.said:
                 self.said = news
-                form = "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]" if self.total else "..."
+                form = (
+                    "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+                    if self.total
+                    else "..."
+                )
                 text = self.format_meter(**self.format_dict | {"prefix": "", "bar_format": form})
                 print(f"{self.desc.removesuffix(': ')}: {text}", file=self.fp, flush=True)
             return True

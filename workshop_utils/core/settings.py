@@ -1,4 +1,5 @@
-"""The one place where a person chooses model, device and data: ``workshop.yaml``, or environment variables that win over it."""
+"""The one place where a person chooses model, device and data: ``workshop.yaml``, or environment
+variables that win over it."""
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +14,8 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Settings:
-    """``model``: a name from ``workshop models``. ``device``: auto, cpu or gpu. ``data``: a JSON Lines file, or None for the tickets."""
+    """``model``: a name from ``workshop models``. ``device``: auto, cpu or gpu. ``data``: a JSON
+    Lines file, or None for the tickets."""
 
     model: str = "smollm2-135m-instruct"
     device: str = "auto"
@@ -21,7 +23,8 @@ class Settings:
 
 
 def load_settings() -> Settings:
-    """Defaults, overridden by ``workshop.yaml``, overridden by WORKSHOP_MODEL, WORKSHOP_DEVICE and WORKSHOP_DATA.
+    """Defaults, overridden by ``workshop.yaml``, overridden by WORKSHOP_MODEL, WORKSHOP_DEVICE and
+    WORKSHOP_DATA.
 
     Raises:
         WorkshopError: the file is not a mapping of these three names.
@@ -32,7 +35,10 @@ def load_settings() -> Settings:
         try:
             chosen = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
-            raise WorkshopError(f"workshop.yaml is not YAML: {error}. Put it right, or delete it to go back to the defaults.") from None
+            raise WorkshopError(
+                f"workshop.yaml is not YAML: {error}. Put it right, or delete it to go back to "
+                "the defaults."
+            ) from None
     names = [field.name for field in fields(Settings)]
     if not isinstance(chosen, dict) or not set(chosen) <= set(names):
         raise WorkshopError(f"workshop.yaml may hold {', '.join(names)}, and nothing else.")

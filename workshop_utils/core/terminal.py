@@ -1,4 +1,5 @@
-"""Text on a terminal: names and values of a stranger's checkpoint may hold what it would obey, and lines may be longer than it is wide."""
+"""Text on a terminal: names and values of a stranger's checkpoint may hold what it would obey, and
+lines may be longer than it is wide."""
 
 import shutil
 import sys
@@ -6,11 +7,13 @@ import textwrap
 
 
 def one_line(text: str) -> str:
-    r"""``text`` with escapes for line ends, control characters and changes of the writing direction: ``\x1b``, ``\n``, ``\u202e``."""
+    r"""``text`` with escapes for line ends, control characters and changes of the writing
+    direction: ``\x1b``, ``\n``, ``\u202e``."""
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii") for character in text
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
     )
 
 
@@ -25,10 +28,17 @@ def width() -> int:
 
 
 def folded(line: str, indent: int) -> str:
-    """``line``, on as many lines as :func:`width` asks for, all but the first ``indent`` columns to the right. Words stay whole."""
+    """``line``, on as many lines as :func:`width` asks for, all but the first ``indent`` columns to
+    the right. Words stay whole."""
     if len(line) <= width():
         return line
-    return textwrap.fill(line, width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        line,
+        width(),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def plain(text: str, longest: int) -> str:

@@ -10,17 +10,21 @@ from workshop_utils.core.errors import WorkshopError
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 itself wants 1.0e-4."""
+    """Builds plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 itself wants
+    1.0e-4."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789")
+)
 
 
 def read_mapping(path: Path | str) -> dict[str, Any]:
     """The mapping in the YAML file at ``path``; an empty file is an empty one.
 
     Raises:
-        WorkshopError: the file cannot be read, is no text, no YAML, or holds something else than a mapping of names.
+        WorkshopError: the file cannot be read, is no text, no YAML, or holds something else than a
+            mapping of names.
     """
     path = Path(path)
     try:
@@ -28,15 +32,21 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
     except OSError as error:
         raise WorkshopError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise WorkshopError(f"{path} is no text, and so no YAML. `workshop inspect` tells what a checkpoint is.") from None
+        raise WorkshopError(
+            f"{path} is no text, and so no YAML. `workshop inspect` tells what a checkpoint is."
+        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise WorkshopError(
-            f"{path}{where}: is not YAML that can be read here ({getattr(error, 'problem', None) or error})."
+            f"{path}{where}: is not YAML that can be read here "
+            f"({getattr(error, 'problem', None) or error})."
         ) from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise WorkshopError(f"{path}: holds a {type(value).__name__}; a mapping is needed, one `name: value` a line.")
+        raise WorkshopError(
+            f"{path}: holds a {type(value).__name__}; a mapping is needed, one `name: value` a "
+            "line."
+        )
     return value

@@ -1,4 +1,5 @@
-"""Ask a model that a server holds: this workshop's, a NIM, vLLM, or any other with the API of OpenAI."""
+"""Ask a model that a server holds: this workshop's, a NIM, vLLM, or any other with the API of
+OpenAI."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from openai import OpenAI
 
 URL, KEY = "WORKSHOP_SERVER_URL", "WORKSHOP_API_KEY"
-"""Variables of the environment: where the server is, and the key that it wants (not needed by a NIM of your own)."""
+"""Variables of the environment: where the server is, and the key that it wants (not needed by a NIM
+of your own)."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One streamed answer, measured by the client. ``first`` and ``total`` are seconds from the request on; ``tokens`` are new ones."""
+    """One streamed answer, measured by the client. ``first`` and ``total`` are seconds from the
+    request on; ``tokens`` are new ones."""
 
     text: str
     first: float
@@ -38,27 +41,44 @@ class Timing:
 
 
 def connect(url: str | None = None, api_key: str | None = None) -> OpenAI:
-    """A client of the server at ``url`` (with or without ``/v1``); both default to the environment. A busy server is asked again."""
+    """A client of the server at ``url`` (with or without ``/v1``); both default to the environment.
+    A busy server is asked again."""
     from openai import DefaultHttpxClient, OpenAI
 
     url = (url or os.environ.get(URL) or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
     key = api_key or os.environ.get(KEY) or "none"
-    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=3, timeout=600, http_client=DefaultHttpxClient(trust_env="127.0.0.1" not in url))
+    return OpenAI(
+        base_url=f"{url}/v1",
+        api_key=key,
+        max_retries=3,
+        timeout=600,
+        http_client=DefaultHttpxClient(trust_env="127.0.0.1" not in url),
+    )
 
 
 def answers(
-    client: OpenAI, model: str, conversations: Sequence[list[dict]], max_new_tokens: int = 64, concurrency: int = 16, progress: bool = True
+    client: OpenAI,
+    model: str,
+    conversations: Sequence[list[dict]],
+    max_new_tokens: int = 64,
+    concurrency: int = 16,
+    progress: bool = True,
 ) -> list[str]:
-    """The most probable answer to each conversation, as :func:`workshop_utils.inference.generate.generate` gives it, in the order given.
+    """The most probable answer to each conversation, as
+    :func:`workshop_utils.inference.generate.generate` gives it, in the order given.
 
     ``concurrency`` requests are under way at a time.
 
     Raises:
-        GenerationFailed: the server cannot be reached, refuses the key, does not have ``model``, or refuses a conversation.
+        GenerationFailed: the server cannot be reached, refuses the key, does not have ``model``, or
+            refuses a conversation.
     """
+
     def ask(turns: list[dict]) -> str:
         """The answer to one conversation."""
-        answer = client.chat.completions.create(model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0)
+        answer = client.chat.completions.create(
+            model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0
+        )
         return answer.choices[0].message.content or ""
 
     with explained(client, model), ThreadPoolExecutor(concurrency) as pool:
@@ -70,8 +90,14 @@ def stream(client: OpenAI, model: str, turns: list[dict], max_new_tokens: int = 
     """Stream the most probable answer and measure it. Errors as :func:`answers`."""
     began, first, text, tokens = time.perf_counter(), 0.0, "", 0
     with explained(client, model):
-        for event in client.chat.completions.create(model=model, messages=turns, max_tokens=max_new_tokens, temperature=0, stream=True,
-                                                    stream_options={"include_usage": True}):  # fmt: skip
+        for event in client.chat.completions.create(
+            model=model,
+            messages=turns,
+            max_tokens=max_new_tokens,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
             piece = event.choices[0].delta.content if event.choices else None
             if piece:
                 first = first or time.perf_counter() - began
@@ -89,11 +115,18 @@ def explained(client: OpenAI, model: str) -> Iterator[None]:
     try:
         yield
     except openai.APIConnectionError as error:
-        raise GenerationFailed(f"no answer from {where}: {error.__cause__ or error}. Is the server started? Its readiness: /v1/health/ready") from error
+        raise GenerationFailed(
+            f"no answer from {where}: {error.__cause__ or error}. Is the server started? Its "
+            "readiness: /v1/health/ready"
+        ) from error
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-        raise GenerationFailed(f"{where} refuses the key: {_said(error)} Give the server's key in {KEY}.") from error
+        raise GenerationFailed(
+            f"{where} refuses the key: {_said(error)} Give the server's key in {KEY}."
+        ) from error
     except openai.NotFoundError as error:
-        raise GenerationFailed(f"{where} has no model {model!r}: {_said(error)} {_served(client)}") from error
+        raise GenerationFailed(
+            f"{where} has no model {model!r}: {_said(error)} {_served(client)}"
+        ) from error
     except openai.APIStatusError as error:
         raise GenerationFailed(f"{where} answered {error.status_code}: {_said(error)}") from error
 

@@ -1,8 +1,9 @@
-"""Score a base model and an adapter on held-out rows, beside two baselines that give the gain a meaning.
+"""Score a base model and an adapter on held-out rows, beside two baselines that give the gain a
+meaning.
 
-Variants: the plain base; the base that sees the schema and five examples in its prompt; the majority class of the training
-data; the base with the adapter. All metrics are exact and need no torch; a finished variant is kept and used again while
-nothing that it depends on has changed.
+Variants: the plain base; the base that sees the schema and five examples in its prompt; the
+majority class of the training data; the base with the adapter. All metrics are exact and need no
+torch; a finished variant is kept and used again while nothing that it depends on has changed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,23 @@ from workshop_utils.core.hashing import sha256
 from workshop_utils.core.settings import SEED
 from workshop_utils.inference.metrics import exact_match
 
-BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = ("base", "base-few-shot", "majority-class", "adapter")
+BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = (
+    "base",
+    "base-few-shot",
+    "majority-class",
+    "adapter",
+)
 SERVED = "served"
-TITLES = {BASE: "base", FEW_SHOT: "base + 5 examples", MAJORITY: "majority class", ADAPTER: "adapter"}
+TITLES = {
+    BASE: "base",
+    FEW_SHOT: "base + 5 examples",
+    MAJORITY: "majority class",
+    ADAPTER: "adapter",
+}
 EXAMPLES = 5
 MAX_CLASSES = 12
-"""A field with at most so many values among the labels counts as a class; others (a reply) are free text."""
+"""A field with at most so many values among the labels counts as a class; others (a reply) are free
+text."""
 NO_ANSWER, OTHER = "no answer", "other"
 
 
@@ -43,7 +55,8 @@ class Scores:
         exact_match: answer and label are the same text once blanks at both ends are gone.
         valid_json: the answer is a JSON object; None when the labels are not JSON objects.
         fields: for each field of the labels, how often the answer has the same value.
-        confusion: for each field that is a class: label -> answer -> rows. Answers that no label has count as "other",
+        confusion: for each field that is a class: label -> answer -> rows. Answers that no label
+            has count as "other",
             answers without the field as "no answer".
     """
 
@@ -56,15 +69,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and wall time (seconds, loading included) of each variant, and the directory that holds its answers."""
+    """Scores and wall time (seconds, loading included) of each variant, and the directory that
+    holds its answers."""
 
     directory: Path
     scores: dict[str, Scores]
     seconds: dict[str, float]
 
     def predictions(self, variant: str) -> list[dict[str, str]]:
-        """The rows of one variant, in the order of the test file: ``input`` (last user turn), ``label``, ``prediction``."""
-        with _predictions_file(self.directory, variant).open(encoding="utf-8", newline="\n") as lines:
+        """The rows of one variant, in the order of the test file: ``input`` (last user turn),
+        ``label``, ``prediction``."""
+        with _predictions_file(self.directory, variant).open(
+            encoding="utf-8", newline="\n"
+        ) as lines:
             return [json.loads(line) for line in lines]
 
     def __str__(self) -> str:
@@ -87,31 +104,47 @@ def score(predictions: Sequence[str], labels: Sequence[str]) -> Scores:
     given = _objects(predictions)
     pairs = list(zip(given, wanted, strict=True))
     names = list(dict.fromkeys(name for label in wanted for name in label))
-    correct = {name: sum(_same(answer, label, name) for answer, label in pairs) / rows for name in names}
+    correct = {
+        name: sum(_same(answer, label, name) for answer, label in pairs) / rows for name in names
+    }
     confusion = {name: _confusion(name, pairs) for name in _class_fields(wanted)}
-    return Scores(rows, exact, sum(answer is not None for answer in given) / rows, correct, confusion)
+    return Scores(
+        rows, exact, sum(answer is not None for answer in given) / rows, correct, confusion
+    )
 
 
 def majority_class(train_rows: Sequence[dict], test_rows: Sequence[dict]) -> list[str]:
-    """The same answer to every test row: the commonest value of each field, or the commonest whole answer if not JSON."""
+    """The same answer to every test row: the commonest value of each field, or the commonest whole
+    answer if not JSON."""
     answers = [label_of(row) for row in train_rows]
     labels = _objects(answers)
     if None in labels:
         best = Counter(answers).most_common(1)[0][0]
     else:
         names = dict.fromkeys(name for label in labels for name in label)
-        commonest = {name: Counter(json.dumps(label[name]) for label in labels if name in label).most_common(1)[0][0] for name in names}
-        best = json.dumps({name: json.loads(value) for name, value in commonest.items()}, ensure_ascii=False)
+        commonest = {
+            name: Counter(json.dumps(label[name]) for label in labels if name in label).most_common(
+                1
+            )[0][0]
+            for name in names
+        }
+        best = json.dumps(
+            {name: json.loads(value) for name, value in commonest.items()}, ensure_ascii=False
+        )
     return [best] * len(test_rows)
 
 
 def few_shot_prefix(train_rows: Sequence[dict], seed: int = SEED) -> list[dict]:
-    """Turns to put before a question: a sentence that states the schema, then :data:`EXAMPLES` training rows with different labels.
+    """Turns to put before a question: a sentence that states the schema, then :data:`EXAMPLES`
+    training rows with different labels.
 
-    The sentence opens the first user turn, since not every chat template takes a system message. Rows are drawn at random,
-    then chosen one at a time so that each adds as many classes not seen yet as there are.
+    The sentence opens the first user turn, since not every chat template takes a system message.
+    Rows are drawn at random, then chosen one at a time so that each adds as many classes not seen
+    yet as there are.
     """
-    rows = [row for row in train_rows if sum(turn["role"] == "user" for turn in row["messages"]) == 1] or list(train_rows)
+    rows = [
+        row for row in train_rows if sum(turn["role"] == "user" for turn in row["messages"]) == 1
+    ] or list(train_rows)
     random.Random(seed).shuffle(rows := list(rows))
     labels = _objects([label_of(row) for row in train_rows])
     classes = {} if None in labels else _class_fields(labels)
@@ -134,7 +167,10 @@ def schema_sentence(labels: Sequence[dict | None], classes: Mapping[str, Sequenc
     if None in labels:
         return "Answer in the form of these examples."
     names = dict.fromkeys(name for label in labels for name in label)
-    told = [f'"{name}" ({"one of " + ", ".join(classes[name]) if name in classes else "text"})' for name in names]
+    told = [
+        f'"{name}" ({"one of " + ", ".join(classes[name]) if name in classes else "text"})'
+        for name in names
+    ]
     return f"Answer with one line of JSON and nothing else. Its fields: {'; '.join(told)}."
 
 
@@ -156,10 +192,12 @@ def evaluate(
     progress: bool = True,
     trust: bool = False,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in ``out_dir``.
+    """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in
+    ``out_dir``.
 
-    ``out_dir/VARIANT/predictions.jsonl`` and ``out_dir/scores.json`` are written when a variant is complete, so an interrupted
-    call goes on with the next variant. A variant is used again when model, adapter, files and settings have the same contents.
+    ``out_dir/VARIANT/predictions.jsonl`` and ``out_dir/scores.json`` are written when a variant is
+    complete, so an interrupted call goes on with the next variant. A variant is used again when
+    model, adapter, files and settings have the same contents.
 
     Args:
         hf_model: Hugging Face model directory.
@@ -173,18 +211,27 @@ def evaluate(
         CheckpointError: model or adapter is unsafe or damaged.
         DataError: a file is missing, or a row is not what it should be.
         NotACheckpoint: ``hf_model`` is no model directory.
-        WorkshopError: the adapter cannot be read (see :func:`workshop_utils.adapters.export.export`).
+        WorkshopError: the adapter cannot be read (see
+            :func:`workshop_utils.adapters.export.export`).
     """
     from workshop_utils.inference.generate import as_peft
     from workshop_utils.runtime.device import choose_device
 
     hf_model, out_dir = Path(hf_model), Path(out_dir)
     if not (hf_model / "config.json").is_file():
-        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+        raise NotACheckpoint(
+            f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face "
+            "model."
+        )
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
     test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
     peft = as_peft(adapter, trust) if adapter is not None else None
-    answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens, "batch_size": batch_size, "dtype": choose_device().dtype}
+    answering = {
+        "model": _digest(hf_model),
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "dtype": choose_device().dtype,
+    }
     data = {"test": _digest(Path(test_file)), "rows": len(test)}
     learnt = {"train": _digest(Path(train_file))}
     inputs = {
@@ -208,10 +255,20 @@ def evaluate(
             predictions = answer(test, peft if variant == ADAPTER else None, prefix)
         seconds = time.perf_counter() - began
         written = _write_predictions(out_dir, variant, test, predictions)
-        entries[variant] = {"inputs": inputs[variant], "predictions": _digest(written), "seconds": round(seconds, 2),
-                            **asdict(score(predictions, [label_of(row) for row in test]))}  # fmt: skip
-        paths.write_text(out_dir / "scores.json", json.dumps({"variants": entries}, indent=2) + "\n")
-    return Evaluation(out_dir, {name: _scores(entries[name]) for name in wanted}, {name: entries[name]["seconds"] for name in wanted})
+        entries[variant] = {
+            "inputs": inputs[variant],
+            "predictions": _digest(written),
+            "seconds": round(seconds, 2),
+            **asdict(score(predictions, [label_of(row) for row in test])),
+        }
+        paths.write_text(
+            out_dir / "scores.json", json.dumps({"variants": entries}, indent=2) + "\n"
+        )
+    return Evaluation(
+        out_dir,
+        {name: _scores(entries[name]) for name in wanted},
+        {name: entries[name]["seconds"] for name in wanted},
+    )
 
 
 def evaluate_served(
@@ -224,11 +281,13 @@ def evaluate_served(
     api_key: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with the model ``model_id`` of the server at ``url``, and score it as :func:`evaluate` does.
+    """Answer every row of ``test_file`` with the model ``model_id`` of the server at ``url``, and
+    score it as :func:`evaluate` does.
 
-    Prompts and scores are the same, so the figures of a served adapter are those of the adapter, but for ties that another precision or
-    another order of additions decides. Nothing is reused: what a server holds can change. ``url`` and ``api_key`` default to the
-    environment (:mod:`workshop_utils.inference.client`).
+    Prompts and scores are the same, so the figures of a served adapter are those of the adapter,
+    but for ties that another precision or another order of additions decides. Nothing is reused:
+    what a server holds can change. ``url`` and ``api_key`` default to the environment
+    (:mod:`workshop_utils.inference.client`).
 
     Raises:
         GenerationFailed: see :func:`workshop_utils.inference.client.answers`.
@@ -239,11 +298,23 @@ def evaluate_served(
     test, out_dir = read_rows(Path(test_file))[:limit], Path(out_dir)
     began = time.perf_counter()
     client = connect(url, api_key)
-    predictions = answers(client, model_id, [row["messages"] for row in test], max_new_tokens, progress=progress)
-    seconds, scores = time.perf_counter() - began, score(predictions, [label_of(row) for row in test])
+    predictions = answers(
+        client, model_id, [row["messages"] for row in test], max_new_tokens, progress=progress
+    )
+    seconds, scores = (
+        time.perf_counter() - began,
+        score(predictions, [label_of(row) for row in test]),
+    )
     _write_predictions(out_dir, SERVED, test, predictions)
-    entry = {"url": str(client.base_url), "model": model_id, "seconds": round(seconds, 2), **asdict(scores)}
-    paths.write_text(out_dir / "scores.json", json.dumps({"variants": {SERVED: entry}}, indent=2) + "\n")
+    entry = {
+        "url": str(client.base_url),
+        "model": model_id,
+        "seconds": round(seconds, 2),
+        **asdict(scores),
+    }
+    paths.write_text(
+        out_dir / "scores.json", json.dumps({"variants": {SERVED: entry}}, indent=2) + "\n"
+    )
     return Evaluation(out_dir, {SERVED: scores}, {SERVED: seconds})
 
 
@@ -254,44 +325,74 @@ def table(scores: Mapping[str, Scores]) -> str:
     lines = [head]
     for variant, entry in scores.items():
         rates = [entry.exact_match, entry.valid_json, *(entry.fields.get(name) for name in fields)]
-        lines.append([TITLES.get(variant, variant), str(entry.rows), *("-" if rate is None else f"{rate:.1%}" for rate in rates)])
+        lines.append(
+            [
+                TITLES.get(variant, variant),
+                str(entry.rows),
+                *("-" if rate is None else f"{rate:.1%}" for rate in rates),
+            ]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-            for line in lines]  # fmt: skip
+    rows = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
 class _Answers:
     """Generates answers; keeps the model in memory while the adapter stays the same."""
 
-    def __init__(self, hf_model: Path, max_new_tokens: int, batch_size: int, progress: bool, trust: bool):
+    def __init__(
+        self, hf_model: Path, max_new_tokens: int, batch_size: int, progress: bool, trust: bool
+    ):
         self.hf_model, self.trust = hf_model, trust
-        self.options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "progress": progress,
+        }
         self.loaded: tuple | None = None
 
-    def __call__(self, rows: Sequence[dict], adapter: Path | None, prefix: list[dict] | None) -> list[str]:
+    def __call__(
+        self, rows: Sequence[dict], adapter: Path | None, prefix: list[dict] | None
+    ) -> list[str]:
         from workshop_utils.inference import generate
 
         if self.loaded is None or self.loaded[0] != adapter:
             self.loaded = None  # frees the model before the next one is read
             self.loaded = (adapter, *generate.load(self.hf_model, adapter, self.trust))
-        return generate.generate(*self.loaded[1:], [row["messages"] for row in rows], prefix=prefix, **self.options)
+        return generate.generate(
+            *self.loaded[1:], [row["messages"] for row in rows], prefix=prefix, **self.options
+        )
 
 
 def _predictions_file(out_dir: Path, variant: str) -> Path:
     return out_dir / variant / "predictions.jsonl"
 
 
-def _write_predictions(out_dir: Path, variant: str, rows: Sequence[dict], predictions: Sequence[str]) -> Path:
+def _write_predictions(
+    out_dir: Path, variant: str, rows: Sequence[dict], predictions: Sequence[str]
+) -> Path:
     lines = [
-        json.dumps({"input": prompt_turns(row["messages"])[-1]["content"], "label": label_of(row), "prediction": text})
+        json.dumps(
+            {
+                "input": prompt_turns(row["messages"])[-1]["content"],
+                "label": label_of(row),
+                "prediction": text,
+            }
+        )
         for row, text in zip(rows, predictions, strict=True)
     ]
     return paths.write_text(_predictions_file(out_dir, variant), "\n".join(lines) + "\n")
 
 
 def _read_entries(out_dir: Path) -> dict[str, dict]:
-    """The finished variants in ``scores.json``; none if it is missing or not what this module writes."""
+    """The finished variants in ``scores.json``; none if it is missing or not what this module
+    writes."""
     try:
         entries = json.loads((out_dir / "scores.json").read_text("utf-8"))["variants"]
         return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
@@ -301,8 +402,13 @@ def _read_entries(out_dir: Path) -> dict[str, dict]:
 
 def _is_current(entry: dict | None, inputs: dict, out_dir: Path, variant: str) -> bool:
     file = _predictions_file(out_dir, variant)
-    return (entry is not None and entry.get("inputs") == inputs and file.is_file() and entry.get("predictions") == _digest(file)
-            and {"seconds", *Scores.__dataclass_fields__} <= entry.keys())  # fmt: skip
+    return (
+        entry is not None
+        and entry.get("inputs") == inputs
+        and file.is_file()
+        and entry.get("predictions") == _digest(file)
+        and {"seconds", *Scores.__dataclass_fields__} <= entry.keys()
+    )
 
 
 def _scores(entry: Mapping[str, Any]) -> Scores:
@@ -310,14 +416,17 @@ def _scores(entry: Mapping[str, Any]) -> Scores:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or over the names and sha256 of the files in a directory that decide what a model answers."""
+    """sha256 of a file, or over the names and sha256 of the files in a directory that decide what a
+    model answers."""
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
         raise NotACheckpoint(f"{paths.shown(path)} does not exist.")
     kinds = (".json", ".safetensors", ".bin", ".model", ".jinja")
     files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
-    return hashlib.sha256("".join(f"{file.name} {_digest(file)}\n" for file in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{file.name} {_digest(file)}\n" for file in files).encode()
+    ).hexdigest()
 
 
 def _objects(texts: Sequence[str]) -> list[dict | None]:
@@ -334,14 +443,16 @@ def _object(text: str) -> dict | None:
 
 
 def _same(answer: dict | None, label: dict, name: str) -> bool:
-    """Same value and same JSON type: true is not 1. A field that the label leaves out has to be left out."""
+    """Same value and same JSON type: true is not 1. A field that the label leaves out has to be
+    left out."""
     if answer is None or name not in answer or name not in label:
         return answer is not None and name not in answer and name not in label
     return json.dumps(answer[name], sort_keys=True) == json.dumps(label[name], sort_keys=True)
 
 
 def _class_fields(labels: Sequence[dict]) -> dict[str, list[str]]:
-    """Fields with text values of which there are few -> their values in order. Every row different is no class."""
+    """Fields with text values of which there are few -> their values in order. Every row different
+    is no class."""
     values: dict[str, set] = {}
     for label in labels:
         for name, value in label.items():

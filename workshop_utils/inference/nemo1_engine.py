@@ -1,8 +1,8 @@
 """Answers and logits by NeMo itself: the script path's model with a LoRA adapter as NeMo wrote it.
 
-NeMo decodes slowly on a CPU, so this is for cross-checks of a few rows against transformers and PEFT. ``ask_nemo`` works in a
-process of its own: NeMo keeps a parallel state that a process cannot get rid of, and talks a lot. ``NemoModel`` is what that
-process uses.
+NeMo decodes slowly on a CPU, so this is for cross-checks of a few rows against transformers and
+PEFT. ``ask_nemo`` works in a process of its own: NeMo keeps a parallel state that a process cannot
+get rid of, and talks a lot. ``NemoModel`` is what that process uses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _LOG_LINES = 25
 
 @dataclass(frozen=True)
 class NemoAnswers:
-    """What NeMo answered. ``logits`` is fp32 ``[batch, sequence, vocabulary]``, or None if no token ids were given.
+    """What NeMo answered. ``logits`` is fp32 ``[batch, sequence, vocabulary]``, or None if no token
+    ids were given.
 
     ``new_tokens`` were made in ``seconds``, loading apart.
     """
@@ -61,19 +62,28 @@ class NemoModel:
         _check(Path(bridged), adapter, trust)
         nemo_cpu.apply()
         from lightning.pytorch import Trainer
-        from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
+        from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+            MegatronGPTSFTModel,
+        )
         from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
         from omegaconf import open_dict
 
-        trainer = Trainer(accelerator=choose_device().kind, devices=1, strategy=NLPDDPStrategy(), logger=False,
-                          enable_checkpointing=False)  # fmt: skip
+        trainer = Trainer(
+            accelerator=choose_device().kind,
+            devices=1,
+            strategy=NLPDDPStrategy(),
+            logger=False,
+            enable_checkpointing=False,
+        )
         config = MegatronGPTSFTModel.restore_from(str(bridged), return_config=True)
         with open_dict(config):
             config.target = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
             # Both fields are read when the model is built, although nothing is trained.
             config.data, config.optim = {}, {"name": "adamw"}
             config.precision = 32
-        self.model = MegatronGPTSFTModel.restore_from(str(bridged), override_config_path=config, trainer=trainer)
+        self.model = MegatronGPTSFTModel.restore_from(
+            str(bridged), override_config_path=config, trainer=trainer
+        )
         if adapter is not None:
             self.model.load_adapters(str(adapter))
         self.model.eval().cuda()
@@ -81,35 +91,59 @@ class NemoModel:
         self.new_tokens = 0
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
-        """Greedy answers to ``prompts`` (text as the chat template renders it), in one batch, up to the stop token."""
-        from nemo.collections.nlp.modules.common.text_generation_strategy import GPTModelTextGenerationStrategy
+        """Greedy answers to ``prompts`` (text as the chat template renders it), in one batch, up to
+        the stop token."""
+        from nemo.collections.nlp.modules.common.text_generation_strategy import (
+            GPTModelTextGenerationStrategy,
+        )
 
         output = self.model.generate(
             list(prompts),
             {"min_length": 0, "max_length": max_new_tokens},
-            {"use_greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "add_BOS": False,
-             "all_probs": False, "compute_logprob": False, "end_strings": [self.tokenizer.eos_token]},
-            # Named, because NeMo's search for the right one imports its multimodal models, which need torchvision.
+            {
+                "use_greedy": True,
+                "temperature": 1.0,
+                "top_k": 0,
+                "top_p": 1.0,
+                "repetition_penalty": 1.0,
+                "add_BOS": False,
+                "all_probs": False,
+                "compute_logprob": False,
+                "end_strings": [self.tokenizer.eos_token],
+            },
+            # Named, because NeMo's search for the right one imports its multimodal models, which
+            # need torchvision.
             strategy=GPTModelTextGenerationStrategy(self.model),
-        )  # fmt: skip
+        )
         answers = []
         for prompt, ids in zip(prompts, output["token_ids"], strict=True):
             # NeMo goes on with a short prompt until the longest one has its tokens.
             new = ids[len(self.model.tokenizer.text_to_ids(prompt)) :][:max_new_tokens]
-            new = new[: new.index(self.tokenizer.eos_token_id) + 1] if self.tokenizer.eos_token_id in new else new
+            new = (
+                new[: new.index(self.tokenizer.eos_token_id) + 1]
+                if self.tokenizer.eos_token_id in new
+                else new
+            )
             self.new_tokens += len(new)
             answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return answers
 
     def logits(self, token_ids: Sequence[Sequence[int]]) -> numpy.ndarray:
-        """fp32 logits ``[batch, sequence, vocabulary]`` of token ids ``[batch, sequence]`` without padding."""
+        """fp32 logits ``[batch, sequence, vocabulary]`` of token ids ``[batch, sequence]`` without
+        padding."""
         import torch
 
         ids = torch.tensor(token_ids, device=next(self.model.parameters()).device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         with torch.inference_mode():
-            # Without a mask Megatron-Core's attention is causal. Rows that only pad the vocabulary are cut off.
-            return self.model.model(ids, positions, None).float().cpu().numpy()[..., : self.model.cfg.get("override_vocab_size")]
+            # Without a mask Megatron-Core's attention is causal. Rows that only pad the vocabulary
+            # are cut off.
+            return (
+                self.model.model(ids, positions, None)
+                .float()
+                .cpu()
+                .numpy()[..., : self.model.cfg.get("override_vocab_size")]
+            )
 
 
 def ask_nemo(
@@ -131,22 +165,34 @@ def ask_nemo(
     _check(Path(bridged), adapter, trust)
     with tempfile.TemporaryDirectory(prefix="workshop-nemo-") as name:
         folder = Path(name)
-        job = {"bridged": str(Path(bridged).resolve()), "adapter": adapter and str(Path(adapter).resolve()), "prompts": list(prompts),
-               "token_ids": [[int(token) for token in row] for row in ([] if token_ids is None else token_ids)], "max_new_tokens": max_new_tokens,
-               "trust": trust}  # fmt: skip
+        job = {
+            "bridged": str(Path(bridged).resolve()),
+            "adapter": adapter and str(Path(adapter).resolve()),
+            "prompts": list(prompts),
+            "token_ids": [
+                [int(token) for token in row] for row in ([] if token_ids is None else token_ids)
+            ],
+            "max_new_tokens": max_new_tokens,
+            "trust": trust,
+        }
         run_job("workshop_utils.inference.nemo1_engine", folder, job, bridged)
         answers = json.loads((folder / "answers.json").read_text())
         return NemoAnswers(**answers, logits=_read_array(folder / "logits.npy"))
 
 
-def nemo_logits(bridged: Path | str, adapter: Path | str | None, token_ids: Sequence[Sequence[int]]) -> numpy.ndarray:
+def nemo_logits(
+    bridged: Path | str, adapter: Path | str | None, token_ids: Sequence[Sequence[int]]
+) -> numpy.ndarray:
     """Only the logits of :func:`ask_nemo`."""
     return ask_nemo(bridged, adapter, token_ids=token_ids).logits
 
 
 def _check(bridged: Path, adapter: Path | str | None, trust: bool) -> None:
     if not (bridged / "model_config.yaml").is_file() or not (bridged / "model_weights").is_dir():
-        raise NotACheckpoint(f"{paths.shown(bridged)} is not what the script path loads: make that with `workshop bridge`.")
+        raise NotACheckpoint(
+            f"{paths.shown(bridged)} is not what the script path loads: make that with `workshop "
+            "bridge`."
+        )
     if adapter is not None:
         _check_adapter(adapter, trust)
     require_sound(bridged, trust, (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY))
@@ -159,8 +205,9 @@ def _check_adapter(adapter: Path | str, trust: bool) -> None:
     found = read_adapter(adapter)
     if found.qkv_order != "interleaved":
         raise UnsupportedAdapter(
-            f"{paths.shown(adapter)} has its rows in the order {found.qkv_order!r}, for another reader; NeMo would load it and answer "
-            "wrongly. Give the .nemo that the training wrote, or one exported with --reader nemo."
+            f"{paths.shown(adapter)} has its rows in the order {found.qkv_order!r}, for another "
+            "reader; NeMo would load it and answer wrongly. Give the .nemo that the training "
+            "wrote, or one exported with --reader nemo."
         )
 
 
@@ -178,7 +225,11 @@ def _work(folder: Path) -> None:
     model = NemoModel(job["bridged"], job["adapter"], job["trust"])
     began = time.perf_counter()
     texts = model.generate(job["prompts"], job["max_new_tokens"]) if job["prompts"] else []
-    answers = {"texts": texts, "new_tokens": model.new_tokens, "seconds": time.perf_counter() - began}
+    answers = {
+        "texts": texts,
+        "new_tokens": model.new_tokens,
+        "seconds": time.perf_counter() - began,
+    }
     if job["token_ids"]:
         numpy.save(folder / "logits.npy", model.logits(job["token_ids"]))
     (folder / "answers.json").write_text(json.dumps(answers))

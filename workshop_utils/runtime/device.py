@@ -13,7 +13,8 @@ from workshop_utils.core.errors import WorkshopError
 
 @dataclass(frozen=True)
 class Device:
-    """``kind`` is "cpu" or "gpu"; ``precision`` is what Lightning's Trainer takes; ``reason`` says why it was chosen."""
+    """``kind`` is "cpu" or "gpu"; ``precision`` is what Lightning's Trainer takes; ``reason`` says
+    why it was chosen."""
 
     kind: str
     precision: str
@@ -25,14 +26,18 @@ class Device:
 
 
 def choose_device() -> Device:
-    """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32. ``WORKSHOP_DEVICE=cpu|gpu`` overrides.
+    """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32.
+    ``WORKSHOP_DEVICE=cpu|gpu`` overrides.
 
     Raises:
         WorkshopError: ``WORKSHOP_DEVICE`` is neither of these.
     """
     wanted = os.environ.get("WORKSHOP_DEVICE") or "auto"
     if wanted not in ("auto", "cpu", "gpu"):
-        raise WorkshopError(f"WORKSHOP_DEVICE is {wanted!r}; set it to cpu or gpu, or leave it out to have one chosen.")
+        raise WorkshopError(
+            f"WORKSHOP_DEVICE is {wanted!r}; set it to cpu or gpu, or leave it out to have one "
+            "chosen."
+        )
     if wanted == "cpu":
         return Device("cpu", "32", "fp32", "WORKSHOP_DEVICE=cpu")
     if wanted == "gpu":
@@ -46,15 +51,27 @@ def choose_device() -> Device:
 
 
 def gpu_name() -> str | None:
-    """The first GPU that ``nvidia-smi`` lists and ``CUDA_VISIBLE_DEVICES`` does not hide, or None."""
+    """The first GPU that ``nvidia-smi`` lists and ``CUDA_VISIBLE_DEVICES`` does not hide, or
+    None."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return None
-    answer = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=False, capture_output=True, text=True, timeout=30)
-    return answer.stdout.splitlines()[0].strip() if answer.returncode == 0 and answer.stdout.strip() else None
+    answer = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    return (
+        answer.stdout.splitlines()[0].strip()
+        if answer.returncode == 0 and answer.stdout.strip()
+        else None
+    )
 
 
 def torch_has_cuda() -> bool:
-    """True if the installed torch was built with CUDA, read from its ``version.py`` without importing it."""
+    """True if the installed torch was built with CUDA, read from its ``version.py`` without
+    importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -63,7 +80,8 @@ def torch_has_cuda() -> bool:
 
 
 def quiet_environment(environment: dict[str, str]) -> None:
-    """Turn off telemetry of NeMo, Weights & Biases and Hugging Face, and leave unset what a person has set otherwise."""
+    """Turn off telemetry of NeMo, Weights & Biases and Hugging Face, and leave unset what a person
+    has set otherwise."""
     for name, value in {
         "WANDB_MODE": "disabled",
         "WANDB_DISABLED": "true",
@@ -72,7 +90,8 @@ def quiet_environment(environment: dict[str, str]) -> None:
         "NEMO_ONELOGGER_ENABLED": "0",
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # torch warns about a package that nvidia-resiliency-ext requires, in every process that imports it.
+        # torch warns about a package that nvidia-resiliency-ext requires, in every process that
+        # imports it.
         "PYTHONWARNINGS": "ignore:The pynvml package is deprecated:FutureWarning",
     }.items():
         environment.setdefault(name, value)

@@ -10,7 +10,8 @@ from workshop_utils.runtime.device import gpu_name
 
 
 def describe_machine() -> dict:
-    """System, processor, cores this process may use, memory in GiB, GPU or null, and the versions that matter."""
+    """System, processor, cores this process may use, memory in GiB, GPU or null, and the versions
+    that matter."""
     packages = ("nemo-toolkit", "megatron-core", "torch", "transformers", "peft")
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -24,7 +25,9 @@ def describe_machine() -> dict:
 
 
 def _processor() -> str:
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return found[1].strip() if found else platform.machine()
 
 

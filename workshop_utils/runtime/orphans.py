@@ -1,7 +1,10 @@
-"""Processes that end with the one that started them, however that ended. Linux only; elsewhere nothing happens.
+"""Processes that end with the one that started them, however that ended. Linux only; elsewhere
+nothing happens.
 
-torchrun ends its workers when it is asked to stop, but not when it is killed; and nothing ends torchrun when the command line or the
-kernel that started it is killed. The environment variable below, which holds the launcher's process number, makes every Python process below ours ask the kernel for it.
+torchrun ends its workers when it is asked to stop, but not when it is killed; and nothing ends
+torchrun when the command line or the kernel that started it is killed. The environment variable
+below, which holds the launcher's process number, makes every Python process below ours ask the
+kernel for it.
 """
 
 import ctypes

@@ -25,7 +25,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Execution:
-    """``result`` is passed, failed or interrupted; ``notebook`` holds the outputs of the cells that ran."""
+    """``result`` is passed, failed or interrupted; ``notebook`` holds the outputs of the cells that
+    ran."""
 
     notebook: dict
     seconds: float
@@ -34,12 +35,15 @@ class Execution:
 
 
 def execute(
-    file: Path, on_cell: Callable[[int, int], None] = lambda number, total: None, timeout: int = CELL_TIMEOUT
+    file: Path,
+    on_cell: Callable[[int, int], None] = lambda number, total: None,
+    timeout: int = CELL_TIMEOUT,
 ) -> Execution:
     """Run the notebook ``file`` in its own folder. ``file`` itself is only read.
 
-    The kernel is always the one of the running interpreter, whatever kernels are installed for the user. Ctrl-C (or SIGTERM)
-    interrupts the cell that runs, so that it can stop its own processes; a second one kills the kernel.
+    The kernel is always the one of the running interpreter, whatever kernels are installed for the
+    user. Ctrl-C (or SIGTERM) interrupts the cell that runs, so that it can stop its own processes;
+    a second one kills the kernel.
 
     Args:
         on_cell: called before each code cell with its number (from 1) and the number of code cells.
@@ -63,7 +67,10 @@ def execute(
     except CellTimeoutError:
         error = f"{client.place()}: took longer than {timeout} s"
     except DeadKernelError:
-        error = f"{client.place()}: the kernel died. Most often memory ran out: close other programs and run again"
+        error = (
+            f"{client.place()}: the kernel died. Most often memory ran out: close other programs "
+            "and run again"
+        )
     except (_Stopped, CancelledError):
         pass
     except RuntimeError as failure:
@@ -75,10 +82,11 @@ def execute(
 
 
 def save(notebook: dict, target: Path) -> Path:
-    """Write ``notebook`` to ``target``, all or nothing, without what differs from run to run or cannot be shown again.
+    """Write ``notebook`` to ``target``, all or nothing, without what differs from run to run or
+    cannot be shown again.
 
-    Dropped: widgets (their state lives in the kernel only), standard error (progress bars and warnings), the time of each
-    cell's execution, and the version of Python.
+    Dropped: widgets (their state lives in the kernel only), standard error (progress bars and
+    warnings), the time of each cell's execution, and the version of Python.
     """
     import nbformat
 
@@ -99,7 +107,8 @@ def _read(file: Path) -> dict:
         return nbformat.read(file, as_version=4)
     except (ValueError, KeyError, AttributeError) as error:
         raise WorkshopError(
-            f"{paths.shown(file)} is not a notebook: {error}. Get it back with: git checkout {file.name}"
+            f"{paths.shown(file)} is not a notebook: {error}. Get it back with: git checkout "
+            f"{file.name}"
         ) from None
 
 
@@ -108,18 +117,22 @@ def _volatile(output: dict) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The first line of an error, without the colours that IPython gives it; one that announces its cause, with the cause's last."""
+    """The first line of an error, without the colours that IPython gives it; one that announces its
+    cause, with the cause's last."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")
     return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, without telemetry, and with the programs of this interpreter (torchrun) on PATH."""
+    """This process's environment, without telemetry, and with the programs of this interpreter
+    (torchrun) on PATH."""
     environment = dict(os.environ)
     quiet_environment(environment)
     # What a notebook draws must not depend on the settings of whoever started the run.
     environment.pop("MPLBACKEND", None)
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]
+    )
     return environment
 
 
@@ -128,7 +141,8 @@ class _Stopped(Exception):
 
 
 def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], timeout: int):
-    """An nbclient that knows which cell it runs and that interrupts, rather than kills, on the first Ctrl-C."""
+    """An nbclient that knows which cell it runs and that interrupts, rather than kills, on the
+    first Ctrl-C."""
     import asyncio
 
     from jupyter_client import AsyncKernelManager
@@ -137,12 +151,18 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
 
     class OwnKernel(AsyncKernelManager):
         """A kernel of this interpreter."""
+
         def __init__(self, **kwargs):
             # Without folders to search, "python3" can only be the interpreter that runs this.
-            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), transport_encryption="auto", **kwargs)
+            super().__init__(
+                kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),
+                transport_encryption="auto",
+                **kwargs,
+            )
 
     class Client(NotebookClient):
         """Knows its place, and can be stopped."""
+
         stopped = False
         number = 0
 
@@ -151,17 +171,21 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
             return f"cell [{self.number}]" if self.number else "its start"
 
         def cell_starts(self, cell: dict, cell_index: int) -> None:
-            """Note and announce a code cell. Raises :class:`_Stopped`, instead of running it, after a Ctrl-C."""
+            """Note and announce a code cell. Raises :class:`_Stopped`, instead of running it, after
+            a Ctrl-C."""
             if self.stopped:
                 raise _Stopped
-            code = [index for index, one in enumerate(notebook["cells"]) if one["cell_type"] == "code"]
+            code = [
+                index for index, one in enumerate(notebook["cells"]) if one["cell_type"] == "code"
+            ]
             if cell_index in code:  # nbclient announces the text cells, too
                 self.number = code.index(cell_index) + 1
                 on_cell(self.number, len(code))
 
         async def async_start_new_kernel(self, **kwargs) -> None:
             """Start the kernel with :meth:`stop` as the handler of SIGINT and SIGTERM."""
-            # nbclient has just set its own handlers, which kill the kernel and leave what it started behind.
+            # nbclient has just set its own handlers, which kill the kernel and leave what it
+            # started behind.
             loop, self.starting = asyncio.get_running_loop(), asyncio.current_task()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self.stop, loop)
@@ -175,7 +199,8 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
 
         @contextlib.asynccontextmanager
         async def ended_with_its_start(self):
-            """Kill the kernel where :meth:`stop` cancels the block; nbclient looks after it from the first cell on."""
+            """Kill the kernel where :meth:`stop` cancels the block; nbclient looks after it from
+            the first cell on."""
             try:
                 yield
             except asyncio.CancelledError:
@@ -183,8 +208,11 @@ def _new_client(notebook: dict, cwd: Path, on_cell: Callable[[int, int], None], 
                 raise
 
         def stop(self, loop: asyncio.AbstractEventLoop) -> None:
-            """Interrupt the kernel, and end it at the second call, which comes by itself after PATIENCE seconds."""
-            if not self.number:  # nothing of the notebook runs yet: it is only the kernel that starts
+            """Interrupt the kernel, and end it at the second call, which comes by itself after
+            PATIENCE seconds."""
+            if (
+                not self.number
+            ):  # nothing of the notebook runs yet: it is only the kernel that starts
                 self.starting.cancel()
             elif not self.km.has_kernel:
                 pass

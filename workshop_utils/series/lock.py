@@ -1,6 +1,7 @@
 """The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it.
 
-``python -m workshop_utils.series.lock`` (or ``make lock``) writes ``environment.yml`` anew after the lock was changed.
+``python -m workshop_utils.series.lock`` (or ``make lock``) writes ``environment.yml`` anew after
+the lock was changed.
 """
 
 import re
@@ -21,7 +22,7 @@ dependencies:
   - pip
   - pip:
 {pins}
-"""
+"""  # noqa: E501
 
 
 def lock_file() -> Path:
@@ -42,10 +43,16 @@ def read_lock(file: Path) -> dict[str, str]:
             continue
         pin = _PIN.fullmatch(line)
         if pin is None:
-            raise WorkshopError(f"{paths.shown(file)}, line {number}: {line!r} is not a pin. Write it as name==version.")
+            raise WorkshopError(
+                f"{paths.shown(file)}, line {number}: {line!r} is not a pin. Write it as "
+                "name==version."
+            )
         name = normalised(pin["name"])
         if name in pins:
-            raise WorkshopError(f"{paths.shown(file)}, line {number}: {name} is pinned twice. Keep one of the lines.")
+            raise WorkshopError(
+                f"{paths.shown(file)}, line {number}: {name} is pinned twice. Keep one of the "
+                "lines."
+            )
         pins[name] = pin["version"]
     return pins
 
@@ -57,12 +64,21 @@ def normalised(name: str) -> str:
 
 def environment_yaml(pins: dict[str, str]) -> str:
     """The text of ``environment.yml`` for these pins."""
-    return _ENVIRONMENT.format(pins="\n".join(f"      - {name}=={version}" for name, version in pins.items()))
+    return _ENVIRONMENT.format(
+        pins="\n".join(f"      - {name}=={version}" for name, version in pins.items())
+    )
 
 
 def main() -> None:
     """Write ``environment.yml`` from the lock."""
-    print("wrote", paths.shown(paths.write_text(paths.root() / "environment.yml", environment_yaml(read_lock(lock_file())))))
+    print(
+        "wrote",
+        paths.shown(
+            paths.write_text(
+                paths.root() / "environment.yml", environment_yaml(read_lock(lock_file()))
+            )
+        ),
+    )
 
 
 if __name__ == "__main__":

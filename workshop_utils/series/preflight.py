@@ -1,4 +1,5 @@
-"""Is this machine ready? One check a line, each with what to do when it fails. Takes a second; torch is not imported."""
+"""Is this machine ready? One check a line, each with what to do when it fails. Takes a second;
+torch is not imported."""
 
 import os
 import platform
@@ -16,7 +17,8 @@ from workshop_utils.series.lock import lock_file, normalised, read_lock
 
 GIB = 2**30
 DISK_NEEDED = 3 * GIB
-"""The default model in its forms, the training's checkpoints and the exports take 1.3 GiB, temporary files come on top."""
+"""The default model in its forms, the training's checkpoints and the exports take 1.3 GiB,
+temporary files come on top."""
 DISK_LEAST = 1 * GIB
 """Below this even a second run, which uses again what is there, may stop half-way."""
 MEMORY_NEEDED = 6 * GIB
@@ -25,7 +27,8 @@ MEMORY_NEEDED = 6 * GIB
 
 @dataclass(frozen=True)
 class Check:
-    """``status`` is OK, WARN (it works, but mind this) or FAIL; ``fix`` is a sentence, empty when the status is OK."""
+    """``status`` is OK, WARN (it works, but mind this) or FAIL; ``fix`` is a sentence, empty when
+    the status is OK."""
 
     status: str
     name: str
@@ -47,11 +50,17 @@ def system() -> Check:
     found = f"{platform.system()} {platform.machine()}"
     if platform.system() != "Linux":
         return Check(
-            "FAIL", "system", found, "NeMo runs on Linux only. Use a Linux machine, WSL 2 on Windows, or a Linux container."
+            "FAIL",
+            "system",
+            found,
+            "NeMo runs on Linux only. Use a Linux machine, WSL 2 on Windows, or a Linux container.",
         )
     if platform.machine() not in ("x86_64", "AMD64"):
         return Check(
-            "WARN", "system", found, "The pinned packages were tried on x86-64 only; here some may have to be compiled."
+            "WARN",
+            "system",
+            found,
+            "The pinned packages were tried on x86-64 only; here some may have to be compiled.",
         )
     return Check("OK", "system", found)
 
@@ -60,14 +69,25 @@ def python() -> Check:
     """Python 3.11, the version that the pinned packages are for."""
     found = platform.python_version()
     if sys.version_info[:2] != (3, 11):
-        return Check("FAIL", "Python", found, "Install Python 3.11, then run: make clean && make workshop PYTHON=python3.11")
+        return Check(
+            "FAIL",
+            "Python",
+            found,
+            "Install Python 3.11, then run: make clean && make workshop PYTHON=python3.11",
+        )
     return Check("OK", "Python", found)
 
 
 def cores() -> Check:
     """Two cores or more."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fix = "" if count > 1 else "It works with one core, but takes about twice the times given in the README."
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    fix = (
+        ""
+        if count > 1
+        else "It works with one core, but takes about twice the times given in the README."
+    )
     return Check("WARN" if fix else "OK", "cores", str(count), fix)
 
 
@@ -77,7 +97,11 @@ def memory() -> Check:
     found = f"{limit / GIB:.1f} GiB"
     if limit < MEMORY_NEEDED * 0.95:
         return Check(
-            "WARN", "memory", found, f"Training may be killed: it wants {MEMORY_NEEDED / GIB:.0f} GiB. Close other programs."
+            "WARN",
+            "memory",
+            found,
+            f"Training may be killed: it wants {MEMORY_NEEDED / GIB:.0f} GiB. Close other "
+            "programs.",
         )
     return Check("OK", "memory", found)
 
@@ -89,10 +113,16 @@ def disk() -> Check:
     found = f"{free / GIB:.1f} GiB free"
     if not os.access(root, os.W_OK):
         return Check(
-            "FAIL", "disk", f"{root} cannot be written to", "Work in a folder of your own, or set WORKSHOP_ROOT to one."
+            "FAIL",
+            "disk",
+            f"{root} cannot be written to",
+            "Work in a folder of your own, or set WORKSHOP_ROOT to one.",
         )
     if free < DISK_NEEDED:
-        fix = f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. Free some space where {root} lies."
+        fix = (
+            f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. Free some space "
+            f"where {root} lies."
+        )
         return Check("FAIL" if free < DISK_LEAST else "WARN", "disk", found, fix)
     return Check("OK", "disk", found)
 
@@ -100,37 +130,68 @@ def disk() -> Check:
 def home() -> Check:
     """Places for caches and settings, which NeMo and JupyterLab write to as soon as they start."""
     use_writable_places()
-    shut = [f"{variable} ({place})" for variable, place in places().items() if not can_be_written(place)]
+    shut = [
+        f"{variable} ({place})" for variable, place in places().items() if not can_be_written(place)
+    ]
     if shut:
-        return Check("FAIL", "home", f"cannot be written to: {_some(shut)}", "Set that to a folder of your own, or unset it.")
+        return Check(
+            "FAIL",
+            "home",
+            f"cannot be written to: {_some(shut)}",
+            "Set that to a folder of your own, or unset it.",
+        )
     folder = Path(os.environ.get(MOVED, stand_in()))
-    moved = [variable for variable in ("HOME", *places()) if Path(os.environ.get(variable, "")).is_relative_to(folder)]
+    moved = [
+        variable
+        for variable in ("HOME", *places())
+        if Path(os.environ.get(variable, "")).is_relative_to(folder)
+    ]
     if moved:
-        lasting = paths.shown(folder) if folder == stand_in() else "a folder that goes with each command"
+        lasting = (
+            paths.shown(folder) if folder == stand_in() else "a folder that goes with each command"
+        )
         found = f"cannot be written to; {lasting} takes its place for {_some(moved)}"
         return Check(
-            "WARN", "home", found, "To have caches and settings in a place of your own, set HOME to a folder that is yours."
+            "WARN",
+            "home",
+            found,
+            "To have caches and settings in a place of your own, set HOME to a folder that is "
+            "yours.",
         )
     return Check("OK", "home", "can be written to")
 
 
 def packages() -> Check:
-    """Every package of the lock in its version. torch's build (+cpu, +cu128) may differ, the version may not."""
+    """Every package of the lock in its version. torch's build (+cpu, +cu128) may differ, the
+    version may not."""
     if not lock_file().is_file():
         return Check(
-            "FAIL", "packages", f"no {lock_file()}", "Run this in a clone of the repository, or set WORKSHOP_ROOT to one."
+            "FAIL",
+            "packages",
+            f"no {lock_file()}",
+            "Run this in a clone of the repository, or set WORKSHOP_ROOT to one.",
         )
     try:
         pins = read_lock(lock_file())
     except WorkshopError as error:
         return Check("FAIL", "packages", "the lock cannot be read", str(error))
-    installed = {normalised(one.metadata["Name"]): one.version.split("+")[0] for one in metadata.distributions()}
+    installed = {
+        normalised(one.metadata["Name"]): one.version.split("+")[0]
+        for one in metadata.distributions()
+    }
     missing = sorted(set(pins) - set(installed))
     if missing:
         return Check("FAIL", "packages", f"missing: {_some(missing)}", f"Run: {_install()}")
-    other = [f"{name} {installed[name]} (pinned: {version})" for name, version in pins.items() if installed[name] != version]
+    other = [
+        f"{name} {installed[name]} (pinned: {version})"
+        for name, version in pins.items()
+        if installed[name] != version
+    ]
     if other:
-        fix = f"Nothing else was tried. For the pinned versions: {'make clean && ' if paths.in_clone() else ''}{_install()}"
+        fix = (
+            "Nothing else was tried. For the pinned versions: "
+            f"{'make clean && ' if paths.in_clone() else ''}{_install()}"
+        )
         return Check("WARN", "packages", _some(other), fix)
     return Check("OK", "packages", f"{len(pins)} as pinned")
 
@@ -149,7 +210,12 @@ def device() -> Check:
     except WorkshopError as error:
         return Check("FAIL", "device", "not usable", str(error))
     if chosen.kind == "cpu" and "CPU build" in chosen.reason:
-        return Check("WARN", "device", str(chosen), "For the GPU, install the CUDA build of torch from your package index.")
+        return Check(
+            "WARN",
+            "device",
+            str(chosen),
+            "For the GPU, install the CUDA build of torch from your package index.",
+        )
     return Check("OK", "device", str(chosen))
 
 
@@ -159,7 +225,8 @@ def shown_interpreter() -> str:
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may use: the machine's memory, or less where a container (cgroup v1 or v2) says so."""
+    """Bytes this process may use: the machine's memory, or less where a container (cgroup v1 or v2)
+    says so."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         text = file.read_text().strip() if file.is_file() else "max"

@@ -1,4 +1,5 @@
-"""What the notebooks made and measured, noted as they run, and the report of ``make workshop`` built from it.
+"""What the notebooks made and measured, noted as they run, and the report of ``make workshop``
+built from it.
 
 ``runs/workshop/results.json`` holds the notes, ``runs/workshop/report.json`` the report.
 """
@@ -13,13 +14,21 @@ from workshop_utils.core import paths
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.runtime.machine import describe_machine
 
-ARTIFACTS = ("hf_model", "nemo2_checkpoint", "bridged_checkpoint", "nemo_adapter", "peft_adapter", "test_set")
+ARTIFACTS = (
+    "hf_model",
+    "nemo2_checkpoint",
+    "bridged_checkpoint",
+    "nemo_adapter",
+    "peft_adapter",
+    "test_set",
+)
 METRICS = ("base_exact_match", "tuned_exact_match", "train_seconds")
 
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """``result`` is passed, failed or skipped; ``error`` names the cell and the first error of one that failed."""
+    """``result`` is passed, failed or skipped; ``error`` names the cell and the first error of one
+    that failed."""
 
     name: str
     seconds: float
@@ -39,7 +48,8 @@ def record_artifact(key: str, path: Path) -> Path:
 
 
 def record_metric(key: str, value: float) -> float:
-    """Note a measured figure (see :data:`METRICS`; rates are fractions, times seconds); returns ``value``.
+    """Note a measured figure (see :data:`METRICS`; rates are fractions, times seconds); returns
+    ``value``.
 
     Raises:
         ValueError: not a finite number, or a rate outside 0 to 1.
@@ -58,7 +68,9 @@ def read_results() -> dict:
     except FileNotFoundError:
         noted = {}
     except json.JSONDecodeError as error:
-        raise WorkshopError(f"{paths.shown(_results_file())} is not JSON ({error}). Delete it and run again.") from None
+        raise WorkshopError(
+            f"{paths.shown(_results_file())} is not JSON ({error}). Delete it and run again."
+        ) from None
     return {"artifacts": noted.get("artifacts", {}), "metrics": noted.get("metrics", {})}
 
 
@@ -68,10 +80,17 @@ def forget_results() -> None:
 
 
 def build_report(notebooks: Sequence[NotebookResult]) -> dict:
-    """The report: every key is there, and is null while nothing was made or measured (or what was made is gone)."""
+    """The report: every key is there, and is null while nothing was made or measured (or what was
+    made is gone)."""
     noted = read_results()
-    made = {key: place for key in ARTIFACTS if (place := noted["artifacts"].get(key)) and (paths.root() / place).exists()}
-    rows = [{key: value for key, value in asdict(row).items() if value is not None} for row in notebooks]
+    made = {
+        key: place
+        for key in ARTIFACTS
+        if (place := noted["artifacts"].get(key)) and (paths.root() / place).exists()
+    }
+    rows = [
+        {key: value for key, value in asdict(row).items() if value is not None} for row in notebooks
+    ]
     return {
         "notebooks": rows,
         "artifacts": {key: made.get(key) for key in ARTIFACTS},

@@ -1,7 +1,9 @@
-"""What a notebook starts with: the chosen model, device and data, and each artifact of the series, made when it is missing.
+"""What a notebook starts with: the chosen model, device and data, and each artifact of the series,
+made when it is missing.
 
     ws = open_workshop()        # prints what was chosen and why
-    ws.nemo2_checkpoint()       # a path; fetched, converted, ... first if an earlier notebook has not done so
+    ws.nemo2_checkpoint()       # a path; fetched, converted, ... first if an earlier notebook has
+    not done so
 
 Every step records its artifact for the report of ``make workshop``.
 """
@@ -30,12 +32,15 @@ class Workshop:
     device: Device
 
     def hf_model(self) -> Path:
-        """Hugging Face directory of the model; for a model that comes as NeMo 2.0, exported from there by NeMo."""
+        """Hugging Face directory of the model; for a model that comes as NeMo 2.0, exported from
+        there by NeMo."""
         target = paths.huggingface_model(self.model.name)
         if self.model.format == "huggingface":
             sources.fetch(self.model.name)
         elif not target.exists():
-            run_quietly("import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target))
+            run_quietly(
+                "import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target)
+            )
         return record_artifact("hf_model", target)
 
     def nemo2_checkpoint(self) -> Path:
@@ -54,17 +59,21 @@ class Workshop:
         return record_artifact("bridged_checkpoint", bridge(self.nemo2_checkpoint()))
 
     def data_files(self) -> dict[str, Path]:
-        """``train``, ``validation`` and ``test`` files: the tickets, or what ``data`` in the settings names."""
+        """``train``, ``validation`` and ``test`` files: the tickets, or what ``data`` in the
+        settings names."""
         if self.settings.data:
             train = Path(self.settings.data).resolve()
             files = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
-            return {"train": train} | {name: file if file.exists() else train for name, file in files.items()}
+            return {"train": train} | {
+                name: file if file.exists() else train for name, file in files.items()
+            }
         folder = make_tickets()
         record_artifact("test_set", folder / "test.jsonl")
         return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
 
     def plan(self, *overrides: str):
-        """The training run of the series, with ``overrides`` on top (see :func:`workshop_utils.training.script.make_plan`)."""
+        """The training run of the series, with ``overrides`` on top (see
+        :func:`workshop_utils.training.script.make_plan`)."""
         from workshop_utils.training.script import make_plan
 
         files = self.data_files()
@@ -72,7 +81,8 @@ class Workshop:
         return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
-        """The run's overrides for any ``base``, loadable or not, and another run directory; always from the beginning."""
+        """The run's overrides for any ``base``, loadable or not, and another run directory; always
+        from the beginning."""
         place = (
             f"exp_manager.exp_dir={run_dir.parent}",
             f"exp_manager.name={run_dir.name}",
@@ -82,7 +92,8 @@ class Workshop:
         return [f"{key}={value}" for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:
-        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished before."""
+        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished
+        before."""
         from workshop_utils.training import script
 
         plan = self.plan(*overrides)
@@ -95,7 +106,10 @@ class Workshop:
         from workshop_utils.adapters.export import export
 
         adapter = self.adapter()
-        made = {form: export(adapter, form, base_model=self.model.name, overwrite=True) for form in ("nemo", "hf-peft")}
+        made = {
+            form: export(adapter, form, base_model=self.model.name, overwrite=True)
+            for form in ("nemo", "hf-peft")
+        }
         record_artifact("nemo_adapter", made["nemo"])
         record_artifact("peft_adapter", made["hf-peft"])
         return made
@@ -113,7 +127,9 @@ def open_workshop(show: bool = True) -> Workshop:
     if settings.device != "auto":
         os.environ["WORKSHOP_DEVICE"] = settings.device
     quiet_environment(os.environ)
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="The pynvml package is deprecated", category=FutureWarning
+    )
     nemo_cpu.apply()
     workshop = Workshop(settings, chosen_model(), choose_device())
     if show:

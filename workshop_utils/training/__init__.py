@@ -1,1 +1,2 @@
-"""Fine-tuning: NeMo's script path, the NeMo 2.0 recipe path, what both share, and the way from the one to the other."""
+"""Fine-tuning: NeMo's script path, the NeMo 2.0 recipe path, what both share, and the way from the
+one to the other."""

@@ -13,24 +13,49 @@ from workshop_utils.core.paths import shown
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Reader -> forms it takes, its largest rank by default, and what is not known about it.
 READERS: dict[str, tuple[tuple[str, ...], int | None, tuple[str, ...]]] = {
-    "trtllm": (("nemo", "hf-peft"), None, ("the largest rank is fixed when an engine is built: give it with --max-rank",)),
+    "trtllm": (
+        ("nemo", "hf-peft"),
+        None,
+        ("the largest rank is fixed when an engine is built: give it with --max-rank",),
+    ),
     "nemo": (("nemo",), None, ()),
     "peft": (("hf-peft",), None, ()),
-    "vllm": (("hf-peft",), 16, (f"--max-lora-rank of vLLM is 16 unless it is set: {', '.join(map(str, _VLLM_RANKS[:-1]))} or {_VLLM_RANKS[-1]}",)),
+    "vllm": (
+        ("hf-peft",),
+        16,
+        (
+            (
+                "--max-lora-rank of vLLM is 16 unless it is set: "
+                f"{', '.join(map(str, _VLLM_RANKS[:-1]))} or {_VLLM_RANKS[-1]}"
+            ),
+        ),
+    ),
     "nim1": (
         ("nemo", "hf-peft"),
         32,
         (
-            "NIM 1.x's own loader is closed: these are its pages' rules and those of the public TensorRT-LLM and vLLM",
-            "32 is the largest rank of one published profile of NIM 1.x; yours is NIM_MAX_LORA_RANK (--max-rank)",
+            (
+                "NIM 1.x's own loader is closed: these are its pages' rules and those of the "
+                "public TensorRT-LLM and vLLM"
+            ),
+            (
+                "32 is the largest rank of one published profile of NIM 1.x; yours is "
+                "NIM_MAX_LORA_RANK (--max-rank)"
+            ),
         ),
     ),
     "nim2": (
         ("hf-peft",),
         32,
         (
-            "NIM 2.x's own loader is closed: these are its pages' rules and those of the public vLLM",
-            "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK (--max-rank)",
+            (
+                "NIM 2.x's own loader is closed: these are its pages' rules and those of the "
+                "public vLLM"
+            ),
+            (
+                "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK "
+                "(--max-rank)"
+            ),
         ),
     ),
 }
@@ -41,10 +66,12 @@ _ALONE = (".nemo", "adapter_config.json")
 def judge(path: Path | str, reader: str, max_rank: int | None = None) -> Judgement:
     """Judge the adapter at ``path`` by the public rules of ``reader`` (a key of :data:`READERS`).
 
-    ``path`` is a ``.nemo``, a PEFT directory, or the directory of one adapter in a NIM store. ``max_rank`` is the server's largest rank.
+    ``path`` is a ``.nemo``, a PEFT directory, or the directory of one adapter in a NIM store.
+    ``max_rank`` is the server's largest rank.
 
     Raises:
-        NotACheckpoint: there is no adapter and no checkpoint at all; the message says what is there.
+        NotACheckpoint: there is no adapter and no checkpoint at all; the message says what is
+            there.
         WorkshopError: an unknown reader.
     """
     if reader not in READERS:
@@ -60,7 +87,9 @@ def judge(path: Path | str, reader: str, max_rank: int | None = None) -> Judgeme
     takes = " or ".join(_NAMES[form] for form in forms)
     refused = None if found.form in forms else f"this is {_NAMES[found.form]}"
     if not found.check(
-        f"the form: {takes}", refused, found.again(forms[0], *(["--reader nemo --base DIR"] if reader == "nemo" else []))
+        f"the form: {takes}",
+        refused,
+        found.again(forms[0], *(["--reader nemo --base DIR"] if reader == "nemo" else [])),
     ):
         return found
     if reader.startswith("nim"):
@@ -73,21 +102,28 @@ def judge(path: Path | str, reader: str, max_rank: int | None = None) -> Judgeme
 
 
 def rank_notes(rank: int, form: str) -> list[str]:
-    """How to start the servers that take ``form`` and whose largest rank is below ``rank`` unless they are told otherwise."""
+    """How to start the servers that take ``form`` and whose largest rank is below ``rank`` unless
+    they are told otherwise."""
     notes = []
     if form == "hf-peft" and rank > READERS["vllm"][1]:
         enough = next((size for size in _VLLM_RANKS if size >= rank), None)
-        way = f"start it with --max-lora-rank {enough}" if enough else f"it takes no rank above {_VLLM_RANKS[-1]}"
+        way = (
+            f"start it with --max-lora-rank {enough}"
+            if enough
+            else f"it takes no rank above {_VLLM_RANKS[-1]}"
+        )
         notes.append(f"rank {rank} is above vLLM's default of {READERS['vllm'][1]}: {way}")
     if rank > READERS["nim2"][1]:
         notes.append(
-            f"rank {rank} may be above NIM's largest ({READERS['nim2'][1]} in a published profile): start it with NIM_MAX_LORA_RANK={rank}"
+            f"rank {rank} may be above NIM's largest ({READERS['nim2'][1]} in a published "
+            f"profile): start it with NIM_MAX_LORA_RANK={rank}"
         )
     return notes
 
 
 def _adapter_at(found: Judgement, path: Path) -> Path | None:
-    """The adapter at ``path``, with ``found.form`` set; None where that is already a broken rule."""
+    """The adapter at ``path``, with ``found.form`` set; None where that is already a broken
+    rule."""
     if not path.exists():
         raise NotACheckpoint(
             f"{shown(path)} does not exist."
@@ -131,14 +167,19 @@ def _nemo(file: Path) -> Path:
         except CheckpointError as error:
             raise NotACheckpoint(f"{shown(file)} is no .nemo archive (a tar): {error}") from error
         raise NotACheckpoint(
-            f"{shown(file)} is a {kind}, no .nemo and no PEFT directory. Export it: workshop export {shown(file)} --to hf-peft"
+            f"{shown(file)} is a {kind}, no .nemo and no PEFT directory. Export it: workshop "
+            f"export {shown(file)} --to hf-peft"
         )
     return file
 
 
 def _refuse_nemo2(found: Judgement, path: Path) -> None:
     is_adapter = (path / "weights" / "adapter_metadata.json").is_file()
-    what = "an adapter as NeMo 2.0 saves it (weights/*.distcp)" if is_adapter else "a whole model of NeMo 2.0"
+    what = (
+        "an adapter as NeMo 2.0 saves it (weights/*.distcp)"
+        if is_adapter
+        else "a whole model of NeMo 2.0"
+    )
     to = READERS[found.reader][0][-1]
     fix = found.again(to) if is_adapter else "give the adapter; a merged model is served as a model"
     found.check(
@@ -149,12 +190,19 @@ def _refuse_nemo2(found: Judgement, path: Path) -> None:
 
 
 def _check_store(found: Judgement, path: Path) -> None:
-    """NIM takes each directory of its store as one adapter, in a container that sees nothing else."""
+    """NIM takes each directory of its store as one adapter, in a container that sees nothing
+    else."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     links = [f"{file.name} is a link to {os.readlink(file)}" for file in files if file.is_symlink()]
-    found.check("files, and no links: a container sees only the store", first(links), "copy the file itself there (cp -L)")
+    found.check(
+        "files, and no links: a container sees only the store",
+        first(links),
+        "copy the file itself there (cp -L)",
+    )
     kinds = [file.name for file in files if file.name == _ALONE[1] or file.suffix == _ALONE[0]]
     fault = f"it holds {', '.join(kinds)}" if len(kinds) > 1 else None
     found.check(
-        "one adapter in a directory", fault, "give each adapter a directory of its own; its name is the model's name in the API"
+        "one adapter in a directory",
+        fault,
+        "give each adapter a directory of its own; its name is the model's name in the API",
     )

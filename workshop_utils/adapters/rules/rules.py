@@ -17,7 +17,8 @@ TRAINED = "export it again from what the training wrote: workshop export TRAINED
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of a reader. ``fault`` says how it is broken (None: it holds), ``fix`` what to do about it."""
+    """One rule of a reader. ``fault`` says how it is broken (None: it holds), ``fix`` what to do
+    about it."""
 
     rule: str
     fault: str | None = None
@@ -26,7 +27,8 @@ class Rule:
 
 @dataclass
 class Judgement:
-    """What :func:`.judge.judge` found. ``form`` is ``nemo``, ``hf-peft`` or None; ``notes`` say what cannot be told."""
+    """What :func:`.judge.judge` found. ``form`` is ``nemo``, ``hf-peft`` or None; ``notes`` say
+    what cannot be told."""
 
     path: Path
     reader: str
@@ -75,17 +77,28 @@ def check_rank(found: Judgement, rank: int | None, max_rank: int | None, option:
 
 
 def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str], again: str) -> None:
-    """Dtype, finite numbers, and a B that is not zero everywhere; ``outs`` names the tensors that are a B.
+    """Dtype, finite numbers, and a B that is not zero everywhere; ``outs`` names the tensors that
+    are a B.
 
     Tensor by tensor: never more than one is in memory.
     """
     kinds = dtypes(checkpoint.tensors)
-    known = _SERVED | (set() if found.reader == "vllm" or found.reader.startswith("nim") else {"float64"})
-    fault = None if len(kinds) == 1 and kinds[0] in known else f"it has {', '.join(kinds) or 'no tensors'}"
+    known = _SERVED | (
+        set() if found.reader == "vllm" or found.reader.startswith("nim") else {"float64"}
+    )
+    fault = (
+        None
+        if len(kinds) == 1 and kinds[0] in known
+        else f"it has {', '.join(kinds) or 'no tensors'}"
+    )
     found.check(
-        "one floating-point dtype, as the base can have it", fault, "choose that of the served base (some servers answer like the base when "
-        f"the dtypes differ): {again} --dtype bfloat16{' --trust' * (len(kinds) > 1)}" if all("float" in kind for kind in kinds) else TRAINED
-    )  # fmt: skip
+        "one floating-point dtype, as the base can have it",
+        fault,
+        "choose that of the served base (some servers answer like the base when "
+        f"the dtypes differ): {again} --dtype bfloat16{' --trust' * (len(kinds) > 1)}"
+        if all("float" in kind for kind in kinds)
+        else TRAINED,
+    )
     unread, broken, zero, seen = [], [], [], 0
     for tensor in checkpoint.tensors:
         try:
@@ -102,9 +115,11 @@ def check_values(found: Judgement, checkpoint: Checkpoint, outs: set[str], again
     found.check("every number is finite", first(unread + broken), fix)
     untrained = f"every B is zero, from {zero[0]!r} on" if zero and len(zero) == seen else None
     found.check(
-        "the adapter was trained: some B is not zero", untrained, "this adapter answers like its base. Export a checkpoint after training, "
-        "and look that no key was left out when it was loaded"
-    )  # fmt: skip
+        "the adapter was trained: some B is not zero",
+        untrained,
+        "this adapter answers like its base. Export a checkpoint after training, "
+        "and look that no key was left out when it was loaded",
+    )
     if zero and not untrained:
         found.note(f"B is zero in {len(zero)} of {seen} modules: {first(zero)}")
 
@@ -118,7 +133,8 @@ def _look(checkpoint: Checkpoint, tensor: Tensor) -> tuple[bool, bool]:
 
 
 def check_storage(found: Judgement, checkpoint: Checkpoint, stored: int, again: str) -> None:
-    """Every tensor has bytes of its own, and the file (``stored`` bytes of weights) holds no others."""
+    """Every tensor has bytes of its own, and the file (``stored`` bytes of weights) holds no
+    others."""
     seen: dict[tuple[str, int], str] = {}
     shared = []
     for tensor in checkpoint.tensors:
@@ -129,5 +145,12 @@ def check_storage(found: Judgement, checkpoint: Checkpoint, stored: int, again: 
     used = sum(tensor.nbytes for tensor in checkpoint.tensors)
     # A zip has some hundred bytes for each entry.
     if not shared and stored > used + 1024 * len(checkpoint.tensors) + 2**16:
-        shared.append(f"{stored:,} bytes are stored for {used:,} bytes of tensors: they are views of larger ones")
-    found.check("every tensor has storage of its own", first(shared), f"whoever writes the file has to clone() first: {again}")
+        shared.append(
+            f"{stored:,} bytes are stored for {used:,} bytes of tensors: they are views of "
+            "larger ones"
+        )
+    found.check(
+        "every tensor has storage of its own",
+        first(shared),
+        f"whoever writes the file has to clone() first: {again}",
+    )

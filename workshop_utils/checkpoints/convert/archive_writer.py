@@ -1,4 +1,5 @@
-"""Write a tar member by member, the size of a member being known only after its last byte: nothing is put together on disk first."""
+"""Write a tar member by member, the size of a member being known only after its last byte: nothing
+is put together on disk first."""
 
 import contextlib
 import shutil
@@ -11,7 +12,8 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 class ArchiveWriter:
-    """A new plain tar with names as NeMo writes them (``./NAME``), without times and user names. A context manager."""
+    """A new plain tar with names as NeMo writes them (``./NAME``), without times and user names. A
+    context manager."""
 
     def __init__(self, path: Path) -> None:
         self._archive = tarfile.open(path, "w:", format=tarfile.GNU_FORMAT)  # noqa: SIM115  closed by __exit__
@@ -29,7 +31,8 @@ class ArchiveWriter:
 
     @contextlib.contextmanager
     def member(self, name: str) -> Iterator[IO[bytes]]:
-        """A file to write the content of the member ``name`` to; ``tell`` counts from its first byte."""
+        """A file to write the content of the member ``name`` to; ``tell`` counts from its first
+        byte."""
         file, start = self._archive.fileobj, self._archive.offset
         file.write(bytes(BLOCK))  # the header, once the size is known
         written = _Member(file)

@@ -1,8 +1,10 @@
-"""Hugging Face model directory <-> NeMo 2.0 distributed checkpoint, by NeMo's own importers and exporters.
+"""Hugging Face model directory <-> NeMo 2.0 distributed checkpoint, by NeMo's own importers and
+exporters.
 
-NeMo's importers take a few fields for granted that a ``config.json`` may set otherwise (see :data:`FAMILIES`), run code that a
-tokenizer brings along, and keep the tokenizer of every import in one directory, ``/tmp/nemo_tokenizer``. :func:`import_checkpoint`
-puts the fields right, refuses what cannot be put right, and uses a directory of its own.
+NeMo's importers take a few fields for granted that a ``config.json`` may set otherwise (see
+:data:`FAMILIES`), run code that a tokenizer brings along, and keep the tokenizer of every import in
+one directory, ``/tmp/nemo_tokenizer``. :func:`import_checkpoint` puts the fields right, refuses
+what cannot be put right, and uses a directory of its own.
 """
 
 import json
@@ -24,8 +26,9 @@ from workshop_utils.runtime.nemo_cpu.registry import no_transformer_engine
 class HuggingFaceFamily:
     """How NeMo imports one ``model_type``.
 
-    ``activation`` and ``unused`` (field -> the only value that NeMo's importer understands) are checked; ``corrections`` maps the
-    fields of ``config.json`` to fields of NeMo's configuration that the importer leaves at the default of its class.
+    ``activation`` and ``unused`` (field -> the only value that NeMo's importer understands) are
+    checked; ``corrections`` maps the fields of ``config.json`` to fields of NeMo's configuration
+    that the importer leaves at the default of its class.
     """
 
     module: str
@@ -38,13 +41,17 @@ class HuggingFaceFamily:
 def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama 3.1's rope: the importer keeps only the factor."""
     scaling = config.get("rope_scaling") or {}
-    names = {"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-             "old_context_len": "original_max_position_embeddings"}  # fmt: skip
+    names = {
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "old_context_len": "original_max_position_embeddings",
+    }
     return {new: scaling[old] for new, old in names.items() if old in scaling}
 
 
 def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    # The importer takes the window for the length, and Mistral 0.2 and later have none; and rows of the embedding from the tokenizer.
+    # The importer takes the window for the length, and Mistral 0.2 and later have none; and rows of
+    # the embedding from the tokenizer.
     return {"seq_length": config["max_position_embeddings"], "vocab_size": config["vocab_size"]}
 
 
@@ -55,35 +62,61 @@ def _rows(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
     # The importer leaves the length and the size of a head at 4096 and 128.
-    return {"seq_length": config["max_position_embeddings"], "kv_channels": config.get("head_dim") or 128}
+    return {
+        "seq_length": config["max_position_embeddings"],
+        "kv_channels": config.get("head_dim") or 128,
+    }
 
 
 _NO_ROPE = {"rope_scaling": None}
 _NO_BIAS = {"attention_bias": False}
 _TIED = {"tie_word_embeddings": False}
 FAMILIES = {
-    "llama": HuggingFaceFamily("llama", "HFLlamaImporter", unused=_NO_BIAS | {"mlp_bias": False}, corrections=_llama),
-    "mistral": HuggingFaceFamily("mistral", "HFMistralImporter", unused=_NO_ROPE | _TIED, corrections=_mistral),
-    "mixtral": HuggingFaceFamily("mixtral", "HFMixtralImporter", unused=_NO_ROPE | _TIED | {"sliding_window": None}, corrections=_rows),
-    "qwen2": HuggingFaceFamily("qwen2", "HFQwen2Importer", unused=_NO_ROPE | {"use_sliding_window": False}),
-    "qwen3": HuggingFaceFamily("qwen3", "HFQwen3Importer", unused=_NO_ROPE | _NO_BIAS | {"use_sliding_window": False},
-                               corrections=_qwen3),
-    "nemotron": HuggingFaceFamily("nemotron", "HFNemotronImporter", "relu2", _NO_ROPE | _NO_BIAS | _TIED | {"mlp_bias": False}, _rows),
-}  # fmt: skip
-"""``model_type`` of ``config.json`` -> how it is imported; NeMo 2.4.1, ``nemo/collections/llm/gpt/model/*.py``."""
+    "llama": HuggingFaceFamily(
+        "llama", "HFLlamaImporter", unused=_NO_BIAS | {"mlp_bias": False}, corrections=_llama
+    ),
+    "mistral": HuggingFaceFamily(
+        "mistral", "HFMistralImporter", unused=_NO_ROPE | _TIED, corrections=_mistral
+    ),
+    "mixtral": HuggingFaceFamily(
+        "mixtral",
+        "HFMixtralImporter",
+        unused=_NO_ROPE | _TIED | {"sliding_window": None},
+        corrections=_rows,
+    ),
+    "qwen2": HuggingFaceFamily(
+        "qwen2", "HFQwen2Importer", unused=_NO_ROPE | {"use_sliding_window": False}
+    ),
+    "qwen3": HuggingFaceFamily(
+        "qwen3",
+        "HFQwen3Importer",
+        unused=_NO_ROPE | _NO_BIAS | {"use_sliding_window": False},
+        corrections=_qwen3,
+    ),
+    "nemotron": HuggingFaceFamily(
+        "nemotron",
+        "HFNemotronImporter",
+        "relu2",
+        _NO_ROPE | _NO_BIAS | _TIED | {"mlp_bias": False},
+        _rows,
+    ),
+}
+"""``model_type`` of ``config.json`` -> how it is imported; NeMo 2.4.1,
+``nemo/collections/llm/gpt/model/*.py``."""
 
 
 def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path:
     """Convert ``hf_model`` to a NeMo 2.0 checkpoint at ``target`` and return ``target``.
 
-    Written beside ``target`` first and renamed when complete, so a directory of that name is always whole.
-    The weights keep the dtype that ``config.json`` names in ``torch_dtype``. ``hf_model`` is verified first; with ``trust`` what is
-    found wrong is only printed.
+    Written beside ``target`` first and renamed when complete, so a directory of that name is always
+    whole. The weights keep the dtype that ``config.json`` names in ``torch_dtype``. ``hf_model`` is
+    verified first; with ``trust`` what is found wrong is only printed.
 
     Raises:
         NotACheckpoint: ``hf_model`` is no Hugging Face model of a family in :data:`FAMILIES`.
         UnsafeCheckpoint: the model brings code along, which NeMo's importer would run.
-        UnsupportedCheckpoint: a field of its configuration has a value that NeMo's importer would ignore.
+        UnsupportedCheckpoint: a field of its configuration has a value that NeMo's importer would
+            ignore.
         CheckpointError: it is unsafe or damaged.
     """
     hf_model, target = Path(hf_model).resolve(), Path(target)
@@ -97,23 +130,30 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     module = importlib.import_module(f"nemo.collections.llm.gpt.model.{family.module}")
     importer = getattr(module, family.importer)
     settings = dataclasses.replace(importer(str(hf_model)).config, **family.corrections(config))
-    with paths.temporary_directory("workshop-tokenizer-") as folder, paths.new_directory(target) as part:
+    with (
+        paths.temporary_directory("workshop-tokenizer-") as folder,
+        paths.new_directory(target) as part,
+    ):
         _careful(importer, settings, folder / "nemo_tokenizer")(str(hf_model)).apply(part)
     return target
 
 
 def _careful(importer: type, settings: object, folder: Path) -> type:
-    """NeMo's ``importer`` with the corrected ``settings``, a folder of its own for the tokenizer, and no code of the model's run."""
+    """NeMo's ``importer`` with the corrected ``settings``, a folder of its own for the tokenizer,
+    and no code of the model's run."""
 
     class Importer(importer):
         """The family's importer, bound to ``settings`` and ``folder``."""
+
         config = settings
 
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
-            """Save the tokenizer to a folder of this import, whatever ``save_path``; that folder."""
+            """Save the tokenizer to a folder of this import, whatever ``save_path``; that
+            folder."""
             from transformers import AutoTokenizer
 
-            # NeMo takes this folder's name over into the checkpoint; its own default is /tmp/nemo_tokenizer, shared by every run.
+            # NeMo takes this folder's name over into the checkpoint; its own default is
+            # /tmp/nemo_tokenizer, shared by every run.
             AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
             return str(folder)
 
@@ -129,9 +169,11 @@ def _careful(importer: type, settings: object, folder: Path) -> type:
 
 
 def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> Path:
-    """The other way, for a model that comes as NeMo 2.0 (from NGC): ``llm.export_ckpt`` to a Hugging Face directory.
+    """The other way, for a model that comes as NeMo 2.0 (from NGC): ``llm.export_ckpt`` to a
+    Hugging Face directory.
 
-    ``checkpoint`` is verified first, since NeMo imports and calls what its ``io.json`` names; ``trust`` only prints what is wrong.
+    ``checkpoint`` is verified first, since NeMo imports and calls what its ``io.json`` names;
+    ``trust`` only prints what is wrong.
 
     Raises:
         NotACheckpoint: ``checkpoint`` is no NeMo 2.0 directory.
@@ -150,33 +192,41 @@ def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> P
 
 
 def check(hf_model: Path) -> HuggingFaceFamily:
-    """The family of ``hf_model``; errors as :func:`import_checkpoint`. Reads ``config.json`` only, and loads nothing."""
+    """The family of ``hf_model``; errors as :func:`import_checkpoint`. Reads ``config.json`` only,
+    and loads nothing."""
     file = hf_model / "config.json"
     if not file.is_file():
-        raise NotACheckpoint(f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face model.")
+        raise NotACheckpoint(
+            f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face "
+            "model."
+        )
     config = read_json(file)
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         raise NotACheckpoint(
-            f"{paths.shown(file)}: model_type is {config.get('model_type')!r}; the families that can be converted are {', '.join(FAMILIES)}."
+            f"{paths.shown(file)}: model_type is {config.get('model_type')!r}; the families that "
+            f"can be converted are {', '.join(FAMILIES)}."
         )
     for name in ("config.json", "tokenizer_config.json"):
         if (hf_model / name).is_file() and read_json(hf_model / name).get("auto_map"):
             raise UnsafeCheckpoint(
-                f"{paths.shown(hf_model / name)}: auto_map names Python code of the model's own, which NeMo's importer would run. "
-                "Nothing was executed. Take auto_map out: the families converted here need no code."
+                f"{paths.shown(hf_model / name)}: auto_map names Python code of the model's own, "
+                "which NeMo's importer would run. Nothing was executed. Take auto_map out: the "
+                "families converted here need no code."
             )
     wanted = {"hidden_act": family.activation} | dict(family.unused)
     for name, value in wanted.items():
         if config.get(name) not in (None, value):
             raise UnsupportedCheckpoint(
-                f"{paths.shown(file)}: {name} is {json.dumps(config[name])}. NeMo's {family.importer} takes {json.dumps(value)} for "
-                "granted: the converted model would compute something else."
+                f"{paths.shown(file)}: {name} is {json.dumps(config[name])}. NeMo's "
+                f"{family.importer} takes {json.dumps(value)} for granted: the converted model "
+                "would compute something else."
             )
     if family.module == "mistral" and config.get("sliding_window") and no_transformer_engine():
         raise UnsupportedCheckpoint(
-            f"{paths.shown(file)}: sliding_window is {config['sliding_window']}. NeMo builds attention with a window only with Transformer "
-            "Engine, on a GPU: convert this model there. Later versions of Mistral have no window (null)."
+            f"{paths.shown(file)}: sliding_window is {config['sliding_window']}. NeMo builds "
+            "attention with a window only with Transformer Engine, on a GPU: convert this model "
+            "there. Later versions of Mistral have no window (null)."
         )
     _check_rope(file, config)
     return family
@@ -187,6 +237,7 @@ def _check_rope(file: Path, config: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise UnsupportedCheckpoint(
-            f"{paths.shown(file)}: rope_scaling.rope_type is {kind!r}; NeMo's importer knows only 'llama3' and would ignore it: the "
-            "converted model would compute something else."
+            f"{paths.shown(file)}: rope_scaling.rope_type is {kind!r}; NeMo's importer knows "
+            "only 'llama3' and would ignore it: the converted model would compute something "
+            "else."
         )

@@ -1,11 +1,17 @@
-"""Megatron-LM and Megatron-Bridge checkpoints: ``iter_XXXXXXX/`` directories with a torch_dist index in them.
+"""Megatron-LM and Megatron-Bridge checkpoints: ``iter_XXXXXXX/`` directories with a torch_dist
+index in them.
 
-    iter_0000100/.metadata, metadata.json, *.distcp   the weights; names have no prefix, ``optimizer.`` entries lie beside them
-    iter_0000100/common.pt                            Megatron-LM: ``args``, an argparse.Namespace (Megatron-Core 0.19: in the index)
-    iter_0000100/run_config.yaml                      Megatron-Bridge: the configuration, under ``model``
-    iter_0000100/mp_rank_00/model_optim_rng.pt        the old form: ``model`` and ``args``, one file for each rank
+    iter_0000100/.metadata, metadata.json, *.distcp   the weights; names have no prefix,
+    ``optimizer.`` entries lie beside them
+    iter_0000100/common.pt                            Megatron-LM: ``args``, an argparse.Namespace
+    (Megatron-Core 0.19: in the index)
+    iter_0000100/run_config.yaml                      Megatron-Bridge: the configuration, under
+    ``model``
+    iter_0000100/mp_rank_00/model_optim_rng.pt        the old form: ``model`` and ``args``, one file
+    for each rank
 
-Source: ``megatron/training/{arguments,checkpointing}.py`` (Megatron-LM core_r0.13), ``megatron/bridge/training/checkpointing.py``.
+Source: ``megatron/training/{arguments,checkpointing}.py`` (Megatron-LM core_r0.13),
+``megatron/bridge/training/checkpointing.py``.
 """
 
 from collections.abc import Mapping
@@ -31,25 +37,39 @@ from workshop_utils.core.paths import shown
 _PREFIXES = ("", "model.", "module.")
 
 _ARGUMENTS = {
-    "max_position_embeddings": "seq_length", "norm_epsilon": "layernorm_epsilon", "rotary_percent": "rotary_percent",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma", "num_experts": "num_moe_experts",
-}  # fmt: skip
+    "max_position_embeddings": "seq_length",
+    "norm_epsilon": "layernorm_epsilon",
+    "rotary_percent": "rotary_percent",
+    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
+    "num_experts": "num_moe_experts",
+}
 """Names of Megatron-LM's arguments that differ from the fields of its TransformerConfig."""
 
 
 def read(path: Path, tokenizer: Tokenizer | None, report: Report = stop) -> Source:
-    """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors as :func:`workshop_utils.checkpoints.convert.readers.read`."""
+    """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors
+    as :func:`workshop_utils.checkpoints.convert.readers.read`."""
     ranks = megatron_rank_files(str(file.relative_to(path)) for file in path.glob("mp_rank_*/*"))
     files = Files(path.resolve())
     if ranks:
         file = path / min(ranks.values())
         with file.open("rb") as opened:
-            fields, where = _arguments(saved_tensors.read_state(opened, shown(file), report), shown(file))
-        tensors, objects, prefix = layered.read(files, fields, ranks, "", partial(_saved_model, report=report)), {}, ""
+            fields, where = _arguments(
+                saved_tensors.read_state(opened, shown(file), report), shown(file)
+            )
+        tensors, objects, prefix = (
+            layered.read(files, fields, ranks, "", partial(_saved_model, report=report)),
+            {},
+            "",
+        )
     else:
         index = torch_dist.read_directory(path, report)
         described = (path / "run_config.yaml").is_file()
-        fields, where = _run_config(path) if described else _arguments(*read_common(path, index.objects, report))
+        fields, where = (
+            _run_config(path)
+            if described
+            else _arguments(*read_common(path, index.objects, report))
+        )
         prefix = next((prefix for prefix in _PREFIXES if prefix + EMBEDDING in index.tensors), None)
         if prefix is None:
             raise DamagedCheckpoint(f"{shown(path)}: the tensor {EMBEDDING} is missing.")
@@ -84,24 +104,37 @@ def _run_config(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _arguments(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """The fields in the arguments that Megatron-LM saves in the ``state`` at ``where``, and what to call their place in errors."""
+    """The fields in the arguments that Megatron-LM saves in the ``state`` at ``where``, and what to
+    call their place in errors."""
     where, stated = f"{where}: args", state.get("args")
     if not isinstance(stated, Mapping):
-        raise DamagedCheckpoint(f"{where} is missing, and with it the architecture: Megatron-LM saves its arguments there.")
+        raise DamagedCheckpoint(
+            f"{where} is missing, and with it the architecture: Megatron-LM saves its arguments "
+            "there."
+        )
     return gpt_config.typed(_from_arguments(stated, where), _defaults(stated), f"{where}."), where
 
 
 def _saved_model(opened: IO[bytes], where: str, part: str, report: Report) -> list[Tensor]:
-    """The tensors of the model in one file of the old form, beside optimizer state and arguments."""
+    """The tensors of the model in one file of the old form, beside optimizer state and
+    arguments."""
     model = saved_tensors.read_state(opened, where, report).get("model")
     if not isinstance(model, Mapping):
-        raise UnsupportedCheckpoint(f"{where} has no state dict called model; virtual pipeline stages are not supported.")
-    return [saved_tensors.tensor(name, value, part) for name, value in model.items() if isinstance(value, SavedTensor)]
+        raise UnsupportedCheckpoint(
+            f"{where} has no state dict called model; virtual pipeline stages are not supported."
+        )
+    return [
+        saved_tensors.tensor(name, value, part)
+        for name, value in model.items()
+        if isinstance(value, SavedTensor)
+    ]
 
 
 def _defaults(stated: Mapping[str, Any]) -> dict[str, Any]:
     """The fields to read: Llama 3.1's rope only where it is used."""
-    scaled = stated.get("use_rope_scaling") or stated.get("rope_scaling") or "scale_factor" in stated
+    scaled = (
+        stated.get("use_rope_scaling") or stated.get("rope_scaling") or "scale_factor" in stated
+    )
     return BASE | ROPE_SCALING if scaled else BASE
 
 
@@ -114,20 +147,29 @@ def _from_provider(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_arguments(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields that Megatron-LM's arguments stand for (``core_transformer_config_from_args`` and ``pretrain_gpt.py``)."""
+    """The fields that Megatron-LM's arguments stand for (``core_transformer_config_from_args`` and
+    ``pretrain_gpt.py``)."""
     found = {name: stated[name] for name in BASE if stated.get(name) is not None}
-    found |= {field: stated[name] for name, field in _ARGUMENTS.items() if stated.get(name) is not None}
+    found |= {
+        field: stated[name] for name, field in _ARGUMENTS.items() if stated.get(name) is not None
+    }
     if not stated.get("group_query_attention"):
         found.pop("num_query_groups", None)
-    found["share_embeddings_and_output_weights"] = not stated.get("untie_embeddings_and_output_weights", False)
+    found["share_embeddings_and_output_weights"] = not stated.get(
+        "untie_embeddings_and_output_weights", False
+    )
     found["seq_len_interpolation_factor"] = stated.get("rotary_seq_len_interpolation_factor")
     found["position_embedding_type"] = stated.get("position_embedding_type", "learned_absolute")
     if found["position_embedding_type"] != "rope":
         raise UnsupportedCheckpoint(
-            f"{where}.position_embedding_type is {found['position_embedding_type']!r}; only rope is supported."
+            f"{where}.position_embedding_type is {found['position_embedding_type']!r}; only rope "
+            "is supported."
         )
     gated, squared = bool(stated.get("swiglu")), bool(stated.get("squared_relu"))
-    found |= {"activation_func": "silu" if gated else "squared_relu" if squared else "gelu", "gated_linear_unit": gated}
+    found |= {
+        "activation_func": "silu" if gated else "squared_relu" if squared else "gelu",
+        "gated_linear_unit": gated,
+    }
     if stated.get("use_rope_scaling"):
         found["scale_factor"] = stated.get("rope_scaling_factor") or ROPE_SCALING["scale_factor"]
     return found

@@ -1,8 +1,11 @@
-"""``context/`` of a NeMo 2.0 checkpoint: ``model.yaml`` for people and other tools, ``io.json`` for NeMo.
+"""``context/`` of a NeMo 2.0 checkpoint: ``model.yaml`` for people and other tools, ``io.json`` for
+NeMo.
 
-NeMo itself reads only ``io.json`` (``nemo.lightning.io.load_context``), which fiddle wrote: a graph of ``fiddle.Config`` objects, each a
-class and its arguments. This writes such a graph without loading NeMo or fiddle; the tests have both read it.
-Source of the format: ``fiddle/_src/experimental/serialization.py`` (fiddle 0.3) and ``nemo/lightning/io/mixin.py`` (NeMo 2.4.1).
+NeMo itself reads only ``io.json`` (``nemo.lightning.io.load_context``), which fiddle wrote: a graph
+of ``fiddle.Config`` objects, each a class and its arguments. This writes such a graph without
+loading NeMo or fiddle; the tests have both read it. Source of the format:
+``fiddle/_src/experimental/serialization.py`` (fiddle 0.3) and ``nemo/lightning/io/mixin.py`` (NeMo
+2.4.1).
 """
 
 import json
@@ -31,8 +34,11 @@ _TRAINER = {
 """As NeMo's importers write it; llm.finetune and llm.generate bring their own."""
 
 
-def model_tree(fields: dict[str, Any], family: Family, rows: int, dtype: str, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """``context/model.yaml`` of a model with ``fields`` (:mod:`workshop_utils.checkpoints.formats.gpt_config`).
+def model_tree(
+    fields: dict[str, Any], family: Family, rows: int, dtype: str, tokenizer: dict[str, Any]
+) -> dict[str, Any]:
+    """``context/model.yaml`` of a model with ``fields``
+    (:mod:`workshop_utils.checkpoints.formats.gpt_config`).
 
     ``rows`` and ``dtype`` are those of the embedding, ``tokenizer`` is the section of that name.
     """
@@ -56,7 +62,8 @@ def _reference(name: str) -> dict[str, Any]:
 
 
 def write(context: Path, tree: dict[str, Any]) -> None:
-    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`) to the directory ``context``."""
+    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`) to the directory
+    ``context``."""
     (context / "model.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (context / "io.json").write_text(json.dumps(_Graph(tree).as_dict()), encoding="utf-8")
 
@@ -67,32 +74,64 @@ class _Graph:
     def __init__(self, model: dict[str, Any]) -> None:
         self._objects: dict[str, Any] = {}
         self._uses: dict[str, int] = {}
-        root = {"_target_": "nemo.lightning.io.pl.TrainerContext", "model": model, "trainer": _TRAINER, "extra": {}}
+        root = {
+            "_target_": "nemo.lightning.io.pl.TrainerContext",
+            "model": model,
+            "trainer": _TRAINER,
+            "extra": {},
+        }
         self._root = self._value(root, "<root>")
 
     def as_dict(self) -> dict[str, Any]:
         """What is written as JSON."""
-        return {"root": self._root, "objects": self._objects, "refcounts": self._uses, "version": "0.0.1"}
+        return {
+            "root": self._root,
+            "objects": self._objects,
+            "refcounts": self._uses,
+            "version": "0.0.1",
+        }
 
     def _value(self, value: Any, path: str | None) -> dict[str, Any] | Any:
         """An argument: a plain value, a class or function, a ``fiddle.Config``, or a container."""
         if isinstance(value, dict) and "_target_" in value:
-            return self._config(value, path) if value.get("_call_", True) else self._symbol(value["_target_"], path)
+            return (
+                self._config(value, path)
+                if value.get("_call_", True)
+                else self._symbol(value["_target_"], path)
+            )
         if isinstance(value, dict):
-            items = [[f"Key(key={key!r})", self._value(item, f"{path}[{key!r}]")] for key, item in value.items()]
-            return self._add("dict", "builtins.dict", items, self._container("builtins.tuple", list(value)), path)
+            items = [
+                [f"Key(key={key!r})", self._value(item, f"{path}[{key!r}]")]
+                for key, item in value.items()
+            ]
+            return self._add(
+                "dict", "builtins.dict", items, self._container("builtins.tuple", list(value)), path
+            )
         if isinstance(value, list):
-            items = [[f"Index(index={index})", self._value(item, f"{path}[{index}]")] for index, item in enumerate(value)]
+            items = [
+                [f"Index(index={index})", self._value(item, f"{path}[{index}]")]
+                for index, item in enumerate(value)
+            ]
             return self._add("list", "builtins.list", items, None, path)
         return {"type": "leaf", "value": value, "paths": [path]}
 
     def _config(self, value: dict[str, Any], path: str) -> dict[str, Any]:
-        """A ``fiddle.Config``: its class and names of arguments are metadata, the arguments are items."""
-        arguments = {name: item for name, item in value.items() if name not in ("_target_", "_call_")}
-        items = [[f"Attr(name={name!r})", self._value(item, f"{path}.{name}")] for name, item in arguments.items()]
+        """A ``fiddle.Config``: its class and names of arguments are metadata, the arguments are
+        items."""
+        arguments = {
+            name: item for name, item in value.items() if name not in ("_target_", "_call_")
+        }
+        items = [
+            [f"Attr(name={name!r})", self._value(item, f"{path}.{name}")]
+            for name, item in arguments.items()
+        ]
         traverser = "fiddle._src.config.BuildableTraverserMetadata"
         names = self._add(
-            "tuple", "builtins.tuple", [[f"Index(index={i})", name] for i, name in enumerate(arguments)], None, None
+            "tuple",
+            "builtins.tuple",
+            [[f"Index(index={i})", name] for i, name in enumerate(arguments)],
+            None,
+            None,
         )
         parts = [
             ["Attr(name='fn_or_cls')", self._symbol(value["_target_"], None)],
@@ -100,8 +139,12 @@ class _Graph:
             ["Attr(name='argument_tags')", self._empty_dict()],
             ["Attr(name='argument_history')", self._empty_dict()],
         ]
-        metadata = self._add("buildable_traverser_metadata", traverser, parts, self._symbol(traverser, None), None)
-        return self._add(value["_target_"].rpartition(".")[2], "fiddle._src.config.Config", items, metadata, path)
+        metadata = self._add(
+            "buildable_traverser_metadata", traverser, parts, self._symbol(traverser, None), None
+        )
+        return self._add(
+            value["_target_"].rpartition(".")[2], "fiddle._src.config.Config", items, metadata, path
+        )
 
     def _empty_dict(self) -> dict[str, Any]:
         return self._add("dict", "builtins.dict", [], self._container("builtins.tuple", []), None)
@@ -116,7 +159,9 @@ class _Graph:
         reference: dict[str, Any] = {"type": "pyref", "module": module, "name": name}
         return reference | {"paths": [path]} if path else reference
 
-    def _add(self, hint: str, kind: str, items: list, metadata: Any, path: str | None) -> dict[str, Any]:
+    def _add(
+        self, hint: str, kind: str, items: list, metadata: Any, path: str | None
+    ) -> dict[str, Any]:
         """Put an object into the graph and return a reference to it."""
         key = f"{hint}_{1 + sum(name.rpartition('_')[0] == hint for name in self._objects)}"
         entry = {"type": self._symbol(kind, None), "items": items, "metadata": metadata}

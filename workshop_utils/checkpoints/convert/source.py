@@ -1,4 +1,5 @@
-"""What a checkpoint holds, whatever its format: one description that every target can be written from."""
+"""What a checkpoint holds, whatever its format: one description that every target can be written
+from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from workshop_utils.checkpoints.formats.torch_dist import StoredObject
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer: ``kind`` is ``huggingface`` (a directory of files) or ``sentencepiece`` (one file).
+    """A tokenizer: ``kind`` is ``huggingface`` (a directory of files) or ``sentencepiece`` (one
+    file).
 
-    ``path`` is where it lies, or ``archive`` and ``members`` (name in the archive -> file name) where it lies in a ``.nemo``.
-    ``hub`` is the name of a repository on the Hub, for one that is nowhere here. ``legacy`` is SentencePiece's old way with special tokens.
+    ``path`` is where it lies, or ``archive`` and ``members`` (name in the archive -> file name)
+    where it lies in a ``.nemo``. ``hub`` is the name of a repository on the Hub, for one that is
+    nowhere here. ``legacy`` is SentencePiece's old way with special tokens.
     """
 
     kind: str
@@ -32,8 +35,10 @@ class Tokenizer:
 class Source:
     """A model to convert.
 
-    ``fields`` and ``family`` are its architecture (:mod:`workshop_utils.checkpoints.formats.gpt_config`), ``rows`` and ``dtype`` those of its
-    embedding. ``tensors`` and ``objects`` have the names of the stacked form, with ``prefix`` in front; their chunks lie in ``files``.
+    ``fields`` and ``family`` are its architecture
+    (:mod:`workshop_utils.checkpoints.formats.gpt_config`), ``rows`` and ``dtype`` those of its
+    embedding. ``tensors`` and ``objects`` have the names of the stacked form, with ``prefix`` in
+    front; their chunks lie in ``files``.
     """
 
     path: Path
@@ -50,7 +55,8 @@ class Source:
 
     @property
     def sharded(self) -> bool:
-        """Whether the weights are those of a torch_dist directory, so that their files can be used as they are."""
+        """Whether the weights are those of a torch_dist directory, so that their files can be used
+        as they are."""
         return all(tensor.packed for tensor in self.tensors.values())
 
     @property

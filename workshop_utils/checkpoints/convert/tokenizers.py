@@ -1,6 +1,7 @@
 """The tokenizer of a checkpoint: found, and put where the other format looks for it.
 
-Both formats know Hugging Face tokenizers (a directory of files) and SentencePiece (one file, ``*.model``).
+Both formats know Hugging Face tokenizers (a directory of files) and SentencePiece (one file,
+``*.model``).
 """
 
 import os
@@ -11,36 +12,56 @@ from typing import Any
 
 from workshop_utils.checkpoints.convert.source import Tokenizer
 from workshop_utils.checkpoints.formats import nemo_archive
-from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.core.errors import (
+    DamagedCheckpoint,
+    NotACheckpoint,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+)
 from workshop_utils.core.paths import shown
 
 FOLDER = "nemo_tokenizer"
-"""Where NeMo 2.0 keeps the files, below ``context/``; the same name is used in what is written for NeMo 1."""
+"""Where NeMo 2.0 keeps the files, below ``context/``; the same name is used in what is written for
+NeMo 1."""
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-          "vocab.txt", "tokenizer.model", "chat_template.jinja")  # fmt: skip
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 """The files of a Hugging Face tokenizer; nothing else of the directory is taken along."""
 
 _CLASSES = {
     "huggingface": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-    "sentencepiece": "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",
+    "sentencepiece": "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",  # noqa: E501
 }
 
 
 def given(path: Path) -> Tokenizer:
-    """The tokenizer that a person named: a directory, or a SentencePiece file. Raises :class:`NotACheckpoint` for anything else."""
+    """The tokenizer that a person named: a directory, or a SentencePiece file. Raises
+    :class:`NotACheckpoint` for anything else."""
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
         return Tokenizer("sentencepiece", path.resolve())
-    if path.is_dir() and any((path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+    if path.is_dir() and any(
+        (path / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    ):
         return Tokenizer("huggingface", path.resolve())
     raise NotACheckpoint(
-        f"{shown(path)} is no tokenizer: give a directory with tokenizer.json, or a SentencePiece file *.model."
+        f"{shown(path)} is no tokenizer: give a directory with tokenizer.json, or a "
+        "SentencePiece file *.model."
     )
 
 
 def of_nemo1(config: Mapping[str, Any], place: Path, where: str) -> Tokenizer | None:
-    """The tokenizer that the ``model_config.yaml`` of the directory or archive ``place`` names; None where it names none that is known.
+    """The tokenizer that the ``model_config.yaml`` of the directory or archive ``place`` names;
+    None where it names none that is known.
 
     Raises :class:`UnsafeCheckpoint` for a name that leads out of the archive.
     """
@@ -52,7 +73,11 @@ def of_nemo1(config: Mapping[str, Any], place: Path, where: str) -> Tokenizer | 
         return _sentencepiece(described, place, names, where)
     if described.get("library") != "huggingface" or not isinstance(described.get("type"), str):
         return None
-    members = {name: name.partition("/")[2] for name in names if name.startswith(f"{FOLDER}/") and name.count("/") == 1}
+    members = {
+        name: name.partition("/")[2]
+        for name in names
+        if name.startswith(f"{FOLDER}/") and name.count("/") == 1
+    }
     use_fast = described.get("use_fast", True) is not False
     if members:
         return Tokenizer("huggingface", archive=place, members=members, use_fast=use_fast)
@@ -64,26 +89,40 @@ def of_nemo1(config: Mapping[str, Any], place: Path, where: str) -> Tokenizer | 
     return Tokenizer("huggingface", hub=described["type"], use_fast=use_fast)
 
 
-def _sentencepiece(described: Mapping[str, Any], place: Path, names: list[str], where: str) -> Tokenizer | None:
+def _sentencepiece(
+    described: Mapping[str, Any], place: Path, names: list[str], where: str
+) -> Tokenizer | None:
     value, legacy = described.get("model"), described.get("sentencepiece_legacy", False) is True
     if not isinstance(value, str):
         return None
     # "nemo:" marks a file that NeMo packed with the model.
     name = value.removeprefix("nemo:")
     if place.is_file() and name in names:
-        return Tokenizer("sentencepiece", archive=place, members={name: "tokenizer.model"}, legacy=legacy)
+        return Tokenizer(
+            "sentencepiece", archive=place, members={name: "tokenizer.model"}, legacy=legacy
+        )
     if place.is_dir() and not os.path.isabs(name):
         path = Path(os.path.normpath(place / name))
         if not path.is_relative_to(place):
-            raise UnsafeCheckpoint(f"{where}: tokenizer.model is {value!r}, outside the checkpoint.")
+            raise UnsafeCheckpoint(
+                f"{where}: tokenizer.model is {value!r}, outside the checkpoint."
+            )
         return Tokenizer("sentencepiece", path.resolve(), legacy=legacy) if path.is_file() else None
-    return Tokenizer("sentencepiece", Path(name), legacy=legacy) if os.path.isabs(name) and os.path.isfile(name) else None
+    return (
+        Tokenizer("sentencepiece", Path(name), legacy=legacy)
+        if os.path.isabs(name) and os.path.isfile(name)
+        else None
+    )
 
 
 def of_nemo2(config: Mapping[str, Any]) -> Tokenizer:
-    """From the ``tokenizer`` section that :func:`workshop_utils.checkpoints.convert.bridge_config.tokenizer` made of a ``context/model.yaml``."""
+    """From the ``tokenizer`` section that
+    :func:`workshop_utils.checkpoints.convert.bridge_config.tokenizer` made of a
+    ``context/model.yaml``."""
     if config["library"] == "sentencepiece":
-        return Tokenizer("sentencepiece", Path(config["model"]), legacy=config["sentencepiece_legacy"])
+        return Tokenizer(
+            "sentencepiece", Path(config["model"]), legacy=config["sentencepiece_legacy"]
+        )
     path = Path(config["type"])
     if path.is_absolute():
         return Tokenizer("huggingface", path, use_fast=config["use_fast"])
@@ -98,7 +137,9 @@ def files(tokenizer: Tokenizer) -> dict[str, Path | str]:
         return {"tokenizer.model": tokenizer.path}
     found = {name: tokenizer.path / name for name in _FILES if (tokenizer.path / name).is_file()}
     if not found:
-        raise DamagedCheckpoint(f"{shown(tokenizer.path)} holds no tokenizer. Name one with --tokenizer DIR.")
+        raise DamagedCheckpoint(
+            f"{shown(tokenizer.path)} holds no tokenizer. Name one with --tokenizer DIR."
+        )
     return found
 
 
@@ -109,12 +150,16 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
         if isinstance(place, Path):
             shutil.copyfile(place, folder / name)
             continue
-        with nemo_archive.open_member(tokenizer.archive, place) as member, (folder / name).open("wb") as target:
+        with (
+            nemo_archive.open_member(tokenizer.archive, place) as member,
+            (folder / name).open("wb") as target,
+        ):
             shutil.copyfileobj(member, target)
 
 
 def nemo2_section(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ``tokenizer`` of ``context/model.yaml``, for files that lie in ``context/nemo_tokenizer``."""
+    """The ``tokenizer`` of ``context/model.yaml``, for files that lie in
+    ``context/nemo_tokenizer``."""
     section: dict[str, Any] = {"_target_": _CLASSES[tokenizer.kind]}
     if tokenizer.kind == "sentencepiece":
         return section | {"model_path": f"{FOLDER}/tokenizer.model", "legacy": tokenizer.legacy}
@@ -123,15 +168,28 @@ def nemo2_section(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def nemo1_section(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
-    """The ``tokenizer`` of ``model_config.yaml``; ``place`` is the directory, the file, the member (``nemo:NAME``) or the Hub's name.
+    """The ``tokenizer`` of ``model_config.yaml``; ``place`` is the directory, the file, the member
+    (``nemo:NAME``) or the Hub's name.
 
     NeMo 1 looks paths up in the current directory, so they have to be absolute.
     """
     if tokenizer.kind == "sentencepiece":
-        return {"library": "sentencepiece", "type": None, "model": place, "vocab_file": None, "merge_file": None,
-                "sentencepiece_legacy": tokenizer.legacy}  # fmt: skip
-    return {"library": "huggingface", "type": place, "use_fast": tokenizer.use_fast, "model": None, "vocab_file": None,
-            "merge_file": None}  # fmt: skip
+        return {
+            "library": "sentencepiece",
+            "type": None,
+            "model": place,
+            "vocab_file": None,
+            "merge_file": None,
+            "sentencepiece_legacy": tokenizer.legacy,
+        }
+    return {
+        "library": "huggingface",
+        "type": place,
+        "use_fast": tokenizer.use_fast,
+        "model": None,
+        "vocab_file": None,
+        "merge_file": None,
+    }
 
 
 def required(tokenizer: Tokenizer | None, where: str, hub_allowed: bool = False) -> Tokenizer:
@@ -141,11 +199,13 @@ def required(tokenizer: Tokenizer | None, where: str, hub_allowed: bool = False)
     """
     if tokenizer is None:
         raise UnsupportedCheckpoint(
-            f"{where} has no tokenizer that can be taken along (Hugging Face or SentencePiece). Name it with --tokenizer DIR or FILE.model."
+            f"{where} has no tokenizer that can be taken along (Hugging Face or SentencePiece). "
+            "Name it with --tokenizer DIR or FILE.model."
         )
     if tokenizer.hub and not hub_allowed:
         raise UnsupportedCheckpoint(
-            f"{where} names its tokenizer {tokenizer.hub!r}, which is not here: a repository on the Hub, or a directory of another "
-            "machine. Fetch it and name it with --tokenizer DIR."
+            f"{where} names its tokenizer {tokenizer.hub!r}, which is not here: a repository on "
+            "the Hub, or a directory of another machine. Fetch it and name it with --tokenizer "
+            "DIR."
         )
     return tokenizer

@@ -1,4 +1,5 @@
-"""The weights of a converted checkpoint: links to the files that hold them, copies of those, or new files written tensor by tensor."""
+"""The weights of a converted checkpoint: links to the files that hold them, copies of those, or new
+files written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -38,8 +39,11 @@ class How(StrEnum):
 
 
 def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = False) -> How:
-    """Link where nothing changes and the files are files; copy out of (or into) an archive; write where the bytes change."""
-    changes = dtype is not None and any(tensor.dtype in DTYPES and tensor.dtype != dtype for tensor in source.tensors.values())
+    """Link where nothing changes and the files are files; copy out of (or into) an archive; write
+    where the bytes change."""
+    changes = dtype is not None and any(
+        tensor.dtype in DTYPES and tensor.dtype != dtype for tensor in source.tensors.values()
+    )
     if changes or not source.sharded:
         return How.WRITE
     if source.files.are_members or to_archive:
@@ -48,15 +52,20 @@ def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = F
 
 
 def origin(source: Source) -> Path:
-    """The directory that holds the files of the weights themselves, where those of ``source`` may be links."""
+    """The directory that holds the files of the weights themselves, where those of ``source`` may
+    be links."""
     first = next(iter(source.tensors.values())).files[0]
     return Path(os.path.realpath(source.files.place / first)).parent
 
 
-def place(source: Source, what: How, directory: Path, target: Path, prefix: str, dtype: str | None) -> None:
-    """Fill the new ``directory`` (which will be ``target``) with a torch_dist checkpoint of ``source``.
+def place(
+    source: Source, what: How, directory: Path, target: Path, prefix: str, dtype: str | None
+) -> None:
+    """Fill the new ``directory`` (which will be ``target``) with a torch_dist checkpoint of
+    ``source``.
 
-    The names begin with ``prefix``. Raises :class:`DamagedCheckpoint` when a file turns out to be cut off.
+    The names begin with ``prefix``. Raises :class:`DamagedCheckpoint` when a file turns out to be
+    cut off.
     """
     directory.mkdir(parents=True)
     tensors, objects = list(source.tensors.values()), list(source.objects.values())
@@ -84,8 +93,11 @@ def file_sizes(source: Source) -> dict[str, int]:
     return {name: size for name, size in sorted(source.files.sizes().items()) if name in names}
 
 
-def write_index(source: Source, tensors: list[Tensor], objects: list[StoredObject], directory: Path, prefix: str) -> None:
-    """Write the index of ``tensors`` and ``objects``, which have the names of ``source``, with names that begin with ``prefix``."""
+def write_index(
+    source: Source, tensors: list[Tensor], objects: list[StoredObject], directory: Path, prefix: str
+) -> None:
+    """Write the index of ``tensors`` and ``objects``, which have the names of ``source``, with
+    names that begin with ``prefix``."""
     torch_dist_writer.write_index(
         directory,
         torch_dist_writer.renamed(tensors, source.prefix, prefix),
@@ -96,9 +108,11 @@ def write_index(source: Source, tensors: list[Tensor], objects: list[StoredObjec
 def write(
     source: Source, written: IO[bytes], dtype: str | None, change: Change | None = None
 ) -> tuple[list[Tensor], list[StoredObject]]:
-    """Write every chunk to the new file ``written``, called :data:`FILE`, and return the entries of the index.
+    """Write every chunk to the new file ``written``, called :data:`FILE`, and return the entries of
+    the index.
 
-    Never more than one chunk is in memory, twice. ``change`` returns other elements for a chunk, of the same shape.
+    Never more than one chunk is in memory, twice. ``change`` returns other elements for a chunk, of
+    the same shape.
     """
     import torch
 
@@ -114,9 +128,13 @@ def write(
                 for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
                     wanted = dtype if dtype and tensor.dtype in DTYPES else tensor.dtype
                     held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}")
-                    held = (change(tensor, chunk, held) if change else held).to(getattr(torch, wanted))
+                    held = (change(tensor, chunk, held) if change else held).to(
+                        getattr(torch, wanted)
+                    )
                     made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
-                    before = found.get(tensor.name) or Tensor(tensor.name, tensor.shape, wanted, (), packed=True)
+                    before = found.get(tensor.name) or Tensor(
+                        tensor.name, tensor.shape, wanted, (), packed=True
+                    )
                     found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))
                     bar.update(held.numel() * DTYPE_BYTES[tensor.dtype])
     objects = []
@@ -129,14 +147,18 @@ def write(
 
 
 def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torch.Tensor:
-    """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in errors: :class:`DamagedCheckpoint`."""
+    """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in
+    errors: :class:`DamagedCheckpoint`."""
     import torch
 
     content = bytearray(chunk.length)
     file.seek(chunk.start)
     length = file.readinto(content)
-    found = values.parse_chunk(content[:length] if length < chunk.length else content, tensor, chunk, where)
-    # By its bytes, because torch does not take numpy's bfloat16; writable, because torch warns otherwise.
+    found = values.parse_chunk(
+        content[:length] if length < chunk.length else content, tensor, chunk, where
+    )
+    # By its bytes, because torch does not take numpy's bfloat16; writable, because torch warns
+    # otherwise.
     plain = found.reshape(-1).view("uint8")
     plain = plain if plain.flags.writeable else plain.copy()
     return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)

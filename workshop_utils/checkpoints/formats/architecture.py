@@ -7,10 +7,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes of a decoder-only transformer. ``rope_scaling`` is None, the four numbers of Llama 3.1's rule, or another rule as it is.
+    """Sizes of a decoder-only transformer. ``rope_scaling`` is None, the four numbers of Llama
+    3.1's rule, or another rule as it is.
 
-    ``family`` is a name such as ``Llama``, ``experts`` their number in each layer (None: none), ``qk_norm`` whether queries and keys
-    are normalised.
+    ``family`` is a name such as ``Llama``, ``experts`` their number in each layer (None: none),
+    ``qk_norm`` whether queries and keys are normalised.
     """
 
     layers: int

@@ -1,4 +1,5 @@
-"""The files of a checkpoint: those of a directory, or the members of a ``.nemo`` archive, which is never unpacked."""
+"""The files of a checkpoint: those of a directory, or the members of a ``.nemo`` archive, which is
+never unpacked."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.core.paths import shown
 
 _LEVELS = ("*", "*/*", "*/*/*")
-"""How deep a directory is looked into: ``model_weights/`` of zarr has a directory for each tensor."""
+"""How deep a directory is looked into: ``model_weights/`` of zarr has a directory for each
+tensor."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of the directory ``place``, or the members of the archive ``place`` whose names begin with ``inside``."""
+    """The files of the directory ``place``, or the members of the archive ``place`` whose names
+    begin with ``inside``."""
 
     place: Path
     inside: str = ""
@@ -28,35 +31,59 @@ class Files:
 
     def below(self, folder: str) -> "Files":
         """Those in ``folder``."""
-        return Files(self.place, f"{self.inside}{folder}/") if self.are_members else Files(self.place / folder)
+        return (
+            Files(self.place, f"{self.inside}{folder}/")
+            if self.are_members
+            else Files(self.place / folder)
+        )
 
     def where(self, name: str = "") -> str:
         """What messages call the file ``name``, or all of them."""
-        return f"{shown(self.place)}:{self.inside}{name}".rstrip("/") if self.are_members else shown(self.place / name)
+        return (
+            f"{shown(self.place)}:{self.inside}{name}".rstrip("/")
+            if self.are_members
+            else shown(self.place / name)
+        )
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by name; a link counts as the file that it leads to."""
         if self.are_members:
             members = nemo_archive.members(self.place)
-            return {one.name.removeprefix(self.inside): one.size for one in members if one.name.startswith(self.inside)}
-        found = sorted(file for level in _LEVELS for file in self.place.glob(level) if file.is_file())
+            return {
+                one.name.removeprefix(self.inside): one.size
+                for one in members
+                if one.name.startswith(self.inside)
+            }
+        found = sorted(
+            file for level in _LEVELS for file in self.place.glob(level) if file.is_file()
+        )
         return {str(file.relative_to(self.place)): file.stat().st_size for file in found}
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:
         """The file ``name``, open for reading where it lies."""
-        found = nemo_archive.open_member(self.place, self.inside + name) if self.are_members else (self.place / name).open("rb")
+        found = (
+            nemo_archive.open_member(self.place, self.inside + name)
+            if self.are_members
+            else (self.place / name).open("rb")
+        )
         with found as file:
             yield file
 
     def read(self, name: str) -> bytes:
-        """The bytes of the file ``name``. Raises :class:`DamagedCheckpoint` where they are more than an index has."""
+        """The bytes of the file ``name``. Raises :class:`DamagedCheckpoint` where they are more
+        than an index has."""
         if self.are_members:
-            return nemo_archive.read_member(self.place, self.inside + name, restricted_pickle.MAX_BYTES)
+            return nemo_archive.read_member(
+                self.place, self.inside + name, restricted_pickle.MAX_BYTES
+            )
         return restricted_pickle.read_bytes(self.place / name)
 
     def read_index(self, report: Report = stop) -> torch_dist.Index:
-        """The index of the torch_dist checkpoint that they are; errors and faults as :func:`.torch_dist.read_index`."""
+        """The index of the torch_dist checkpoint that they are; errors and faults as
+        :func:`.torch_dist.read_index`."""
         if self.are_members:
-            return torch_dist.read_index(self.read(torch_dist.INDEX), self.where(), self.sizes(), report)
+            return torch_dist.read_index(
+                self.read(torch_dist.INDEX), self.where(), self.sizes(), report
+            )
         return torch_dist.read_directory(self.place, report)

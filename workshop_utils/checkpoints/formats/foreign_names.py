@@ -1,4 +1,5 @@
-"""A note for a description: what a configuration would have imported or called, and NeMo never writes."""
+"""A note for a description: what a configuration would have imported or called, and NeMo never
+writes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,16 @@ from workshop_utils.core.paths import shown
 
 
 def note(tree: Any, file: Path | str) -> tuple[str, ...]:
-    """One sentence that names them, or nothing. ``tree`` is the content of ``file``; nothing of it is imported."""
+    """One sentence that names them, or nothing. ``tree`` is the content of ``file``; nothing of it
+    is imported."""
     found = safe_text.foreign_targets(tree)
     if not found:
         return ()
     names = "; ".join(f"{place}: {value}" for place, value in found[:5])
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return (f"do not load it unless you know why: {shown(file)} names what no model of NeMo needs ({names}{more})",)
+    return (
+        (
+            f"do not load it unless you know why: {shown(file)} names what no model of NeMo needs "
+            f"({names}{more})"
+        ),
+    )

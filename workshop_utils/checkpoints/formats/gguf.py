@@ -1,13 +1,15 @@
-"""GGUF files (llama.cpp): the header, read without the gguf package, which needs numpy and trusts what the file says.
+"""GGUF files (llama.cpp): the header, read without the gguf package, which needs numpy and trusts
+what the file says.
 
     magic "GGUF", version (uint32), number of tensors, number of key/value pairs (uint64 each)
-    key/value pairs: key, type, value              (strings: length as uint64, then UTF-8; arrays: type, count, elements)
+    key/value pairs: key, type, value              (strings: length as uint64, then UTF-8; arrays:
+    type, count, elements)
     tensors: name, number of dimensions, dimensions, type, offset in the data
     padding to general.alignment, then the data
 
-The first dimension is the one that lies together in memory, so shapes are turned round here. A quantised type packs a block of
-elements, so the bytes of a tensor follow from its type. Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and
-ggml/include/ggml.h.
+The first dimension is the one that lies together in memory, so shapes are turned round here. A
+quantised type packs a block of elements, so the bytes of a tensor follow from its type. Source:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and ggml/include/ggml.h.
 """
 
 import math
@@ -29,17 +31,55 @@ MAX_HEADER = 256 * 1024**2
 
 MAX_PAIRS, MAX_TENSORS, MAX_KEPT = 65_536, 1_000_000, 1024
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 _TYPES = {
-    0: ("float32", 1, 4), 1: ("float16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136), 24: ("int8", 1, 1), 25: ("int16", 1, 2), 26: ("int32", 1, 4), 27: ("int64", 1, 8), 28: ("float64", 1, 8),
-    29: ("IQ1_M", 256, 56), 30: ("bfloat16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
-}  # fmt: skip
+    0: ("float32", 1, 4),
+    1: ("float16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("int8", 1, 1),
+    25: ("int16", 1, 2),
+    26: ("int32", 1, 4),
+    27: ("int64", 1, 8),
+    28: ("float64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("bfloat16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
 """Number of a type -> name, elements of a block, bytes of a block."""
 
 
@@ -52,7 +92,8 @@ class Array:
 
 @dataclass(frozen=True)
 class Header:
-    """``fields`` are the key/value pairs; long arrays, such as the vocabulary, are :class:`Array`."""
+    """``fields`` are the key/value pairs; long arrays, such as the vocabulary, are
+    :class:`Array`."""
 
     version: int
     fields: dict[str, Any]
@@ -89,24 +130,32 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 def read_header(path: Path, report: Report = stop) -> Header:
     """The header of the GGUF file ``path``.
 
-    Raises :class:`NotACheckpoint` (another format), :class:`UnsupportedCheckpoint` (version 1, unknown type) and
-    :class:`DamagedCheckpoint` (cut off, or sizes that make no sense). A tensor whose bytes are not in the file goes to ``report``.
+    Raises :class:`NotACheckpoint` (another format), :class:`UnsupportedCheckpoint` (version 1,
+    unknown type) and :class:`DamagedCheckpoint` (cut off, or sizes that make no sense). A tensor
+    whose bytes are not in the file goes to ``report``.
     """
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
-            raise NotACheckpoint(f"{shown(path)} is no GGUF file: it does not begin with the letters GGUF.")
+            raise NotACheckpoint(
+                f"{shown(path)} is no GGUF file: it does not begin with the letters GGUF."
+            )
         reader = _Reader(file, shown(path), path.stat().st_size)
         version = reader.number("I")
         if version & 0xFFFF == 0:
-            raise UnsupportedCheckpoint(f"{shown(path)} is big-endian. Turn it round: gguf-convert-endian {path.name} little")
+            raise UnsupportedCheckpoint(
+                f"{shown(path)} is big-endian. Turn it round: gguf-convert-endian {path.name} "
+                "little"
+            )
         if version not in (2, 3):
             raise UnsupportedCheckpoint(
-                f"{shown(path)} is GGUF version {version}; 2 and 3 are read. Convert the model again with llama.cpp."
+                f"{shown(path)} is GGUF version {version}; 2 and 3 are read. Convert the model "
+                "again with llama.cpp."
             )
         tensors, pairs = reader.number("Q"), reader.number("Q")
         if tensors > MAX_TENSORS or pairs > MAX_PAIRS:
             raise DamagedCheckpoint(
-                f"{shown(path)} claims {tensors:,} tensors and {pairs:,} key/value pairs; no model has so many."
+                f"{shown(path)} claims {tensors:,} tensors and {pairs:,} key/value pairs; no "
+                "model has so many."
             )
         fields = {}
         for _ in range(pairs):
@@ -117,7 +166,9 @@ def read_header(path: Path, report: Report = stop) -> Header:
         entries = [reader.tensor() for _ in range(tensors)]
         alignment = fields.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= 65536 or alignment & (alignment - 1):
-            raise DamagedCheckpoint(f"{shown(path)}: general.alignment is {alignment!r}, which is no power of two.")
+            raise DamagedCheckpoint(
+                f"{shown(path)}: general.alignment is {alignment!r}, which is no power of two."
+            )
         start = -(-reader.position // alignment) * alignment
     return Header(version, fields, tuple(_placed(path, entries, start, report)))
 
@@ -138,10 +189,13 @@ class _Reader:
         """Have ``count`` more bytes in ``data`` at ``at``."""
         if self.position + count > MAX_HEADER:
             raise DamagedCheckpoint(
-                f"{self.where}: the header is longer than {MAX_HEADER:,} bytes, or one of its lengths is wrong."
+                f"{self.where}: the header is longer than {MAX_HEADER:,} bytes, or one of its "
+                "lengths is wrong."
             )
         if self.position + count > self.length:
-            raise DamagedCheckpoint(f"{self.where} is cut off inside its header. Download it again.")
+            raise DamagedCheckpoint(
+                f"{self.where} is cut off inside its header. Download it again."
+            )
         while len(self.data) - self.at < count:
             more = self.file.read(max(1 << 18, count))
             self.data, self.base, self.at = self.data[self.at :] + more, self.base + self.at, 0
@@ -168,7 +222,9 @@ class _Reader:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
-            raise DamagedCheckpoint(f"{self.where}: a value has the type {kind}, which GGUF does not have.")
+            raise DamagedCheckpoint(
+                f"{self.where}: a value has the type {kind}, which GGUF does not have."
+            )
         inner, count = self.number("I"), self.number("Q")
         if inner in _SCALARS:
             width = struct.calcsize("=" + _SCALARS[inner])
@@ -179,7 +235,9 @@ class _Reader:
         elif inner == _STRING:
             self.pass_over_texts(count)
         else:
-            raise DamagedCheckpoint(f"{self.where}: an array of the type {inner} is no part of a model.")
+            raise DamagedCheckpoint(
+                f"{self.where}: an array of the type {inner} is no part of a model."
+            )
         return Array(count)
 
     def pass_over_texts(self, count: int) -> None:
@@ -202,7 +260,9 @@ class _Reader:
         return name, shape, self.number("I"), self.number("Q")
 
 
-def _placed(path: Path, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, report: Report) -> list[Tensor]:
+def _placed(
+    path: Path, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, report: Report
+) -> list[Tensor]:
     """The tensors with their bytes, each checked to lie inside the file."""
     length, found, names = path.stat().st_size, [], set()
     for name, shape, kind, offset in entries:
@@ -214,17 +274,23 @@ def _placed(path: Path, entries: list[tuple[str, tuple[int, ...], int, int]], st
         elif kind not in _TYPES:
             fault = f"{shown(path)}: {name} has the type {kind}, which is not known here."
         elif count >= 2**63 or count % elements or (shape and shape[-1] % elements):
-            fault = f"{shown(path)}: {name} has the shape {list(shape)}, which does not fill whole blocks of {dtype}."
+            fault = (
+                f"{shown(path)}: {name} has the shape {list(shape)}, which does not fill whole "
+                f"blocks of {dtype}."
+            )
         elif start + offset + count // elements * width > length:
             end = start + offset + count // elements * width
             fault = (
-                f"{shown(path)} has {length:,} bytes but {name} ends at byte {end:,}: the file is cut off. Download it again."
+                f"{shown(path)} has {length:,} bytes but {name} ends at byte {end:,}: the file "
+                "is cut off. Download it again."
             )
         if fault:
             report(DamagedCheckpoint(fault, name))
             continue
         names.add(name)
-        found.append(whole(name, shape, dtype, path.name, start + offset, count // elements * width))
+        found.append(
+            whole(name, shape, dtype, path.name, start + offset, count // elements * width)
+        )
     return found
 
 
@@ -239,21 +305,29 @@ def _tokenizer(fields: dict[str, Any], vocabulary: int | None) -> str | None:
     if kind is None:
         return None
     pre = fields.get("tokenizer.ggml.pre")
-    return f"{kind}{f' ({pre})' if pre else ''}, in the file" + (f", {vocabulary:,} tokens" if vocabulary else "")
+    return f"{kind}{f' ({pre})' if pre else ''}, in the file" + (
+        f", {vocabulary:,} tokens" if vocabulary else ""
+    )
 
 
 def _adapter(fields: dict[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
     """A LoRA for llama.cpp: ``blk.0.attn_q.weight.lora_a`` has the shape (r, in)."""
     if fields.get("general.type") != "adapter":
         return None
-    halves = [tensor for tensor in tensors if tensor.name.endswith(".lora_a") and len(tensor.shape) == 2]
+    halves = [
+        tensor for tensor in tensors if tensor.name.endswith(".lora_a") and len(tensor.shape) == 2
+    ]
     ranks = {tensor.shape[0] for tensor in halves}
     base = fields.get("general.base_model.0.repo_url", fields.get("general.base_model.0.name"))
     alpha = fields.get("adapter.lora.alpha")
     return Adapter(
         rank=ranks.pop() if len(ranks) == 1 else None,
         alpha=alpha if isinstance(alpha, int | float) else None,
-        targets=tuple(sorted({tensor.name.removesuffix(".weight.lora_a").rpartition(".")[2] for tensor in halves})),
+        targets=tuple(
+            sorted(
+                {tensor.name.removesuffix(".weight.lora_a").rpartition(".")[2] for tensor in halves}
+            )
+        ),
         base=base if isinstance(base, str) else None,
         base_is_here=None,
     )

@@ -1,7 +1,9 @@
-"""Hugging Face model and PEFT adapter directories: ``config.json`` and the headers of the safetensors files.
+"""Hugging Face model and PEFT adapter directories: ``config.json`` and the headers of the
+safetensors files.
 
-A safetensors file begins with the length of its header (8 bytes, little-endian), then the header: JSON that maps each tensor to
-dtype, shape and byte range in the rest of the file. Source: the safetensors format description, and transformers' names of files.
+A safetensors file begins with the length of its header (8 bytes, little-endian), then the header:
+JSON that maps each tensor to dtype, shape and byte range in the rest of the file. Source: the
+safetensors format description, and transformers' names of files.
 """
 
 import dataclasses
@@ -12,8 +14,19 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats import lora_tensors, safe_text, saved_tensors, tokenizer_files
-from workshop_utils.checkpoints.formats.architecture import Architecture, number, section, size, text
+from workshop_utils.checkpoints.formats import (
+    lora_tensors,
+    safe_text,
+    saved_tensors,
+    tokenizer_files,
+)
+from workshop_utils.checkpoints.formats.architecture import (
+    Architecture,
+    number,
+    section,
+    size,
+    text,
+)
 from workshop_utils.checkpoints.formats.decoder_config import FAMILIES
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -23,13 +36,24 @@ from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, Unsaf
 from workshop_utils.core.paths import shown
 
 _DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the model directory ``path``; a tensor that does not fit its file, or its index, goes to ``report``."""
+    """Describe the model directory ``path``; a tensor that does not fit its file, or its index,
+    goes to ``report``."""
     config = read_json(path / "config.json")
     files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
@@ -82,7 +106,11 @@ def describe_peft(path: Path, report: Report = stop) -> Checkpoint:
 def _code(path: Path) -> tuple[str, ...]:
     """A note when the model brings Python files along that ``trust_remote_code`` would run."""
     code = sorted(file.name for file in path.glob("*.py"))
-    return (f"brings code along, which trust_remote_code=True would run: {', '.join(code[:5])}",) if code else ()
+    return (
+        (f"brings code along, which trust_remote_code=True would run: {', '.join(code[:5])}",)
+        if code
+        else ()
+    )
 
 
 def _quantisation(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -91,7 +119,8 @@ def _quantisation(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_safetensors(path: Path, report: Report = stop) -> list[Tensor]:
-    """The tensors of one safetensors file, from its header. A tensor that does not fit the file goes to ``report``.
+    """The tensors of one safetensors file, from its header. A tensor that does not fit the file
+    goes to ``report``.
 
     Raises :class:`DamagedCheckpoint` when the header cannot be read.
     """
@@ -115,29 +144,46 @@ def read_safetensors(path: Path, report: Report = stop) -> list[Tensor]:
 def _tensor(path: Path, name: str, entry: Any, data_start: int, available: int) -> Tensor:
     if not isinstance(entry, dict):
         raise DamagedCheckpoint(f"{shown(path)}: {name} has no description.", name)
-    shape, offsets, dtype = entry.get("shape"), entry.get("data_offsets"), _DTYPES.get(str(entry.get("dtype")))
+    shape, offsets, dtype = (
+        entry.get("shape"),
+        entry.get("data_offsets"),
+        _DTYPES.get(str(entry.get("dtype"))),
+    )
     sound = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not sound or not all(type(item) is int and 0 <= item < 2**63 for item in shape + offsets):
         raise DamagedCheckpoint(f"{shown(path)}: {name} has no sound shape and byte range.", name)
     tensor = whole(
-        name, tuple(shape), dtype or str(entry.get("dtype")), path.name, data_start + offsets[0], offsets[1] - offsets[0]
+        name,
+        tuple(shape),
+        dtype or str(entry.get("dtype")),
+        path.name,
+        data_start + offsets[0],
+        offsets[1] - offsets[0],
     )
     if offsets[1] > available:
         raise DamagedCheckpoint(
-            f"{shown(path)} is cut off: {name} ends at byte {offsets[1]:,} of {available:,}. Copy it again.", name
+            f"{shown(path)} is cut off: {name} ends at byte {offsets[1]:,} of {available:,}. "
+            "Copy it again.",
+            name,
         )
     if tensor.dtype in DTYPE_BYTES and tensor.nbytes != offsets[1] - offsets[0]:
         raise DamagedCheckpoint(
-            f"{shown(path)}: {name} has {offsets[1] - offsets[0]:,} bytes; its shape needs {tensor.nbytes:,}.", name
+            f"{shown(path)}: {name} has {offsets[1] - offsets[0]:,} bytes; its shape needs "
+            f"{tensor.nbytes:,}.",
+            name,
         )
     return tensor
 
 
-def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_model", report: Report = stop) -> list[Path]:
-    """The files with the weights in the directory ``path``, in the order in which transformers looks for them.
+def weight_files(
+    path: Path, stem: str = "model", torch_stem: str = "pytorch_model", report: Report = stop
+) -> list[Path]:
+    """The files with the weights in the directory ``path``, in the order in which transformers
+    looks for them.
 
-    That is ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin`` and its index. Raises
-    :class:`DamagedCheckpoint` when there is none. An indexed one that is missing, or whose name leaves the directory, goes to ``report``.
+    That is ``model.safetensors``, ``model.safetensors.index.json``, ``pytorch_model.bin`` and its
+    index. Raises :class:`DamagedCheckpoint` when there is none. An indexed one that is missing, or
+    whose name leaves the directory, goes to ``report``.
     """
     for single in (f"{stem}.safetensors", f"{torch_stem}.bin"):
         if (path / single).is_file():
@@ -146,20 +192,30 @@ def weight_files(path: Path, stem: str = "model", torch_stem: str = "pytorch_mod
         if index.is_file():
             return _indexed(path, index, report)
     raise DamagedCheckpoint(
-        f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an index of parts."
+        f"{shown(path)} has no weights: neither {stem}.safetensors nor {torch_stem}.bin, nor an "
+        "index of parts."
     )
 
 
 def _indexed(path: Path, index: Path, report: Report) -> list[Path]:
     parts = read_json(index).get("weight_map")
-    if not isinstance(parts, dict) or not parts or not all(isinstance(part, str) for part in parts.values()):
+    if (
+        not isinstance(parts, dict)
+        or not parts
+        or not all(isinstance(part, str) for part in parts.values())
+    ):
         raise DamagedCheckpoint(f"{shown(index)} has no weight_map.")
     there = []
     for name in sorted(set(parts.values())):
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
             report(UnsafeCheckpoint(f"{shown(index)} names {name!r}, which is no file beside it."))
         elif not (path / name).is_file():
-            report(DamagedCheckpoint(f"{shown(path / name)} is missing; {index.name} lists it. Fetch the model again."))
+            report(
+                DamagedCheckpoint(
+                    f"{shown(path / name)} is missing; {index.name} lists it. Fetch the model "
+                    "again."
+                )
+            )
         else:
             there.append(path / name)
     return there
@@ -168,7 +224,10 @@ def _indexed(path: Path, index: Path, report: Report) -> list[Path]:
 def _check_index(path: Path, files: list[Path], tensors: list[Tensor], report: Report) -> None:
     """Every tensor lies in the part that the index names."""
     single = ("model.safetensors", "pytorch_model.bin")
-    index = next((path / f"{name}.index.json" for name in single if (path / f"{name}.index.json").is_file()), None)
+    index = next(
+        (path / f"{name}.index.json" for name in single if (path / f"{name}.index.json").is_file()),
+        None,
+    )
     # transformers looks for the one file first, and then not at the index.
     if index is None or (files and files[0].name in single):
         return
@@ -176,12 +235,17 @@ def _check_index(path: Path, files: list[Path], tensors: list[Tensor], report: R
     for name, part in read_json(index)["weight_map"].items():
         if (name, part) not in there:
             report(
-                DamagedCheckpoint(f"{shown(index)} says that {name} is in {part}, and it is not. Fetch the model again.", name)
+                DamagedCheckpoint(
+                    f"{shown(index)} says that {name} is in {part}, and it is not. Fetch the "
+                    "model again.",
+                    name,
+                )
             )
 
 
 def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
-    """The tensors of weight files as :func:`weight_files` finds them. A file that cannot be read goes to ``report`` too."""
+    """The tensors of weight files as :func:`weight_files` finds them. A file that cannot be read
+    goes to ``report`` too."""
     found: list[Tensor] = []
     for path in files:
         try:
@@ -198,14 +262,20 @@ def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
 def architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> Architecture | None:
     """The sizes in a ``config.json``, or None when it is not one of a Llama-like decoder.
 
-    ``names`` are those of the tensors, which tell what the configuration leaves out: whether the embedding is tied.
+    ``names`` are those of the tensors, which tell what the configuration leaves out: whether the
+    embedding is tied.
     """
     layers, hidden, heads, ffn = (
-        size(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+        size(config, name)
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
     )
     if not (layers and hidden and heads and ffn):
         return None
-    scaling, tied, kind = config.get("rope_scaling"), config.get("tie_word_embeddings"), str(config.get("model_type"))
+    scaling, tied, kind = (
+        config.get("rope_scaling"),
+        config.get("tie_word_embeddings"),
+        str(config.get("model_type")),
+    )
     return Architecture(
         layers=layers,
         hidden=hidden,
@@ -215,12 +285,21 @@ def architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> Arch
         ffn=ffn,
         vocabulary=size(config, "vocab_size"),
         # transformers leaves it out where it is the default of the model's class.
-        tied=tied if isinstance(tied, bool) else bool(names) and not any(name.endswith("lm_head.weight") for name in names),
+        tied=tied
+        if isinstance(tied, bool)
+        else bool(names) and not any(name.endswith("lm_head.weight") for name in names),
         rope_base=number(config, "rope_theta", 10000.0),
         rope_scaling=_rope_scaling(scaling) if isinstance(scaling, Mapping) else None,
         family=FAMILIES.get(kind, kind),
         experts=next(
-            filter(None, (size(config, name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))), None
+            filter(
+                None,
+                (
+                    size(config, name)
+                    for name in ("num_local_experts", "num_experts", "n_routed_experts")
+                ),
+            ),
+            None,
         ),
         qk_norm=any(name.endswith(".q_norm.weight") for name in names),
     )
@@ -238,9 +317,12 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter(config: Mapping[str, Any]) -> Adapter:
-    """The settings in an ``adapter_config.json``. A base that is not a path may be a name on the Hub: ``base_is_here`` is None."""
+    """The settings in an ``adapter_config.json``. A base that is not a path may be a name on the
+    Hub: ``base_is_here`` is None."""
     base, targets = text(config, "base_model_name_or_path") or None, config.get("target_modules")
-    looks_local = base is not None and (os.path.isabs(base) or base.startswith(".") or os.path.isdir(base))
+    looks_local = base is not None and (
+        os.path.isabs(base) or base.startswith(".") or os.path.isdir(base)
+    )
     return Adapter(
         rank=size(config, "r"),
         alpha=number(config, "lora_alpha"),

@@ -1,4 +1,5 @@
-"""Which reader is for this path? Decided by the names of the files there, and for a single file by how it begins."""
+"""Which reader is for this path? Decided by the names of the files there, and for a single file by
+how it begins."""
 
 import contextlib
 import os
@@ -7,10 +8,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from workshop_utils.checkpoints.formats import gguf, huggingface, lightning, megatron, mistaken, nemo1, nemo2, tokenizer_files
+from workshop_utils.checkpoints.formats import (
+    gguf,
+    huggingface,
+    lightning,
+    megatron,
+    mistaken,
+    nemo1,
+    nemo2,
+    tokenizer_files,
+)
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.summary import Checkpoint
-from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, NotACheckpoint, OutputExists, WorkshopError
+from workshop_utils.core.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    NotACheckpoint,
+    OutputExists,
+    WorkshopError,
+)
 from workshop_utils.core.home import can_be_written
 from workshop_utils.core.paths import shown
 
@@ -25,12 +41,14 @@ _HALF_WRITTEN = re.compile(r"\.(partial|tmp|incomplete)$|-unfinished$")
 
 
 def require_place(target: Path, overwrite: bool) -> None:
-    """Before anything long starts: ``target`` can be written, and stands in the way of nothing but an empty directory, or with ``overwrite`` a
-    checkpoint. Raises :class:`OutputExists` and :class:`WorkshopError`.
+    """Before anything long starts: ``target`` can be written, and stands in the way of nothing but
+    an empty directory, or with ``overwrite`` a checkpoint. Raises :class:`OutputExists` and
+    :class:`WorkshopError`.
     """
     if not can_be_written(target.parent):
         raise WorkshopError(
-            f"{shown(target)} cannot be written: {shown(target.parent)} is no directory of yours. Choose another place."
+            f"{shown(target)} cannot be written: {shown(target.parent)} is no directory of "
+            "yours. Choose another place."
         )
     if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
@@ -38,20 +56,25 @@ def require_place(target: Path, overwrite: bool) -> None:
         identify(target, lambda fault: None)
     except NotACheckpoint:
         raise OutputExists(
-            f"{shown(target)} exists and is no checkpoint. It was left as it is. Choose another place."
+            f"{shown(target)} exists and is no checkpoint. It was left as it is. Choose another "
+            "place."
         ) from None
     except CheckpointError:
         pass  # a damaged one
     if not overwrite:
-        raise OutputExists(f"{shown(target)} exists. It was left as it is; --overwrite replaces it.")
+        raise OutputExists(
+            f"{shown(target)} exists. It was left as it is; --overwrite replaces it."
+        )
 
 
 def identify(path: Path | str, report: Report = stop) -> Checkpoint:
-    """Tell what the checkpoint ``path`` is; reads headers and indexes, no weights, and runs nothing that a file contains.
+    """Tell what the checkpoint ``path`` is; reads headers and indexes, no weights, and runs nothing
+    that a file contains.
 
-    Raises :class:`NotACheckpoint` for anything else (naming the right path when ``path`` is above or inside a checkpoint), and
-    :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or :class:`UnsupportedCheckpoint` for one that cannot be read. A fault of
-    one tensor goes to ``report``; what is left is described.
+    Raises :class:`NotACheckpoint` for anything else (naming the right path when ``path`` is above
+    or inside a checkpoint), and :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` or
+    :class:`UnsupportedCheckpoint` for one that cannot be read. A fault of one tensor goes to
+    ``report``; what is left is described.
     """
     path = Path(path)
     try:
@@ -62,16 +85,20 @@ def identify(path: Path | str, report: Report = stop) -> Checkpoint:
         try:
             found = describe(path, report)
         except DamagedCheckpoint as error:
-            # A clone without Git LFS, or a page saved as weights, breaks every format in a way of its own.
+            # A clone without Git LFS, or a page saved as weights, breaks every format in a way of
+            # its own.
             if mistake := mistaken.find(path):
                 raise DamagedCheckpoint(mistake) from error
             raise
     except PermissionError as error:
         raise NotACheckpoint(
-            f"{shown(error.filename or path)} may not be read by you. Ask its owner for: chmod -R a+rX {shown(path)}"
+            f"{shown(error.filename or path)} may not be read by you. Ask its owner for: chmod "
+            f"-R a+rX {shown(path)}"
         ) from error
     except OSError as error:
-        raise DamagedCheckpoint(f"{shown(error.filename or path)} cannot be read: {error.strerror or error}") from error
+        raise DamagedCheckpoint(
+            f"{shown(error.filename or path)} cannot be read: {error.strerror or error}"
+        ) from error
     if path.is_symlink():
         return replace(found, notes=(f"a link to {shown(path.resolve())}", *found.notes))
     return found
@@ -102,29 +129,42 @@ def _reader_of_file(path: Path) -> Describe | None:
     if start[:4] == gguf.MAGIC:
         return gguf.describe
     # A .nemo under another name is one all the same; a tar has its name at byte 257.
-    is_tar = start[257:262] == b"ustar" or (start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz", ".nemo.gz")))
-    is_weights = path.name == nemo1.WEIGHTS and any(nemo1.looks_like(above) for above in path.resolve().parents[:2])
+    is_tar = start[257:262] == b"ustar" or (
+        start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz", ".nemo.gz"))
+    )
+    is_weights = path.name == nemo1.WEIGHTS and any(
+        nemo1.looks_like(above) for above in path.resolve().parents[:2]
+    )
     if not (is_tar or path.suffix in (".nemo", ".ckpt")) or is_weights or mistaken.sentence(path):
         return None
     return lightning.describe if path.suffix == ".ckpt" and not is_tar else nemo1.describe
 
 
 def _is_part_of_nemo(path: Path) -> bool:
-    """Whether ``path`` is the ``weights/`` or ``model_weights/`` of a NeMo checkpoint: they hold the same files as Megatron's."""
+    """Whether ``path`` is the ``weights/`` or ``model_weights/`` of a NeMo checkpoint: they hold
+    the same files as Megatron's."""
     above = path.resolve().parent
     return nemo2.looks_like(above) or nemo1.looks_like(above)
 
 
 def _check_there(path: Path) -> None:
     if path.is_symlink() and not path.exists():
-        raise NotACheckpoint(f"{shown(path)} is a link to {os.readlink(path)}, which is gone. Give the checkpoint itself.")
+        raise NotACheckpoint(
+            f"{shown(path)} is a link to {os.readlink(path)}, which is gone. Give the checkpoint "
+            "itself."
+        )
     if not path.exists():
         raise NotACheckpoint(f"{shown(path)} does not exist.")
     if _HALF_WRITTEN.search(path.name):
         marked = path.parent / path.name.removesuffix("-unfinished")
-        rest = f" It marks {shown(marked)} as half-written." if marked != path and marked.exists() else ""
+        rest = (
+            f" It marks {shown(marked)} as half-written."
+            if marked != path and marked.exists()
+            else ""
+        )
         raise NotACheckpoint(
-            f"{shown(path)} is what a writer leaves that has not finished.{rest} Use an earlier checkpoint, or make it again."
+            f"{shown(path)} is what a writer leaves that has not finished.{rest} Use an earlier "
+            "checkpoint, or make it again."
         )
 
 
@@ -134,49 +174,77 @@ def _why_not(path: Path) -> str:
         return mistake
     for above in path.resolve().parents[:3]:
         if reader_of(above):
-            return f"{shown(path)} is a part of a checkpoint. Give its top directory: {shown(above)}"
+            return (
+                f"{shown(path)} is a part of a checkpoint. Give its top directory: {shown(above)}"
+            )
     if not path.is_dir():
         return _why_not_file(path)
     if not any(path.iterdir()):
         return f"{shown(path)} is empty. Copy or make the checkpoint again."
     if latest := megatron.latest(path):
-        return f"{shown(path)} holds the checkpoints of a run of Megatron. Give one of them; the latest is {shown(latest)}"
+        return (
+            f"{shown(path)} holds the checkpoints of a run of Megatron. Give one of them; the "
+            f"latest is {shown(latest)}"
+        )
     below = sorted(set(_below(path)))
     if below:
         names = ", ".join(shown(child) for child in below[:5])
-        return f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
+        return (
+            f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
+        )
     return _why_not_directory(path)
 
 
 def _why_not_file(path: Path) -> str:
     if path.suffix in (".safetensors", ".bin"):
         return (
-            f"{shown(path)} is weights alone. A Hugging Face checkpoint is a directory: put config.json and the tokenizer beside them "
-            "(for an adapter: adapter_config.json), and give the directory."
+            f"{shown(path)} is weights alone. A Hugging Face checkpoint is a directory: put "
+            "config.json and the tokenizer beside them (for an adapter: adapter_config.json), "
+            "and give the directory."
         )
     if path.suffix == ".distcp":
-        return f"{shown(path)} is one file of a distributed checkpoint, useless without .metadata beside it. Copy the whole directory."
-    return f"{shown(path)} is not a .nemo archive, a GGUF file or a Lightning .ckpt, and no part of a checkpoint that is known here."
+        return (
+            f"{shown(path)} is one file of a distributed checkpoint, useless without .metadata "
+            "beside it. Copy the whole directory."
+        )
+    return (
+        f"{shown(path)} is not a .nemo archive, a GGUF file or a Lightning .ckpt, and no part of "
+        "a checkpoint that is known here."
+    )
 
 
 def _why_not_directory(path: Path) -> str:
     names = {child.name for child in path.iterdir()}
     if names & {"adapter_model.safetensors", "adapter_model.bin"}:
-        return f"{shown(path)} has the weights of a PEFT adapter but no adapter_config.json. Copy that file from where the adapter was made."
-    if any(re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name) for name in names):
-        return f"{shown(path)} has weights of a Hugging Face model but no config.json. Copy that file from where the model came from."
+        return (
+            f"{shown(path)} has the weights of a PEFT adapter but no adapter_config.json. Copy "
+            "that file from where the adapter was made."
+        )
+    if any(
+        re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name)
+        for name in names
+    ):
+        return (
+            f"{shown(path)} has weights of a Hugging Face model but no config.json. Copy that "
+            "file from where the model came from."
+        )
     if any(name.endswith(".distcp") for name in names):
-        return f"{shown(path)} has .distcp files but no .metadata, without which nobody can tell what they hold. Copy the checkpoint again, all of it."
+        return (
+            f"{shown(path)} has .distcp files but no .metadata, without which nobody can tell "
+            "what they hold. Copy the checkpoint again, all of it."
+        )
     if tokenizer_files.is_one(path):
         return f"{shown(path)} is a tokenizer, not a model. Give the directory with the weights."
     return (
-        f"{shown(path)} is not a checkpoint: it has none of context/model.yaml (NeMo 2.0), model_config.yaml (NeMo 1), "
-        "config.json (Hugging Face), adapter_config.json (PEFT) and .metadata (Megatron)."
+        f"{shown(path)} is not a checkpoint: it has none of context/model.yaml (NeMo 2.0), "
+        "model_config.yaml (NeMo 1), config.json (Hugging Face), adapter_config.json (PEFT) and "
+        ".metadata (Megatron)."
     )
 
 
 def _below(path: Path) -> Iterator[Path]:
-    """Checkpoints below ``path``, down to three levels: run directories put them in checkpoints/ and below dates."""
+    """Checkpoints below ``path``, down to three levels: run directories put them in checkpoints/
+    and below dates."""
     waiting, seen = [(path, 0)], 0
     while waiting and seen < _LOOK_BELOW:
         folder, depth = waiting.pop(0)
@@ -193,7 +261,8 @@ def _below(path: Path) -> Iterator[Path]:
 
 
 def _is_one(child: Path) -> bool:
-    """Whether ``child`` is a checkpoint. Files of other names are not opened: below / are some that never end."""
+    """Whether ``child`` is a checkpoint. Files of other names are not opened: below / are some that
+    never end."""
     with contextlib.suppress(OSError):
         return (child.is_dir() or child.suffix in _FILES) and reader_of(child) is not None
     return False

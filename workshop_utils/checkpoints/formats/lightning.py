@@ -1,8 +1,10 @@
-"""Lightning checkpoints, ``.ckpt``: one file of ``torch.save`` with the weights and what resuming a training needs.
+"""Lightning checkpoints, ``.ckpt``: one file of ``torch.save`` with the weights and what resuming a
+training needs.
 
-Keys: ``state_dict``, ``epoch``, ``global_step``, ``pytorch-lightning_version``, ``optimizer_states``, ``lr_schedulers``, ``callbacks``,
-``loops``, ``hyper_parameters``. Source: ``lightning/pytorch/trainer/connectors/checkpoint_connector.py`` (Lightning 2.4). NeMo 1 writes
-its configuration as ``hyper_parameters["cfg"]``.
+Keys: ``state_dict``, ``epoch``, ``global_step``, ``pytorch-lightning_version``,
+``optimizer_states``, ``lr_schedulers``, ``callbacks``, ``loops``, ``hyper_parameters``. Source:
+``lightning/pytorch/trainer/connectors/checkpoint_connector.py`` (Lightning 2.4). NeMo 1 writes its
+configuration as ``hyper_parameters["cfg"]``.
 """
 
 import contextlib
@@ -11,7 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats import decoder_config, lora_tensors, nemo1_config, saved_tensors
+from workshop_utils.checkpoints.formats import (
+    decoder_config,
+    lora_tensors,
+    nemo1_config,
+    saved_tensors,
+)
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.safe_text import plain, read_yaml
@@ -21,33 +28,42 @@ from workshop_utils.core.errors import CheckpointError, NotACheckpoint, UnsafeCh
 from workshop_utils.core.paths import shown
 
 VERSION = "pytorch-lightning_version"
-INSTANTIATORS = ("lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
+INSTANTIATORS = (
+    "lightning.pytorch.cli.instantiate_module",
+    "pytorch_lightning.cli.instantiate_module",
+)
 """What LightningCLI of either package writes as ``hyper_parameters._instantiator``."""
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
     """Describe the file ``path``. Nothing that it names is instantiated.
 
-    Raises :class:`NotACheckpoint` (not of Lightning), :class:`UnsafeCheckpoint` and :class:`DamagedCheckpoint`.
+    Raises :class:`NotACheckpoint` (not of Lightning), :class:`UnsafeCheckpoint` and
+    :class:`DamagedCheckpoint`.
     """
     with path.open("rb") as file:
         state = saved_tensors.read_state(file, shown(path), report)
     if not isinstance(state.get("state_dict"), Mapping):
         raise NotACheckpoint(
-            f"{shown(path)} has no state_dict, and so is no Lightning checkpoint. The weights of an unpacked .nemo need model_config.yaml "
-            "beside them: give their directory."
+            f"{shown(path)} has no state_dict, and so is no Lightning checkpoint. The weights of "
+            "an unpacked .nemo need model_config.yaml beside them: give their directory."
         )
     instantiator = section(state, "hyper_parameters").get("_instantiator")
     if instantiator not in (None, *INSTANTIATORS):
         report(
             UnsafeCheckpoint(
-                f"{shown(path)}: hyper_parameters._instantiator is {plain(str(instantiator), 200)}, which load_from_checkpoint of Lightning "
-                f"before 2.6.6 imports and calls (CVE-2026-58659). Only {' or '.join(INSTANTIATORS)} is written by Lightning itself. Nothing was executed."
+                f"{shown(path)}: hyper_parameters._instantiator is "
+                f"{plain(str(instantiator), 200)}, which load_from_checkpoint of Lightning "
+                "before 2.6.6 imports and calls (CVE-2026-58659). Only "
+                f"{' or '.join(INSTANTIATORS)} is written by Lightning itself. Nothing was "
+                "executed."
             )
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
     version = state.get(VERSION)
-    by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in section(state, "callbacks"))
+    by_nemo = any(
+        str(name).startswith("NeMoModelCheckpoint") for name in section(state, "callbacks")
+    )
     config, from_beside = configuration(path, state) if by_nemo else (_stated(state), ())
     return Checkpoint(
         path=path,
@@ -67,11 +83,13 @@ def _stated(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return section(section(state, "hyper_parameters"), "cfg")
 
 
-def configuration(path: Path, state: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def configuration(
+    path: Path, state: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     """NeMo 1's configuration, and a note where it is from; empty where there is none.
 
-    In the file (``state`` is what it holds) it may be an object of OmegaConf, which is not read. ``exp_manager`` puts
-    ``version_N/hparams.yaml`` beside ``checkpoints/``.
+    In the file (``state`` is what it holds) it may be an object of OmegaConf, which is not read.
+    ``exp_manager`` puts ``version_N/hparams.yaml`` beside ``checkpoints/``.
     """
     if stated := _stated(state):
         return stated, ()
@@ -93,7 +111,11 @@ def notes(state: Mapping[str, Any]) -> list[str]:
     hyper = state.get("hyper_parameters")
     if hyper:
         # OmegaConf's come as their class alone.
-        names = ", ".join(str(name) for name in list(hyper)[:20]) if isinstance(hyper, Mapping) else str(hyper)
+        names = (
+            ", ".join(str(name) for name in list(hyper)[:20])
+            if isinstance(hyper, Mapping)
+            else str(hyper)
+        )
         found.append(f"hyper-parameters, never instantiated here: {names}")
     if callbacks := section(state, "callbacks"):
         names = sorted({str(name).partition("{")[0] for name in callbacks})
@@ -108,4 +130,6 @@ def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter 
     if lora is None:
         return stated
     found = stated or Adapter(None, None, (), None, None)
-    return dataclasses.replace(found, rank=found.rank or lora.rank, targets=found.targets or lora.targets)
+    return dataclasses.replace(
+        found, rank=found.rank or lora.rank, targets=found.targets or lora.targets
+    )

@@ -1,8 +1,11 @@
 """Rank, targets and kind of a LoRA adapter, as the names and shapes of its tensors have them.
 
-NeMo 2.0 and Megatron-Bridge  ...self_attention.linear_qkv.adapter.linear_in.weight              (layers, r, in) or (r, in)
-NeMo 1                        ...self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight  (r, in)
-Hugging Face PEFT             ...self_attn.q_proj.lora_A.weight                                  (r, in)
+NeMo 2.0 and Megatron-Bridge  ...self_attention.linear_qkv.adapter.linear_in.weight
+(layers, r, in) or (r, in)
+NeMo 1                        ...self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight  (r,
+in)
+Hugging Face PEFT             ...self_attn.q_proj.lora_A.weight                                  (r,
+in)
 """
 
 import re
@@ -18,14 +21,19 @@ _FIRST_HALF = (
 )
 _MAGNITUDE = re.compile(r"\.(?:adapter\.weight_magnitude|lora_magnitude_vector(?:\.\w+)*)$")
 _NEMO1_TARGETS = {
-    "lora_kqv_adapter": "attention_qkv", "lora_unfused_kqv_adapter": "attention_qkv", "lora_dense_attention_adapter": "attention_dense",
-    "lora_hto4h_adapter": "mlp_fc1", "lora_unfused_hto4h_adapter": "mlp_fc1", "lora_4htoh_adapter": "mlp_fc2",
-}  # fmt: skip
+    "lora_kqv_adapter": "attention_qkv",
+    "lora_unfused_kqv_adapter": "attention_qkv",
+    "lora_dense_attention_adapter": "attention_dense",
+    "lora_hto4h_adapter": "mlp_fc1",
+    "lora_unfused_hto4h_adapter": "mlp_fc1",
+    "lora_4htoh_adapter": "mlp_fc2",
+}
 
 
 @dataclass(frozen=True)
 class LoraTensors:
-    """``ranks`` are the different ones, sorted; a DoRA adapter has a vector of magnitudes for each target as well."""
+    """``ranks`` are the different ones, sorted; a DoRA adapter has a vector of magnitudes for each
+    target as well."""
 
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
@@ -42,7 +50,9 @@ def find(tensors: Iterable[Tensor]) -> LoraTensors | None:
     ranks, targets, dora = set(), set(), False
     for tensor in tensors:
         dora = dora or bool(_MAGNITUDE.search(tensor.name))
-        match = next((match for pattern in _FIRST_HALF if (match := pattern.search(tensor.name))), None)
+        match = next(
+            (match for pattern in _FIRST_HALF if (match := pattern.search(tensor.name))), None
+        )
         if match and len(tensor.shape) >= 2:
             part = match.groupdict().get("part")
             # CanonicalLoRA has one adapter for each of q, k and v, and for up and gate.

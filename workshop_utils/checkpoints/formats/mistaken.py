@@ -1,4 +1,5 @@
-"""Files that look like weights by their name and are something else: pointers of Git LFS, web pages, nothing at all."""
+"""Files that look like weights by their name and are something else: pointers of Git LFS, web
+pages, nothing at all."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ _MAX_FILES = 2000
 
 
 def sentence(path: Path) -> str | None:
-    """What the file ``path`` is instead of weights, and what to do; None when it is none of the known mistakes."""
+    """What the file ``path`` is instead of weights, and what to do; None when it is none of the
+    known mistakes."""
     size = path.stat().st_size
     if size == 0:
         return f"{shown(path)} is empty: a download or a copy that broke off. Get it again."
@@ -20,16 +22,20 @@ def sentence(path: Path) -> str | None:
         start = file.read(200).lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return (
-            f"{shown(path)} is a pointer of Git LFS ({size} bytes), not the file itself. In the clone: git lfs pull. Elsewhere: download "
-            "the model again."
+            f"{shown(path)} is a pointer of Git LFS ({size} bytes), not the file itself. In the "
+            "clone: git lfs pull. Elsewhere: download the model again."
         )
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return f"{shown(path)} is a web page, likely an error message of the server. Open it to read why, and download the file again."
+        return (
+            f"{shown(path)} is a web page, likely an error message of the server. Open it to "
+            "read why, and download the file again."
+        )
     return None
 
 
 def find(path: Path) -> str | None:
-    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path`` or in the directories in it."""
+    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path`` or in
+    the directories in it."""
     for file in _files(path):
         if found := sentence(file):
             return found
@@ -45,7 +51,8 @@ def _files(path: Path) -> Iterator[Path]:
             return
         if (
             file.is_file()
-            and file.suffix in (".safetensors", ".bin", ".distcp", ".pt", ".ckpt", ".nemo", ".gguf", "")
+            and file.suffix
+            in (".safetensors", ".bin", ".distcp", ".pt", ".ckpt", ".nemo", ".gguf", "")
             and not file.name.endswith(".lock")
         ):
             yield file

@@ -1,6 +1,8 @@
-"""NeMo 1's ``model_config.yaml``, of a ``.nemo`` archive or of a directory: what it says, and writing one.
+"""NeMo 1's ``model_config.yaml``, of a ``.nemo`` archive or of a directory: what it says, and
+writing one.
 
-The keys, and what holds where one is absent, are those that ``MegatronGPTModel`` and its base class read in NeMo 2.4.1
+The keys, and what holds where one is absent, are those that ``MegatronGPTModel`` and its base class
+read in NeMo 2.4.1
 (``nemo/collections/nlp/models/language_modeling/{megatron_gpt_model,megatron_base_model}.py``).
 """
 
@@ -9,15 +11,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from workshop_utils.checkpoints.formats import gpt_config
-from workshop_utils.checkpoints.formats.architecture import Architecture, number, section, size, text
+from workshop_utils.checkpoints.formats.architecture import (
+    Architecture,
+    number,
+    section,
+    size,
+    text,
+)
 from workshop_utils.checkpoints.formats.gpt_classes import BASE, FAMILIES, ROPE_SCALING, Family
 from workshop_utils.checkpoints.formats.summary import Adapter
 from workshop_utils.core.errors import UnsupportedCheckpoint
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The sizes that ``config`` states, or None when one that has no default is missing or no number."""
-    layers, hidden, heads = (size(config, name) for name in ("num_layers", "hidden_size", "num_attention_heads"))
+    """The sizes that ``config`` states, or None when one that has no default is missing or no
+    number."""
+    layers, hidden, heads = (
+        size(config, name) for name in ("num_layers", "hidden_size", "num_attention_heads")
+    )
     if not (layers and hidden and heads):
         return None
     scaled = config.get("scale_positional_embedding") is True
@@ -38,7 +49,11 @@ def architecture(config: Mapping[str, Any]) -> Architecture | None:
 def adapter(config: Mapping[str, Any]) -> Adapter | None:
     """The LoRA settings in ``config``, or None when it describes a whole model."""
     peft = config.get("peft")
-    lora = peft.get("lora_tuning") if isinstance(peft, Mapping) and peft.get("peft_scheme") == "lora" else None
+    lora = (
+        peft.get("lora_tuning")
+        if isinstance(peft, Mapping) and peft.get("peft_scheme") == "lora"
+        else None
+    )
     if not isinstance(lora, Mapping):
         return None
     base = text(config, "restore_from_path")
@@ -61,12 +76,32 @@ def tokenizer(config: Mapping[str, Any]) -> str | None:
 
 
 SAME_NAME = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "init_method_std",
-    "hidden_dropout", "attention_dropout", "layernorm_epsilon", "layernorm_zero_centered_gamma", "persist_layer_norm",
-    "position_embedding_type", "rotary_base", "rotary_interleaved", "seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights", "make_vocab_size_divisible_by", "qk_layernorm", "window_size", "num_moe_experts",
-    "moe_router_topk", "moe_router_pre_softmax", "moe_router_load_balancing_type", "moe_aux_loss_coeff",
-)  # fmt: skip
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "init_method_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "persist_layer_norm",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_interleaved",
+    "seq_len_interpolation_factor",
+    "share_embeddings_and_output_weights",
+    "make_vocab_size_divisible_by",
+    "qk_layernorm",
+    "window_size",
+    "num_moe_experts",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_load_balancing_type",
+    "moe_aux_loss_coeff",
+)
 RENAMED = {
     "encoder_seq_length": "seq_length",
     "rotary_percentage": "rotary_percent",
@@ -76,18 +111,33 @@ RENAMED = {
 """Key of ``model_config.yaml`` -> field of :mod:`.gpt_classes`."""
 
 _ABSENT = {
-    "position_embedding_type": "learned_absolute", "share_embeddings_and_output_weights": True, "bias": True, "hidden_dropout": 0.1,
-    "attention_dropout": 0.1, "encoder_seq_length": 512, "persist_layer_norm": False,
-}  # fmt: skip
+    "position_embedding_type": "learned_absolute",
+    "share_embeddings_and_output_weights": True,
+    "bias": True,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "encoder_seq_length": 512,
+    "persist_layer_norm": False,
+}
 """What NeMo 1 takes for a key that is not there, where that is not the field's usual value."""
 
 ACTIVATIONS = {
-    "fast-swiglu": ("silu", True), "swiglu": ("silu", True), "fast-geglu": ("gelu", True), "geglu": ("gelu", True),
-    "gelu": ("gelu", False), "squared-relu": ("squared_relu", False), "fast-reglu": ("relu", True), "reglu": ("relu", True),
-}  # fmt: skip
+    "fast-swiglu": ("silu", True),
+    "swiglu": ("silu", True),
+    "fast-geglu": ("gelu", True),
+    "geglu": ("gelu", True),
+    "gelu": ("gelu", False),
+    "squared-relu": ("squared_relu", False),
+    "fast-reglu": ("relu", True),
+    "reglu": ("relu", True),
+}
 """``activation`` -> (function, gated)."""
 
-_NORMS = {"rmsnorm": ("RMSNorm", False), "layernorm": ("LayerNorm", False), "layernorm1p": ("LayerNorm", True)}
+_NORMS = {
+    "rmsnorm": ("RMSNorm", False),
+    "layernorm": ("LayerNorm", False),
+    "layernorm1p": ("LayerNorm", True),
+}
 """``normalization`` -> (class, the weight is stored minus one)."""
 
 _MUST_BE_OFF = (
@@ -99,32 +149,53 @@ _MUST_BE_OFF = (
     "multi_latent_attention",
 )
 _SPECS = ("", "te_gpt", "decoder_block_gpt")
-"""Values of ``name``, which chooses the layers, that are a plain GPT. Only the last builds the norms of q and k."""
+"""Values of ``name``, which chooses the layers, that are a plain GPT. Only the last builds the
+norms of q and k."""
 
 
 def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], Family]:
-    """The fields of :mod:`.gpt_classes` that ``config`` states, complete, and the family they belong to; ``where`` names it in errors.
+    """The fields of :mod:`.gpt_classes` that ``config`` states, complete, and the family they
+    belong to; ``where`` names it in errors.
 
-    NeMo 1 has no families: the field ``workshop.family``, which :func:`from_fields` writes, decides, and the features otherwise.
-    Raises :class:`UnsupportedCheckpoint` and :class:`DamagedCheckpoint`, each naming the key.
+    NeMo 1 has no families: the field ``workshop.family``, which :func:`from_fields` writes,
+    decides, and the features otherwise. Raises :class:`UnsupportedCheckpoint` and
+    :class:`DamagedCheckpoint`, each naming the key.
     """
     _check_kind(config, where)
     scaling = {}
     if config.get("scale_positional_embedding"):
         # The four keys have these very defaults in NeMo 1, too.
         scaling = {name: config.get(name, default) for name, default in ROPE_SCALING.items()}
-    activation, norm = config.get("activation", "gelu"), str(config.get("normalization", "layernorm")).lower()
-    for name, value, known in (("activation", activation, ACTIVATIONS), ("normalization", norm, _NORMS)):
+    activation, norm = (
+        config.get("activation", "gelu"),
+        str(config.get("normalization", "layernorm")).lower(),
+    )
+    for name, value, known in (
+        ("activation", activation, ACTIVATIONS),
+        ("normalization", norm, _NORMS),
+    ):
         if value not in known:
-            raise UnsupportedCheckpoint(f"{where}: {name} is {value!r}; known are {', '.join(known)}.")
+            raise UnsupportedCheckpoint(
+                f"{where}: {name} is {value!r}; known are {', '.join(known)}."
+            )
     stated = {name: config[name] for name in SAME_NAME if config.get(name) is not None}
-    stated |= {name: value for name, value in _ABSENT.items() if name in SAME_NAME and config.get(name) is None}
-    stated |= {field: config.get(name, _ABSENT.get(name, BASE[field])) for name, field in RENAMED.items()}
+    stated |= {
+        name: value
+        for name, value in _ABSENT.items()
+        if name in SAME_NAME and config.get(name) is None
+    }
+    stated |= {
+        field: config.get(name, _ABSENT.get(name, BASE[field])) for name, field in RENAMED.items()
+    }
     stated |= scaling
     stated["activation_func"], stated["gated_linear_unit"] = ACTIVATIONS[activation]
     stated["normalization"] = _NORMS[norm][0]
-    stated["layernorm_zero_centered_gamma"] = _NORMS[norm][1] or config.get("layernorm_zero_centered_gamma", False)
-    stated["qk_layernorm"] = config.get("qk_layernorm", False) and config.get("name") == "decoder_block_gpt"
+    stated["layernorm_zero_centered_gamma"] = _NORMS[norm][1] or config.get(
+        "layernorm_zero_centered_gamma", False
+    )
+    stated["qk_layernorm"] = (
+        config.get("qk_layernorm", False) and config.get("name") == "decoder_block_gpt"
+    )
     fields = gpt_config.typed(stated, BASE | scaling, f"{where}: ")
     family = _family(config, fields)
     gpt_config.check(fields, family, f"{where}: ", "model_config.yaml")
@@ -134,25 +205,33 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
 def _check_kind(config: Mapping[str, Any], where: str) -> None:
     """Refuse what is no plain GPT of Megatron-Core."""
     target = str(config.get("target", ""))
-    if target and not target.startswith("nemo.collections.nlp.models.language_modeling.megatron_gpt_"):
+    if target and not target.startswith(
+        "nemo.collections.nlp.models.language_modeling.megatron_gpt_"
+    ):
         raise UnsupportedCheckpoint(
-            f"{where}: target is {target!r}; only GPT models (MegatronGPTModel and its kin) can be converted."
+            f"{where}: target is {target!r}; only GPT models (MegatronGPTModel and its kin) can "
+            "be converted."
         )
     if not config.get("mcore_gpt", False):
         raise UnsupportedCheckpoint(
-            f"{where}: mcore_gpt is {config.get('mcore_gpt')!r}: a model of the transformer that NeMo had before Megatron-Core. Convert "
-            "it first with NeMo's scripts/nlp_language_modeling/convert_nemo_gpt_to_mcore.py."
+            f"{where}: mcore_gpt is {config.get('mcore_gpt')!r}: a model of the transformer that "
+            "NeMo had before Megatron-Core. Convert it first with NeMo's "
+            "scripts/nlp_language_modeling/convert_nemo_gpt_to_mcore.py."
         )
     if config.get("name", "") not in _SPECS:
         raise UnsupportedCheckpoint(
-            f"{where}: name is {config.get('name')!r}, which are no layers of a plain GPT ({', '.join(_SPECS[1:])})."
+            f"{where}: name is {config.get('name')!r}, which are no layers of a plain GPT "
+            f"({', '.join(_SPECS[1:])})."
         )
     for name in _MUST_BE_OFF:
         if config.get(name):
-            raise UnsupportedCheckpoint(f"{where}: {name} is {config[name]!r}; no family that is supported here has that.")
+            raise UnsupportedCheckpoint(
+                f"{where}: {name} is {config[name]!r}; no family that is supported here has that."
+            )
     if config.get("position_embedding_type", _ABSENT["position_embedding_type"]) != "rope":
         raise UnsupportedCheckpoint(
-            f"{where}: position_embedding_type is {config.get('position_embedding_type')!r}; only rope is supported."
+            f"{where}: position_embedding_type is {config.get('position_embedding_type')!r}; "
+            "only rope is supported."
         )
 
 
@@ -162,11 +241,15 @@ def _family(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Family:
 
 
 def family_of_features(fields: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint that does not name it: a Llama, unless ``fields`` has what only another family has."""
+    """The family of a checkpoint that does not name it: a Llama, unless ``fields`` has what only
+    another family has."""
     signs = {
-        "mixtral": fields["num_moe_experts"], "qwen3": fields["qk_layernorm"], "qwen2": fields["add_qkv_bias"],
-        "mistral": fields["window_size"], "nemotron": fields["activation_func"] == "squared_relu",
-    }  # fmt: skip
+        "mixtral": fields["num_moe_experts"],
+        "qwen3": fields["qk_layernorm"],
+        "qwen2": fields["add_qkv_bias"],
+        "mistral": fields["window_size"],
+        "nemotron": fields["activation_func"] == "squared_relu",
+    }
     return FAMILIES[next((name for name, seen in signs.items() if seen), "llama")]
 
 
@@ -174,11 +257,13 @@ _PRECISION = {"float32": 32, "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 _CONSTANT = {
     "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
     "nemo_version": "2.4.1",
-    # Megatron-Core's model, whose tensor names are those of the NeMo 2.0 checkpoint. `name` chooses its layers: "" is plain GPT.
+    # Megatron-Core's model, whose tensor names are those of the NeMo 2.0 checkpoint. `name` chooses
+    # its layers: "" is plain GPT.
     "mcore_gpt": True,
     "name": "",
     "transformer_engine": True,
-    # A checkpoint written without Transformer Engine has no _extra_state entries; that is logged and no error. Whoever writes this
+    # A checkpoint written without Transformer Engine has no _extra_state entries; that is logged
+    # and no error. Whoever writes this
     # file makes sure that every weight is there.
     "dist_ckpt_load_strictness": "log_all",
     "tensor_model_parallel_size": 1,
@@ -221,22 +306,35 @@ _CONSTANT = {
 
 
 def from_fields(
-    fields: Mapping[str, Any], family: Family, rows: int, dtype: str, tokenizer: dict[str, Any], where: str
+    fields: Mapping[str, Any],
+    family: Family,
+    rows: int,
+    dtype: str,
+    tokenizer: dict[str, Any],
+    where: str,
 ) -> dict[str, Any]:
-    """The ``model_config.yaml`` of a model with ``fields``, ``rows`` of the embedding and weights of ``dtype``; the way back of
-    :func:`read_fields`. ``where`` names the source in errors.
+    """The ``model_config.yaml`` of a model with ``fields``, ``rows`` of the embedding and weights
+    of ``dtype``; the way back of :func:`read_fields`. ``where`` names the source in errors.
 
     Raises :class:`UnsupportedCheckpoint` for a field that NeMo 1 cannot have.
     """
     if dtype not in _PRECISION:
-        raise UnsupportedCheckpoint(f"{where}: the weights are {dtype}; the script path takes {', '.join(_PRECISION)}.")
+        raise UnsupportedCheckpoint(
+            f"{where}: the weights are {dtype}; the script path takes {', '.join(_PRECISION)}."
+        )
     activation = _key_of(ACTIVATIONS, (fields["activation_func"], fields["gated_linear_unit"]))
     normalization = _key_of(
-        _NORMS, (fields["normalization"], fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"])
+        _NORMS,
+        (
+            fields["normalization"],
+            fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"],
+        ),
     )
     for name, value in (("activation_func", activation), ("normalization", normalization)):
         if value is None:
-            raise UnsupportedCheckpoint(f"{where}: config.{name} is {fields[name]!r}, which the script path does not know.")
+            raise UnsupportedCheckpoint(
+                f"{where}: config.{name} is {fields[name]!r}, which the script path does not know."
+            )
     scaling = {name: fields[name] for name in ROPE_SCALING if name in fields}
     return {
         **_CONSTANT,

@@ -1,8 +1,10 @@
-"""``.nemo`` archives (NeMo 1): a tar of ``model_config.yaml`` and ``model_weights.ckpt``, read in place and never unpacked.
+"""``.nemo`` archives (NeMo 1): a tar of ``model_config.yaml`` and ``model_weights.ckpt``, read in
+place and never unpacked.
 
-A tar can hold more than files: links and devices, names that lead out of the directory, one name twice (so that two readers see
-two files). All of these are refused before anything is read. NeMo itself puts ``./`` before every name and an entry for the
-directory ``./``; both spellings are taken, and ``name`` below means the one without it.
+A tar can hold more than files: links and devices, names that lead out of the directory, one name
+twice (so that two readers see two files). All of these are refused before anything is read. NeMo
+itself puts ``./`` before every name and an entry for the directory ``./``; both spellings are
+taken, and ``name`` below means the one without it.
 """
 
 import contextlib
@@ -39,7 +41,8 @@ MAX_HEADER = 64 * 1024
 MAX_RATIO = 100
 FREE_INFLATED = 64 * 1024**2
 MAX_INFLATED = 512 * 1024**3
-"""What gzip may unpack to: so many times its size, or FREE_INFLATED bytes; never more than MAX_INFLATED. Weights save a quarter."""
+"""What gzip may unpack to: so many times its size, or FREE_INFLATED bytes; never more than
+MAX_INFLATED. Weights save a quarter."""
 
 MAX_READ = 4 * 1024**3
 """Bytes that :func:`read_member` takes into memory."""
@@ -47,7 +50,8 @@ MAX_READ = 4 * 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file in the archive: its name without a leading ``./``, as it is stored, and its bytes ``[start, start + size)``."""
+    """One file in the archive: its name without a leading ``./``, as it is stored, and its bytes
+    ``[start, start + size)``."""
 
     name: str
     stored_name: str
@@ -58,8 +62,9 @@ class Member:
 def members(path: Path) -> list[Member]:
     """The files in the archive ``path``, in their order, once every entry has been found harmless.
 
-    Raises :class:`NotACheckpoint` (no tar), :class:`UnsafeCheckpoint` (links, devices, duplicates, names that lead out, a compression
-    bomb) and :class:`DamagedCheckpoint` (cut off, too many entries). ``start`` counts in the tar; see :func:`is_compressed`.
+    Raises :class:`NotACheckpoint` (no tar), :class:`UnsafeCheckpoint` (links, devices, duplicates,
+    names that lead out, a compression bomb) and :class:`DamagedCheckpoint` (cut off, too many
+    entries). ``start`` counts in the tar; see :func:`is_compressed`.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,32 +76,38 @@ def members(path: Path) -> list[Member]:
 
 @functools.lru_cache(maxsize=2)
 def _members(path: Path, version: tuple[int, ...]) -> tuple[Member, ...]:
-    """As :func:`members`; what one command asks for several times is unpacked and checked once for each ``version`` of the file."""
+    """As :func:`members`; what one command asks for several times is unpacked and checked once for
+    each ``version`` of the file."""
     names: set[str] = set()
     files: list[Member] = []
     try:
         with _open(path) as file:
             for entry in _entries(path, file):
                 member = _checked(path, entry)
-                # As a file system would see it that ignores case and the way in which accents are written.
+                # As a file system would see it that ignores case and the way in which accents are
+                # written.
                 name = unicodedata.normalize("NFC", member.name).casefold()
                 if name in names:
                     raise UnsafeCheckpoint(
-                        f"{shown(path)} holds {member.name!r} twice: two readers may see two different files."
+                        f"{shown(path)} holds {member.name!r} twice: two readers may see two "
+                        "different files."
                     )
                 names.add(name)
                 if entry.isfile():
                     if member.size:
                         file.seek(member.start + member.size - 1)
                         if not file.read(1):
-                            raise DamagedCheckpoint(f"{shown(path)} is cut off inside {member.name!r}. Copy it again.")
+                            raise DamagedCheckpoint(
+                                f"{shown(path)} is cut off inside {member.name!r}. Copy it again."
+                            )
                     files.append(member)
                 if len(names) > MAX_MEMBERS:
                     raise DamagedCheckpoint(f"{shown(path)} has more than {MAX_MEMBERS:,} entries.")
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
         if names:
             raise DamagedCheckpoint(
-                f"{shown(path)} is damaged after its first {len(names)} entries: {error}. Copy it again."
+                f"{shown(path)} is damaged after its first {len(names)} entries: {error}. Copy "
+                "it again."
             ) from error
         raise NotACheckpoint(f"{shown(path)} is not a .nemo archive (a tar): {error}") from error
     if not files:
@@ -105,23 +116,30 @@ def _members(path: Path, version: tuple[int, ...]) -> tuple[Member, ...]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``model_config.yaml`` of the archive. Errors as :func:`members`; tags that name Python objects are refused."""
-    return safe_text.parse_yaml(read_member(path, CONFIG, safe_text.MAX_BYTES), f"{shown(path)}:{CONFIG}")
+    """``model_config.yaml`` of the archive. Errors as :func:`members`; tags that name Python
+    objects are refused."""
+    return safe_text.parse_yaml(
+        read_member(path, CONFIG, safe_text.MAX_BYTES), f"{shown(path)}:{CONFIG}"
+    )
 
 
 def read_member(path: Path, name: str, max_bytes: int = MAX_READ) -> bytes:
-    """The bytes of the file ``name``. Errors as :func:`members`, and :class:`DamagedCheckpoint` if it is missing or too large."""
+    """The bytes of the file ``name``. Errors as :func:`members`, and :class:`DamagedCheckpoint` if
+    it is missing or too large."""
     with open_member(path, name) as file:
         size = file.seek(0, io.SEEK_END)
         if size > max_bytes:
-            raise DamagedCheckpoint(f"{shown(path)}: {name} has {size:,} bytes; at most {max_bytes:,} are read.")
+            raise DamagedCheckpoint(
+                f"{shown(path)}: {name} has {size:,} bytes; at most {max_bytes:,} are read."
+            )
         file.seek(0)
         return file.read()
 
 
 @contextlib.contextmanager
 def open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
-    """The file ``name`` of the archive, open for reading; nothing is unpacked to disk. Errors as :func:`read_member`.
+    """The file ``name`` of the archive, open for reading; nothing is unpacked to disk. Errors as
+    :func:`read_member`.
 
     In an archive compressed with gzip each step back reads the archive from its start again.
     """
@@ -133,18 +151,24 @@ def open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether ``path`` is compressed with gzip, as NeMo before 1.7 wrote it: offsets of members are then none of the file."""
+    """Whether ``path`` is compressed with gzip, as NeMo before 1.7 wrote it: offsets of members are
+    then none of the file."""
     with Path(path).open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def write(target: Path, config: dict[str, Any], weights: bytes) -> Path:
-    """Write a plain ``.nemo`` of exactly ``model_config.yaml`` and ``model_weights.ckpt``, all or nothing, and return its path.
+    """Write a plain ``.nemo`` of exactly ``model_config.yaml`` and ``model_weights.ckpt``, all or
+    nothing, and return its path.
 
-    ``weights`` is what ``torch.save`` wrote. The same arguments always give the same bytes: no times, no user names.
+    ``weights`` is what ``torch.save`` wrote. The same arguments always give the same bytes: no
+    times, no user names.
     """
     text = yaml.safe_dump(config, sort_keys=False).encode()
-    with paths.new_file(Path(target)) as part, tarfile.open(part, "w:", format=tarfile.USTAR_FORMAT) as archive:
+    with (
+        paths.new_file(Path(target)) as part,
+        tarfile.open(part, "w:", format=tarfile.USTAR_FORMAT) as archive,
+    ):
         for name, content in ((CONFIG, text), (WEIGHTS, weights)):
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(content), 0o644
@@ -163,16 +187,19 @@ class _Inflated(gzip.GzipFile):
     def _check(self, end: int) -> None:
         if end > self._limit:
             raise UnsafeCheckpoint(
-                f"{self._where} is a compression bomb: it unpacks to more than {self._limit:,} bytes. Nothing was unpacked to disk."
+                f"{self._where} is a compression bomb: it unpacks to more than {self._limit:,} "
+                "bytes. Nothing was unpacked to disk."
             )
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As the base class. Raises :class:`UnsafeCheckpoint` where ``offset`` is beyond the limit."""
+        """As the base class. Raises :class:`UnsafeCheckpoint` where ``offset`` is beyond the
+        limit."""
         self._check(offset)
         return super().seek(offset, whence)
 
     def read(self, size: int | None = -1) -> bytes:
-        """As the base class. Raises :class:`UnsafeCheckpoint` where ``size`` bytes would end beyond the limit."""
+        """As the base class. Raises :class:`UnsafeCheckpoint` where ``size`` bytes would end beyond
+        the limit."""
         self._check(self.tell() + max(size or 0, 0))
         return super().read(size)
 
@@ -192,8 +219,11 @@ class _Section(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position of the member, which may be after its end, and return it. Raises OSError before its start."""
-        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._member.size}[whence]
+        """Go to a position of the member, which may be after its end, and return it. Raises OSError
+        before its start."""
+        at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._member.size}[whence]
+        )
         if at < 0:
             raise OSError(f"position {at} of a file")
         self._at = at
@@ -214,9 +244,11 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar with their true names, sizes and places, without a look at any link or at what a name leads to.
+    """The entries of a tar with their true names, sizes and places, without a look at any link or
+    at what a name leads to.
 
-    ``tarfile``'s own loop reads a header of any length, takes a quadratic time for some, and ends without a word at a damaged one.
+    ``tarfile``'s own loop reads a header of any length, takes a quadratic time for some, and ends
+    without a word at a damaged one.
     """
     at = 0
     name, size = None, None
@@ -234,7 +266,12 @@ def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         entry.offset_data = at + tarfile.BLOCKSIZE
         if not 0 <= entry.size < 2**60:
             raise tarfile.ReadError(f"an entry has {entry.size:,} bytes")
-        if entry.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        if entry.type in (
+            tarfile.XHDTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+        ):
             if entry.size > MAX_HEADER:
                 raise tarfile.ReadError(f"a header has {entry.size:,} bytes")
             content = file.read(entry.size)
@@ -245,8 +282,14 @@ def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             else:
                 fields = _pax_fields(path, content)
                 if entry.type == tarfile.XGLTYPE and fields:
-                    raise UnsafeCheckpoint(f"{shown(path)} changes {', '.join(fields)} for all its entries. Nothing was read.")
-                name, size = fields.get("path", name), int(fields["size"]) if "size" in fields else size
+                    raise UnsafeCheckpoint(
+                        f"{shown(path)} changes {', '.join(fields)} for all its entries. Nothing "
+                        "was read."
+                    )
+                name, size = (
+                    fields.get("path", name),
+                    int(fields["size"]) if "size" in fields else size,
+                )
         else:
             entry.name = entry.name if name is None else name
             entry.size = entry.size if size is None else size
@@ -254,7 +297,8 @@ def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
                 raise tarfile.ReadError(f"an entry has {entry.size:,} bytes")
             if not entry.isfile() and entry.size:
                 raise UnsafeCheckpoint(
-                    f"{shown(path)}: {entry.name!r} is no file but has {entry.size:,} bytes. Nothing was read."
+                    f"{shown(path)}: {entry.name!r} is no file but has {entry.size:,} bytes. "
+                    "Nothing was read."
                 )
             name, size = None, None
             yield entry
@@ -262,7 +306,8 @@ def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 
 def _pax_fields(path: Path, content: bytes) -> dict[str, str]:
-    """``path`` and ``size`` in the records ``LENGTH KEY=VALUE`` of an extended header; others do not matter, or are refused."""
+    """``path`` and ``size`` in the records ``LENGTH KEY=VALUE`` of an extended header; others do
+    not matter, or are refused."""
     fields = {}
     at = 0
     while at < len(content) and content[at]:
@@ -272,9 +317,14 @@ def _pax_fields(path: Path, content: bytes) -> dict[str, str]:
         if not equals or not value.endswith(b"\n") or at + length > len(content):
             raise tarfile.ReadError("a damaged extended header")
         key = key.decode("utf-8", "surrogateescape")
-        if key == "linkpath" or key.startswith("GNU.sparse.") or (key == "hdrcharset" and b"UTF-8" not in value):
+        if (
+            key == "linkpath"
+            or key.startswith("GNU.sparse.")
+            or (key == "hdrcharset" and b"UTF-8" not in value)
+        ):
             raise UnsafeCheckpoint(
-                f"{shown(path)} has an entry with {key!r}; a .nemo holds only plain files. Nothing was read."
+                f"{shown(path)} has an entry with {key!r}; a .nemo holds only plain files. "
+                "Nothing was read."
             )
         if key in ("path", "size"):
             fields[key] = value[:-1].decode("utf-8", "surrogateescape")
@@ -285,13 +335,18 @@ def _pax_fields(path: Path, content: bytes) -> dict[str, str]:
 def _checked(path: Path, entry: tarfile.TarInfo) -> Member:
     name = entry.name
     if len(name) > MAX_NAME:
-        raise DamagedCheckpoint(f"{shown(path)} has an entry whose name has {len(name):,} characters.")
+        raise DamagedCheckpoint(
+            f"{shown(path)} has an entry whose name has {len(name):,} characters."
+        )
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or "\\" in name or not name.isprintable():
         raise UnsafeCheckpoint(
-            f"{shown(path)} holds {name!r}, which leads out of the directory it is unpacked in. Nothing was read."
+            f"{shown(path)} holds {name!r}, which leads out of the directory it is unpacked in. "
+            "Nothing was read."
         )
     if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE):
         kind = "a link" if entry.issym() or entry.islnk() else "neither a file nor a directory"
-        raise UnsafeCheckpoint(f"{shown(path)}: {name!r} is {kind}; a .nemo holds only files. Nothing was read.")
+        raise UnsafeCheckpoint(
+            f"{shown(path)}: {name!r} is {kind}; a .nemo holds only files. Nothing was read."
+        )
     return Member("/".join(parts) or ".", name, entry.offset_data, entry.size)

@@ -1,10 +1,12 @@
 """A machine for pickles that cannot run anything: it has no import and calls only what it is given.
 
-A pickle is a program for a stack machine. Python's own machine resolves any name and calls it; this one asks ``find`` for each
-name, and what it gets are stand-ins. It also bounds what the C machine does not: numbers, keys whose hash takes for ever (a
-tuple of a tuple of a tuple..., each twice in the next, takes 2^n steps inside C where no signal is heard), a memo index of 2^32.
+A pickle is a program for a stack machine. Python's own machine resolves any name and calls it; this
+one asks ``find`` for each name, and what it gets are stand-ins. It also bounds what the C machine
+does not: numbers, keys whose hash takes for ever (a tuple of a tuple of a tuple..., each twice in
+the next, takes 2^n steps inside C where no signal is heard), a memo index of 2^32.
 
-Source of the opcodes: ``pickletools.py`` (Python 3.11), protocols 0 to 5 without out-of-band buffers.
+Source of the opcodes: ``pickletools.py`` (Python 3.11), protocols 0 to 5 without out-of-band
+buffers.
 """
 
 import codecs
@@ -26,9 +28,11 @@ MAX_SETS = 50_000
 """An empty set takes 216 bytes of memory and one in the file."""
 
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
-# Larger ones can be chosen so that all have one hash, which makes each new key slower than the last.
+# Larger ones can be chosen so that all have one hash, which makes each new key slower than the
+# last.
 _MAX_KEY = 2**61 - 2
-# Numbers of parameters and layers; among so few numbers no long chain of one place in a dictionary can be chosen.
+# Numbers of parameters and layers; among so few numbers no long chain of one place in a dictionary
+# can be chosen.
 _SMALL_KEY = 2**20
 
 
@@ -40,7 +44,8 @@ class Sealed(type):
 
 
 class Record(metaclass=Sealed):
-    """Stand-in for a class whose pickled state is a mapping of attributes: the slots are kept, everything else is dropped.
+    """Stand-in for a class whose pickled state is a mapping of attributes: the slots are kept,
+    everything else is dropped.
 
     Equal only to itself, and so a key that needs no look at its fields.
     """
@@ -57,7 +62,8 @@ class Record(metaclass=Sealed):
         state.clear()
 
     def fill(self, items: list[Any]) -> None:
-        """Set the state from its keys and values by turns, as :meth:`__setstate__` does. Raises :class:`Harmful` as BUILD does."""
+        """Set the state from its keys and values by turns, as :meth:`__setstate__` does. Raises
+        :class:`Harmful` as BUILD does."""
         names = self.__slots__
         values = iter(items)
         for name in values:
@@ -73,7 +79,8 @@ class Record(metaclass=Sealed):
 
 
 class Inert:
-    """Stands for something of which only its ``text`` matters; what a file puts into it is dropped."""
+    """Stands for something of which only its ``text`` matters; what a file puts into it is
+    dropped."""
 
     __slots__ = ("text",)
     is_class = False
@@ -96,7 +103,8 @@ class Foreign(Inert):
 
 
 class Enumeration(Inert):
-    """Stand-in for an enumeration with the given names of ``members``; called with a value, as most pickles name one, it is inert."""
+    """Stand-in for an enumeration with the given names of ``members``; called with a value, as most
+    pickles name one, it is inert."""
 
     __slots__ = ("members",)
     is_class = True
@@ -106,16 +114,22 @@ class Enumeration(Inert):
         self.members = frozenset(members)
 
     def __call__(self, value: Any) -> Inert:
-        return Inert(f"{self.text}({value[:80] if type(value) is str else value!r})" if type(value) in (int, str) else self.text)
+        return Inert(
+            f"{self.text}({value[:80] if type(value) is str else value!r})"
+            if type(value) in (int, str)
+            else self.text
+        )
 
 
 GETATTR = Foreign("builtins.getattr")
-"""Allowed for one thing only: ``getattr(ENUMERATION, "MEMBER")`` with the name in the pickle at that place and an :class:`Enumeration` that
-has it. So Python 3.11.0 to 3.11.4 pickles members (``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2); earlier and later ones call the class."""
+"""Allowed for one thing only: ``getattr(ENUMERATION, "MEMBER")`` with the name in the pickle at
+that place and an :class:`Enumeration` that has it. So Python 3.11.0 to 3.11.4 pickles members
+(``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2); earlier and later ones call the class."""
 
 
 class Harmful(pickle.UnpicklingError):
-    """Raised by the stand-in of ``name``, which is harmless but with what it was called with here: ``arguments``, each as text."""
+    """Raised by the stand-in of ``name``, which is harmless but with what it was called with here:
+    ``arguments``, each as text."""
 
     def __init__(self, name: str, arguments: list[str]) -> None:
         super().__init__(f"{name} is called with {'; '.join(arguments)}"[:300])
@@ -123,13 +137,15 @@ class Harmful(pickle.UnpicklingError):
 
 
 def _takes_over(name: str) -> bool:
-    """Whether Python's machine would call the attribute ``name`` of an object in the file: it looks these up on the object itself."""
+    """Whether Python's machine would call the attribute ``name`` of an object in the file: it looks
+    these up on the object itself."""
     return name[:2] == "__" or name in ("append", "extend", "add")
 
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """The garbage collector would look at a million growing objects over and over, and find nothing."""
+    """The garbage collector would look at a million growing objects over and over, and find
+    nothing."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -142,8 +158,9 @@ def without_collector() -> Iterator[None]:
 class Machine:
     """Runs the pickle ``data``.
 
-    ``find(module, name)`` answers names with a plain value or with something to call, ``storage`` answers persistent ids, and
-    ``called(what, arguments)`` hears of each call of a :class:`Foreign`, which ``find`` may answer, too.
+    ``find(module, name)`` answers names with a plain value or with something to call, ``storage``
+    answers persistent ids, and ``called(what, arguments)`` hears of each call of a
+    :class:`Foreign`, which ``find`` may answer, too.
     """
 
     def __init__(
@@ -163,15 +180,22 @@ class Machine:
         self.failure: Exception | None = None
 
     def run(self) -> Any:
-        """What the pickle describes. Raises ``pickle.UnpicklingError``, or ValueError, TypeError, IndexError... if it is broken."""
+        """What the pickle describes. Raises ``pickle.UnpicklingError``, or ValueError, TypeError,
+        IndexError... if it is broken."""
         with without_collector():
             return self._run()
 
     def _run(self) -> Any:
-        # The common opcodes, in the order of their number in an index: a chain of if's is the fastest that Python has for this.
-        # Three runs of opcodes that make up most of an index (an object without arguments, its state, a torch.Size) are one step.
+        # The common opcodes, in the order of their number in an index: a chain of if's is the
+        # fastest that Python has for this.
+        # Three runs of opcodes that make up most of an index (an object without arguments, its
+        # state, a torch.Size) are one step.
         data, stack, marks, memo = self.data, self.stack, self.marks, self.memo
-        int16, int32, uint32 = struct.Struct("<H").unpack_from, struct.Struct("<i").unpack_from, struct.Struct("<I").unpack_from
+        int16, int32, uint32 = (
+            struct.Struct("<H").unpack_from,
+            struct.Struct("<i").unpack_from,
+            struct.Struct("<I").unpack_from,
+        )
         remember, push, pop, rare, follows, strict = (
             memo.append,
             stack.append,
@@ -246,7 +270,11 @@ class Machine:
                         self.pair = made
                 else:
                     made = (pop(),)
-                if strict and follows(b"\x94\x85\x94R\x94", at + 1) and type(stack[-1]) is FunctionType:
+                if (
+                    strict
+                    and follows(b"\x94\x85\x94R\x94", at + 1)
+                    and type(stack[-1]) is FunctionType
+                ):
                     arguments = (made,)
                     result = stack[-1] = stack[-1](made)
                     remember(made)
@@ -319,7 +347,8 @@ class Machine:
                 raise pickle.UnpicklingError("it calls something that is no name")
             self.called(what.text, arguments)
             return Foreign(f"{what.text}(...)"[:200])
-        # Nothing that a file can make is callable but stand-ins, so that this is one of those that ``find`` gave.
+        # Nothing that a file can make is callable but stand-ins, so that this is one of those that
+        # ``find`` gave.
         if type(arguments) is not tuple or keywords or not callable(what):
             raise pickle.UnpicklingError("it calls something that is no name")
         if self.called is None:
@@ -335,7 +364,11 @@ class Machine:
             return Inert("...")
 
     def _names_a_member(self, arguments: Any) -> bool:
-        return arguments is self.pair and isinstance(arguments[0], Enumeration) and arguments[1] in arguments[0].members
+        return (
+            arguments is self.pair
+            and isinstance(arguments[0], Enumeration)
+            and arguments[1] in arguments[0].members
+        )
 
     def _build(self, what: Any, state: Any) -> None:
         if isinstance(what, Foreign) and self.called is not None:
@@ -357,7 +390,8 @@ class Machine:
             self.called(error.name, (Inert(argument),))
 
     def _taken_over(self, state: Any) -> str | None:
-        """The name in ``state`` that Python's machine would call, if there is one; BytesIO and objects with slots have a tuple as it."""
+        """The name in ``state`` that Python's machine would call, if there is one; BytesIO and
+        objects with slots have a tuple as it."""
         for part in state if type(state) is tuple else (state,):
             if isinstance(part, dict):
                 self.attributes += len(part)
@@ -396,7 +430,8 @@ class Machine:
             raise pickle.UnpicklingError(f"it has a {type(key).__name__} as a key")
 
     def _count_key(self) -> None:
-        """Count one whose place in a dictionary the file can choose, which makes each new one slower than the last."""
+        """Count one whose place in a dictionary the file can choose, which makes each new one
+        slower than the last."""
         self.chosen_keys += 1
         if self.chosen_keys > MAX_CHOSEN_KEYS:
             raise pickle.UnpicklingError("it has too many tuples or large numbers as keys")
@@ -469,8 +504,11 @@ class Machine:
         elif 0 <= place < len(self.memo):
             self.memo[place] = self.stack[-1]
         else:
-            # Every pickler counts up, and Python's machine would make room for all the places between.
-            raise pickle.UnpicklingError(f"it remembers something as number {place:,} after {len(self.memo):,}")
+            # Every pickler counts up, and Python's machine would make room for all the places
+            # between.
+            raise pickle.UnpicklingError(
+                f"it remembers something as number {place:,} after {len(self.memo):,}"
+            )
 
     def _get(self, place: int) -> Any:
         if place < 0:
@@ -541,7 +579,9 @@ class Machine:
         return self.storage(key)
 
     def _extension(self, width: int) -> Any:
-        return self.find("copyreg", f"_extension_registry[{int.from_bytes(self._bytes(width), 'little')}]")
+        return self.find(
+            "copyreg", f"_extension_registry[{int.from_bytes(self._bytes(width), 'little')}]"
+        )
 
 
 def _pushing(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
@@ -556,19 +596,41 @@ _RARE: dict[int, Callable[[Machine], None]] = {
     **{
         ord(op) if isinstance(op, str) else op: _pushing(make)
         for op, make in {
-            "]": lambda m: [], "l": Machine._after_mark, "t": lambda m: tuple(m._after_mark()), "d": Machine._new_dict,
-            0x8F: Machine._new_set, 0x91: Machine._frozen_set, 0x88: lambda m: True, 0x89: lambda m: False,
-            "I": lambda m: m._written_number(True), "L": lambda m: m._written_number(False), "F": lambda m: float(m._line()),
-            0x8B: Machine._number, "G": lambda m: struct.unpack(">d", m._bytes(8))[0],
-            "S": Machine._string, "T": lambda m: m._counted(4).decode(), "U": lambda m: m._counted(1).decode(),
-            "V": Machine._escaped, "X": lambda m: m._counted(4).decode(),
-            0x8D: lambda m: m._counted(8).decode(), "B": lambda m: m._counted(4), "C": lambda m: m._counted(1),
-            0x8E: lambda m: m._counted(8), 0x96: lambda m: m._counted(8),
-            "2": lambda m: m.stack[-1], "g": lambda m: m._get(int(m._line())),
-            "c": lambda m: m.find(m._line(), m._line()), 0x93: Machine._name, "i": Machine._inst, "o": Machine._obj,
-            0x92: Machine._new_with_keywords, "P": lambda m: m._persistent(m._line()),
+            "]": lambda m: [],
+            "l": Machine._after_mark,
+            "t": lambda m: tuple(m._after_mark()),
+            "d": Machine._new_dict,
+            0x8F: Machine._new_set,
+            0x91: Machine._frozen_set,
+            0x88: lambda m: True,
+            0x89: lambda m: False,
+            "I": lambda m: m._written_number(True),
+            "L": lambda m: m._written_number(False),
+            "F": lambda m: float(m._line()),
+            0x8B: Machine._number,
+            "G": lambda m: struct.unpack(">d", m._bytes(8))[0],
+            "S": Machine._string,
+            "T": lambda m: m._counted(4).decode(),
+            "U": lambda m: m._counted(1).decode(),
+            "V": Machine._escaped,
+            "X": lambda m: m._counted(4).decode(),
+            0x8D: lambda m: m._counted(8).decode(),
+            "B": lambda m: m._counted(4),
+            "C": lambda m: m._counted(1),
+            0x8E: lambda m: m._counted(8),
+            0x96: lambda m: m._counted(8),
+            "2": lambda m: m.stack[-1],
+            "g": lambda m: m._get(int(m._line())),
+            "c": lambda m: m.find(m._line(), m._line()),
+            0x93: Machine._name,
+            "i": Machine._inst,
+            "o": Machine._obj,
+            0x92: Machine._new_with_keywords,
+            "P": lambda m: m._persistent(m._line()),
             "Q": lambda m: m._persistent(m.stack.pop()),
-            0x82: lambda m: m._extension(1), 0x83: lambda m: m._extension(2), 0x84: lambda m: m._extension(4),
+            0x82: lambda m: m._extension(1),
+            0x83: lambda m: m._extension(2),
+            0x84: lambda m: m._extension(4),
         }.items()
     },
     0x80: lambda m: m._bytes(1),
@@ -582,7 +644,7 @@ _RARE: dict[int, Callable[[Machine], None]] = {
     ord("q"): lambda m: m._put(m._bytes(1)[0]),
     ord("r"): lambda m: m._put(int.from_bytes(m._bytes(4), "little")),
     ord("p"): lambda m: m._put(int(m._line())),
-}  # fmt: skip
+}
 
 _TEXTS = frozenset([*b"STUVX", 0x8D])
 _PUTS = frozenset(b"qrp")

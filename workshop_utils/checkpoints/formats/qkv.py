@@ -1,15 +1,16 @@
 """The two row orders of a fused query/key/value matrix, and the way between them.
 
-Symbols: ``nh`` attention heads, ``ng`` query groups (key/value heads), ``hd`` channels a head, ``r`` any number of columns.
-Both orders have ``(nh + 2 * ng) * hd`` rows.
+Symbols: ``nh`` attention heads, ``ng`` query groups (key/value heads), ``hd`` channels a head,
+``r`` any number of columns. Both orders have ``(nh + 2 * ng) * hd`` rows.
 
 ``interleaved``
-    Megatron-Core and NeMo, group by group: ``[q .. q, k, v]`` with ``nh / ng`` query heads in a group.
-    Source: ``MCoreSelfAttentionMixin.get_query_key_value_tensors`` (nemo-toolkit 2.4.1), which views the output as
-    ``[ng, (nh / ng + 2) * hd]`` and splits the last axis.
+    Megatron-Core and NeMo, group by group: ``[q .. q, k, v]`` with ``nh / ng`` query heads in a
+    group.
+    Source: ``MCoreSelfAttentionMixin.get_query_key_value_tensors`` (nemo-toolkit 2.4.1), which
+        views the output as ``[ng, (nh / ng + 2) * hd]`` and splits the last axis.
 ``qkv``
-    TensorRT-LLM's ``attn_qkv``: all query heads, then all key heads, then all value heads. Query head ``h`` belongs to group
-    ``h // (nh / ng)``, as in Hugging Face's ``repeat_kv``.
+    TensorRT-LLM's ``attn_qkv``: all query heads, then all key heads, then all value heads. Query
+    head ``h`` belongs to group ``h // (nh / ng)``, as in Hugging Face's ``repeat_kv``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Heads(NamedTuple):
 
 
 def split(rows: Tensor, heads: Heads, order: Order) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut ``rows`` ``[(nh+2*ng)*hd, r]`` into query ``[nh*hd, r]``, key ``[ng*hd, r]`` and value ``[ng*hd, r]``."""
+    """Cut ``rows`` ``[(nh+2*ng)*hd, r]`` into query ``[nh*hd, r]``, key ``[ng*hd, r]`` and value
+    ``[ng*hd, r]``."""
     nh, ng, hd = heads
     if order == "qkv":
         query, key, value = rows.split([nh * hd, ng * hd, ng * hd])
@@ -45,21 +47,31 @@ def split(rows: Tensor, heads: Heads, order: Order) -> tuple[Tensor, Tensor, Ten
     per_group = rows.reshape(ng, nh // ng + 2, hd, -1)
     query, key, value = per_group[:, :-2], per_group[:, -2], per_group[:, -1]
     columns = rows.shape[1]
-    return query.reshape(nh * hd, columns), key.reshape(ng * hd, columns), value.reshape(ng * hd, columns)
+    return (
+        query.reshape(nh * hd, columns),
+        key.reshape(ng * hd, columns),
+        value.reshape(ng * hd, columns),
+    )
 
 
 def join(query: Tensor, key: Tensor, value: Tensor, heads: Heads, order: Order) -> Tensor:
-    """The inverse of :func:`split`: ``[nh*hd, r]``, ``[ng*hd, r]``, ``[ng*hd, r]`` to ``[(nh+2*ng)*hd, r]``."""
+    """The inverse of :func:`split`: ``[nh*hd, r]``, ``[ng*hd, r]``, ``[ng*hd, r]`` to
+    ``[(nh+2*ng)*hd, r]``."""
     import torch
 
     if order == "qkv":
         return torch.cat([query, key, value])
     nh, ng, hd = heads
     columns = query.shape[1]
-    per_group = [query.reshape(ng, nh // ng, hd, columns), key.reshape(ng, 1, hd, columns), value.reshape(ng, 1, hd, columns)]
+    per_group = [
+        query.reshape(ng, nh // ng, hd, columns),
+        key.reshape(ng, 1, hd, columns),
+        value.reshape(ng, 1, hd, columns),
+    ]
     return torch.cat(per_group, dim=1).reshape(heads.rows, columns)
 
 
 def reorder(rows: Tensor, heads: Heads, have: Order, want: Order) -> Tensor:
-    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``; the same tensor when they agree."""
+    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``; the same
+    tensor when they agree."""
     return rows if have == want else join(*split(rows, heads, have), heads, want)

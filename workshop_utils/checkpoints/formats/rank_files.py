@@ -2,11 +2,13 @@
 
     model_weights.ckpt                          one rank
     mp_rank_01/model_weights.ckpt               rank 1 of tensor parallelism
-    tp_rank_01_pp_rank_002/model_weights.ckpt   and stage 2 of pipeline parallelism, whose layers count from 0 again
-    mp_rank_01_002/model_optim_rng.pt           the same in Megatron-LM's old form, which may name an expert-parallel rank after it
+    tp_rank_01_pp_rank_002/model_weights.ckpt   and stage 2 of pipeline parallelism, whose layers
+    count from 0 again
+    mp_rank_01_002/model_optim_rng.pt           the same in Megatron-LM's old form, which may name
+    an expert-parallel rank after it
 
-Source: ``inject_model_parallel_rank`` in ``nemo/utils/model_utils.py`` (NeMo 2.4.1) and ``get_checkpoint_name`` in
-``megatron/training/checkpointing.py`` (Megatron-LM core_r0.13).
+Source: ``inject_model_parallel_rank`` in ``nemo/utils/model_utils.py`` (NeMo 2.4.1) and
+``get_checkpoint_name`` in ``megatron/training/checkpointing.py`` (Megatron-LM core_r0.13).
 """
 
 import re
@@ -19,7 +21,8 @@ _MEGATRON = re.compile(rf"mp_rank_(\d+)(?:_(\d+))?(?:_\d+)?/{re.escape(MEGATRON_
 
 
 def rank_files(names: Iterable[str]) -> dict[tuple[int, int], str]:
-    """(tensor-parallel rank, pipeline stage) -> file, for those of ``names`` that hold NeMo 1's weights; empty where none does."""
+    """(tensor-parallel rank, pipeline stage) -> file, for those of ``names`` that hold NeMo 1's
+    weights; empty where none does."""
     names = list(names)
     found = _found(_NEMO, names)
     return {(0, 0): WEIGHTS} | found if WEIGHTS in names else found

@@ -1,9 +1,10 @@
 """Read the pickles of checkpoints without running anything they name.
 
-``torch.distributed.checkpoint`` writes its index, ``.metadata``, as a pickle, and loads it with a bare ``pickle.load``: whoever
-wrote the file chooses which functions run. Here only the names that such a file really needs are accepted, and each stands for
-an inert object, so that neither torch nor anything else is imported. Every other name is refused and reported, with the call.
-The list, with its sources, is :mod:`.pickled_names`.
+``torch.distributed.checkpoint`` writes its index, ``.metadata``, as a pickle, and loads it with a
+bare ``pickle.load``: whoever wrote the file chooses which functions run. Here only the names that
+such a file really needs are accepted, and each stands for an inert object, so that neither torch
+nor anything else is imported. Every other name is refused and reported, with the call. The list,
+with its sources, is :mod:`.pickled_names`.
 """
 
 import pickle
@@ -14,7 +15,13 @@ from typing import Any
 
 from workshop_utils.checkpoints.formats import pickled_names
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.pickle_machine import GETATTR, Foreign, Inert, Machine, Record
+from workshop_utils.checkpoints.formats.pickle_machine import (
+    GETATTR,
+    Foreign,
+    Inert,
+    Machine,
+    Record,
+)
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES
 from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint
 from workshop_utils.core.paths import shown
@@ -26,12 +33,31 @@ MAX_BYTES = 256 * 1024**2
 MAX_DIMENSIONS = 64
 
 OTHER_DTYPE_BYTES = {
-    "complex32": 4, "complex64": 8, "complex128": 16, "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1, "float4_e2m1fn_x2": 1, "bcomplex32": 4, "bits8": 1, "bits16": 2, "bits1x8": 1, "bits2x4": 1, "bits4x2": 1,
-    "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1,
+    "complex32": 4,
+    "complex64": 8,
+    "complex128": 16,
+    "uint16": 2,
+    "uint32": 4,
+    "uint64": 8,
+    "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1,
+    "float8_e8m0fnu": 1,
+    "float4_e2m1fn_x2": 1,
+    "bcomplex32": 4,
+    "bits8": 1,
+    "bits16": 2,
+    "bits1x8": 1,
+    "bits2x4": 1,
+    "bits4x2": 1,
+    "qint8": 1,
+    "quint8": 1,
+    "qint32": 4,
+    "quint4x2": 1,
+    "quint2x4": 1,
     **{f"{kind}{bits}": 1 for kind in ("int", "uint") for bits in range(1, 8)},
-}  # fmt: skip
-"""Bytes of one element of the dtypes that are harmless but that no checkpoint of this workshop's formats holds."""
+}
+"""Bytes of one element of the dtypes that are harmless but that no checkpoint of this workshop's
+formats holds."""
 
 MAX_CALLS = 100
 """So many calls of one pickle are reported."""
@@ -74,7 +100,8 @@ class BytesStorageMetadata(Record):
 
 
 class TensorProperties(Record):
-    """dtype and layout of one tensor; pickled as a tuple (dtype, layout, requires_grad, memory format, pin_memory)."""
+    """dtype and layout of one tensor; pickled as a tuple (dtype, layout, requires_grad, memory
+    format, pin_memory)."""
 
     __slots__ = ("dtype", "layout")
 
@@ -132,20 +159,33 @@ _INDEX: Allowed = {
 
 # A pickle is a program: a broken one may fail in any of these ways.
 _BROKEN = (
-    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, MemoryError,
-    RecursionError, struct.error,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    struct.error,
+)
 
 
 class _Refused(pickle.UnpicklingError):
     """The pickle names something outside the list."""
 
 
-def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> Any:
-    """What the pickle ``data`` describes, built only of plain values and of what ``allowed`` maps (module, name) to.
+def load(
+    data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None
+) -> Any:
+    """What the pickle ``data`` describes, built only of plain values and of what ``allowed`` maps
+    (module, name) to.
 
-    ``storage`` answers persistent ids, as torch's archives use them. Raises :class:`UnsafeCheckpoint` when the pickle names
-    anything else (see :func:`unsafe`) and :class:`DamagedCheckpoint` when it is broken; ``where`` names it.
+    ``storage`` answers persistent ids, as torch's archives use them. Raises
+    :class:`UnsafeCheckpoint` when the pickle names anything else (see :func:`unsafe`) and
+    :class:`DamagedCheckpoint` when it is broken; ``where`` names it.
     """
 
     def find(module: str, name: str) -> Any:
@@ -167,25 +207,37 @@ def load(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any
     except _BROKEN as error:
         # Raises DamagedCheckpoint unless there is something to call.
         calls = scan(data, where, allowed, storage)
-        raise unsafe(where, str(error) if isinstance(error, _Refused) else calls[0].partition("(")[0], calls) from None
+        raise unsafe(
+            where, str(error) if isinstance(error, _Refused) else calls[0].partition("(")[0], calls
+        ) from None
 
 
-def scan(data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[Any], Any] | None = None) -> list[str]:
-    """What the pickle ``data`` would do besides describing a checkpoint: the calls of names outside ``allowed``, in their order.
+def scan(
+    data: bytes, where: str, allowed: Allowed = _INDEX, storage: Callable[[Any], Any] | None = None
+) -> list[str]:
+    """What the pickle ``data`` would do besides describing a checkpoint: the calls of names outside
+    ``allowed``, in their order.
 
-    Such as ``posix.system('touch x')``, or ``argparse.Namespace`` for a name that is looked up and not called. Nothing of it is
-    done. At most MAX_CALLS. What stands after a break in the pickle is not seen: it would not be reached either. Raises
-    :class:`DamagedCheckpoint` if the pickle breaks before any of them.
+    Such as ``posix.system('touch x')``, or ``argparse.Namespace`` for a name that is looked up and
+    not called. Nothing of it is done. At most MAX_CALLS. What stands after a break in the pickle is
+    not seen: it would not be reached either. Raises :class:`DamagedCheckpoint` if the pickle breaks
+    before any of them.
     """
     return survey(data, where, allowed, storage)[0]
 
 
 def scan_all(
-    data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None, most: int = 8
+    data: bytes,
+    where: str,
+    allowed: Allowed,
+    storage: Callable[[Any], Any] | None = None,
+    most: int = 8,
 ) -> tuple[list[str], int]:
-    """As :func:`scan`, for up to ``most`` pickles one after the other, as torch wrote them before 1.6, and how many of them are whole.
+    """As :func:`scan`, for up to ``most`` pickles one after the other, as torch wrote them before
+    1.6, and how many of them are whole.
 
-    What breaks here may go on in Python's own machine: a pickle that is not whole is not known to be harmless.
+    What breaks here may go on in Python's own machine: a pickle that is not whole is not known to
+    be harmless.
     """
     seen: dict[str, bool] = {}
     for whole in range(most):
@@ -202,8 +254,11 @@ def scan_all(
     return list(seen), most
 
 
-def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None) -> tuple[list[str], Any]:
-    """As :func:`scan`, with what the pickle describes; a :class:`Foreign` stands for each name and result outside ``allowed``.
+def survey(
+    data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], Any] | None = None
+) -> tuple[list[str], Any]:
+    """As :func:`scan`, with what the pickle describes; a :class:`Foreign` stands for each name and
+    result outside ``allowed``.
 
     The second is None for a broken pickle.
     """
@@ -221,8 +276,11 @@ def survey(data: bytes, where: str, allowed: Allowed, storage: Callable[[Any], A
     return list(seen), None if broken else value
 
 
-def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | None, seen: dict[str, bool]) -> Machine:
-    """A machine that goes on after a name outside ``allowed`` and puts down in ``seen`` what is called."""
+def _surveyor(
+    data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | None, seen: dict[str, bool]
+) -> Machine:
+    """A machine that goes on after a name outside ``allowed`` and puts down in ``seen`` what is
+    called."""
 
     def find(module: str, name: str) -> Any:
         """What ``allowed`` has for the name, or a :class:`Foreign`, whose name is put down."""
@@ -235,7 +293,7 @@ def _surveyor(data: bytes, allowed: Allowed, storage: Callable[[Any], Any] | Non
 
     def called(what: str, arguments: Any) -> None:
         """Put down the call of ``what`` in place of its bare name."""
-        text = f"{what}({', '.join(_text(argument) for argument in arguments[:4]) if type(arguments) is tuple else '...'})"
+        text = f"{what}({', '.join(_text(argument) for argument in arguments[:4]) if type(arguments) is tuple else '...'})"  # noqa: E501
         if len(seen) < MAX_CALLS:
             # The call takes the place of the bare name.
             seen.pop(what, None)
@@ -250,25 +308,46 @@ def _without_members(machine: Machine, seen: dict[str, bool]) -> None:
         seen.pop(GETATTR.text, None)
 
 
-_WRITERS = ("torch", "megatron", "nemo", "transformer_engine", "lightning", "pytorch_lightning", "omegaconf", "numpy", "transformers", "peft")
+_WRITERS = (
+    "torch",
+    "megatron",
+    "nemo",
+    "transformer_engine",
+    "lightning",
+    "pytorch_lightning",
+    "omegaconf",
+    "numpy",
+    "transformers",
+    "peft",
+)
 
 
 def unsafe(where: str, name: str, calls: list[str]) -> UnsafeCheckpoint:
     """The error for the pickle ``where`` that names ``name``, with the first of its ``calls``."""
-    what = f" ({'; '.join(calls[:3])}{f'; and {len(calls) - 3} more' if len(calls) > 3 else ''})" if calls else ""
+    what = (
+        f" ({'; '.join(calls[:3])}{f'; and {len(calls) - 3} more' if len(calls) > 3 else ''})"
+        if calls
+        else ""
+    )
     if name.partition(".")[0] in _WRITERS:
         judged = (
-            "It is not among the names that checkpoints are known to need; whether it does harm is not known. Nothing was executed. Load this "
-            "file only if you trust its source."
+            "It is not among the names that checkpoints are known to need; whether it does harm "
+            "is not known. Nothing was executed. Load this file only if you trust its source."
         )
     else:
-        judged = "A checkpoint needs no such name. Nothing was executed. Do not load this file; get it again from a source you trust."
-    return UnsafeCheckpoint(f"{where} is a pickle that would call {plain(name, 200)} when it is loaded{what}. {judged}")
+        judged = (
+            "A checkpoint needs no such name. Nothing was executed. Do not load this file; get "
+            "it again from a source you trust."
+        )
+    return UnsafeCheckpoint(
+        f"{where} is a pickle that would call {plain(name, 200)} when it is loaded{what}. {judged}"
+    )
 
 
 def _broken(where: str, error: BaseException) -> DamagedCheckpoint:
     return DamagedCheckpoint(
-        f"{where} cannot be read as a pickle of a checkpoint: {plain(str(error), 200) or type(error).__name__}"
+        f"{where} cannot be read as a pickle of a checkpoint: "
+        f"{plain(str(error), 200) or type(error).__name__}"
     )
 
 
@@ -287,9 +366,11 @@ def _text(value: Any, depth: int = 0) -> str:
 
 
 def load_index(data: bytes, where: str, report: Report = stop) -> Metadata:
-    """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as :func:`load`.
+    """The index of a torch_dist checkpoint (the bytes of ``.metadata``) as inert objects; errors as
+    :func:`load`.
 
-    If it names anything outside the list, ``report`` is told, and the rest of it is read where ``report`` returns.
+    If it names anything outside the list, ``report`` is told, and the rest of it is read where
+    ``report`` returns.
     """
     try:
         metadata = load(data, where, _INDEX)
@@ -299,7 +380,9 @@ def load_index(data: bytes, where: str, report: Report = stop) -> Metadata:
     if metadata is None:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     if not isinstance(metadata, Metadata):
-        raise DamagedCheckpoint(f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint.")
+        raise DamagedCheckpoint(
+            f"{where} holds a {type(metadata).__name__}, not the index of a torch_dist checkpoint."
+        )
     return metadata
 
 
@@ -307,5 +390,7 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a pickle. Raises :class:`DamagedCheckpoint` when it is larger than MAX_BYTES."""
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise DamagedCheckpoint(f"{shown(path)} has {size:,} bytes; at most {MAX_BYTES:,} are read.")
+        raise DamagedCheckpoint(
+            f"{shown(path)} has {size:,} bytes; at most {MAX_BYTES:,} are read."
+        )
     return path.read_bytes()

@@ -1,4 +1,5 @@
-"""YAML and JSON files of a checkpoint as plain dictionaries, bounded in size; nothing in them is ever instantiated."""
+"""YAML and JSON files of a checkpoint as plain dictionaries, bounded in size; nothing in them is
+ever instantiated."""
 
 import json
 import re
@@ -14,24 +15,29 @@ from workshop_utils.core.paths import shown
 from workshop_utils.core.terminal import plain
 
 MAX_BYTES = 32 * 1024**2
-"""Larger texts are not read. A ``model.yaml`` has some 10 kB, the index of a large sharded model some 200 kB."""
+"""Larger texts are not read. A ``model.yaml`` has some 10 kB, the index of a large sharded model
+some 200 kB."""
 
 MAX_DEPTH = 100
-"""Deeper nesting is refused: libyaml's loader overflows the stack on it and takes Python with it."""
+"""Deeper nesting is refused: libyaml's loader overflows the stack on it and takes Python with
+it."""
 
 MAX_VALUES = 100_000
-"""Values of a YAML file, those counted twice that it refers to twice. A ``model.yaml`` has some 300."""
+"""Values of a YAML file, those counted twice that it refers to twice. A ``model.yaml`` has some
+300."""
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a text file. Raises :class:`DamagedCheckpoint` when it is missing, no file or larger than MAX_BYTES."""
+    """The bytes of a text file. Raises :class:`DamagedCheckpoint` when it is missing, no file or
+    larger than MAX_BYTES."""
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
     if path.stat().st_size > MAX_BYTES:
         raise DamagedCheckpoint(
-            f"{shown(path)} has {path.stat().st_size:,} bytes; a text of a checkpoint has at most {MAX_BYTES:,}."
+            f"{shown(path)} has {path.stat().st_size:,} bytes; a text of a checkpoint has at "
+            f"most {MAX_BYTES:,}."
         )
     return path.read_bytes()
 
@@ -39,15 +45,16 @@ def read_bytes(path: Path) -> bytes:
 def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
     """A YAML mapping. ``where`` names it in errors.
 
-    Raises :class:`UnsafeCheckpoint` for tags such as ``!!python/object`` and :class:`DamagedCheckpoint` for broken YAML.
+    Raises :class:`UnsafeCheckpoint` for tags such as ``!!python/object`` and
+    :class:`DamagedCheckpoint` for broken YAML.
     """
     try:
         _check_events(text)
         value = yaml.load(text, Loader=_SafeLoader)
     except _UnsafeTag as error:
         raise UnsafeCheckpoint(
-            f"{where}: {error}. Such a tag makes a careless reader run code. Nothing was executed. Get the checkpoint again from a "
-            "source you trust."
+            f"{where}: {error}. Such a tag makes a careless reader run code. Nothing was "
+            "executed. Get the checkpoint again from a source you trust."
         ) from None
     # The constructors of numbers and dates fail in their own ways, and str() of an error may, too.
     except (
@@ -60,7 +67,9 @@ def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
         TypeError,
         AttributeError,
     ) as error:
-        raise DamagedCheckpoint(f"{where} cannot be read as YAML: {plain(str(error), 300) or type(error).__name__}") from error
+        raise DamagedCheckpoint(
+            f"{where} cannot be read as YAML: {plain(str(error), 300) or type(error).__name__}"
+        ) from error
     return _mapping(value, where)
 
 
@@ -69,8 +78,10 @@ class _UnsafeTag(ValueError):
 
 
 def _check_events(text: bytes) -> None:
-    """Refuse, before anything is built, what makes a safe loader crash or run for hours on a small file."""
-    # For each open collection: its anchor, the values before it, and for a mapping its keys and whether a key comes next.
+    """Refuse, before anything is built, what makes a safe loader crash or run for hours on a small
+    file."""
+    # For each open collection: its anchor, the values before it, and for a mapping its keys and
+    # whether a key comes next.
     opened: list[tuple[str | None, int, set | None]] = []
     key_next: list[bool] = []
     sizes: dict[str, int] = {}
@@ -86,7 +97,8 @@ def _check_events(text: bytes) -> None:
         if not isinstance(event, yaml.NodeEvent):
             continue
         anchor = event.anchor
-        # An alias stands for all that its anchor holds: ten lines of ten aliases each are ten billion values.
+        # An alias stands for all that its anchor holds: ten lines of ten aliases each are ten
+        # billion values.
         count += sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
         if count > MAX_VALUES or events > 2 * MAX_VALUES:
             raise ValueError(f"it has more than {MAX_VALUES:,} values")
@@ -101,7 +113,9 @@ def _check_events(text: bytes) -> None:
                 _check_key(event, keys)
             key_next[-1] = not key_next[-1]
         if isinstance(event, yaml.CollectionStartEvent):
-            opened.append((anchor, count - 1, set() if isinstance(event, yaml.MappingStartEvent) else None))
+            opened.append(
+                (anchor, count - 1, set() if isinstance(event, yaml.MappingStartEvent) else None)
+            )
             key_next.append(True)
             if len(opened) > MAX_DEPTH:
                 raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
@@ -109,7 +123,11 @@ def _check_events(text: bytes) -> None:
             if anchor:
                 sizes[anchor] = 1
             # Base-60 numbers (1:2:3) take time that grows with the square of their length.
-            if (event.implicit[0] or tag) and len(event.value) > 1000 and event.value[0] in "+-.0123456789":
+            if (
+                (event.implicit[0] or tag)
+                and len(event.value) > 1000
+                and event.value[0] in "+-.0123456789"
+            ):
                 raise ValueError("it has a number of more than 1,000 digits")
 
 
@@ -120,12 +138,15 @@ def _check_key(event: yaml.NodeEvent, keys: set) -> None:
     if event.value == "<<" and event.implicit[0]:
         raise ValueError("it has a merge key (<<), which no checkpoint needs")
     if event.value in keys:
-        raise ValueError(f"it has the key {plain(event.value, 100)!r} twice (line {event.start_mark.line + 1})")
+        raise ValueError(
+            f"it has the key {plain(event.value, 100)!r} twice (line {event.start_mark.line + 1})"
+        )
     keys.add(event.value)
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object. ``where`` names it in errors. Raises :class:`DamagedCheckpoint` for anything else."""
+    """A JSON object. ``where`` names it in errors. Raises :class:`DamagedCheckpoint` for anything
+    else."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
         _check_depth(value)
@@ -133,7 +154,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
             # Half of a surrogate pair cannot be printed later.
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{where} cannot be read as JSON: {plain(str(error), 300) or type(error).__name__}") from error
+        raise DamagedCheckpoint(
+            f"{where} cannot be read as JSON: {plain(str(error), 300) or type(error).__name__}"
+        ) from error
     return _mapping(value, where)
 
 
@@ -143,7 +166,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Two readers may take two different ones.
         keys = [key for key, _ in pairs]
         raise ValueError(
-            f"it has the key {plain(max(keys, key=keys.count) if len(keys) < 1000 else 'of some object', 100)!r} twice"
+            "it has the key "
+            f"{plain(max(keys, key=keys.count) if len(keys) < 1000 else 'of some object', 100)!r} "
+            "twice"
         )
     return found
 
@@ -174,14 +199,16 @@ _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.\w+)+")
 
 
 def foreign_targets(tree: Any) -> list[tuple[str, str]]:
-    """What a configuration names to be imported or called that genuine NeMo checkpoints do not: (path in the tree, value).
+    """What a configuration names to be imported or called that genuine NeMo checkpoints do not:
+    (path in the tree, value).
 
-    ``model.yaml`` and ``model_config.yaml`` are made into objects by their loaders: whatever ``_target_`` (Hydra, NeMo 2.0),
-    ``target`` (NeMo 1) or a ``pyref`` of ``io.json`` names is imported, and mostly called with the values beside it
-    (CVE-2025-23304). NeMo checks only the first part of the name, so that ``torch.hub.load`` or its own functions that read pickles
-    pass. The list is in :mod:`.known_names`. ``trust_remote_code: true`` is foreign, too: it runs code of the tokenizer's
-    repository; so is the tokenizer ``library: tabular``, which NeMo unpickles (CVE-2026-65179), and so is an object of ``io.json`` that
-    NeMo would unpickle from a file.
+    ``model.yaml`` and ``model_config.yaml`` are made into objects by their loaders: whatever
+    ``_target_`` (Hydra, NeMo 2.0), ``target`` (NeMo 1) or a ``pyref`` of ``io.json`` names is
+    imported, and mostly called with the values beside it (CVE-2025-23304). NeMo checks only the
+    first part of the name, so that ``torch.hub.load`` or its own functions that read pickles pass.
+    The list is in :mod:`.known_names`. ``trust_remote_code: true`` is foreign, too: it runs code of
+    the tokenizer's repository; so is the tokenizer ``library: tabular``, which NeMo unpickles
+    (CVE-2026-65179), and so is an object of ``io.json`` that NeMo would unpickle from a file.
     """
     found: list[tuple[str, str]] = []
     objects = tree.get("objects") if isinstance(tree, dict) else None
@@ -192,13 +219,19 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
         if isinstance(node, dict):
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
-                if key == "_target_" or (key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)):
+                if key == "_target_" or (
+                    key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)
+                ):
                     known = isinstance(value, str) and (
                         KNOWN.fullmatch(value) or (key == "target" and NEMO1_MODEL.fullmatch(value))
                     )
                     if not known:
                         found.append((here, plain(str(value), 200)))
-                elif key == "library" and isinstance(value, str) and (value == "tabular" or "${" in value):
+                elif (
+                    key == "library"
+                    and isinstance(value, str)
+                    and (value == "tabular" or "${" in value)
+                ):
                     found.append((here, plain(value, 100)))
                 elif key == "trust_remote_code" and value not in (False, None):
                     found.append((here, plain(str(value), 200)))
@@ -220,7 +253,8 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
 
 
 def _of_fiddle(node: dict[str, Any], objects: dict[str, Any]) -> Iterator[str]:
-    """What the object ``node`` of ``io.json`` would do without naming it: read a pickle, run code of a tokenizer."""
+    """What the object ``node`` of ``io.json`` would do without naming it: read a pickle, run code
+    of a tokenizer."""
     values = _values(node, objects)
     name = f"{node['type'].get('module')}.{node['type'].get('name')}"
     if not CONTAINERS.fullmatch(name) and len(values) == 1:
@@ -244,21 +278,27 @@ def _followed(value: Any, objects: dict[str, Any]) -> Any:
 def _values(node: Any, objects: dict[str, Any]) -> list[Any]:
     items = node.get("items") if isinstance(node, dict) else None
     return (
-        [_followed(item[-1], objects) for item in items if isinstance(item, list) and item] if isinstance(items, list) else []
+        [_followed(item[-1], objects) for item in items if isinstance(item, list) and item]
+        if isinstance(items, list)
+        else []
     )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The YAML mapping in the file ``path``; errors as :func:`parse_yaml`, also for a missing file."""
+    """The YAML mapping in the file ``path``; errors as :func:`parse_yaml`, also for a missing
+    file."""
     return parse_yaml(read_bytes(path), shown(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``; errors as :func:`parse_json`, also for a missing file."""
+    """The JSON object in the file ``path``; errors as :func:`parse_json`, also for a missing
+    file."""
     return parse_json(read_bytes(path), shown(path))
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DamagedCheckpoint(f"{where} holds {type(value).__name__}, not a mapping of names to values.")
+        raise DamagedCheckpoint(
+            f"{where} holds {type(value).__name__}, not a mapping of names to values."
+        )
     return value

@@ -13,12 +13,17 @@ MAX_DEPTH = 50
 
 
 def read(file: IO[bytes], where: str, part: str, report: Report = stop) -> list[Tensor]:
-    """The tensors of the flat state dict in ``file``; ``part`` is the name that their chunks get. Errors and faults as torch_archive's."""
-    return [tensor(name, found, part) for name, found in torch_archive.read_tensors(file, where, report).items()]
+    """The tensors of the flat state dict in ``file``; ``part`` is the name that their chunks get.
+    Errors and faults as torch_archive's."""
+    return [
+        tensor(name, found, part)
+        for name, found in torch_archive.read_tensors(file, where, report).items()
+    ]
 
 
 def read_state(file: IO[bytes], where: str, report: Report = stop) -> dict[str, Any]:
-    """The state in ``file`` as plain values, with :class:`SavedTensor` for tensors. Errors and faults as torch_archive's."""
+    """The state in ``file`` as plain values, with :class:`SavedTensor` for tensors. Errors and
+    faults as torch_archive's."""
     state = torch_archive.read_state(file, where, report)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not values by name.")
@@ -38,7 +43,9 @@ def tensors(state: Any, part: str, prefix: str = "", depth: int = 0) -> list[Ten
     else:
         return []
     return [
-        found for key, value in items for found in tensors(value, part, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+        found
+        for key, value in items
+        for found in tensors(value, part, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     ]
 
 

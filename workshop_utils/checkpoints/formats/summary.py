@@ -27,7 +27,8 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: rank, alpha, adapted modules, its base model with whether that is here (None: not a path), and its kind."""
+    """A LoRA adapter: rank, alpha, adapted modules, its base model with whether that is here (None:
+    not a path), and its kind."""
 
     rank: int | None
     alpha: float | None
@@ -39,11 +40,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The answer of :func:`workshop_utils.checkpoints.formats.identify.identify`. What could not be told is None.
+    """The answer of :func:`workshop_utils.checkpoints.formats.identify.identify`. What could not be
+    told is None.
 
-    ``detail`` is the backend or family inside the ``kind``, ``version`` that of the format or of its writer. ``nbytes`` are the files
-    of the weights, which lie in ``path / folder``. ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
-    merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names. ``notes`` say what else to know.
+    ``detail`` is the backend or family inside the ``kind``, ``version`` that of the format or of
+    its writer. ``nbytes`` are the files of the weights, which lie in ``path / folder``.
+    ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
+    merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names.
+    ``notes`` say what else to know.
     """
 
     path: Path

@@ -1,4 +1,5 @@
-"""Kind and size of the vocabulary of a tokenizer's directory, where they can be told in a few milliseconds."""
+"""Kind and size of the vocabulary of a tokenizer's directory, where they can be told in a few
+milliseconds."""
 
 from pathlib import Path
 
@@ -17,7 +18,8 @@ def is_one(path: Path) -> bool:
 
 
 def describe(path: Path) -> str | None:
-    """``class, number of tokens`` of the tokenizer in the directory ``path``; None where there is none."""
+    """``class, number of tokens`` of the tokenizer in the directory ``path``; None where there is
+    none."""
     if not is_one(path):
         return None
     kind = _kind(path)
@@ -26,7 +28,8 @@ def describe(path: Path) -> str | None:
 
 
 def vocabulary(path: Path) -> int | None:
-    """Number of tokens of the tokenizer in the directory ``path``, or None where that is not cheap to tell."""
+    """Number of tokens of the tokenizer in the directory ``path``, or None where that is not cheap
+    to tell."""
     fast, sentencepiece = path / "tokenizer.json", path / "tokenizer.model"
     try:
         if fast.is_file() and fast.stat().st_size <= MAX_BYTES:
@@ -40,7 +43,8 @@ def vocabulary(path: Path) -> int | None:
 
 
 def count_pieces(content: bytes) -> int | None:
-    """Number of pieces in a SentencePiece model: fields 1 of a protobuf message (sentencepiece_model.proto). None if it is none."""
+    """Number of pieces in a SentencePiece model: fields 1 of a protobuf message
+    (sentencepiece_model.proto). None if it is none."""
     at, count = 0, 0
     while at < len(content):
         tag, at = _varint(content, at)
@@ -79,5 +83,9 @@ def _count_fast(described: dict) -> int | None:
     if not isinstance(known, dict | list):
         return None
     more = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    inside = known if isinstance(known, dict) else {entry[0] for entry in known if isinstance(entry, list) and entry}
+    inside = (
+        known
+        if isinstance(known, dict)
+        else {entry[0] for entry in known if isinstance(entry, list) and entry}
+    )
     return len(known) + sum(str(token.get("content")) not in inside for token in more)

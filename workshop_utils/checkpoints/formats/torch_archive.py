@@ -1,9 +1,11 @@
-"""Files that ``torch.save`` wrote (``model_weights.ckpt``, ``common.pt``, ``.bin``, ``.ckpt``), read without torch.
+"""Files that ``torch.save`` wrote (``model_weights.ckpt``, ``common.pt``, ``.bin``, ``.ckpt``),
+read without torch.
 
-Such a file is a zip of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``, ``NAME/data/1``...: the bytes of each storage, which
-the pickle refers to by persistent ids ``("storage", type, key, device, elements)``. A tensor is an offset, a shape and strides in
-a storage. Only the pickle is read, and restricted; of the storages only their places are told.
-Source of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
+Such a file is a zip of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``, ``NAME/data/1``...: the
+bytes of each storage, which the pickle refers to by persistent ids ``("storage", type, key, device,
+elements)``. A tensor is an offset, a shape and strides in a storage. Only the pickle is read, and
+restricted; of the storages only their places are told. Source of the format:
+``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
 """
 
 import dataclasses
@@ -19,37 +21,56 @@ from typing import IO, Any
 from workshop_utils.checkpoints.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.pickle_machine import Harmful, Inert, Sealed
-from workshop_utils.checkpoints.formats.restricted_pickle import MAX_DIMENSIONS, OTHER_DTYPE_BYTES, layout, size
+from workshop_utils.checkpoints.formats.restricted_pickle import (
+    MAX_DIMENSIONS,
+    OTHER_DTYPE_BYTES,
+    layout,
+    size,
+)
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES
 from workshop_utils.core.errors import DamagedCheckpoint
 from workshop_utils.core.terminal import plain
 
 MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
-"""Values of a state dict, those counted twice that it refers to twice: a list of two references to a list of two... grows so."""
+"""Values of a state dict, those counted twice that it refers to twice: a list of two references to
+a list of two... grows so."""
 
 _STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
-    "BoolStorage": "bool", "UntypedStorage": "uint8", "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
-}  # fmt: skip
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+}
 
 _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
 _OLD_FORMAT = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-"""What files in the format before torch 1.6 begin with, which is still what tensors in a plain pickle have (``torch/storage.py``)."""
+"""What files in the format before torch 1.6 begin with, which is still what tensors in a plain
+pickle have (``torch/storage.py``)."""
 
 _IN_PICKLE = "bytes in the pickle"
-"""Key of a storage that is a pickle within the pickle; those of an archive are the names of its parts."""
+"""Key of a storage that is a pickle within the pickle; those of an archive are the names of its
+parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedTensor:
     """A tensor in such a file: shape, dtype by name, and its bytes.
 
-    Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the file, ready for
-    ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share them: tied weights, or views of one another.
-    Both are None for a tensor whose elements do not lie one after the other in that order (strides of a transposed view).
+    Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the
+    file, ready for ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share
+    them: tied weights, or views of one another. Both are None for a tensor whose elements do not
+    lie one after the other in that order (strides of a transposed view).
     """
 
     shape: tuple[int, ...]
@@ -65,7 +86,8 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage: ``start`` is None where the zip lacks it. ``faults`` collects those of its tensors."""
+    """A storage: ``start`` is None where the zip lacks it. ``faults`` collects those of its
+    tensors."""
 
     dtype: str
     key: str
@@ -110,7 +132,8 @@ class _Namespace(dict, metaclass=Sealed):
 
 
 class Named(Inert):
-    """A value of a known, harmless class, such as an enumeration: its text is ``package.Class(arguments)``."""
+    """A value of a known, harmless class, such as an enumeration: its text is
+    ``package.Class(arguments)``."""
 
     __slots__ = ()
 
@@ -125,12 +148,15 @@ class Class(Named):
         if self.text.endswith(".type") and len(arguments) != 1:
             raise Harmful(self.text, ["what a new class is made of"])
         short = [argument[:80] if type(argument) is str else argument for argument in arguments[:4]]
-        shown = ", ".join(repr(argument) for argument in short if isinstance(argument, str | int | float))
+        shown = ", ".join(
+            repr(argument) for argument in short if isinstance(argument, str | int | float)
+        )
         return Named(plain(f"{self.text}({shown})", 200))
 
 
 class Buffer(Named):
-    """``io.BytesIO``, with its bytes (or whatever the file has in their place): Transformer Engine's ``_extra_state`` has a pickle in it."""
+    """``io.BytesIO``, with its bytes (or whatever the file has in their place): Transformer
+    Engine's ``_extra_state`` has a pickle in it."""
 
     __slots__ = ("content",)
 
@@ -144,7 +170,8 @@ class Buffer(Named):
 
 
 class LongBytes(Named):
-    """Bytes that protocol 2 writes as a ``source`` in Latin-1, not encoded yet: one could be made over and over."""
+    """Bytes that protocol 2 writes as a ``source`` in Latin-1, not encoded yet: one could be made
+    over and over."""
 
     __slots__ = ("source",)
 
@@ -178,20 +205,35 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> SavedTensor | _Faulty:
-    """``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks, metadata)``, in elements."""
-    if not isinstance(storage, _Storage) or not _sizes(shape) or not _sizes(stride) or not _sizes((offset,)):
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any
+) -> SavedTensor | _Faulty:
+    """``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks,
+    metadata)``, in elements."""
+    if (
+        not isinstance(storage, _Storage)
+        or not _sizes(shape)
+        or not _sizes(stride)
+        or not _sizes((offset,))
+    ):
         raise pickle.UnpicklingError("a tensor without a storage, an offset, a size and strides")
     item, elements = _BYTES[storage.dtype], math.prod(shape)
     if storage.key == _IN_PICKLE:
         return SavedTensor(shape, storage.dtype)
     if len(stride) != len(shape) or elements >= 2**60:
         return storage.fault(f"has the shape {list(shape)} and {len(stride)} strides")
-    last = offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1 if elements else offset
+    last = (
+        offset + sum((count - 1) * step for count, step in zip(shape, stride, strict=True)) + 1
+        if elements
+        else offset
+    )
     if storage.start is None:
         return storage.fault(f"lies in data/{plain(storage.key, 40)}, which is missing")
     if last * item > storage.length:
-        return storage.fault(f"ends at byte {last * item:,} of data/{plain(storage.key, 40)}, which has {storage.length:,}")
+        return storage.fault(
+            f"ends at byte {last * item:,} of data/{plain(storage.key, 40)}, which has "
+            f"{storage.length:,}"
+        )
     expected = 1
     for count, step in zip(reversed(shape), reversed(stride), strict=True):
         if count > 1 and step != expected and elements:
@@ -201,12 +243,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> S
 
 
 def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
-    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which Megatron-Core sets."""
+    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which
+    Megatron-Core sets."""
     return data
 
 
 def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
-    """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of another type, or with attributes."""
+    """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of
+    another type, or with attributes."""
     if rebuild not in (_tensor, _typed_tensor, _parameter) or type(arguments) is not tuple:
         raise pickle.UnpicklingError("a tensor that is put together by something else")
     return rebuild(*arguments)
@@ -214,22 +258,27 @@ def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
 
 @functools.lru_cache(4096)  # one may be in the pickle over and over; emptied after each
 def _calls_within(data: bytes) -> tuple[str, ...]:
-    """What ``torch.load`` of ``data`` would call, or its beginning where it is nothing that ``torch.save`` wrote for a storage."""
+    """What ``torch.load`` of ``data`` would call, or its beginning where it is nothing that
+    ``torch.save`` wrote for a storage."""
     pickles = 5  # the magic number, the version, the system, the storage, the keys
     if data[:4] == b"PK\x03\x04":
         data, _ = torch_zip.read(io.BytesIO(data), "a storage in a pickle", _INNER)
         pickles = 1
     elif not data.startswith(_OLD_FORMAT):
         return (f"{data[:20]!a}...",)
-    calls, whole = restricted_pickle.scan_all(data, "a storage in a pickle", _INNER, lambda key: Inert("storage"), pickles)
+    calls, whole = restricted_pickle.scan_all(
+        data, "a storage in a pickle", _INNER, lambda key: Inert("storage"), pickles
+    )
     return tuple(calls) or (() if whole == pickles else (f"{data[:20]!a}...",))
 
 
 def _load_from_bytes(content: Any) -> "_Storage":
-    """``torch.storage._load_from_bytes(content)``: a storage as a plain pickle holds it, by ``torch.load`` of what ``torch.save`` wrote.
+    """``torch.storage._load_from_bytes(content)``: a storage as a plain pickle holds it, by
+    ``torch.load`` of what ``torch.save`` wrote.
 
-    Transformer Engine 2 has tensors so in its ``_extra_state``. Raises :class:`.pickle_machine.Harmful` if ``content`` names anything
-    outside the list, or has such a thing in it once more, which torch does not write.
+    Transformer Engine 2 has tensors so in its ``_extra_state``. Raises
+    :class:`.pickle_machine.Harmful` if ``content`` names anything outside the list, or has such a
+    thing in it once more, which torch does not write.
     """
     if not isinstance(content, bytes | LongBytes):
         raise pickle.UnpicklingError("a storage that is loaded from no bytes")
@@ -242,8 +291,18 @@ def _load_from_bytes(content: Any) -> "_Storage":
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
 
 
-def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *rest: Any) -> Any:
-    """``_rebuild_tensor_v3``: the storage is of bytes and ``dtype`` an argument, as for float8 and uint16."""
+def _typed_tensor(
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: Any,
+    *rest: Any,
+) -> Any:
+    """``_rebuild_tensor_v3``: the storage is of bytes and ``dtype`` an argument, as for float8 and
+    uint16."""
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
     if not isinstance(storage, _Storage) or name not in _BYTES:
         raise pickle.UnpicklingError("a tensor without a storage or a dtype")
@@ -278,34 +337,51 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch", name): f"torch.{name}" for name in _BYTES},
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
-    **{(module, name): _items for module in ("builtins", "__builtin__") for name in ("set", "frozenset")},
+    **{
+        (module, name): _items
+        for module in ("builtins", "__builtin__")
+        for name in ("set", "frozenset")
+    },
 }
-_ALLOWED |= {(module, name): Class(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.STATE)}
-_ALLOWED |= {(module, name): Named(f"{module}.{name}") for module, name in pickled_names.names(pickled_names.VALUES)}
+_ALLOWED |= {
+    (module, name): Class(f"{module}.{name}")
+    for module, name in pickled_names.names(pickled_names.STATE)
+}
+_ALLOWED |= {
+    (module, name): Named(f"{module}.{name}")
+    for module, name in pickled_names.names(pickled_names.VALUES)
+}
 _ALLOWED |= pickled_names.enumerations()
 _INNER = dict(_ALLOWED)
 _ALLOWED["torch.storage", "_load_from_bytes"] = _load_from_bytes
 
 
 def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:
-    """Name -> tensor of the flat state dict in ``file``; ``where`` names it in errors. Entries that are no tensors are left out.
+    """Name -> tensor of the flat state dict in ``file``; ``where`` names it in errors. Entries that
+    are no tensors are left out.
 
-    Raises :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` (two readers would see two files, or a program of TorchScript) and
-    :class:`UnsupportedCheckpoint` (the format of torch before 1.6, which is no zip). To ``report`` go: each name that the pickle
-    would call (UnsafeCheckpoint), and each tensor that does not fit its storage (DamagedCheckpoint), which is left out.
+    Raises :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` (two readers would see two files,
+    or a program of TorchScript) and :class:`UnsupportedCheckpoint` (the format of torch before 1.6,
+    which is no zip). To ``report`` go: each name that the pickle would call (UnsafeCheckpoint), and
+    each tensor that does not fit its storage (DamagedCheckpoint), which is left out.
     """
     state = read_state(file, where, report)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not tensors by name.")
-    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, SavedTensor)}
+    return {
+        name: value
+        for name, value in state.items()
+        if isinstance(name, str) and isinstance(value, SavedTensor)
+    }
 
 
 def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
-    """What ``torch.save`` was given, such as Megatron-Core's ``common.pt``: plain values, with :class:`SavedTensor` for tensors.
+    """What ``torch.save`` was given, such as Megatron-Core's ``common.pt``: plain values, with
+    :class:`SavedTensor` for tensors.
 
-    An ``argparse.Namespace`` is a dictionary, other known classes (enumerations, OmegaConf) are :class:`Named`, names outside the
-    list are :class:`.pickle_machine.Foreign`; both print as their text. Never deeper than MAX_DEPTH, never endless. Errors as
-    :func:`read_tensors`.
+    An ``argparse.Namespace`` is a dictionary, other known classes (enumerations, OmegaConf) are
+    :class:`Named`, names outside the list are :class:`.pickle_machine.Foreign`; both print as their
+    text. Never deeper than MAX_DEPTH, never endless. Errors as :func:`read_tensors`.
     """
     data, storages = torch_zip.read(file, where, _ALLOWED)
     faults: list[_Faulty] = []
@@ -320,24 +396,33 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
 
 
 def scan(file: IO[bytes], where: str) -> list[str]:
-    """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as :func:`read_tensors`."""
+    """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as
+    :func:`read_tensors`."""
     data, storages = torch_zip.read(file, where, _ALLOWED)
     return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
 
 
 def scan_bare(data: bytes, where: str) -> list[str] | None:
-    """What pickles one after the other, in no zip, would call; None where that is not known: the first is not whole, and
-    Python's own machine may go on where this one stops. A first byte that is no opcode stops both.
+    """What pickles one after the other, in no zip, would call; None where that is not known: the
+    first is not whole, and Python's own machine may go on where this one stops. A first byte that
+    is no opcode stops both.
     """
     calls, whole = restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
     _calls_within.cache_clear()
-    return calls if calls or whole or data[:1].decode("latin-1") not in pickletools.code2op else None
+    return (
+        calls if calls or whole or data[:1].decode("latin-1") not in pickletools.code2op else None
+    )
 
 
 def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
-    """``value``, once the tensors in it that do not fit their storages are reported and taken out."""
+    """``value``, once the tensors in it that do not fit their storages are reported and taken
+    out."""
     if isinstance(value, _Faulty):
-        report(DamagedCheckpoint(f"{where}: {plain(path, 200)} {value.why}. Copy the file again.", path))
+        report(
+            DamagedCheckpoint(
+                f"{where}: {plain(path, 200)} {value.why}. Copy the file again.", path
+            )
+        )
         return None
     items = value.items() if isinstance(value, dict) else enumerate(value)
     clean = {
@@ -356,12 +441,14 @@ def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
 
 
 def _check_extent(state: Any, where: str) -> None:
-    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, and references to references."""
+    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, and references
+    to references."""
     # id -> (values in it, levels of it)
     seen: dict[int, tuple[int, int]] = {}
 
     def extent(value: Any, depth: int) -> tuple[int, int]:
-        """Number of values in ``value``, itself included, and of levels. Raises :class:`DamagedCheckpoint` above the limits."""
+        """Number of values in ``value``, itself included, and of levels. Raises
+        :class:`DamagedCheckpoint` above the limits."""
         if id(value) not in seen:
             count, levels = 1, 1
             for child in _children(value):
@@ -372,7 +459,8 @@ def _check_extent(state: Any, where: str) -> None:
                     count += 1
             if count > MAX_VALUES or levels > MAX_DEPTH:
                 raise DamagedCheckpoint(
-                    f"{where} is nested more than {MAX_DEPTH} deep, contains itself, or holds more than {MAX_VALUES:,} values."
+                    f"{where} is nested more than {MAX_DEPTH} deep, contains itself, or holds "
+                    f"more than {MAX_VALUES:,} values."
                 )
             seen[id(value)] = count, levels
         return seen[id(value)]
@@ -386,14 +474,21 @@ def _children(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _finder(storages: dict[str, tuple[int, int]], faults: list[_Faulty]) -> Callable[[Any], _Storage]:
+def _finder(
+    storages: dict[str, tuple[int, int]], faults: list[_Faulty]
+) -> Callable[[Any], _Storage]:
     def find(reference: Any) -> _Storage:
         """The storage that a persistent id names; ``elements`` are bytes for an untyped one."""
         if not isinstance(reference, tuple) or len(reference) < 5:
             raise pickle.UnpicklingError("a reference to something that is no storage")
         kind, storage_type, key, _, elements = reference[:5]
         dtype = storage_type.removeprefix("torch.") if isinstance(storage_type, str) else ""
-        if kind != "storage" or dtype not in _BYTES or not isinstance(key, str) or not _sizes((elements,)):
+        if (
+            kind != "storage"
+            or dtype not in _BYTES
+            or not isinstance(key, str)
+            or not _sizes((elements,))
+        ):
             raise pickle.UnpicklingError("a reference to something that is no storage")
         start, length = storages.get(key, (None, 0))
         return _Storage(dtype, key, start, min(length, elements * _BYTES[dtype]), faults)

@@ -1,7 +1,7 @@
 """The index of a torch_dist checkpoint: which tensor lies in which bytes of which file.
 
-``.metadata`` is a pickle (see :mod:`.restricted_pickle`); the ``.distcp`` files beside it hold the bytes. NeMo 2.0 has them in
-``weights/``, NeMo 1 in ``model_weights/``.
+``.metadata`` is a pickle (see :mod:`.restricted_pickle`); the ``.distcp`` files beside it hold the
+bytes. NeMo 2.0 has them in ``weights/``, NeMo 1 in ``model_weights/``.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,12 @@ from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.pickle_machine import without_collector
 from workshop_utils.checkpoints.formats.restricted_pickle import MAX_DIMENSIONS
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES, Chunk, Tensor
-from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint, UnsupportedCheckpoint
+from workshop_utils.core.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+)
 from workshop_utils.core.paths import shown
 
 INDEX = ".metadata"
@@ -23,8 +28,10 @@ COMMON = "common.pt"
 """State that is not sharded; Megatron-Core loads no checkpoint without it."""
 
 COMMON_STATE = "common_state/shard_0_1"
-"""The entry of the index that has it from Megatron-Core 0.19 on, as a list of one dictionary; there is no :data:`COMMON` beside it.
-Source: ``save`` and ``load_common_state_dict`` in ``megatron/core/dist_checkpointing/serialization.py``."""
+"""The entry of the index that has it from Megatron-Core 0.19 on, as a list of one dictionary; there
+is no :data:`COMMON` beside it.
+Source: ``save`` and ``load_common_state_dict`` in
+``megatron/core/dist_checkpointing/serialization.py``."""
 
 SHOWN = 8
 """Names in a message about a whole file."""
@@ -35,7 +42,8 @@ MAX_NAME = 1000
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """An entry that is not a tensor, such as Transformer Engine's ``_extra_state``; a pickle that is never opened here."""
+    """An entry that is not a tensor, such as Transformer Engine's ``_extra_state``; a pickle that
+    is never opened here."""
 
     name: str
     file: str
@@ -52,24 +60,31 @@ class Index:
 
 
 def read_directory(weights: Path, report: Report = stop) -> Index:
-    """The index of the directory ``weights``; errors as :func:`read_index`, also for a missing or too large file."""
+    """The index of the directory ``weights``; errors as :func:`read_index`, also for a missing or
+    too large file."""
     path = weights / INDEX
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
-    return read_index(restricted_pickle.read_bytes(path), shown(weights), file_sizes(weights), report)
+    return read_index(
+        restricted_pickle.read_bytes(path), shown(weights), file_sizes(weights), report
+    )
 
 
 def file_sizes(weights: Path) -> dict[str, int]:
-    """Bytes of each file in the directory ``weights``, by name; a link counts as the file that it leads to."""
+    """Bytes of each file in the directory ``weights``, by name; a link counts as the file that it
+    leads to."""
     return {file.name: file.stat().st_size for file in sorted(weights.iterdir()) if file.is_file()}
 
 
 def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report = stop) -> Index:
-    """The entries that the pickle ``data`` lists. ``where`` names the directory in errors, ``files`` are its files and sizes.
+    """The entries that the pickle ``data`` lists. ``where`` names the directory in errors,
+    ``files`` are its files and sizes.
 
-    Each entry's byte range is checked to lie inside a file that is there. Raises :class:`DamagedCheckpoint` when the index as a whole
-    cannot be read. To ``report`` go names that the pickle would call (UnsafeCheckpoint), and each fault of one entry, which is left
-    out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint (compressed).
+    Each entry's byte range is checked to lie inside a file that is there. Raises
+    :class:`DamagedCheckpoint` when the index as a whole cannot be read. To ``report`` go names that
+    the pickle would call (UnsafeCheckpoint), and each fault of one entry, which is left
+    out: UnsafeCheckpoint (a range leaves the directory), DamagedCheckpoint, UnsupportedCheckpoint
+    (compressed).
     """
     with without_collector():
         return _read_index(data, where, files, report)
@@ -79,7 +94,9 @@ def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Repor
     index = restricted_pickle.load_index(data, f"{where}/{INDEX}", report)
     entries, stored = index.get("state_dict_metadata"), index.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise DamagedCheckpoint(f"{where}/{INDEX} has no list of tensors or no list of their places.")
+        raise DamagedCheckpoint(
+            f"{where}/{INDEX} has no list of tensors or no list of their places."
+        )
     places = _places(stored, where, files, report)
     del index, stored
     tensors, objects = {}, {}
@@ -89,30 +106,44 @@ def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Repor
                 raise DamagedCheckpoint(f"{where}/{INDEX} lists something without a sound name.")
             if isinstance(entry, restricted_pickle.TensorStorageMetadata):
                 tensors[name] = _tensor(where, name, entry, places)
-            elif isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places:
+            elif (
+                isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places
+            ):
                 if place := places[name, None]:
                     objects[name] = StoredObject(name, *place)
             else:
-                raise DamagedCheckpoint(f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.", name)
+                raise DamagedCheckpoint(
+                    f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.",
+                    name,
+                )
         except CheckpointError as fault:
             report(fault)
     return Index(tensors, objects)
 
 
-def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) -> dict[tuple, tuple[str, int, int] | None]:
-    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported. A file is reported once."""
+def _places(
+    stored: dict, where: str, files: Mapping[str, int], report: Report
+) -> dict[tuple, tuple[str, int, int] | None]:
+    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported.
+    A file is reported once."""
     places = {}
     broken: dict[str, dict[str, int]] = {}
     while stored:
         # Taken out one by one, so that there are never two full lists of 100,000 places.
         key, place = stored.popitem()
         name, offset = getattr(key, "fqn", None), getattr(key, "offset", None)
-        if not isinstance(name, str) or len(name) > MAX_NAME or not (offset is None or _is_shape(offset)):
+        if (
+            not isinstance(name, str)
+            or len(name) > MAX_NAME
+            or not (offset is None or _is_shape(offset))
+        ):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
             continue
         item = name, offset
         if item in places:
-            report(DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name))
+            report(
+                DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name)
+            )
             continue
         try:
             file, start, length = places[item] = _place(where, name, place, files)
@@ -130,53 +161,96 @@ def _places(stored: dict, where: str, files: Mapping[str, int], report: Report) 
 
 
 def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> DamagedCheckpoint:
-    """What to say of a file that is missing (``size`` None) or too short for the entries in ``ends``: name -> last byte."""
+    """What to say of a file that is missing (``size`` None) or too short for the entries in
+    ``ends``: name -> last byte."""
     names = sorted(ends)
-    held = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    held = ", ".join(names[:SHOWN]) + (
+        f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    )
     only = names[0] if len(names) == 1 else None
     if size is None:
-        return DamagedCheckpoint(f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.", only)
+        return DamagedCheckpoint(
+            f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.", only
+        )
     return DamagedCheckpoint(
-        f"{path} has {size:,} bytes but {held} end{'s' if only else ''} at byte {max(ends.values()):,}: the file is cut off. "
-        "Copy the checkpoint again.", only
-    )  # fmt: skip
+        f"{path} has {size:,} bytes but {held} end{'s' if only else ''} at byte "
+        f"{max(ends.values()):,}: the file is cut off. Copy the checkpoint again.",
+        only,
+    )
 
 
 def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
     """(file, start, length) of one stored item, once the file is known to lie in the directory."""
-    file, start, length = getattr(place, "relative_path", None), getattr(place, "offset", None), getattr(place, "length", None)
-    if not isinstance(file, str) or len(file) > MAX_NAME or not (_is_size(start) and _is_size(length)):
-        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound file, offset and length.", name)
+    file, start, length = (
+        getattr(place, "relative_path", None),
+        getattr(place, "offset", None),
+        getattr(place, "length", None),
+    )
+    if (
+        not isinstance(file, str)
+        or len(file) > MAX_NAME
+        or not (_is_size(start) and _is_size(length))
+    ):
+        raise DamagedCheckpoint(
+            f"{where}/{INDEX}: {name} has no sound file, offset and length.", name
+        )
     if getattr(place, "transform_descriptors", None):
-        raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name)
+        raise UnsupportedCheckpoint(
+            f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name
+        )
     if file not in files:
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
-            raise UnsafeCheckpoint(f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not read.", name)
+            raise UnsafeCheckpoint(
+                f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not "
+                "read.",
+                name,
+            )
     return file, start, length
 
 
-def _tensor(where: str, name: str, entry: restricted_pickle.TensorStorageMetadata, places: dict) -> Tensor:
+def _tensor(
+    where: str, name: str, entry: restricted_pickle.TensorStorageMetadata, places: dict
+) -> Tensor:
     """The tensor, without the chunks whose place was reported."""
     shape, properties, chunks = entry.get("size"), entry.get("properties"), entry.get("chunks")
-    dtype = properties.get("dtype") if isinstance(properties, restricted_pickle.TensorProperties) else None
+    dtype = (
+        properties.get("dtype")
+        if isinstance(properties, restricted_pickle.TensorProperties)
+        else None
+    )
     dtype = str(dtype).removeprefix("torch.")
     if dtype in restricted_pickle.OTHER_DTYPE_BYTES:
-        raise UnsupportedCheckpoint(f"{where}/{INDEX}: {name} is of {dtype}, which NeMo never writes.", name)
+        raise UnsupportedCheckpoint(
+            f"{where}/{INDEX}: {name} is of {dtype}, which NeMo never writes.", name
+        )
     if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
-        raise DamagedCheckpoint(f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name)
+        raise DamagedCheckpoint(
+            f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name
+        )
     found, shapes = [], {}
     for chunk in chunks:
         offsets, sizes = (
-            (chunk.get("offsets"), chunk.get("sizes")) if isinstance(chunk, restricted_pickle.Record) else (None, None)
+            (chunk.get("offsets"), chunk.get("sizes"))
+            if isinstance(chunk, restricted_pickle.Record)
+            else (None, None)
         )
-        if not _is_shape(offsets) or not _is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
-            raise DamagedCheckpoint(f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.", name)
-        # Each place serves one chunk: a list that names one chunk over and over would take for ever.
+        if (
+            not _is_shape(offsets)
+            or not _is_shape(sizes)
+            or not len(offsets) == len(sizes) == len(shape)
+        ):
+            raise DamagedCheckpoint(
+                f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.", name
+            )
+        # Each place serves one chunk: a list that names one chunk over and over would take for
+        # ever.
         place = places.pop((name, offsets), ())
         if place == ():
             raise DamagedCheckpoint(
-                f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file of its own.", name
+                f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file of "
+                "its own.",
+                name,
             )
         if place:
             file, start, length = place
@@ -188,10 +262,7 @@ def _is_shape(value: Any) -> bool:
     """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         return False
-    for item in value:
-        if type(item) is not int or not 0 <= item < 2**63:
-            return False
-    return True
+    return all(not (type(item) is not int or not 0 <= item < 2**63) for item in value)
 
 
 def _is_size(value: Any) -> bool:

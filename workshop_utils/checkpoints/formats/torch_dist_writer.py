@@ -1,7 +1,9 @@
-"""Write the files of a torch_dist directory: the index over files that are there already, or new files, one tensor at a time.
+"""Write the files of a torch_dist directory: the index over files that are there already, or new
+files, one tensor at a time.
 
-``megatron.core.dist_checkpointing.load`` wants ``.metadata`` (a pickle of ``torch.distributed.checkpoint.metadata.Metadata``),
-``metadata.json`` (the backend) and ``common.pt`` (state that is not sharded). torch's own classes write them, so that whatever torch
+``megatron.core.dist_checkpointing.load`` wants ``.metadata`` (a pickle of
+``torch.distributed.checkpoint.metadata.Metadata``), ``metadata.json`` (the backend) and
+``common.pt`` (state that is not sharded). torch's own classes write them, so that whatever torch
 reads the directory finds what it expects; nothing is copied from another checkpoint's pickles.
 """
 
@@ -31,9 +33,13 @@ BACKEND = {
 
 
 def write_index(
-    directory: Path, tensors: Iterable[Tensor], objects: Iterable[StoredObject] = (), backend: dict[str, Any] = BACKEND
+    directory: Path,
+    tensors: Iterable[Tensor],
+    objects: Iterable[StoredObject] = (),
+    backend: dict[str, Any] = BACKEND,
 ) -> None:
-    """Write ``.metadata``, ``metadata.json`` and an empty ``common.pt`` for packed ``tensors`` whose files lie in ``directory``."""
+    """Write ``.metadata``, ``metadata.json`` and an empty ``common.pt`` for packed ``tensors``
+    whose files lie in ``directory``."""
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
@@ -48,15 +54,24 @@ def write_index(
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for tensor in tensors:
-        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)) for chunk in tensor.chunks]
+        chunks = [
+            ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape))
+            for chunk in tensor.chunks
+        ]
         properties = TensorProperties(getattr(torch, tensor.dtype))
         entries[tensor.name] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
         for index, chunk in enumerate(tensor.chunks):
-            places[MetadataIndex(tensor.name, chunk.offsets, index)] = _StorageInfo(chunk.file, chunk.start, chunk.length)
+            places[MetadataIndex(tensor.name, chunk.offsets, index)] = _StorageInfo(
+                chunk.file, chunk.start, chunk.length
+            )
     for entry in objects:
         entries[entry.name] = BytesStorageMetadata()
         places[MetadataIndex(entry.name)] = _StorageInfo(entry.file, entry.start, entry.length)
-    index = Metadata(state_dict_metadata=entries, planner_data={name: (name,) for name in entries}, storage_data=places)
+    index = Metadata(
+        state_dict_metadata=entries,
+        planner_data={name: (name,) for name in entries},
+        storage_data=places,
+    )
     index.mcore_data = {}  # Megatron-Core's own field; it describes flattened optimizer state only
     with (directory / INDEX).open("wb") as file:
         pickle.dump(index, file)
@@ -65,21 +80,27 @@ def write_index(
 
 
 def renamed(entries: Iterable[Tensor | StoredObject], old: str, new: str) -> list:
-    """``entries`` with the prefix ``new`` in place of ``old`` (``module.`` in NeMo 2.0, ``model.`` in NeMo 1)."""
-    return [dataclasses.replace(entry, name=new + entry.name.removeprefix(old)) for entry in entries]
+    """``entries`` with the prefix ``new`` in place of ``old`` (``module.`` in NeMo 2.0, ``model.``
+    in NeMo 1)."""
+    return [
+        dataclasses.replace(entry, name=new + entry.name.removeprefix(old)) for entry in entries
+    ]
 
 
 def link(files: Iterable[str], source: Path, directory: Path, target: Path) -> None:
-    """Link ``files`` of the directory ``source`` into ``directory``, which will be moved to ``target``.
+    """Link ``files`` of the directory ``source`` into ``directory``, which will be moved to
+    ``target``.
 
-    The links are relative, so that a moved repository still finds them, and lead to the files themselves, not to other links.
+    The links are relative, so that a moved repository still finds them, and lead to the files
+    themselves, not to other links.
     """
     for file in sorted(set(files)):
         (directory / file).symlink_to(os.path.relpath(os.path.realpath(source / file), target))
 
 
 def append(file: IO[bytes], name: str, offsets: tuple[int, ...], elements: torch.Tensor) -> Chunk:
-    """Write one chunk at the end of ``file``, called ``name`` in the index, and return its place."""
+    """Write one chunk at the end of ``file``, called ``name`` in the index, and return its
+    place."""
     import torch
 
     start = file.tell()

@@ -1,7 +1,8 @@
 """Read the values of one tensor, or of one layer, and nothing else of a checkpoint; without torch.
 
-A chunk of a torch_dist file is a small ``torch.save`` archive, a zip whose only entry of any size is the tensor's elements
-(``torch/distributed/checkpoint/filesystem.py``, torch 2.13). Everything else stores the elements as they are.
+A chunk of a torch_dist file is a small ``torch.save`` archive, a zip whose only entry of any size
+is the tensor's elements (``torch/distributed/checkpoint/filesystem.py``, torch 2.13). Everything
+else stores the elements as they are.
 """
 
 import contextlib
@@ -23,21 +24,27 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def open_part(checkpoint: Checkpoint, file: str) -> Iterator[IO[bytes]]:
-    """The file of ``checkpoint`` that a chunk names, open for reading: beside the index, a member of the archive, or the file itself."""
+    """The file of ``checkpoint`` that a chunk names, open for reading: beside the index, a member
+    of the archive, or the file itself."""
     if checkpoint.kind in (Kind.NEMO1_ARCHIVE, Kind.NEMO1_ARCHIVE_ADAPTER):
         with nemo_archive.open_member(checkpoint.path, file) as member:
             yield member
         return
-    path = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / checkpoint.folder / file
+    path = (
+        checkpoint.path if checkpoint.path.is_file() else checkpoint.path / checkpoint.folder / file
+    )
     with path.open("rb") as opened:
         yield opened
 
 
-def read_tensor(checkpoint: Checkpoint, tensor: Tensor, layer: int | None = None) -> "numpy.ndarray":
-    """The values of ``tensor``, of its shape, or of one ``layer`` of a stacked tensor, of its shape without the first axis.
+def read_tensor(
+    checkpoint: Checkpoint, tensor: Tensor, layer: int | None = None
+) -> "numpy.ndarray":
+    """The values of ``tensor``, of its shape, or of one ``layer`` of a stacked tensor, of its shape
+    without the first axis.
 
-    Only the chunks that hold what was asked for are read. Raises :class:`DamagedCheckpoint` (a chunk is broken or missing) and
-    :class:`UnsupportedCheckpoint` (a quantised dtype).
+    Only the chunks that hold what was asked for are read. Raises :class:`DamagedCheckpoint` (a
+    chunk is broken or missing) and :class:`UnsupportedCheckpoint` (a quantised dtype).
     """
     import numpy
 
@@ -49,7 +56,9 @@ def read_tensor(checkpoint: Checkpoint, tensor: Tensor, layer: int | None = None
     ]
     values = numpy.empty(tensor.shape if layer is None else (1, *tensor.shape[1:]), dtype(tensor))
     if sum(math.prod(chunk.shape) for chunk in chosen) < values.size:
-        raise DamagedCheckpoint(f"{shown(checkpoint.path)}: the chunks of {tensor.name} do not cover it.", tensor.name)
+        raise DamagedCheckpoint(
+            f"{shown(checkpoint.path)}: the chunks of {tensor.name} do not cover it.", tensor.name
+        )
     for chunk in chosen:
         piece = read_chunk(checkpoint, tensor, chunk)
         if layer is not None:
@@ -62,7 +71,8 @@ def read_tensor(checkpoint: Checkpoint, tensor: Tensor, layer: int | None = None
 
 
 def read_chunk(checkpoint: Checkpoint, tensor: Tensor, chunk: Chunk) -> "numpy.ndarray":
-    """The values of one ``chunk`` of ``tensor``, of the chunk's shape; errors as :func:`read_tensor`."""
+    """The values of one ``chunk`` of ``tensor``, of the chunk's shape; errors as
+    :func:`read_tensor`."""
     with open_part(checkpoint, chunk.file) as file:
         file.seek(chunk.start)
         content = file.read(chunk.length)
@@ -78,23 +88,31 @@ def parse_chunk(content: bytes, tensor: Tensor, chunk: Chunk, where: str) -> "nu
         content = _elements(content, needed, tensor, where)
     if len(content) != needed:
         raise DamagedCheckpoint(
-            f"{where} has {len(content):,} bytes for {tensor.name} at {chunk.offsets}; its shape needs {needed:,}.", tensor.name
+            f"{where} has {len(content):,} bytes for {tensor.name} at {chunk.offsets}; its shape "
+            f"needs {needed:,}.",
+            tensor.name,
         )
     return numpy.frombuffer(content, dtype(tensor)).reshape(chunk.shape)
 
 
 def dtype(tensor: Tensor) -> "numpy.dtype":
-    """numpy's dtype for ``tensor``; ml_dtypes has those that numpy lacks. Raises :class:`UnsupportedCheckpoint` for quantised ones."""
+    """numpy's dtype for ``tensor``; ml_dtypes has those that numpy lacks. Raises
+    :class:`UnsupportedCheckpoint` for quantised ones."""
     import ml_dtypes
     import numpy
 
     if tensor.dtype not in DTYPE_BYTES:
-        raise UnsupportedCheckpoint(f"{tensor.name} is stored as {tensor.dtype}, whose values are not read here.", tensor.name)
+        raise UnsupportedCheckpoint(
+            f"{tensor.name} is stored as {tensor.dtype}, whose values are not read here.",
+            tensor.name,
+        )
     return numpy.dtype(getattr(ml_dtypes, tensor.dtype, tensor.dtype))
 
 
 def _place(chunk: Chunk) -> tuple[slice, ...]:
-    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True))
+    return tuple(
+        slice(start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True)
+    )
 
 
 def _elements(content: bytes, needed: int, tensor: Tensor, where: str) -> bytes:
@@ -102,11 +120,26 @@ def _elements(content: bytes, needed: int, tensor: Tensor, where: str) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-            if len(stored) != 1 or stored[0].compress_type != zipfile.ZIP_STORED or stored[0].file_size != needed:
+            if (
+                len(stored) != 1
+                or stored[0].compress_type != zipfile.ZIP_STORED
+                or stored[0].file_size != needed
+            ):
                 raise DamagedCheckpoint(
-                    f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index says.", tensor.name
+                    f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index "
+                    "says.",
+                    tensor.name,
                 )
             return archive.read(stored[0])
     # ValueError: a place before the start of the bytes.
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{where}: the bytes of {tensor.name} are damaged: {error}", tensor.name) from error
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise DamagedCheckpoint(
+            f"{where}: the bytes of {tensor.name} are damaged: {error}", tensor.name
+        ) from error

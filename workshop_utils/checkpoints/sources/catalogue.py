@@ -1,4 +1,5 @@
-"""The models that can be fetched, read from ``models/manifest.yaml``, and where each lies once it is here."""
+"""The models that can be fetched, read from ``models/manifest.yaml``, and where each lies once it
+is here."""
 
 import os
 from collections.abc import Callable
@@ -22,8 +23,8 @@ FORMATS = ("huggingface", "nemo2")
 class Model:
     """One entry of the manifest.
 
-    ``size`` is bytes to download; ``parameters`` a count; ``files`` maps the downloaded files to their sha256 (empty where
-    the source publishes none).
+    ``size`` is bytes to download; ``parameters`` a count; ``files`` maps the downloaded files to
+    their sha256 (empty where the source publishes none).
     """
 
     name: str
@@ -41,52 +42,80 @@ class Model:
 
     @property
     def hub_id(self) -> str | None:
-        """The model's id on the Hub, where it comes from there, or where its licence stands on its page there."""
-        page = self.address if self.source == "huggingface" else self.licence_url.removeprefix("https://huggingface.co/")
+        """The model's id on the Hub, where it comes from there, or where its licence stands on its
+        page there."""
+        page = (
+            self.address
+            if self.source == "huggingface"
+            else self.licence_url.removeprefix("https://huggingface.co/")
+        )
         return page if page.count("/") == 1 else None
 
 
 def catalogue() -> dict[str, Model]:
-    """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an entry is wrong."""
+    """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an
+    entry is wrong."""
     return _read(paths.repository_file("models/manifest.yaml"))
 
 
 def find(name: str) -> Model:
-    """The model called ``name``. Raises WorkshopError with all names, and the nearest, when there is none."""
+    """The model called ``name``. Raises WorkshopError with all names, and the nearest, when there
+    is none."""
     models = catalogue()
     if name in models:
         return models[name]
     hint = did_you_mean(nearest(name, models, most=3, cutoff=0.4))
-    raise WorkshopError(f"no model is called '{name}'.{hint} There are: {', '.join(models)}. `workshop models` lists them")
+    raise WorkshopError(
+        f"no model is called '{name}'.{hint} There are: {', '.join(models)}. `workshop models` "
+        "lists them"
+    )
 
 
 def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingface_model) -> Path:
-    """The directory ``given``, or that of the model of this name below ``place``: what a command takes as MODEL.
+    """The directory ``given``, or that of the model of this name below ``place``: what a command
+    takes as MODEL.
 
     Raises:
-        NotACheckpoint: it is the path of nothing, no name of a model (as :func:`find`), or one that is not here yet.
+        NotACheckpoint: it is the path of nothing, no name of a model (as :func:`find`), or one that
+            is not here yet.
     """
     for found in (Path(given), place(str(given))):
         if found.is_dir():
             return found
     if Path(given).exists():
-        raise NotACheckpoint(f"{paths.shown(given)} is a file: give the directory of a model, or a name from `workshop models`.")
+        raise NotACheckpoint(
+            f"{paths.shown(given)} is a file: give the directory of a model, or a name from "
+            "`workshop models`."
+        )
     if Path(given).name != str(given):
-        raise NotACheckpoint(f"{given} does not exist: give the directory of a model, or a name from `workshop models`.")
+        raise NotACheckpoint(
+            f"{given} does not exist: give the directory of a model, or a name from `workshop "
+            "models`."
+        )
     try:
         model = find(str(given))
     except WorkshopError as error:
-        raise NotACheckpoint(f"{given} is no directory of a model: {error}, `workshop models fetch NAME` gets one.") from None
-    raise NotACheckpoint(f"{model.name} is not at {paths.shown(place(model.name))}: `workshop models fetch {model.name}` gets it.")
+        raise NotACheckpoint(
+            f"{given} is no directory of a model: {error}, `workshop models fetch NAME` gets one."
+        ) from None
+    raise NotACheckpoint(
+        f"{model.name} is not at {paths.shown(place(model.name))}: `workshop models fetch "
+        f"{model.name}` gets it."
+    )
 
 
 def location(model: Model) -> Path:
     """Directory of ``model`` on this machine, whether it is there or not."""
-    return paths.nemo2_checkpoint(model.name) if model.format == "nemo2" else paths.huggingface_model(model.name)
+    return (
+        paths.nemo2_checkpoint(model.name)
+        if model.format == "nemo2"
+        else paths.huggingface_model(model.name)
+    )
 
 
 def is_present(model: Model) -> bool:
-    """Whether the whole of ``model`` lies at its :func:`location`: a directory with a part missing or cut off does not count."""
+    """Whether the whole of ``model`` lies at its :func:`location`: a directory with a part missing
+    or cut off does not count."""
     return wholeness.CHECKS[model.format](location(model))
 
 
@@ -97,7 +126,8 @@ def _read(manifest: Path) -> dict[str, Model]:
         entries = yaml.safe_load(manifest.read_text(encoding="utf-8"))
     except OSError as error:
         raise WorkshopError(
-            f"{paths.shown(manifest)}: cannot be read ({error.strerror}); restore it with git, or install the package again"
+            f"{paths.shown(manifest)}: cannot be read ({error.strerror}); restore it with git, "
+            "or install the package again"
         ) from error
     except yaml.YAMLError as error:
         raise WorkshopError(f"{paths.shown(manifest)}: is not YAML: {error}") from error
@@ -108,15 +138,20 @@ def _model(manifest: Path, name: str, entry: dict) -> Model:
     wanted = {field.name for field in fields(Model)} - {"name"}
     where = f"{paths.shown(manifest)}, {name}"
     for key in sorted(wanted ^ set(entry)):
-        raise WorkshopError(f"{where}: the field '{key}' is {'missing' if key in wanted else 'unknown'}")
+        raise WorkshopError(
+            f"{where}: the field '{key}' is {'missing' if key in wanted else 'unknown'}"
+        )
     for key, allowed in (("source", SOURCES), ("format", FORMATS)):
         if entry[key] not in allowed:
-            raise WorkshopError(f"{where}: {key} is '{entry[key]}', which is none of {', '.join(allowed)}")
+            raise WorkshopError(
+                f"{where}: {key} is '{entry[key]}', which is none of {', '.join(allowed)}"
+            )
     return Model(name=name, **entry)
 
 
 def chosen_model() -> Model:
-    """The model of the settings. Raises WorkshopError where none is called so; the message says where the name comes from."""
+    """The model of the settings. Raises WorkshopError where none is called so; the message says
+    where the name comes from."""
     settings = load_settings()
     try:
         return find(settings.model)

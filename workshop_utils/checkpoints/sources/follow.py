@@ -13,15 +13,31 @@ PAUSE = 0.2  # seconds between two looks
 
 
 def run(
-    command: Sequence[str], log: Path, folder: Path, size: int, label: str, progress: bool, environment: Mapping[str, str]
+    command: Sequence[str],
+    log: Path,
+    folder: Path,
+    size: int,
+    label: str,
+    progress: bool,
+    environment: Mapping[str, str],
 ) -> int:
-    """Run ``command`` until it ends and return its exit status; everything it prints goes to ``log``.
+    """Run ``command`` until it ends and return its exit status; everything it prints goes to
+    ``log``.
 
-    The bar counts the bytes written under ``folder`` towards ``size``. The command is stopped when this function is
-    interrupted.
+    The bar counts the bytes written under ``folder`` towards ``size``. The command is stopped when
+    this function is interrupted.
     """
-    with log.open("w") as output, progress_bar(total=size, desc=label, unit="B", unit_scale=True, shown=progress) as bar:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+    with (
+        log.open("w") as output,
+        progress_bar(total=size, desc=label, unit="B", unit_scale=True, shown=progress) as bar,
+    ):
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        )
         try:
             while process.poll() is None:
                 bar.update(min(size, sum(_written(folder))) - bar.n)
@@ -35,7 +51,8 @@ def run(
 
 
 def _written(folder: Path) -> Iterator[int]:
-    """Bytes on the disk of each file under ``folder``: blocks, because some clients give a file its full size at once."""
+    """Bytes on the disk of each file under ``folder``: blocks, because some clients give a file its
+    full size at once."""
     for here, _, names in os.walk(folder):
         for name in names:
             try:

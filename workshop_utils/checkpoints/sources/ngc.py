@@ -1,7 +1,9 @@
-"""Models of NVIDIA's registry, NGC: the ``ngc`` command where it is installed, else NVIDIA's ``ngcsdk``.
+"""Models of NVIDIA's registry, NGC: the ``ngc`` command where it is installed, else NVIDIA's
+``ngcsdk``.
 
-ngcsdk pins versions that cannot live beside NeMo's, so it gets a virtual environment of its own, made on first use. What
-comes from here already is a NeMo 2.0 checkpoint and is left as NVIDIA wrote it.
+ngcsdk pins versions that cannot live beside NeMo's, so it gets a virtual environment of its own,
+made on first use. What comes from here already is a NeMo 2.0 checkpoint and is left as NVIDIA wrote
+it.
 """
 
 import json
@@ -26,19 +28,23 @@ KEY_PAGE = "https://org.ngc.nvidia.com/setup/api-keys"
 def plan(model: Model) -> str:
     """What :func:`download` does, for people to read."""
     client = "the ngc command" if shutil.which("ngc") else f"{SDK} in {paths.shown(_environment())}"
-    return f"download {model.address} with {client}, check the size (and sha256, where stated) of each file"
+    return (
+        f"download {model.address} with {client}, check the size (and sha256, where stated) of "
+        "each file"
+    )
 
 
 def download(model: Model, target: Path, progress: bool = True) -> None:
     """Make ``target``, the NeMo 2.0 checkpoint of ``model``: whole or not at all.
 
-    Raises GatedModel when the key is missing, refused or without access, FetchError for anything else that fails. With
-    ngcsdk a new start skips the files that were finished; the ``ngc`` command begins again.
+    Raises GatedModel when the key is missing, refused or without access, FetchError for anything
+    else that fails. With ngcsdk a new start skips the files that were finished; the ``ngc`` command
+    begins again.
     """
     if not _key() and not shutil.which("ngc"):
         raise GatedModel(
-            f"{model.address}: NGC wants a key. Make a personal key with the service 'NGC Catalog' at {KEY_PAGE}, set NGC_API_KEY "
-            "to it and start again"
+            f"{model.address}: NGC wants a key. Make a personal key with the service 'NGC "
+            f"Catalog' at {KEY_PAGE}, set NGC_API_KEY to it and start again"
         )
     staging = paths.models_dir() / f".{model.name}.ngc-download"
     staging.mkdir(parents=True, exist_ok=True)
@@ -56,12 +62,19 @@ def _key() -> str | None:
 
 def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
     """Run the driver in the client's environment and show what it reports."""
-    command = [str(_python_of_sdk()), str(Path(__file__).with_name("ngc_driver.py")), model.address, str(staging)]
+    command = [
+        str(_python_of_sdk()),
+        str(Path(__file__).with_name("ngc_driver.py")),
+        model.address,
+        str(staging),
+    ]
     said: dict = {}
     log = staging / "driver.log"
     with (
         log.open("w") as errors,
-        progress_bar(total=model.size, desc=model.name, unit="B", unit_scale=True, shown=progress) as bar,
+        progress_bar(
+            total=model.size, desc=model.name, unit="B", unit_scale=True, shown=progress
+        ) as bar,
     ):
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
@@ -80,7 +93,17 @@ def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
 
 def _with_command(model: Model, staging: Path, progress: bool) -> None:
     """Run ``ngc registry model download-version`` and follow the growing files."""
-    command = ["ngc", "registry", "model", "download-version", model.address, "--dest", str(staging), "--format_type", "json"]
+    command = [
+        "ngc",
+        "registry",
+        "model",
+        "download-version",
+        model.address,
+        "--dest",
+        str(staging),
+        "--format_type",
+        "json",
+    ]
     environment = dict(os.environ)
     if key := _key():  # older versions of the command read no other name
         environment["NGC_CLI_API_KEY"] = key
@@ -93,7 +116,10 @@ def _with_command(model: Model, staging: Path, progress: bool) -> None:
 
 def _kind(text: str) -> str:
     """What kind of failure the ``ngc`` command printed."""
-    kinds = {r"Client Error: 401|Invalid apikey|Missing API key": "refused", r"Client Error: 403": "no access"}
+    kinds = {
+        r"Client Error: 401|Invalid apikey|Missing API key": "refused",
+        r"Client Error: 403": "no access",
+    }
     kinds |= {r"accept terms": "terms", r"Client Error: 404|could not be found": "not found"}
     return next((kind for pattern, kind in kinds.items() if re.search(pattern, text)), "failed")
 
@@ -102,32 +128,42 @@ def _explained(model: Model, kind: str, message: str) -> FetchError:
     """A failure of either client as an error that says what to do."""
     if kind == "refused":
         return GatedModel(
-            f"{model.address}: NGC refuses the key in NGC_API_KEY (401). Make a new personal key with the service 'NGC Catalog' at "
-            f"{KEY_PAGE}; an old-style key needs NGC_CLI_ORG too"
+            f"{model.address}: NGC refuses the key in NGC_API_KEY (401). Make a new personal key "
+            f"with the service 'NGC Catalog' at {KEY_PAGE}; an old-style key needs NGC_CLI_ORG "
+            "too"
         )
     if kind in ("no access", "terms"):
         return GatedModel(
-            f"{model.address}: the account of this key has no access. Open {model.licence_url}, sign in with the same account and "
-            "organisation, accept the terms, then start again"
+            f"{model.address}: the account of this key has no access. Open {model.licence_url}, "
+            "sign in with the same account and organisation, accept the terms, then start again"
         )
     if kind == "not found":
-        return FetchError(f"{model.address}: NGC has no such model or version (404), or this key may not see it")
-    said = proxy.of_environment(os.environ.get("NGC_CLI_API_URL") or "https://api.ngc.nvidia.com", message)
+        return FetchError(
+            f"{model.address}: NGC has no such model or version (404), or this key may not see it"
+        )
+    said = proxy.of_environment(
+        os.environ.get("NGC_CLI_API_URL") or "https://api.ngc.nvidia.com", message
+    )
     if "make a connection" in message or "not reachable" in message:
         return FetchError(
-            f"{model.address}: NGC cannot be reached.{said} Check the network and start again; finished files are kept"
+            f"{model.address}: NGC cannot be reached.{said} Check the network and start again; "
+            "finished files are kept"
         )
     message = proxy.without_credentials(message)
-    return FetchError(f"{model.address}: NGC's client failed: {message}.{said} Start again; finished files are kept")
+    return FetchError(
+        f"{model.address}: NGC's client failed: {message}.{said} Start again; finished files are "
+        "kept"
+    )
 
 
 def _move(model: Model, staging: Path, target: Path) -> None:
-    """Take the checkpoint out of ``staging``; NGC puts it in a folder named after model and version."""
+    """Take the checkpoint out of ``staging``; NGC puts it in a folder named after model and
+    version."""
     found = next((file.parent.parent for file in staging.rglob("context/model.yaml")), None)
     if found is None or not wholeness.nemo2(found):
         raise FetchError(
-            f"{model.address}: what NGC sent is not a whole NeMo 2.0 checkpoint (context/ and weights/). Delete "
-            f"{paths.shown(staging)} and start again"
+            f"{model.address}: what NGC sent is not a whole NeMo 2.0 checkpoint (context/ and "
+            f"weights/). Delete {paths.shown(staging)} and start again"
         )
     with paths.new_directory(target) as made:
         for part in found.iterdir():
@@ -144,8 +180,14 @@ def _python_of_sdk() -> Path:
     python = environment / "bin" / "python"
     finished = environment / f"{SDK}.installed"
     if not finished.is_file():
-        _run([sys.executable, "-m", "venv", "--clear", str(environment)], "a virtual environment cannot be made")
-        _run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", SDK], f"{SDK} cannot be installed")
+        _run(
+            [sys.executable, "-m", "venv", "--clear", str(environment)],
+            "a virtual environment cannot be made",
+        )
+        _run(
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", SDK],
+            f"{SDK} cannot be installed",
+        )
         finished.touch()
     return python
 
@@ -156,4 +198,6 @@ def _run(command: Sequence[str], failure: str) -> None:
         said = (result.stdout + result.stderr).strip() or "no message"
         last = proxy.without_credentials(said.splitlines()[-1]).rstrip(".")
         through = f".{proxy.of_pip(said)}" if "pip" in command else ""
-        raise FetchError(f"{paths.shown(_environment())}: {failure} for the NGC client: {last}{through}")
+        raise FetchError(
+            f"{paths.shown(_environment())}: {failure} for the NGC client: {last}{through}"
+        )

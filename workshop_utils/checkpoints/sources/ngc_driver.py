@@ -1,10 +1,12 @@
-"""Run by the Python of the NGC client's own environment (see :mod:`.ngc`); knows nothing of this workshop.
+"""Run by the Python of the NGC client's own environment (see :mod:`.ngc`); knows nothing of this
+workshop.
 
     python ngc_driver.py ORG/TEAM/NAME:VERSION DIRECTORY
 
-Downloads one file after another to DIRECTORY/NAME_vVERSION and notes each finished one, so that a new start skips it: the
-client gives a file its full size before its content, so its size does not tell whether it is whole. Speaks JSON lines on
-standard output: {"done": BYTES, "total": BYTES} as it goes, {"error": KIND, "message": TEXT} when it fails.
+Downloads one file after another to DIRECTORY/NAME_vVERSION and notes each finished one, so that a
+new start skips it: the client gives a file its full size before its content, so its size does not
+tell whether it is whole. Speaks JSON lines on standard output: {"done": BYTES, "total": BYTES} as
+it goes, {"error": KIND, "message": TEXT} when it fails.
 """
 
 import base64
@@ -20,7 +22,8 @@ PRECONDITION_FAILED = 412  # NGC's answer while terms have not been accepted
 
 
 def main(target: str, directory: Path) -> int:
-    """Download ``target`` into ``directory``. Exit code: 0, or 1 once the error is told on standard output."""
+    """Download ``target`` into ``directory``. Exit code: 0, or 1 once the error is told on standard
+    output."""
     from ngcbase import errors
     from ngcsdk import Client
 
@@ -52,7 +55,8 @@ def key() -> str | None:
 
 
 def download(models, target: str, directory: Path) -> None:
-    """Download the files of ``target`` not yet noted as finished. Raises OSError for a bad path or transfer."""
+    """Download the files of ``target`` not yet noted as finished. Raises OSError for a bad path or
+    transfer."""
     files = list(models.list_files(target))
     total = sum(file.sizeInBytes for file in files)
     for file in files:
@@ -70,7 +74,9 @@ def download(models, target: str, directory: Path) -> None:
             """Tell the progress; ``completed`` is the bytes of this file."""
             say(done=before + completed, total=total)
 
-        result = models.download_version(target, str(directory), file_patterns=[file.path], progress_callback_func=report)
+        result = models.download_version(
+            target, str(directory), file_patterns=[file.path], progress_callback_func=report
+        )
         check(result, file)
         fetched.add(file.path)
         notes.write_text(json.dumps(sorted(fetched)))
@@ -82,13 +88,16 @@ def check(result, file) -> None:
     """The client reports a failed transfer only in its result."""
     if result.status != "Completed":
         raise OSError(
-            f"{file.path}: the transfer ended as '{result.status}' after {result.completed_bytes} of {file.sizeInBytes} bytes"
+            f"{file.path}: the transfer ended as '{result.status}' after "
+            f"{result.completed_bytes} of {file.sizeInBytes} bytes"
         )
     if file.sha256_base64:
         with open(Path(result.path) / file.path, "rb") as content:
             found = base64.b64encode(hashlib.file_digest(content, "sha256").digest()).decode()
         if found != file.sha256_base64:
-            raise OSError(f"{file.path}: its sha256 is {found}, {file.sha256_base64} was expected (base64)")
+            raise OSError(
+                f"{file.path}: its sha256 is {found}, {file.sha256_base64} was expected (base64)"
+            )
 
 
 def say(**message) -> None:

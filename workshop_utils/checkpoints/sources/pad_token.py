@@ -1,7 +1,7 @@
 """Give a Hugging Face directory a pad token that is not its end token.
 
-Batched generation needs a pad token; where pad and end are one token, a model tuned with padding masked out never learns to
-stop. Llama 3 ships none, SmolLM2 ships its end token.
+Batched generation needs a pad token; where pad and end are one token, a model tuned with padding
+masked out never learns to stop. Llama 3 ships none, SmolLM2 ships its end token.
 """
 
 import json
@@ -15,9 +15,11 @@ CANDIDATES = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<pad>", "[PAD]")
 
 
 def ensure(directory: Path) -> None:
-    """Set the pad token in tokenizer_config.json, special_tokens_map.json, config.json and generation_config.json.
+    """Set the pad token in tokenizer_config.json, special_tokens_map.json, config.json and
+    generation_config.json.
 
-    Leaves a pad token alone that differs from the end token. Raises FetchError when the vocabulary offers none.
+    Leaves a pad token alone that differs from the end token. Raises FetchError when the vocabulary
+    offers none.
     """
     tokenizer = _read(directory / "tokenizer_config.json")
     ids = _special_ids(directory)
@@ -26,7 +28,8 @@ def ensure(directory: Path) -> None:
         pad = next((token for token in CANDIDATES if token in ids and token != end), None)
         if pad is None:
             raise FetchError(
-                f"{directory.name}: its tokenizer has none of {', '.join(CANDIDATES)}, so there is nothing to pad with"
+                f"{directory.name}: its tokenizer has none of {', '.join(CANDIDATES)}, so there "
+                "is nothing to pad with"
             )
         _update(directory / "tokenizer_config.json", pad_token=pad)
         _update(directory / "special_tokens_map.json", pad_token=pad)
@@ -36,7 +39,10 @@ def ensure(directory: Path) -> None:
 
 def _special_ids(directory: Path) -> dict[str, int]:
     """Id of each added token; special tokens are all among them."""
-    return {token["content"]: token["id"] for token in _read(directory / "tokenizer.json")["added_tokens"]}
+    return {
+        token["content"]: token["id"]
+        for token in _read(directory / "tokenizer.json")["added_tokens"]
+    }
 
 
 def _content(token: str | dict | None) -> str | None:
@@ -46,7 +52,9 @@ def _content(token: str | dict | None) -> str | None:
 
 def _update(file: Path, **values) -> None:
     if file.exists():
-        paths.write_text(file, json.dumps(_read(file) | values, indent=2, ensure_ascii=False) + "\n")
+        paths.write_text(
+            file, json.dumps(_read(file) | values, indent=2, ensure_ascii=False) + "\n"
+        )
 
 
 def _read(file: Path) -> dict:

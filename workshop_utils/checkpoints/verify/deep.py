@@ -1,4 +1,5 @@
-"""Read every value of a checkpoint once: is each chunk what the index says it is, and is every number finite?"""
+"""Read every value of a checkpoint once: is each chunk what the index says it is, and is every
+number finite?"""
 
 import io
 import itertools
@@ -20,14 +21,22 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 
 
-def check(report: Report, checkpoint: Checkpoint, tensors: list[Tensor], progress: bool = False) -> None:
+def check(
+    report: Report, checkpoint: Checkpoint, tensors: list[Tensor], progress: bool = False
+) -> None:
     """Read the chunks of ``tensors`` file by file; memory stays near twice the largest chunk."""
     work = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks if chunk.length]
     work.sort(key=lambda one: (one[1].file, one[1].start))
-    hidden = sum(1 for tensor in tensors if tensor.nbytes and not any(chunk.length for chunk in tensor.chunks))
+    hidden = sum(
+        1
+        for tensor in tensors
+        if tensor.nbytes and not any(chunk.length for chunk in tensor.chunks)
+    )
     unread: set[str] = set()
     total = sum(chunk.length for _, chunk in work)
-    with progress_bar(total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress) as bar:
+    with progress_bar(
+        total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress
+    ) as bar:
         for file, held in itertools.groupby(work, key=lambda one: one[1].file):
             try:
                 with values.open_part(checkpoint, file) as part:
@@ -39,18 +48,29 @@ def check(report: Report, checkpoint: Checkpoint, tensors: list[Tensor], progres
             except CheckpointError as error:
                 report.add(error)
     report.checked.append(
-        f"every one of {total:,} bytes of weights was read: each chunk is what the index says, and every number is finite"
+        f"every one of {total:,} bytes of weights was read: each chunk is what the index says, "
+        "and every number is finite"
     )
     if unread:
-        report.untold.append(f"whether the values of quantised tensors ({', '.join(sorted(unread))}) make sense")
+        report.untold.append(
+            f"whether the values of quantised tensors ({', '.join(sorted(unread))}) make sense"
+        )
     if hidden:
-        report.untold.append(f"whether the values of {hidden} tensors are finite: their bytes could not be told")
+        report.untold.append(
+            f"whether the values of {hidden} tensors are finite: their bytes could not be told"
+        )
 
 
 def _check_chunk(
-    report: Report, checkpoint: Checkpoint, part: IO[bytes], tensor: Tensor, chunk: Chunk, unread: set[str]
+    report: Report,
+    checkpoint: Checkpoint,
+    part: IO[bytes],
+    tensor: Tensor,
+    chunk: Chunk,
+    unread: set[str],
 ) -> None:
-    """Judge the bytes of one chunk; the dtype of one whose values cannot be read is added to ``unread``."""
+    """Judge the bytes of one chunk; the dtype of one whose values cannot be read is added to
+    ``unread``."""
     where = f"{shown(checkpoint.path)}: {chunk.file}"
     part.seek(chunk.start)
     content = part.read(chunk.length)
@@ -67,12 +87,17 @@ def _check_chunk(
         _check_finite(report, where, numbers, tensor, chunk)
 
 
-def _check_archive(report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk) -> None:
-    """The ``torch.save`` archive of a chunk states dtype and shape itself: they have to be those of the index."""
+def _check_archive(
+    report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk
+) -> None:
+    """The ``torch.save`` archive of a chunk states dtype and shape itself: they have to be those of
+    the index."""
     place = layers.place(tensor, chunk)
     saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
     if not isinstance(saved, torch_archive.SavedTensor):
-        report.damaged(f"{where}: {place} holds a {type(saved).__name__}, not a tensor.", tensor.name)
+        report.damaged(
+            f"{where}: {place} holds a {type(saved).__name__}, not a tensor.", tensor.name
+        )
     elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
         report.damaged(
             f"{where}: {place} holds {list(saved.shape)} of {saved.dtype}, but the index says "
@@ -81,7 +106,9 @@ def _check_archive(report: Report, where: str, content: bytes, tensor: Tensor, c
         )
 
 
-def _check_finite(report: Report, where: str, numbers: "numpy.ndarray", tensor: Tensor, chunk: Chunk) -> None:
+def _check_finite(
+    report: Report, where: str, numbers: "numpy.ndarray", tensor: Tensor, chunk: Chunk
+) -> None:
     import numpy
 
     if numbers.dtype.kind in "iub":
@@ -97,10 +124,14 @@ def _check_finite(report: Report, where: str, numbers: "numpy.ndarray", tensor: 
     if first is None:
         return
     place = [
-        int(inside) + offset for inside, offset in zip(numpy.unravel_index(first, numbers.shape), chunk.offsets, strict=True)
+        int(inside) + offset
+        for inside, offset in zip(
+            numpy.unravel_index(first, numbers.shape), chunk.offsets, strict=True
+        )
     ]
     report.damaged(
-        f"{where}: {layers.place(tensor, chunk)} has {bad:,} values of {flat.size:,} in this chunk that are not finite; the first is "
-        f"{flat[first]} at {place}. The training diverged, or the file is damaged.",
+        f"{where}: {layers.place(tensor, chunk)} has {bad:,} values of {flat.size:,} in this "
+        f"chunk that are not finite; the first is {flat[first]} at {place}. The training "
+        "diverged, or the file is damaged.",
         tensor.name,
     )

@@ -1,4 +1,5 @@
-"""Which layer a tensor belongs to: by a number in its name, or by its place in a tensor that stacks all layers."""
+"""Which layer a tensor belongs to: by a number in its name, or by its place in a tensor that stacks
+all layers."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ def number(name: str) -> int | None:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a tensor holds all layers on its first axis, as Megatron-Core stores them: ``decoder.layers.mlp.linear_fc1.weight``."""
+    """Whether a tensor holds all layers on its first axis, as Megatron-Core stores them:
+    ``decoder.layers.mlp.linear_fc1.weight``."""
     return bool(_STACKED.search(name)) and number(name) is None
 
 
@@ -27,12 +29,14 @@ def family(name: str) -> str:
 
 
 def without_number(name: str) -> str:
-    """The name as if the layer had no number: ``model.layers.7.mlp.up_proj.weight`` -> ``model.layers.mlp.up_proj.weight``."""
+    """The name as if the layer had no number: ``model.layers.7.mlp.up_proj.weight`` ->
+    ``model.layers.mlp.up_proj.weight``."""
     return family(name).replace(".*", "", 1)
 
 
 def place(tensor: Tensor, chunk: Chunk) -> str:
-    """Name of the tensor that ``chunk`` belongs to, with its layer where the name alone does not tell it."""
+    """Name of the tensor that ``chunk`` belongs to, with its layer where the name alone does not
+    tell it."""
     if not is_stacked(tensor.name) or not chunk.shape:
         return tensor.name
     return f"{tensor.name}, {spans([range(chunk.offsets[0], chunk.offsets[0] + chunk.shape[0])])}"
@@ -46,5 +50,7 @@ def spans(parts: Iterable[range]) -> str:
             merged[-1] = range(merged[-1].start, max(part.stop, merged[-1].stop))
         else:
             merged.append(part)
-    text = ", ".join(str(part.start) if len(part) == 1 else f"{part.start}-{part.stop - 1}" for part in merged)
+    text = ", ".join(
+        str(part.start) if len(part) == 1 else f"{part.start}-{part.stop - 1}" for part in merged
+    )
     return f"layer{'s' if len(merged) > 1 or len(merged[0]) > 1 else ''} {text}"

@@ -1,8 +1,10 @@
-"""What can load a checkpoint: for each reader yes with the call, after with what has to be done first, or no with the reason.
+"""What can load a checkpoint: for each reader yes with the call, after with what has to be done
+first, or no with the reason.
 
-Where the facts come from: NeMo 2.4.1 and transformers 4.51 as installed; TensorRT-LLM's ``lora_manager.py``; vLLM's
-``lora_model.py`` and ``peft_helper.py``; Megatron-Bridge's ``AutoBridge`` (0.5); the documentation pages of NIM 1.15 and 2.0. NIM's own
-loader is closed: what is said of it is what its pages say, and was not tried.
+Where the facts come from: NeMo 2.4.1 and transformers 4.51 as installed; TensorRT-LLM's
+``lora_manager.py``; vLLM's ``lora_model.py`` and ``peft_helper.py``; Megatron-Bridge's
+``AutoBridge`` (0.5); the documentation pages of NIM 1.15 and 2.0. NIM's own loader is closed: what
+is said of it is what its pages say, and was not tried.
 """
 
 import shlex
@@ -26,15 +28,30 @@ READERS = (SCRIPT, NEMO2, TRANSFORMERS, PEFT, TRTLLM, NIM1, NIM2, VLLM, BRIDGE)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of --max-lora-rank."""
 
-_GGUF_IN_TRANSFORMERS = ("llama", "mistral", "qwen2", "qwen2moe", "falcon", "phi3", "bloom", "t5", "stablelm", "gpt2", "starcoder2", "mamba",
-                         "nemotron", "gemma2")  # fmt: skip
+_GGUF_IN_TRANSFORMERS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2moe",
+    "falcon",
+    "phi3",
+    "bloom",
+    "t5",
+    "stablelm",
+    "gpt2",
+    "starcoder2",
+    "mamba",
+    "nemotron",
+    "gemma2",
+)
 _BY_ITS_PAGES = "(by NVIDIA's pages, not tried here)"
 _OWN_ADAPTERS = "it reads only adapters of its own"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """Whether the program ``name`` can load the checkpoint, and ``how``: the command or call, or the reason and the way out."""
+    """Whether the program ``name`` can load the checkpoint, and ``how``: the command or call, or
+    the reason and the way out."""
 
     name: str
     answer: Answer
@@ -80,10 +97,19 @@ def _from_huggingface(directory: Path) -> Answers:
         TRANSFORMERS: ("yes", load),
         PEFT: ("yes", f"as the base of an adapter: PeftModel.from_pretrained({load}, ADAPTER)"),
         TRTLLM: ("yes", f"trtllm-serve {path}"),
-        NIM1: ("yes", f"the container llm-nim with {text} mounted and NIM_MODEL_NAME naming its place there {_BY_ITS_PAGES}"),
+        NIM1: (
+            "yes",
+            (
+                f"the container llm-nim with {text} mounted and NIM_MODEL_NAME naming its place "
+                f"there {_BY_ITS_PAGES}"
+            ),
+        ),
         NIM2: (
             "yes",
-            f"the container model-free-nim with {text} mounted and NIM_MODEL_PATH naming its place there {_BY_ITS_PAGES}",
+            (
+                f"the container model-free-nim with {text} mounted and NIM_MODEL_PATH naming its "
+                f"place there {_BY_ITS_PAGES}"
+            ),
         ),
         VLLM: ("yes", f"vllm serve {path}"),
         BRIDGE: ("yes", f'AutoBridge.from_hf_pretrained("{text}")'),
@@ -113,25 +139,46 @@ def _nemo2(checkpoint: Checkpoint) -> Answers:
     path, name = _quoted(checkpoint.path), _name(checkpoint)
     call = _nemo2_call(shown(checkpoint.path))
     if checkpoint.detail == "zarr":
-        once = "load it once with NeMo 2.0 on Megatron-Core 0.13 and save it again; then inspect the new directory"
+        once = (
+            "load it once with NeMo 2.0 on Megatron-Core 0.13 and save it again; then inspect "
+            "the new directory"
+        )
         return _all("after", once) | {NEMO2: ("yes", f"{call}; only on Megatron-Core before 0.16")}
     if not _is_convertible(checkpoint):
-        export = f'llm.export_ckpt(path="{shown(checkpoint.path)}", target="hf", output_path=NEW), if NeMo has an exporter for the family'
+        export = (
+            f'llm.export_ckpt(path="{shown(checkpoint.path)}", target="hf", output_path=NEW), if '
+            "NeMo has an exporter for the family"
+        )
         return _after_huggingface(export) | {
-            SCRIPT: ("no", f"workshop bridge knows the families {_families()}; train it with the NeMo 2.0 API"),
+            SCRIPT: (
+                "no",
+                f"workshop bridge knows the families {_families()}; train it with the NeMo 2.0 API",
+            ),
             NEMO2: ("yes", call),
         }
     return _after_huggingface(f"workshop import --to-huggingface {path}") | {
-        SCRIPT: ("after", f"workshop bridge {path} && {_finetune(_quoted(paths.bridged_checkpoint(name)))}"),
+        SCRIPT: (
+            "after",
+            f"workshop bridge {path} && {_finetune(_quoted(paths.bridged_checkpoint(name)))}",
+        ),
         NEMO2: ("yes", call),
     }
 
 
 def _nemo2_adapter(checkpoint: Checkpoint) -> Answers:
     text, adapter = shown(checkpoint.path), checkpoint.adapter
-    merge = f'merge it: peft.merge_lora(lora_checkpoint_path="{text}", output_path=MERGED), and use MERGED'
-    missing = f'its base is not at {adapter.base}: put it there, or write its place into weights/adapter_metadata.json ("model_ckpt_path")'
-    export = f'peft.export_lora(lora_checkpoint_path="{text}", output_path="{shown(paths.runs_dir() / "exports" / _name(checkpoint))}")'
+    merge = (
+        f'merge it: peft.merge_lora(lora_checkpoint_path="{text}", output_path=MERGED), and use '
+        "MERGED"
+    )
+    missing = (
+        f"its base is not at {adapter.base}: put it there, or write its place into "
+        'weights/adapter_metadata.json ("model_ckpt_path")'
+    )
+    export = (
+        f'peft.export_lora(lora_checkpoint_path="{text}", '
+        f'output_path="{shown(paths.runs_dir() / "exports" / _name(checkpoint))}")'
+    )
     if adapter.variant == "LoRA":
         answers = _all("after", export if adapter.base_is_here else f"{missing}; then {export}")
     else:
@@ -146,7 +193,12 @@ def _nemo2_adapter(checkpoint: Checkpoint) -> Answers:
 
 
 def _peft(checkpoint: Checkpoint) -> Answers:
-    path, text, name, adapter = _quoted(checkpoint.path), shown(checkpoint.path), _name(checkpoint), checkpoint.adapter
+    path, text, name, adapter = (
+        _quoted(checkpoint.path),
+        shown(checkpoint.path),
+        _name(checkpoint),
+        checkpoint.adapter,
+    )
     merge = "merge it: PeftModel.from_pretrained(base, ...).merge_and_unload().save_pretrained(NEW)"
     base = adapter.base or "BASE"
     largest = next((size for size in VLLM_RANKS if adapter.rank and adapter.rank <= size), "RANK")
@@ -154,21 +206,50 @@ def _peft(checkpoint: Checkpoint) -> Answers:
     answers = {
         SCRIPT: ("no", f"NeMo has no importer of PEFT adapters; {merge}, then workshop import NEW"),
         NEMO2: ("no", f"NeMo has no importer of PEFT adapters; {merge}, then workshop import NEW"),
-        TRANSFORMERS: ("yes", f'AutoModelForCausalLM.from_pretrained("{base}").load_adapter("{text}"), with PEFT installed'),
-        PEFT: ("yes", f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{text}")'),
-        TRTLLM: ("yes", f'LLM("{base}", enable_lora=True).generate(..., lora_request=LoRARequest("{name}", 1, "{text}"))'),
+        TRANSFORMERS: (
+            "yes",
+            (
+                f'AutoModelForCausalLM.from_pretrained("{base}").load_adapter("{text}"), with PEFT '
+                "installed"
+            ),
+        ),
+        PEFT: (
+            "yes",
+            f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{text}")',
+        ),
+        TRTLLM: (
+            "yes",
+            (
+                f'LLM("{base}", enable_lora=True).generate(..., lora_request=LoRARequest("{name}", '
+                f'1, "{text}"))'
+            ),
+        ),
         NIM1: ("yes", f"{store}, with a rank of at most NIM_MAX_LORA_RANK {_BY_ITS_PAGES}"),
         NIM2: ("yes", f"{store}, with --max-lora-rank {largest} {_BY_ITS_PAGES}"),
-        VLLM: ("yes", f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {largest} --lora-modules {name}={path}"),
+        VLLM: (
+            "yes",
+            (
+                f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {largest} "
+                f"--lora-modules {name}={path}"
+            ),
+        ),
         BRIDGE: ("no", f"{_OWN_ADAPTERS}; {merge}"),
     }
     if adapter.variant != "LoRA":
         answers |= dict.fromkeys(
-            (TRTLLM, NIM1, NIM2, VLLM), ("no", f"servers of adapters take plain LoRA, not {adapter.variant}; {merge}")
+            (TRTLLM, NIM1, NIM2, VLLM),
+            ("no", f"servers of adapters take plain LoRA, not {adapter.variant}; {merge}"),
         )
     elif adapter.rank and adapter.rank > VLLM_RANKS[-1]:
         answers |= dict.fromkeys(
-            (NIM2, VLLM), ("no", f"its rank {adapter.rank} is over {VLLM_RANKS[-1]}, the most that vLLM takes; {merge}")
+            (NIM2, VLLM),
+            (
+                "no",
+                (
+                    f"its rank {adapter.rank} is over {VLLM_RANKS[-1]}, the most that vLLM takes; "
+                    f"{merge}"
+                ),
+            ),
         )
     return answers
 
@@ -180,19 +261,34 @@ def _nemo1(checkpoint: Checkpoint) -> Answers:
     script = {SCRIPT: ("yes", _finetune(path, checkpoint))}
     if checkpoint.architecture and not _is_convertible(checkpoint):
         return (
-            _all("no", f"workshop convert knows the families {_families()}, and its configuration is of none of them") | script
+            _all(
+                "no",
+                f"workshop convert knows the families {_families()}, and its configuration is of "
+                "none of them",
+            )
+            | script
         )
     nemo2 = _quoted(paths.nemo2_checkpoint(name))
     convert = f"workshop convert {path} {nemo2} --to nemo2"
-    return _after_huggingface(f"{convert} && workshop import --to-huggingface {nemo2}") | script | {NEMO2: ("after", convert)}
+    return (
+        _after_huggingface(f"{convert} && workshop import --to-huggingface {nemo2}")
+        | script
+        | {NEMO2: ("after", convert)}
+    )
 
 
 def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
-    path, text, name, adapter = _quoted(checkpoint.path), shown(checkpoint.path), _name(checkpoint), checkpoint.adapter
+    path, text, name, adapter = (
+        _quoted(checkpoint.path),
+        shown(checkpoint.path),
+        _name(checkpoint),
+        checkpoint.adapter,
+    )
     if str(checkpoint.made_for).startswith("TensorRT-LLM"):
         again = (
-            "this export is made for TensorRT-LLM: its q, k, v rows are in another order and alpha is multiplied in. Take the .nemo that the "
-            "training wrote; for PEFT and servers: workshop export TRAINED.nemo --to hf-peft"
+            "this export is made for TensorRT-LLM: its q, k, v rows are in another order and "
+            "alpha is multiplied in. Take the .nemo that the training wrote; for PEFT and "
+            "servers: workshop export TRAINED.nemo --to hf-peft"
         )
         store = f"$NIM_PEFT_SOURCE/{shlex.quote(name)}"
         return _all("no", again) | {
@@ -202,11 +298,24 @@ def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
     base = shlex.quote(shown(adapter.base)) if adapter.base and adapter.base_is_here else "BASE"
     nemo = {
         SCRIPT: ("yes", f"{_finetune(base, checkpoint)} model.peft.restore_from_path={path}"),
-        NEMO2: ("no", "NeMo 2.0 has no importer of NeMo 1 adapters; use the script path, or train with the NeMo 2.0 API"),
+        NEMO2: (
+            "no",
+            (
+                "NeMo 2.0 has no importer of NeMo 1 adapters; use the script path, or train with "
+                "the NeMo 2.0 API"
+            ),
+        ),
         BRIDGE: ("no", f"{_OWN_ADAPTERS}; serve it as PEFT with another reader"),
     }
     if adapter.variant != "LoRA":
-        return _all("no", "workshop export takes LoRA; merge it with NeMo's own script of that kind of adapter") | nemo
+        return (
+            _all(
+                "no",
+                "workshop export takes LoRA; merge it with NeMo's own script of that kind of "
+                "adapter",
+            )
+            | nemo
+        )
     export = f"workshop export {path}"
     if checkpoint.kind is Kind.NEMO1_DIRECTORY:
         packed = _quoted(checkpoint.path.resolve().with_name(f"{name}.nemo"))
@@ -218,8 +327,12 @@ def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
 
 
 def _view(checkpoint: Checkpoint) -> Answers:
-    shows = next(note for note in checkpoint.notes if note.startswith("a view of ")).rpartition(" ")[2]
-    return _all("after", f"inspect {shows}, which it is a view of") | {SCRIPT: ("yes", _finetune(_quoted(checkpoint.path)))}
+    shows = next(note for note in checkpoint.notes if note.startswith("a view of ")).rpartition(
+        " "
+    )[2]
+    return _all("after", f"inspect {shows}, which it is a view of") | {
+        SCRIPT: ("yes", _finetune(_quoted(checkpoint.path)))
+    }
 
 
 def _lightning(checkpoint: Checkpoint) -> Answers:
@@ -227,12 +340,19 @@ def _lightning(checkpoint: Checkpoint) -> Answers:
         text = shown(checkpoint.path)
         return _all(
             "no",
-            f'only the LightningModule that wrote it knows its weights: CLASS.load_from_checkpoint("{text}"), and save the model',
+            "only the LightningModule that wrote it knows its weights: "
+            f'CLASS.load_from_checkpoint("{text}"), and save the model',
         )
     tool = "examples/nlp/language_modeling/megatron_ckpt_to_nemo.py"
-    out = f"a .ckpt is for going on with a training; give the .nemo that it wrote at its end, or make one with NeMo's {tool}"
+    out = (
+        "a .ckpt is for going on with a training; give the .nemo that it wrote at its end, or "
+        f"make one with NeMo's {tool}"
+    )
     return _all("no", out) | {
-        SCRIPT: ("yes", "to go on: the command of its training again, with exp_manager.resume_if_exists=true"),
+        SCRIPT: (
+            "yes",
+            "to go on: the command of its training again, with exp_manager.resume_if_exists=true",
+        ),
     }
 
 
@@ -241,38 +361,67 @@ def _megatron(checkpoint: Checkpoint) -> Answers:
     name = f"{checkpoint.path.resolve().parent.name}-{_name(checkpoint)}"
     if detail.endswith((", torch", ", zarr")):
         return _all(
-            "after", "load it with Megatron-LM and save it with --ckpt-format torch_dist; then inspect the new iter_ directory"
+            "after",
+            "load it with Megatron-LM and save it with --ckpt-format torch_dist; then inspect "
+            "the new iter_ directory",
         )
     is_bridge = detail.startswith("Megatron-Bridge")
     if checkpoint.adapter:
         export = (
-            f'AutoBridge.from_hf_pretrained(BASE).export_adapter_ckpt("{text}", "{shown(paths.runs_dir() / "exports" / name)}")'
+            f'AutoBridge.from_hf_pretrained(BASE).export_adapter_ckpt("{text}", '
+            f'"{shown(paths.runs_dir() / "exports" / name)}")'
         )
-        nemo = ("no", f"it has no importer of Megatron-Bridge's adapters; serve it as PEFT: {export}")
+        nemo = (
+            "no",
+            f"it has no importer of Megatron-Bridge's adapters; serve it as PEFT: {export}",
+        )
         return _all("after", export) | {
             SCRIPT: nemo,
             NEMO2: nemo,
             BRIDGE: (
                 "yes",
-                f'checkpoint.load="{shown(checkpoint.path.resolve().parent)}", with checkpoint.pretrained_checkpoint=BASE',
+                (
+                    f'checkpoint.load="{shown(checkpoint.path.resolve().parent)}", with '
+                    "checkpoint.pretrained_checkpoint=BASE"
+                ),
             ),
         }
     nemo2 = paths.nemo2_checkpoint(name)
     convert = f"workshop convert {path} {_quoted(nemo2)} --to nemo2"
-    none_of_them = ("no", f"workshop convert knows the families {_families()}, and this is none of them")
+    none_of_them = (
+        "no",
+        f"workshop convert knows the families {_families()}, and this is none of them",
+    )
     known = _is_convertible(checkpoint) or not checkpoint.architecture
-    bridged = f"{convert} && workshop bridge {_quoted(nemo2)} && {_finetune(_quoted(paths.bridged_checkpoint(name)))}"
-    nemo = {SCRIPT: ("after", bridged), NEMO2: ("after", convert)} if known else dict.fromkeys((SCRIPT, NEMO2), none_of_them)
+    bridged = (
+        f"{convert} && workshop bridge {_quoted(nemo2)} && "
+        f"{_finetune(_quoted(paths.bridged_checkpoint(name)))}"
+    )
+    nemo = (
+        {SCRIPT: ("after", bridged), NEMO2: ("after", convert)}
+        if known
+        else dict.fromkeys((SCRIPT, NEMO2), none_of_them)
+    )
     if is_bridge:
-        export = f'AutoBridge.from_hf_pretrained(HF_ID).export_ckpt("{text}", "{shown(paths.huggingface_model(name))}")'
+        export = (
+            f'AutoBridge.from_hf_pretrained(HF_ID).export_ckpt("{text}", '
+            f'"{shown(paths.huggingface_model(name))}")'
+        )
         return (
             _after_huggingface(export)
             | nemo
-            | {BRIDGE: ("yes", f'AutoBridge.from_hf_pretrained(HF_ID).load_megatron_model("{text}")')}
+            | {
+                BRIDGE: (
+                    "yes",
+                    f'AutoBridge.from_hf_pretrained(HF_ID).load_megatron_model("{text}")',
+                )
+            }
         )
     if not known:
         return _all("no", none_of_them[1])
-    return _after_huggingface(f"{convert} && workshop import --to-huggingface {_quoted(nemo2)}") | nemo
+    return (
+        _after_huggingface(f"{convert} && workshop import --to-huggingface {_quoted(nemo2)}") | nemo
+    )
 
 
 def _huggingface(checkpoint: Checkpoint) -> Answers:
@@ -280,18 +429,28 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
     answers = _from_huggingface(checkpoint.path)
     dtype = (checkpoint.dtype or "").partition(",")[0]
     if not _is_convertible(checkpoint):
-        reason = f"workshop import knows the families {_families()}; NeMo's own llm.import_ckpt has a few more"
+        reason = (
+            f"workshop import knows the families {_families()}; NeMo's own llm.import_ckpt has a "
+            "few more"
+        )
         return answers | dict.fromkeys((SCRIPT, NEMO2), ("no", reason))
     if dtype not in ("float64", "float32", "float16", "bfloat16"):
         reason = (
-            f"its weights are quantised ({dtype}), which NeMo's importer does not take; give the model that it was made from"
+            f"its weights are quantised ({dtype}), which NeMo's importer does not take; give the "
+            "model that it was made from"
         )
         return answers | dict.fromkeys((SCRIPT, NEMO2), ("no", reason))
     ours = shown(checkpoint.path) == shown(paths.huggingface_model(name))
     first = f"workshop import {shlex.quote(name) if ours else _quoted(checkpoint.path)}"
     view = paths.bridged_checkpoint(name)
     return answers | {
-        SCRIPT: ("after", f"{first} && workshop bridge {_quoted(paths.nemo2_checkpoint(name))} && {_finetune(_quoted(view))}"),
+        SCRIPT: (
+            "after",
+            (
+                f"{first} && workshop bridge {_quoted(paths.nemo2_checkpoint(name))} && "
+                f"{_finetune(_quoted(view))}"
+            ),
+        ),
         NEMO2: ("after", first),
     }
 
@@ -299,13 +458,23 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
 def _gguf(checkpoint: Checkpoint) -> Answers:
     path = _quoted(checkpoint.path)
     if checkpoint.adapter:
-        return _all("no", f"an adapter for llama.cpp (llama-cli --lora {path}); give the PEFT adapter that it was made from")
+        return _all(
+            "no",
+            f"an adapter for llama.cpp (llama-cli --lora {path}); give the PEFT adapter that it "
+            "was made from",
+        )
     vllm = ("yes", f"vllm serve {path} --tokenizer BASE (experimental in vLLM)")
     kind = str(checkpoint.detail).partition(",")[0]
     if kind not in _GGUF_IN_TRANSFORMERS:
-        out = f"transformers 4.51 reads no GGUF of {kind}; give the Hugging Face model that it was made from"
+        out = (
+            f"transformers 4.51 reads no GGUF of {kind}; give the Hugging Face model that it was "
+            "made from"
+        )
         return _all("no", out) | {VLLM: vllm}
-    load = f'AutoModelForCausalLM.from_pretrained("{shown(checkpoint.path.parent)}", gguf_file="{checkpoint.path.name}")'
+    load = (
+        f'AutoModelForCausalLM.from_pretrained("{shown(checkpoint.path.parent)}", '
+        f'gguf_file="{checkpoint.path.name}")'
+    )
     new = paths.huggingface_model(_name(checkpoint))
     save = f'{load}.save_pretrained("{shown(new)}"), and the tokenizer likewise'
     nemo = ("after", f"{save}; then workshop import {shlex.quote(new.name)}")

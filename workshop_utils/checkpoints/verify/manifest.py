@@ -1,9 +1,11 @@
 """A manifest: size and sha256 of every file of a checkpoint, taken while it was whole.
 
-No format of this world says which save a file comes from: two files of the same size, one of them from another save, look alike to
-every reader. A manifest that was written after the save is the proof that nothing was exchanged since.
+No format of this world says which save a file comes from: two files of the same size, one of them
+from another save, look alike to every reader. A manifest that was written after the save is the
+proof that nothing was exchanged since.
 
-    {"format": "workshop manifest", "version": 1, "checkpoint": "NAME", "files": {"weights/__0_0.distcp": {"bytes": 1, "sha256": "..."}}}
+    {"format": "workshop manifest", "version": 1, "checkpoint": "NAME", "files":
+    {"weights/__0_0.distcp": {"bytes": 1, "sha256": "..."}}}
 """
 
 import hashlib
@@ -45,27 +47,42 @@ def default_path(checkpoint: Path) -> Path:
 
 
 def write(checkpoint: Path, target: Path | None = None, progress: bool = False) -> Path:
-    """Write the manifest of the file or directory ``checkpoint``, all or nothing, and return its path.
+    """Write the manifest of the file or directory ``checkpoint``, all or nothing, and return its
+    path.
 
     Every byte of the checkpoint is read. Links count as what they lead to.
     """
     target = Path(target) if target else default_path(checkpoint)
     found = _files(checkpoint, target)
-    described = {"format": _FORMAT, "version": 1, "checkpoint": Path(os.path.abspath(checkpoint)).name}
+    described = {
+        "format": _FORMAT,
+        "version": 1,
+        "checkpoint": Path(os.path.abspath(checkpoint)).name,
+    }
     with _bar(sum(file.stat().st_size for file in found.values()), progress) as bar:
-        files = {name: {"bytes": file.stat().st_size, "sha256": _sha256(file, bar)} for name, file in found.items()}
+        files = {
+            name: {"bytes": file.stat().st_size, "sha256": _sha256(file, bar)}
+            for name, file in found.items()
+        }
     return paths.write_text(target, json.dumps(described | {"files": files}, indent=1) + "\n")
 
 
 def compare(checkpoint: Path, manifest: Path, progress: bool = False) -> Differences:
-    """How the file or directory ``checkpoint`` differs from ``manifest``. A file of another size is not read.
+    """How the file or directory ``checkpoint`` differs from ``manifest``. A file of another size is
+    not read.
 
     Raises :class:`DamagedCheckpoint` when ``manifest`` is missing or no manifest.
     """
     wanted = _read(Path(manifest))
     found = _files(checkpoint, Path(manifest))
-    same_size = {name for name in found.keys() & wanted.keys() if found[name].stat().st_size == wanted[name]["bytes"]}
-    result = Differences(missing=sorted(wanted.keys() - found.keys()), new=sorted(found.keys() - wanted.keys()))
+    same_size = {
+        name
+        for name in found.keys() & wanted.keys()
+        if found[name].stat().st_size == wanted[name]["bytes"]
+    }
+    result = Differences(
+        missing=sorted(wanted.keys() - found.keys()), new=sorted(found.keys() - wanted.keys())
+    )
     with _bar(sum(wanted[name]["bytes"] for name in same_size), progress) as bar:
         for name in sorted(found.keys() & wanted.keys()):
             if name not in same_size or _sha256(found[name], bar) != wanted[name]["sha256"]:
@@ -76,18 +93,31 @@ def compare(checkpoint: Path, manifest: Path, progress: bool = False) -> Differe
 def _read(manifest: Path) -> dict[str, dict[str, Any]]:
     described = read_json(manifest)
     files = described.get("files")
-    if described.get("format") != _FORMAT or described.get("version") != 1 or not isinstance(files, dict) or not files:
+    if (
+        described.get("format") != _FORMAT
+        or described.get("version") != 1
+        or not isinstance(files, dict)
+        or not files
+    ):
         raise DamagedCheckpoint(
-            f"{shown(manifest)} is no manifest of version 1: `workshop verify PATH --write-manifest` writes one."
+            f"{shown(manifest)} is no manifest of version 1: `workshop verify PATH "
+            "--write-manifest` writes one."
         )
     for name, entry in files.items():
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
-            raise DamagedCheckpoint(f"{shown(manifest)}: the entry {name!r} has no bytes and sha256.")
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise DamagedCheckpoint(
+                f"{shown(manifest)}: the entry {name!r} has no bytes and sha256."
+            )
     return files
 
 
 def _files(checkpoint: Path, manifest: Path) -> dict[str, Path]:
-    """Name in the manifest -> file, sorted; the manifest itself is left out. A single file goes by its own name."""
+    """Name in the manifest -> file, sorted; the manifest itself is left out. A single file goes by
+    its own name."""
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():
         return {checkpoint.name: checkpoint}

@@ -1,10 +1,16 @@
-"""Parts that model-parallel ranks wrote each for itself: do they fit one another, and the architecture?"""
+"""Parts that model-parallel ranks wrote each for itself: do they fit one another, and the
+architecture?"""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from workshop_utils.checkpoints.formats.megatron_layout import EMBEDDING, OUTPUT, layout, stacked_name
+from workshop_utils.checkpoints.formats.megatron_layout import (
+    EMBEDDING,
+    OUTPUT,
+    layout,
+    stacked_name,
+)
 from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.checkpoints.verify import layers
 from workshop_utils.checkpoints.verify.report import Report
@@ -24,9 +30,11 @@ def check(
     parallel: tuple[int, int],
     fields: Mapping[str, Any] | None = None,
 ) -> None:
-    """In each pipeline stage all ranks hold the same tensors, in the slices that ``fields`` (None: not known) ask for.
+    """In each pipeline stage all ranks hold the same tensors, in the slices that ``fields`` (None:
+    not known) ask for.
 
-    ``parallel`` are the tensor- and the pipeline-parallel size. The files' names tell rank and stage.
+    ``parallel`` are the tensor- and the pipeline-parallel size. The files' names tell rank and
+    stage.
     """
     parts: Parts = {}
     for tensor in tensors:
@@ -39,24 +47,34 @@ def check(
     for first, *others in stages.values():
         for other in others:
             _compare(report, where, parts, first, other)
-    report.checked.append(f"the parts of all {parallel[0]} x {parallel[1]} ranks hold the same tensors")
+    report.checked.append(
+        f"the parts of all {parallel[0]} x {parallel[1]} ranks hold the same tensors"
+    )
     if not fields:
-        report.untold.append("whether the shapes of the parts fit the architecture, which is not one that is known here")
+        report.untold.append(
+            "whether the shapes of the parts fit the architecture, which is not one that is "
+            "known here"
+        )
     elif sane_layers(report, where, fields["num_layers"]):
         for stage, files in stages.items():
             _check_stage(report, where, parts[files[0]], stage, parallel, fields)
-        report.checked.append("every rank has the slices, and every stage the layers, that the configuration asks for")
+        report.checked.append(
+            "every rank has the slices, and every stage the layers, that the configuration asks for"
+        )
 
 
 def _compare(report: Report, where: str, parts: Parts, first: str, other: str) -> None:
     for name in sorted(parts[first].keys() ^ parts[other].keys()):
         lacking = other if name in parts[first] else first
-        report.damaged(f"{where}: {lacking} has no {name}, which another rank of the same stage has.", name)
+        report.damaged(
+            f"{where}: {lacking} has no {name}, which another rank of the same stage has.", name
+        )
     for name in sorted(parts[first].keys() & parts[other].keys()):
         one, two = parts[first][name], parts[other][name]
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             report.damaged(
-                f"{where}: {name} is {list(two.shape)} of {two.dtype} in {other}, but {list(one.shape)} of {one.dtype} in {first}.",
+                f"{where}: {name} is {list(two.shape)} of {two.dtype} in {other}, but "
+                f"{list(one.shape)} of {one.dtype} in {first}.",
                 name,
             )
 
@@ -73,7 +91,14 @@ def _check_stage(
     tensor_parallel, pipeline = parallel
     count, rest = divmod(fields["num_layers"], pipeline)
     found = {without_prefix(name): tensor for name, tensor in part.items()}
-    rows = next((found[name].shape[0] for name in (EMBEDDING, OUTPUT) if name in found and found[name].shape), 0)
+    rows = next(
+        (
+            found[name].shape[0]
+            for name in (EMBEDDING, OUTPUT)
+            if name in found and found[name].shape
+        ),
+        0,
+    )
     expected = layout(dict(fields), rows * tensor_parallel)
     seen: dict[str, set[int]] = {}
     for name, tensor in found.items():
@@ -84,10 +109,14 @@ def _check_stage(
         shape = list(weight.shape[len(place) :])
         if weight.split is not None:
             axis = weight.split + weight.stacked - len(place)
-            shape[axis] = shape[axis] // tensor_parallel if shape[axis] % tensor_parallel == 0 else -1
+            shape[axis] = (
+                shape[axis] // tensor_parallel if shape[axis] % tensor_parallel == 0 else -1
+            )
         if list(tensor.shape) != shape:
             report.damaged(
-                f"{where}: {tensor.name} is {list(tensor.shape)} in stage {stage}, but has to be {shape}.", tensor.name
+                f"{where}: {tensor.name} is {list(tensor.shape)} in stage {stage}, but has to be "
+                f"{shape}.",
+                tensor.name,
             )
         seen.setdefault(kind, set()).update(place[:1])
     for kind, weight in expected.items():
@@ -99,4 +128,8 @@ def _check_stage(
         elif weight.stacked and not rest and seen[kind] != set(range(count)):
             wrong = seen[kind] ^ set(range(count))
             text = layers.spans(range(layer, layer + 1) for layer in wrong)
-            report.damaged(f"{where}: {kind}: {text} of stage {stage} missing or too many; a stage has {count}.", kind)
+            report.damaged(
+                f"{where}: {kind}: {text} of stage {stage} missing or too many; a stage has "
+                f"{count}.",
+                kind,
+            )

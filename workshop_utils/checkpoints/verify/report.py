@@ -16,9 +16,10 @@ _BY_WEIGHT = (UnsafeCheckpoint, DamagedCheckpoint)
 class Report:
     """The answer of :func:`workshop_utils.checkpoints.verify.verify.verify`.
 
-    ``checked`` are the statements that were looked at: they hold but for the ``findings``. ``untold`` is what cannot be told from
-    what is there, ``notes`` what is odd but harms nothing. ``checkpoint`` is None when it could not be read at all; ``objects`` are the
-    entries of its index that are no tensors.
+    ``checked`` are the statements that were looked at: they hold but for the ``findings``.
+    ``untold`` is what cannot be told from what is there, ``notes`` what is odd but harms nothing.
+    ``checkpoint`` is None when it could not be read at all; ``objects`` are the entries of its
+    index that are no tensors.
     """
 
     path: Path
@@ -37,21 +38,32 @@ class Report:
 
     @property
     def worst(self) -> CheckpointError | None:
-        """The most serious finding: what is unsafe before what is damaged, that before what is not supported."""
+        """The most serious finding: what is unsafe before what is damaged, that before what is not
+        supported."""
         weight = {kind: at for at, kind in enumerate(_BY_WEIGHT)}
-        return min(self.findings, key=lambda error: weight.get(type(error), len(weight)), default=None)
+        return min(
+            self.findings, key=lambda error: weight.get(type(error), len(weight)), default=None
+        )
 
     @property
     def verdict(self) -> str:
         """All of it in one line."""
         if not self.findings:
-            told = f"; {len(self.untold)} thing{'s' if len(self.untold) > 1 else ''} cannot be told" if self.untold else ""
+            told = (
+                f"; {len(self.untold)} thing{'s' if len(self.untold) > 1 else ''} cannot be told"
+                if self.untold
+                else ""
+            )
             return f"sound: {shown(self.path)}, {len(self.checked)} checks passed{told}"
         unsafe = "UNSAFE" if isinstance(self.worst, UnsafeCheckpoint) else "unsound"
-        return f"{unsafe}: {shown(self.path)}, {len(self.findings)} finding{'s' if len(self.findings) > 1 else ''}"
+        return (
+            f"{unsafe}: {shown(self.path)}, {len(self.findings)} "
+            f"finding{'s' if len(self.findings) > 1 else ''}"
+        )
 
     def add(self, finding: CheckpointError) -> None:
-        """Keep ``finding``, once. This is what the readers of :mod:`workshop_utils.checkpoints.formats` report faults to."""
+        """Keep ``finding``, once. This is what the readers of
+        :mod:`workshop_utils.checkpoints.formats` report faults to."""
         if str(finding) not in self._seen:
             self._seen.add(str(finding))
             self.findings.append(finding)

@@ -10,7 +10,8 @@ from workshop_utils.checkpoints.verify import layers
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Bytes of elements by file and layer: ``cells[file][layer]``; the layer None stands for what is outside the layers."""
+    """Bytes of elements by file and layer: ``cells[file][layer]``; the layer None stands for what
+    is outside the layers."""
 
     files: tuple[str, ...]
     layers: tuple[int, ...]
@@ -19,7 +20,11 @@ class ShardMap:
     @property
     def mixed(self) -> list[int]:
         """Layers whose weights lie in more than one file."""
-        return [layer for layer in self.layers if sum(layer in self.cells[file] for file in self.files) > 1]
+        return [
+            layer
+            for layer in self.layers
+            if sum(layer in self.cells[file] for file in self.files) > 1
+        ]
 
     @property
     def finding(self) -> str:
@@ -30,7 +35,10 @@ class ShardMap:
             return f"{len(self.files)} files; no tensor belongs to a layer."
         if len(self.files) == 1:
             return f"All {len(self.layers)} layers are in one file."
-        return f"{len(self.mixed)} of {len(self.layers)} layers have weights in more than one of the {len(self.files)} files."
+        return (
+            f"{len(self.mixed)} of {len(self.layers)} layers have weights in more than one of "
+            f"the {len(self.files)} files."
+        )
 
 
 def shard_map(checkpoint: Checkpoint) -> ShardMap:
@@ -46,7 +54,8 @@ def shard_map(checkpoint: Checkpoint) -> ShardMap:
 
 
 def _layers(tensor: Tensor, chunk: Chunk) -> list[tuple[int | None, int]]:
-    """(layer, elements) of ``chunk``. NeMo 2.0 stacks all layers on the first axis, the other formats number them in the name."""
+    """(layer, elements) of ``chunk``. NeMo 2.0 stacks all layers on the first axis, the other
+    formats number them in the name."""
     elements = math.prod(chunk.shape)
     if (numbered := layers.number(tensor.name)) is not None:
         return [(numbered, elements)]

@@ -14,7 +14,8 @@ _MOST_SLICES = 1000
 
 
 class Fault(NamedTuple):
-    """A part of a tensor that is not in exactly one chunk: ``chunks`` is how many hold it, None for a chunk that sticks out."""
+    """A part of a tensor that is not in exactly one chunk: ``chunks`` is how many hold it, None for
+    a chunk that sticks out."""
 
     part: Box
     chunks: int | None
@@ -22,17 +23,27 @@ class Fault(NamedTuple):
     def __str__(self) -> str:
         if self.chunks is None:
             return f"a chunk covers {_shown(self.part)}, outside the shape"
-        return f"{_shown(self.part)} is in {self.chunks} chunks" if self.chunks else f"no chunk covers {_shown(self.part)}"
+        return (
+            f"{_shown(self.part)} is in {self.chunks} chunks"
+            if self.chunks
+            else f"no chunk covers {_shown(self.part)}"
+        )
 
 
 def faults(tensor: Tensor) -> list[Fault]:
-    """Where the chunks of ``tensor`` leave a gap, overlap or stick out; empty when they cover it exactly.
+    """Where the chunks of ``tensor`` leave a gap, overlap or stick out; empty when they cover it
+    exactly.
 
-    Slices along the first axis (the layers of a stacked tensor) are told apart: each that is faulty gives one fault.
+    Slices along the first axis (the layers of a stacked tensor) are told apart: each that is faulty
+    gives one fault.
     """
     whole = tuple((0, size) for size in tensor.shape)
     boxes = [_box(chunk) for chunk in tensor.chunks]
-    outside = [box for box in boxes if any(stop > size for (_, stop), size in zip(box, tensor.shape, strict=True))]
+    outside = [
+        box
+        for box in boxes
+        if any(stop > size for (_, stop), size in zip(box, tensor.shape, strict=True))
+    ]
     if outside:
         return [Fault(box, None) for box in outside]
     weights = _Weights()
@@ -48,16 +59,23 @@ def faults(tensor: Tensor) -> list[Fault]:
 
 def _shown(box: Box) -> str:
     """``box`` as an index of the tensor: ``[3, 0:16]``."""
-    return "[" + ", ".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in box) + "]"
+    return (
+        "["
+        + ", ".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in box)
+        + "]"
+    )
 
 
 class _Weights:
-    """A random weight for each coordinate of each axis, which makes "covered exactly once" one equation.
+    """A random weight for each coordinate of each axis, which makes "covered exactly once" one
+    equation.
 
-    Give every element the product of its coordinates' weights. The sum over all chunks equals the sum over the whole tensor if
-    each element is covered once; if not, their difference is a polynomial of the weights that is not zero, and random weights
-    modulo a prime p hide that with a probability of at most axes/p, below 1e-16 (Schwartz-Zippel lemma). The cost is one
-    multiplication a chunk and axis, whatever the number of overlaps; comparing chunks in pairs would be quadratic.
+    Give every element the product of its coordinates' weights. The sum over all chunks equals the
+    sum over the whole tensor if each element is covered once; if not, their difference is a
+    polynomial of the weights that is not zero, and random weights modulo a prime p hide that with a
+    probability of at most axes/p, below 1e-16 (Schwartz-Zippel lemma). The cost is one
+    multiplication a chunk and axis, whatever the number of overlaps; comparing chunks in pairs
+    would be quadratic.
     """
 
     def __init__(self) -> None:
@@ -69,19 +87,24 @@ class _Weights:
         return (sum(map(self._of, boxes)) - self._of(whole)) % _PRIME == 0
 
     def _of(self, box: Box) -> int:
-        """The sum over the elements of ``box``: on each axis the weights below ``stop`` less those below ``start``."""
+        """The sum over the elements of ``box``: on each axis the weights below ``stop`` less those
+        below ``start``."""
         sums, draw = self._sums, self._random.randrange
         product = 1
         for axis, (start, stop) in enumerate(box):
-            # Sums of random weights are as random as the weights: only those at the coordinates in use are drawn.
+            # Sums of random weights are as random as the weights: only those at the coordinates in
+            # use are drawn.
             below = sums.get((axis, start)) or sums.setdefault((axis, start), draw(1, _PRIME))
             upto = sums.get((axis, stop)) or sums.setdefault((axis, stop), draw(1, _PRIME))
             product = product * (upto - below) % _PRIME
         return product
 
 
-def _bad_parts(weights: _Weights, boxes: Sequence[Box], part: Box, axis: int, most: int) -> list[Box]:
-    """The narrowest slices of ``part`` along ``axis`` that are not covered once, by halving; no more than ``most``."""
+def _bad_parts(
+    weights: _Weights, boxes: Sequence[Box], part: Box, axis: int, most: int
+) -> list[Box]:
+    """The narrowest slices of ``part`` along ``axis`` that are not covered once, by halving; no
+    more than ``most``."""
     if weights.covered_once(boxes, part):
         return []
     if not part:
@@ -110,4 +133,6 @@ def _clipped(boxes: Sequence[Box], part: Box) -> list[Box]:
 
 
 def _box(chunk: Chunk) -> Box:
-    return tuple((start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True))
+    return tuple(
+        (start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True)
+    )

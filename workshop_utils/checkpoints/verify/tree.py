@@ -1,4 +1,5 @@
-"""The tensors of a checkpoint as a tree: names split at their dots, the layers of one kind together, sizes added up."""
+"""The tensors of a checkpoint as a tree: names split at their dots, the layers of one kind
+together, sizes added up."""
 
 import html
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ MAX_DEPTH = 20
 
 
 def by_module(checkpoint: Checkpoint) -> dict[str, int]:
-    """Elements of each module, all layers together, the largest first: ``{"mlp.linear_fc1": 106168320, ...}``."""
+    """Elements of each module, all layers together, the largest first: ``{"mlp.linear_fc1":
+    106168320, ...}``."""
     counts: dict[str, int] = {}
     for tensor in checkpoint.tensors:
         module = layers.without_number(tensor.name).rpartition(".")[0] or tensor.name
@@ -24,7 +26,10 @@ def by_module(checkpoint: Checkpoint) -> dict[str, int]:
 
 def as_html(checkpoint: Checkpoint) -> str:
     """A collapsible tree (``<details>``), with elements and bytes at every branch."""
-    return f"<div style='font-family: monospace'>{''.join(_branch(checkpoint.path.name, _tree(checkpoint), open_to=3))}</div>"
+    return (
+        "<div style='font-family: "
+        f"monospace'>{''.join(_branch(checkpoint.path.name, _tree(checkpoint), open_to=3))}</div>"
+    )
 
 
 def as_text(checkpoint: Checkpoint) -> str:
@@ -46,7 +51,8 @@ class Tree:
 
 
 def _tree(checkpoint: Checkpoint) -> dict:
-    """Nested dictionaries; a leaf is the list of the tensors that have this name but for the layer's number."""
+    """Nested dictionaries; a leaf is the list of the tensors that have this name but for the
+    layer's number."""
     top: dict = {}
     for tensor in checkpoint.tensors:
         *branches, leaf = layers.without_number(tensor.name).split(".", MAX_DEPTH)
@@ -68,7 +74,10 @@ def _tensors(node: Mapping | list) -> Iterator[Tensor]:
 
 def _label(name: str, node: Mapping | list) -> str:
     tensors = list(_tensors(node))
-    sizes = f"{sum(tensor.elements for tensor in tensors):,} elements, {sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f} MB"
+    sizes = (
+        f"{sum(tensor.elements for tensor in tensors):,} elements, "
+        f"{sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f} MB"
+    )
     if isinstance(node, list):
         times = f"{len(node)} x " if len(node) > 1 else ""
         return f"{terminal.one_line(name)}: {times}{list(node[0].shape)} {node[0].dtype}, {sizes}"
@@ -80,7 +89,10 @@ def _branch(name: str, node: Mapping | list, open_to: int) -> Iterator[str]:
     if isinstance(node, list):
         yield f"<div style='margin-left: 2.2em'>{label}</div>"
         return
-    yield f"<details style='margin-left: 1em'{' open' if open_to > 0 else ''}><summary>{label}</summary>"
+    yield (
+        "<details style='margin-left: "
+        f"1em'{' open' if open_to > 0 else ''}><summary>{label}</summary>"
+    )
     for child, below in node.items():
         yield from _branch(child, below, open_to - 1)
     yield "</details>"

@@ -1,11 +1,18 @@
-"""Is a checkpoint whole, and safe to load? Sizes, indexes and headers are read; the weights themselves only on request."""
+"""Is a checkpoint whole, and safe to load? Sizes, indexes and headers are read; the weights
+themselves only on request."""
 
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats import gpt_config, nemo1, nemo1_config, nemo_archive, torch_dist
+from workshop_utils.checkpoints.formats import (
+    gpt_config,
+    nemo1,
+    nemo1_config,
+    nemo_archive,
+    torch_dist,
+)
 from workshop_utils.checkpoints.formats.architecture import section, text
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.identify import identify
@@ -22,13 +29,18 @@ from workshop_utils.core.paths import shown
 _SHOWN = 20
 
 
-def verify(path: Path | str, deep: bool = False, manifest: Path | str | None = None, progress: bool = False) -> Report:
-    """Look for everything that is wrong with the checkpoint ``path``; nothing that a file contains is run.
+def verify(
+    path: Path | str, deep: bool = False, manifest: Path | str | None = None, progress: bool = False
+) -> Report:
+    """Look for everything that is wrong with the checkpoint ``path``; nothing that a file contains
+    is run.
 
-    Reads indexes, headers, configurations and the sizes of files; with ``deep`` also every value, once, file by file (memory stays
-    near twice the largest chunk), and with ``manifest`` (see :mod:`.manifest`) every byte. ``progress`` shows a bar for these.
+    Reads indexes, headers, configurations and the sizes of files; with ``deep`` also every value,
+    once, file by file (memory stays near twice the largest chunk), and with ``manifest`` (see
+    :mod:`.manifest`) every byte. ``progress`` shows a bar for these.
 
-    Raises :class:`NotACheckpoint` for what is none, with the right path where one is near. Everything else is in the report.
+    Raises :class:`NotACheckpoint` for what is none, with the right path where one is near.
+    Everything else is in the report.
     """
     path = Path(path)
     report = Report(path)
@@ -46,11 +58,13 @@ def verify(path: Path | str, deep: bool = False, manifest: Path | str | None = N
 
 
 def require_sound(path: Path | str, trust: bool = False, kinds: Collection[Kind] = ()) -> None:
-    """Raise the most serious finding about the checkpoint ``path``, with all of them listed; return when there is none.
+    """Raise the most serious finding about the checkpoint ``path``, with all of them listed; return
+    when there is none.
 
-    Without torch, and no weight is read. Raises :class:`NotACheckpoint`, :class:`UnsafeCheckpoint` before
-    :class:`DamagedCheckpoint` before :class:`UnsupportedCheckpoint`. With ``trust`` the findings go to standard error instead.
-    ``kinds`` are those that the caller is about to load: in a directory with files of two formats, another one may have been verified.
+    Without torch, and no weight is read. Raises :class:`NotACheckpoint`, :class:`UnsafeCheckpoint`
+    before :class:`DamagedCheckpoint` before :class:`UnsupportedCheckpoint`. With ``trust`` the
+    findings go to standard error instead. ``kinds`` are those that the caller is about to load: in
+    a directory with files of two formats, another one may have been verified.
     """
     try:
         report = verify(path)
@@ -62,21 +76,32 @@ def require_sound(path: Path | str, trust: bool = False, kinds: Collection[Kind]
     if kinds and report.checkpoint and report.checkpoint.kind not in kinds:
         report.add(
             UnsupportedCheckpoint(
-                f"{shown(path)} is a {report.checkpoint.kind}, and has been verified as that; what would be loaded here is a "
-                f"{' or a '.join(kinds)}. If it holds files of both, take those of the other format out."
+                f"{shown(path)} is a {report.checkpoint.kind}, and has been verified as that; "
+                f"what would be loaded here is a {' or a '.join(kinds)}. If it holds files of "
+                "both, take those of the other format out."
             )
         )
     if report.sound:
         return
     worst = report.worst
     others = [str(finding) for finding in report.findings if finding is not worst]
-    lines = [terminal.one_line(str(worst)), *(f"- {terminal.one_line(other)}" for other in others[: _SHOWN - 1])]
+    lines = [
+        terminal.one_line(str(worst)),
+        *(f"- {terminal.one_line(other)}" for other in others[: _SHOWN - 1]),
+    ]
     if len(others) >= _SHOWN:
         lines.append(f"- and {len(others) - _SHOWN + 1} more")
     if trust:
-        print("\n".join([f"warning: {report.verdict}. It is used all the same, as you asked.", *lines]), file=sys.stderr)
+        print(
+            "\n".join(
+                [f"warning: {report.verdict}. It is used all the same, as you asked.", *lines]
+            ),
+            file=sys.stderr,
+        )
         return
-    lines.append(f"All of it: workshop verify {shown(path)}. To use it all the same: --trust, or trust=True.")
+    lines.append(
+        f"All of it: workshop verify {shown(path)}. To use it all the same: --trust, or trust=True."
+    )
     raise type(worst)("\n".join(lines), worst.tensor)
 
 
@@ -86,15 +111,21 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
     where = shown(base)
     tensors, ranges = list(checkpoint.tensors), []
     if (base / torch_dist.INDEX).is_file():
-        # With the optimizer's tensors and the objects that are no tensors, which the description leaves out.
+        # With the optimizer's tensors and the objects that are no tensors, which the description
+        # leaves out.
         index = torch_dist.read_directory(base, report.add)
         tensors = list(index.tensors.values())
         report.objects = index.objects
-        ranges = [places.Range(item.file, item.start, item.length, item.name) for item in index.objects.values()]
+        ranges = [
+            places.Range(item.file, item.start, item.length, item.name)
+            for item in index.objects.values()
+        ]
         pickles.check_objects(report, checkpoint)
     ranges += places.ranges(tensors)
     if checkpoint.detail == "zarr":
-        report.untold.append("whether the chunks of zarr are whole: they are listed, and not read, here")
+        report.untold.append(
+            "whether the chunks of zarr are whole: they are listed, and not read, here"
+        )
     else:
         sizes = _sizes(checkpoint, base, {one.file for one in ranges})
         places.check_files(report, where, sizes, ranges, _data_starts(base, sizes))
@@ -108,7 +139,8 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
 
 
 def _sizes(checkpoint: Checkpoint, base: Path, named: set[str]) -> dict[str, int]:
-    """Bytes of each file that the tensors name and that is there, and of every other safetensors file."""
+    """Bytes of each file that the tensors name and that is there, and of every other safetensors
+    file."""
     if checkpoint.kind in (Kind.NEMO1_ARCHIVE, Kind.NEMO1_ARCHIVE_ADAPTER):
         return {member.name: member.size for member in nemo_archive.members(checkpoint.path)}
     if base.is_file():
@@ -117,7 +149,8 @@ def _sizes(checkpoint: Checkpoint, base: Path, named: set[str]) -> dict[str, int
 
 
 def _data_starts(base: Path, sizes: Mapping[str, int]) -> dict[str, int]:
-    """First byte after the header of each safetensors file; what follows has to belong to exactly one tensor."""
+    """First byte after the header of each safetensors file; what follows has to belong to exactly
+    one tensor."""
     starts = {}
     for name in sizes:
         if name.endswith(".safetensors") and base.is_dir():
@@ -137,7 +170,8 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
         companions.check_targets(report, context / "io.json", read_json(context / "io.json"))
     else:
         report.damaged(
-            f"{shown(context / 'io.json')} is missing; NeMo 2.0 builds the model from it. Copy the checkpoint again."
+            f"{shown(context / 'io.json')} is missing; NeMo 2.0 builds the model from it. Copy "
+            "the checkpoint again."
         )
     companions.check_tokenizer(report, context, model)
     config = shown(context / "model.yaml")
@@ -151,7 +185,9 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     else:
         shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
     stated = text(section(section(model, "config"), "params_dtype"), "_target_")
-    shapes.check_dtypes(report, where, checkpoint.tensors, stated.removeprefix("torch.") if stated else None)
+    shapes.check_dtypes(
+        report, where, checkpoint.tensors, stated.removeprefix("torch.") if stated else None
+    )
 
 
 def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
@@ -160,7 +196,9 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     described = f"{where}:{nemo_archive.CONFIG}"
     companions.check_targets(report, described, config)
     if path.is_file():
-        report.checked.append("the archive holds only files, each once, and no name leads out of it")
+        report.checked.append(
+            "the archive holds only files, each once, and no name leads out of it"
+        )
         if index := pickles.archived_index(checkpoint):
             report.objects = index.objects
             pickles.check_common(report, checkpoint, pickles.SHARDED)
@@ -173,7 +211,11 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
         if checkpoint.parallel == (1, 1):
             adapters.check_nemo1(report, path, config, checkpoint.tensors)
         adapters.base_note(report, checkpoint.adapter.base)
-    fields = None if checkpoint.adapter else _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
+    fields = (
+        None
+        if checkpoint.adapter
+        else _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
+    )
     if checkpoint.parallel != (1, 1):
         ranks.check(report, where, checkpoint.tensors, checkpoint.parallel, fields)
     elif not checkpoint.adapter:
@@ -184,7 +226,8 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
 
 
 def _fields(report: Report, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """The fields of the architecture, or None where the family is not known or a field is faulty, which the report then says."""
+    """The fields of the architecture, or None where the family is not known or a field is faulty,
+    which the report then says."""
     try:
         return read()
     except UnsupportedCheckpoint as error:
@@ -209,18 +252,25 @@ def _check_hugging_face(report: Report, checkpoint: Checkpoint, base: Path) -> N
     _check_index(report, base, checkpoint.tensors)
     quantised = "quantization_config" in config
     if checkpoint.detail in shapes.HUGGING_FACE and checkpoint.architecture and not quantised:
-        shapes.check_hugging_face(report, where, checkpoint.tensors, checkpoint.architecture, checkpoint.detail)
+        shapes.check_hugging_face(
+            report, where, checkpoint.tensors, checkpoint.architecture, checkpoint.detail
+        )
     else:
-        what = "it is quantised" if quantised else f"the family {checkpoint.detail} is not known here"
+        what = (
+            "it is quantised" if quantised else f"the family {checkpoint.detail} is not known here"
+        )
         report.untold.append(f"whether names and shapes fit config.json: {what}")
         shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
     stated = config.get("torch_dtype", config.get("dtype"))
     if not quantised:
-        shapes.check_dtypes(report, where, checkpoint.tensors, stated if isinstance(stated, str) else None)
+        shapes.check_dtypes(
+            report, where, checkpoint.tensors, stated if isinstance(stated, str) else None
+        )
 
 
 def _check_index(report: Report, base: Path, tensors: tuple[Tensor, ...]) -> None:
-    """No part holds a tensor that the index leaves out, or has in another part (the other direction is the reader's)."""
+    """No part holds a tensor that the index leaves out, or has in another part (the other direction
+    is the reader's)."""
     indexes = [base / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")]
     index = next((file for file in indexes if file.is_file()), None)
     parts = read_json(index).get("weight_map") if index else None
@@ -230,7 +280,10 @@ def _check_index(report: Report, base: Path, tensors: tuple[Tensor, ...]) -> Non
         for file in tensor.files:
             if parts.get(tensor.name) != file:
                 said = f"in {parts[tensor.name]}" if tensor.name in parts else "nowhere"
-                report.damaged(f"{shown(base / file)} holds {tensor.name}, which {index.name} has {said}.", tensor.name)
+                report.damaged(
+                    f"{shown(base / file)} holds {tensor.name}, which {index.name} has {said}.",
+                    tensor.name,
+                )
     for file in sorted(base.glob(f"*{Path(index.name.removesuffix('.index.json')).suffix}")):
         if file.name not in parts.values():
             report.note(f"{shown(file)} is not in {index.name}; nothing reads it.")
@@ -248,7 +301,9 @@ def _check_peft(report: Report, checkpoint: Checkpoint, base: Path) -> None:
 def _check_others(report: Report, checkpoint: Checkpoint, base: Path) -> None:
     if checkpoint.parallel == (1, 1):
         shapes.check_uniform(report, shown(base), checkpoint.tensors, checkpoint.architecture)
-        report.untold.append("whether the shapes fit the architecture: that is not looked at in this format")
+        report.untold.append(
+            "whether the shapes fit the architecture: that is not looked at in this format"
+        )
     else:
         # The parts of pipeline stages number their layers from 0, each.
         ranks.check(report, shown(base), checkpoint.tensors, checkpoint.parallel)
@@ -271,11 +326,18 @@ _BY_KIND: dict[Kind, Callable[[Report, Checkpoint, Path], None]] = {
 
 
 def _check_manifest(report: Report, file: Path | None, progress: bool) -> None:
-    """All files come from one save if they are those of the manifest; without one nobody can tell."""
+    """All files come from one save if they are those of the manifest; without one nobody can
+    tell."""
     if file is None:
         beside = manifests.default_path(report.path)
-        how = f"--manifest {shown(beside)} tells" if beside.is_file() else "there is no manifest (--write-manifest writes one)"
-        report.untold.append(f"whether all shards come from one save, and nothing was exchanged since: {how}")
+        how = (
+            f"--manifest {shown(beside)} tells"
+            if beside.is_file()
+            else "there is no manifest (--write-manifest writes one)"
+        )
+        report.untold.append(
+            f"whether all shards come from one save, and nothing was exchanged since: {how}"
+        )
         return
     try:
         found = manifests.compare(report.path, file, progress)
@@ -283,14 +345,17 @@ def _check_manifest(report: Report, file: Path | None, progress: bool) -> None:
         report.add(error)
         return
     for name in found.changed:
-        report.damaged(f"{shown(report.path)}: {name} is not the file of {shown(file)}{_what(report, name)}.")
+        report.damaged(
+            f"{shown(report.path)}: {name} is not the file of {shown(file)}{_what(report, name)}."
+        )
     for name in found.missing:
         report.damaged(f"{shown(report.path)}: {name} is missing; {shown(file)} lists it.")
     for name in found.new:
         report.damaged(f"{shown(report.path)}: {name} is not in {shown(file)}; it was added since.")
     if not found:
         report.checked.append(
-            f"every file is the one of {shown(file)}, so that all shards come from the save it was written after"
+            f"every file is the one of {shown(file)}, so that all shards come from the save it "
+            "was written after"
         )
 
 
@@ -299,5 +364,9 @@ def _what(report: Report, name: str) -> str:
     if report.checkpoint is None:
         return ""
     inside = name.removeprefix(f"{report.checkpoint.folder}/") if report.checkpoint.folder else name
-    held = [tensor.name for tensor in report.checkpoint.tensors if any(chunk.file == inside for chunk in tensor.chunks)]
+    held = [
+        tensor.name
+        for tensor in report.checkpoint.tensors
+        if any(chunk.file == inside for chunk in tensor.chunks)
+    ]
     return f"; it holds {places.some(held)}" if held else ""

@@ -1,14 +1,17 @@
-"""NeMo and Megatron-Core on a machine without a GPU: a set of small, named patches and the one call that applies them.
+"""NeMo and Megatron-Core on a machine without a GPU: a set of small, named patches and the one call
+that applies them.
 
     from workshop_utils.runtime.nemo_cpu import apply
     apply()                     # before the first import of nemo or megatron
 
-``apply`` loads neither torch nor NeMo. Each patch (see :mod:`.registry`) names the library, version and file it answers and the
-condition under which it is needed; it runs right after the module it patches has been imported, and only if its condition
-holds then. On a machine with a GPU, Transformer Engine and Apex, only the LoRA mixin fix remains.
+``apply`` loads neither torch nor NeMo. Each patch (see :mod:`.registry`) names the library, version
+and file it answers and the condition under which it is needed; it runs right after the module it
+patches has been imported, and only if its condition holds then. On a machine with a GPU,
+Transformer Engine and Apex, only the LoRA mixin fix remains.
 
-Child processes inherit the patches: ``apply`` puts ``nemo_cpu/inherited`` on ``PYTHONPATH``, whose ``sitecustomize`` calls it
-again. That covers torchrun's workers, the processes that write checkpoints, and a training script that knows nothing of us.
+Child processes inherit the patches: ``apply`` puts ``nemo_cpu/inherited`` on ``PYTHONPATH``, whose
+``sitecustomize`` calls it again. That covers torchrun's workers, the processes that write
+checkpoints, and a training script that knows nothing of us.
 """
 
 import os
@@ -18,9 +21,11 @@ _INHERITED = str(Path(__file__).parent / "inherited")
 
 
 def apply() -> None:
-    """Register every patch, for this process and for the processes it starts. Calling it again changes nothing.
+    """Register every patch, for this process and for the processes it starts. Calling it again
+    changes nothing.
 
-    ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is imported for that.
+    ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is
+    imported for that.
     """
     from workshop_utils.core import home
 
@@ -35,7 +40,8 @@ def apply() -> None:
 
 
 def inherit(environment: dict[str, str]) -> None:
-    """Set ``PYTHONPATH`` in ``environment`` so that Python processes started with it apply the patches too."""
+    """Set ``PYTHONPATH`` in ``environment`` so that Python processes started with it apply the
+    patches too."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     package_root = str(Path(__file__).parents[3])
     wanted = [path for path in (_INHERITED, package_root) if path not in paths]

@@ -1,4 +1,5 @@
-"""Patches of Megatron-Core 0.13.1: hard-coded CUDA devices, fused kernels, and the paged attention kernels of its engine."""
+"""Patches of Megatron-Core 0.13.1: hard-coded CUDA devices, fused kernels, and the paged attention
+kernels of its engine."""
 
 import contextlib
 from types import ModuleType
@@ -23,41 +24,70 @@ from .torch_cuda import CpuTorch, name_types_of_the_cpu
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.dist_checkpointing.strategies.two_stage",
     when=no_cuda,
-    reason="device='cuda' and pin_memory=True are written in the source: 'Torch not compiled with CUDA enabled'",
+    reason="device='cuda' and pin_memory=True are written in the source: 'Torch not compiled with "
+    "CUDA enabled'",
 )
 def cuda_literals_in_megatron(module: ModuleType) -> None:
-    """Give the module a ``torch`` that makes its tensors on the CPU. Narrower, and faster, than a mode around every operation."""
+    """Give the module a ``torch`` that makes its tensors on the CPU. Narrower, and faster, than a
+    mode around every operation."""
     module.torch = CpuTorch(module.torch)
 
 
-@patch("megatron-core", "megatron.core.optimizer.clip_grads", when=no_cuda,
-       reason="clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in the first step")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.optimizer.clip_grads",
+    when=no_cuda,
+    reason="clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in "  # noqa: E501
+    "the first step",
+)
 def clipping_on_cpu(module: ModuleType) -> None:
     """Assert the CPU's type."""
     name_types_of_the_cpu(module.clip_grad_by_total_norm_fp32)
 
 
-@patch("megatron-core", "megatron.core.optimizer.optimizer", when=no_cuda,
-       reason="the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' and its like: TypeError")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.optimizer.optimizer",
+    when=no_cuda,
+    reason="the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' "
+    "and its like: TypeError",
+)
 def bf16_optimizer_on_cpu(module: ModuleType) -> None:
     """Compare with the CPU's types."""
     name_types_of_the_cpu(module.Float16OptimizerWithFloat16Params.__init__)
 
 
-@patch("megatron-core", "megatron.core.tensor_parallel.random", when=no_cuda,
-       reason="only seeded where a GPU exists: 'cuda rng state model-parallel-rng is not added'")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.tensor_parallel.random",
+    when=no_cuda,
+    reason="only seeded where a GPU exists: 'cuda rng state model-parallel-rng is not added'",
+)
 def random_states_of_the_gpu(module: ModuleType) -> None:
     """There is one generator on a CPU; forking the tracker leaves it alone."""
     module.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
     module.model_parallel_cuda_manual_seed = lambda *args, **kwargs: None
 
 
-FUSIONS = ("apply_rope_fusion", "gradient_accumulation_fusion", "bias_dropout_fusion", "bias_activation_fusion",
-           "masked_softmax_fusion", "persist_layer_norm", "cross_entropy_loss_fusion", "tp_comm_overlap")  # fmt: skip
+FUSIONS = (
+    "apply_rope_fusion",
+    "gradient_accumulation_fusion",
+    "bias_dropout_fusion",
+    "bias_activation_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+    "cross_entropy_loss_fusion",
+    "tp_comm_overlap",
+)
 
 
-@patch("megatron-core", "megatron.core.transformer.transformer_config", when=no_transformer_engine,
-       reason="NeMo's LlamaConfig asks for fused kernels that come with Transformer Engine or Apex: ValueError in __post_init__")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.transformer.transformer_config",
+    when=no_transformer_engine,
+    reason="NeMo's LlamaConfig asks for fused kernels that come with Transformer Engine or Apex: "
+    "ValueError in __post_init__",
+)
 def fusions_off(module: ModuleType) -> None:
     """Turn the fusions off before the configuration checks itself."""
     config = module.TransformerConfig
@@ -73,9 +103,14 @@ def fusions_off(module: ModuleType) -> None:
     config.__post_init__ = post_init
 
 
-@patch("megatron-core", "megatron.core.models.gpt.gpt_layer_specs", when=no_transformer_engine,
-       reason="the local layers store the norm before a mixture of experts as mlp.linear_fc1.layer_norm_weight; with Transformer Engine, "
-       "and so in every checkpoint of a GPU, it is pre_mlp_layernorm.weight: neither machine loads the other's Mixtral")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    when=no_transformer_engine,
+    reason="the local layers store the norm before a mixture of experts as "
+    "mlp.linear_fc1.layer_norm_weight; with Transformer Engine, and so in every checkpoint "
+    "of a GPU, it is pre_mlp_layernorm.weight: neither machine loads the other's Mixtral",
+)
 def norm_before_the_experts(module: ModuleType) -> None:
     """Store it under its own name: without a fused layer there is nothing to rename."""
     original = module.get_gpt_layer_local_spec
@@ -90,15 +125,20 @@ def norm_before_the_experts(module: ModuleType) -> None:
     module.get_gpt_layer_local_spec = get_gpt_layer_local_spec
 
 
-@patch("megatron-core", "megatron.core.transformer.torch_norm", when=no_transformer_engine,
-       reason="Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine have: AssertionError, "
-       "'zero_centered_gamma not supported by torch LayerNorm'")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.transformer.torch_norm",
+    when=no_transformer_engine,
+    reason="Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine "
+    "have: AssertionError, 'zero_centered_gamma not supported by torch LayerNorm'",
+)
 def zero_centred_layer_norm(module: ModuleType) -> None:
     """The same norm in plain torch."""
     torch, original = module.torch, module.WrappedTorchNorm.__new__
 
     class ZeroCentredLayerNorm(torch.nn.LayerNorm):
         """A layer norm whose weight is added to 1."""
+
         def reset_parameters(self):
             """Start at zero: the weight counts from 1."""
             torch.nn.init.zeros_(self.weight)
@@ -106,10 +146,13 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
 
         def forward(self, hidden):
             """The layer norm of ``hidden`` times (1 + weight), plus the bias."""
-            return torch.nn.functional.layer_norm(hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+            return torch.nn.functional.layer_norm(
+                hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps
+            )
 
     def new(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
-        """A :class:`ZeroCentredLayerNorm` where the configuration asks for one, else what it was."""
+        """A :class:`ZeroCentredLayerNorm` where the configuration asks for one, else what it
+        was."""
         if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
             return ZeroCentredLayerNorm(hidden_size, eps=eps)
         return original(cls, config, hidden_size, eps, *args, **kwargs)
@@ -117,9 +160,13 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
     module.WrappedTorchNorm.__new__ = new
 
 
-@patch("megatron-core", "megatron.core.transformer.moe.moe_utils", when=no_transformer_engine,
-       reason="the router of a mixture of experts asks whether te_general_gemm is there, a name that is only set with Transformer Engine: "
-       "NameError")  # fmt: skip
+@patch(
+    "megatron-core",
+    "megatron.core.transformer.moe.moe_utils",
+    when=no_transformer_engine,
+    reason="the router of a mixture of experts asks whether te_general_gemm is there, a name that "
+    "is only set with Transformer Engine: NameError",
+)
 def router_without_transformer_engine(module: ModuleType) -> None:
     """It is not: the router multiplies with torch then."""
     if not hasattr(module, "te_general_gemm"):

@@ -1,4 +1,5 @@
-"""Patches of the NeMo 2.0 API (``nemo.lightning`` and ``nemo.collections.llm``) of nemo-toolkit 2.4.1."""
+"""Patches of the NeMo 2.0 API (``nemo.lightning`` and ``nemo.collections.llm``) of nemo-toolkit
+2.4.1."""
 
 import importlib.machinery
 import signal
@@ -21,7 +22,8 @@ def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
 
 
 def local_layer_norm_name(name):
-    """Name of a layer norm in Megatron-Core's local layer spec for its name in Transformer Engine's fused layers."""
+    """Name of a layer norm in Megatron-Core's local layer spec for its name in Transformer Engine's
+    fused layers."""
     if not isinstance(name, str):
         return name
     return name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.").replace(
@@ -29,15 +31,25 @@ def local_layer_norm_name(name):
     )
 
 
-@patch("nemo-toolkit", "nemo.lightning.io.state", when=no_transformer_engine,
-       reason="importers and exporters name the layer norms as Transformer Engine fuses them: they match nothing in a local-spec model")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.lightning.io.state",
+    when=no_transformer_engine,
+    reason="importers and exporters name the layer norms as Transformer Engine fuses them: they "
+    "match nothing in a local-spec model",
+)
 def layer_norm_names_of_connectors(module: ModuleType) -> None:
-    """Rename both sides of a mapping when neither model has fused layer norms and one has separate ones."""
+    """Rename both sides of a mapping when neither model has fused layer norms and one has separate
+    ones."""
     original = module.apply_transforms
 
     def names(model):
         """Names in the state dict of ``model``, of the module in it where it wraps one."""
-        return (model if isinstance(model, module._ModelState) else getattr(model, "module", model)).state_dict().keys()
+        return (
+            (model if isinstance(model, module._ModelState) else getattr(model, "module", model))
+            .state_dict()
+            .keys()
+        )
 
     def apply_transforms(source, target, mapping, *args, **kwargs):
         """The original, with the mapping's layer norms renamed where that is needed."""
@@ -45,14 +57,18 @@ def layer_norm_names_of_connectors(module: ModuleType) -> None:
             known = [*names(source), *names(target)]
             fused = any(".linear_qkv.layer_norm_" in name for name in known)
             if not fused and any(".pre_mlp_layernorm." in name for name in known):
-                mapping = {local_layer_norm_name(key): local_layer_norm_name(value) for key, value in mapping.items()}
+                mapping = {
+                    local_layer_norm_name(key): local_layer_norm_name(value)
+                    for key, value in mapping.items()
+                }
         return original(source, target, mapping, *args, **kwargs)
 
     module.apply_transforms = apply_transforms
 
 
 class _EmptySettings(ModuleType):
-    """Stands in for ModelOpt modules whose attributes are read, as settings, while NeMo is imported."""
+    """Stands in for ModelOpt modules whose attributes are read, as settings, while NeMo is
+    imported."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -60,9 +76,13 @@ class _EmptySettings(ModuleType):
         return {}
 
 
-@patch("nemo-toolkit", "nemo", when=no_modelopt,
-       reason="nemo.collections.llm reads modelopt.torch.speculative.EAGLE3_DEFAULT_CFG at import; the ModelOpt releases it wants do "
-       "not import with torch 2.13")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo",
+    when=no_modelopt,
+    reason="nemo.collections.llm reads modelopt.torch.speculative.EAGLE3_DEFAULT_CFG at import; the "  # noqa: E501
+    "ModelOpt releases it wants do not import with torch 2.13",
+)
 def modelopt_at_import(module: ModuleType) -> None:
     """Put empty modules in its place. Nothing in the workshop quantises or distils."""
     for name in ("modelopt", "modelopt.torch", "modelopt.torch.speculative"):
@@ -72,23 +92,33 @@ def modelopt_at_import(module: ModuleType) -> None:
         sys.modules.setdefault(name, stand_in)
 
 
-@patch("nemo-toolkit", "nemo.collections.llm.modelopt.quantization.quantizer", when=no_modelopt,
-       reason="export_ckpt(target='hf') first asks ModelOpt whether the model is quantised")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.collections.llm.modelopt.quantization.quantizer",
+    when=no_modelopt,
+    reason="export_ckpt(target='hf') first asks ModelOpt whether the model is quantised",
+)
 def export_without_modelopt(module: ModuleType) -> None:
     """It is not."""
     module.export_hf_checkpoint = lambda *args, **kwargs: None
 
 
-@patch("nemo-toolkit", "nemo.collections.llm.gpt.data.utils", "nemo.collections.nlp.data.language_modeling.text_memmap_dataset",
-       when=no_cuda,
-       reason="the pool that indexes data files inherits Lightning's SIGTERM handler, survives Pool.terminate() and hangs join(): "
-       "seen with the fork start method, which is what a CPU run uses")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.collections.llm.gpt.data.utils",
+    "nemo.collections.nlp.data.language_modeling.text_memmap_dataset",
+    when=no_cuda,
+    reason="the pool that indexes data files inherits Lightning's SIGTERM handler, survives "
+    "Pool.terminate() and hangs join(): seen with the fork start method, which is what a CPU "
+    "run uses",
+)
 def index_workers_can_be_stopped(module: ModuleType) -> None:
     """Workers are forked while SIGTERM has its default meaning."""
     original = module.build_index_files
 
     def build_index_files(*args, **kwargs):
-        """The original, with SIGTERM at its default meanwhile; unchanged outside the main thread, which cannot set it."""
+        """The original, with SIGTERM at its default meanwhile; unchanged outside the main thread,
+        which cannot set it."""
         if threading.current_thread() is not threading.main_thread():
             return original(*args, **kwargs)
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -100,24 +130,38 @@ def index_workers_can_be_stopped(module: ModuleType) -> None:
     module.build_index_files = build_index_files
 
 
-@patch("nemo-toolkit", "nemo.collections.llm.peft.lora", when=no_transformer_engine,
-       reason="LoRA asks of every layer whether it is a te.Linear: UnavailableError, 'transformer_engine.pytorch could not be imported'")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.collections.llm.peft.lora",
+    when=no_transformer_engine,
+    reason="LoRA asks of every layer whether it is a te.Linear: UnavailableError, "
+    "'transformer_engine.pytorch could not be imported'",
+)
 def lora_without_transformer_engine(module: ModuleType) -> None:
     """No layer is one: ``te.Linear`` becomes a class without instances."""
     module.te = SimpleNamespace(Linear=type("NoTransformerEngineLinear", (), {}))
 
 
-@patch("nemo-toolkit", "nemo.collections.llm.peft.utils", when=no_transformer_engine,
-       reason="Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for the real ones: TypeError, "
-       "'isinstance() arg 2 must be a type'")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.collections.llm.peft.utils",
+    when=no_transformer_engine,
+    reason="Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for "
+    "the real ones: TypeError, 'isinstance() arg 2 must be a type'",
+)
 def adapters_without_transformer_engine(module: ModuleType) -> None:
     """Say that Transformer Engine is not there."""
     module.HAVE_TE = False
 
 
-@patch("nemo-toolkit", "nemo.lightning.pytorch.callbacks.progress_printer", when=no_cuda,
-       reason="rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the next collective operation of the others "
-       "meets that one, and the run hangs at its first checkpoint with two processes")  # fmt: skip
+@patch(
+    "nemo-toolkit",
+    "nemo.lightning.pytorch.callbacks.progress_printer",
+    when=no_cuda,
+    reason="rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the "
+    "next collective operation of the others meets that one, and the run hangs at its first "
+    "checkpoint with two processes",
+)
 def timers_of_one_process(module: ModuleType) -> None:
     """Print the timers only where there is one process."""
     original = module.ProgressPrinter.log_megatron_timers

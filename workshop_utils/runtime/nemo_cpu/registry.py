@@ -1,4 +1,5 @@
-"""The list of patches, the conditions they depend on, and how they are run: right after the patched module's import."""
+"""The list of patches, the conditions they depend on, and how they are run: right after the patched
+module's import."""
 
 import functools
 import importlib.util
@@ -6,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
-LIBRARIES = {"torch": "2.13.0", "lightning": "2.4.0", "megatron-core": "0.13.1", "nemo-toolkit": "2.4.1"}
+LIBRARIES = {
+    "torch": "2.13.0",
+    "lightning": "2.4.0",
+    "megatron-core": "0.13.1",
+    "nemo-toolkit": "2.4.1",
+}
 """Library -> the version each patch was written against."""
 
 
@@ -29,7 +35,8 @@ def no_apex() -> bool:
 
 @functools.cache
 def no_modelopt() -> bool:
-    """True when NVIDIA's ModelOpt is not installed. Remembered: once the stand-in is loaded, ``find_spec`` finds that."""
+    """True when NVIDIA's ModelOpt is not installed. Remembered: once the stand-in is loaded,
+    ``find_spec`` finds that."""
     return importlib.util.find_spec("modelopt") is None
 
 
@@ -45,7 +52,8 @@ class Patch:
     Attributes:
         name: the name of the function that makes the change.
         library: the distribution's name, a key of :data:`LIBRARIES`.
-        module: dotted name of the module whose import triggers the patch, that is, the file it answers.
+        module: dotted name of the module whose import triggers the patch, that is, the file it
+            answers.
         when: the condition, one of this module's functions.
         reason: what happens without it.
         change: the function; gets the imported module.
@@ -75,11 +83,14 @@ PATCHES: list[Patch] = []
 
 
 def patch(library: str, *modules: str, when: Callable[[], bool], reason: str):
-    """Decorator: register a function as the patch of ``modules`` (several where the same fault stands in several files)."""
+    """Decorator: register a function as the patch of ``modules`` (several where the same fault
+    stands in several files)."""
 
     def register(change: Callable[[ModuleType], None]):
         """Add ``change`` to PATCHES, once for each module, and return it as it is."""
-        PATCHES.extend(Patch(change.__name__, library, module, when, reason, change) for module in modules)
+        PATCHES.extend(
+            Patch(change.__name__, library, module, when, reason, change) for module in modules
+        )
         return change
 
     return register
@@ -89,7 +100,8 @@ _active: set[tuple[str, str]] = set()
 
 
 def activate() -> None:
-    """Have every registered patch run after its module's import, or at once where the module is already loaded."""
+    """Have every registered patch run after its module's import, or at once where the module is
+    already loaded."""
     import wrapt
 
     for entry in PATCHES:

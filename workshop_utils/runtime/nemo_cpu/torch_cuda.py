@@ -1,4 +1,5 @@
-"""torch without CUDA: the calls that NeMo and Megatron-Core make whatever the device become harmless."""
+"""torch without CUDA: the calls that NeMo and Megatron-Core make whatever the device become
+harmless."""
 
 import contextlib
 import os
@@ -8,7 +9,8 @@ from .registry import no_cuda, patch
 
 
 class _Stream:
-    """Stands in for ``torch.cuda.Stream``: CPU work is finished when a call returns, so there is nothing to order."""
+    """Stands in for ``torch.cuda.Stream``: CPU work is finished when a call returns, so there is
+    nothing to order."""
 
     def __init__(self, *args, **kwargs): ...
 
@@ -53,10 +55,16 @@ def _returns(value):
     return lambda *args, **kwargs: value
 
 
-@patch("torch", "torch", when=no_cuda, reason="NeMo and Megatron-Core call torch.cuda functions unconditionally: AssertionError, "
-       "'Torch not compiled with CUDA enabled' or 'Found no NVIDIA driver'")  # fmt: skip
+@patch(
+    "torch",
+    "torch",
+    when=no_cuda,
+    reason="NeMo and Megatron-Core call torch.cuda functions unconditionally: AssertionError, "
+    "'Torch not compiled with CUDA enabled' or 'Found no NVIDIA driver'",
+)
 def cuda_calls_do_nothing(torch: ModuleType) -> None:
-    """``torch.cuda.current_device()`` answers "cpu", so that ``device=torch.cuda.current_device()`` is right as it stands."""
+    """``torch.cuda.current_device()`` answers "cpu", so that ``device=torch.cuda.current_device()``
+    is right as it stands."""
     cuda = torch.cuda
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, _returns(None))
@@ -70,30 +78,50 @@ def cuda_calls_do_nothing(torch: ModuleType) -> None:
         setattr(cuda, name, getattr(torch, name))
 
 
-@patch("torch", "torch", when=no_cuda, reason=".cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'")
+@patch(
+    "torch",
+    "torch",
+    when=no_cuda,
+    reason=".cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'",
+)
 def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
     """``tensor.cuda()`` and ``module.cuda()`` return what they were called on."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
-@patch("lightning", "lightning.fabric.utilities.device_dtype_mixin", when=no_cuda, reason="a LightningModule has a cuda() of its own, "
-       "which NeMo's MegatronGPTModel.generate calls: TypeError in torch.device('cuda', 'cpu')")  # fmt: skip
+@patch(
+    "lightning",
+    "lightning.fabric.utilities.device_dtype_mixin",
+    when=no_cuda,
+    reason="a LightningModule has a cuda() of its own, "
+    "which NeMo's MegatronGPTModel.generate calls: TypeError in torch.device('cuda', 'cpu')",
+)
 def cuda_method_of_lightning_modules(module: ModuleType) -> None:
     """As for other modules: return what it was called on."""
     module._DeviceDtypeModuleMixin.cuda = lambda self, *args, **kwargs: self
 
 
-@patch("torch", "torch", when=no_cuda, reason="Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and "
-       "minutes on a CPU; there is nothing to fuse for")  # fmt: skip
+@patch(
+    "torch",
+    "torch",
+    when=no_cuda,
+    reason="Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and "
+    "minutes on a CPU; there is nothing to fuse for",
+)
 def no_compilation(torch: ModuleType) -> None:
     """Turn torch.compile off, in child processes too."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch._dynamo.config.disable = True
 
 
-@patch("torch", "torch", when=no_cuda, reason="Megatron-Core's linear layers keep the state of the GPU's autocast for their backward "
-       "pass: 'expected m1 and m2 to have the same dtype' in mixed precision on a CPU")  # fmt: skip
+@patch(
+    "torch",
+    "torch",
+    when=no_cuda,
+    reason="Megatron-Core's linear layers keep the state of the GPU's autocast for their backward "
+    "pass: 'expected m1 and m2 to have the same dtype' in mixed precision on a CPU",
+)
 def autocast_of_autograd_functions(torch: ModuleType) -> None:
     """Keep the state of the CPU's autocast where that of a GPU is asked for."""
     for name in ("custom_fwd", "custom_bwd"):
@@ -101,14 +129,28 @@ def autocast_of_autograd_functions(torch: ModuleType) -> None:
         setattr(
             torch.amp,
             name,
-            lambda *args, device_type="cpu", original=original, **kwargs: original(*args, device_type="cpu", **kwargs),
+            lambda *args, device_type="cpu", original=original, **kwargs: original(
+                *args, device_type="cpu", **kwargs
+            ),
         )
 
 
 class CpuTorch:
-    """``torch`` as a module sees it that writes ``device="cuda"`` in so many words: the same, but tensors are made on the CPU."""
+    """``torch`` as a module sees it that writes ``device="cuda"`` in so many words: the same, but
+    tensors are made on the CPU."""
 
-    FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
+    FACTORIES = (
+        "tensor",
+        "zeros",
+        "ones",
+        "empty",
+        "full",
+        "arange",
+        "rand",
+        "randn",
+        "empty_like",
+        "zeros_like",
+    )
 
     def __init__(self, torch: ModuleType):
         self._torch = torch
@@ -120,7 +162,9 @@ class CpuTorch:
 
     def autocast(self, device_type: str, *args, **kwargs):
         """Mixed precision of the processor where that of a GPU is written."""
-        return self._torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        return self._torch.autocast(
+            "cpu" if device_type == "cuda" else device_type, *args, **kwargs
+        )
 
     @staticmethod
     def _on_cpu(factory):
@@ -136,7 +180,8 @@ class CpuTorch:
 
 
 def name_types_of_the_cpu(function: FunctionType) -> None:
-    """Where ``function`` compares ``tensor.type()`` with 'torch.cuda.FloatTensor' and its like, have it compare with the CPU's names."""
+    """Where ``function`` compares ``tensor.type()`` with 'torch.cuda.FloatTensor' and its like,
+    have it compare with the CPU's names."""
 
     def on_cpu(constant):
         """``constant`` without "cuda." in it; in a tuple as well."""

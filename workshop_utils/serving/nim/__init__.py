@@ -1,4 +1,5 @@
-"""Put adapters where a NIM looks for them, start the NIM, and wait until it serves. https://docs.nvidia.com/nim/large-language-models/
+"""Put adapters where a NIM looks for them, start the NIM, and wait until it serves.
+https://docs.nvidia.com/nim/large-language-models/
 
 from workshop_utils.serving.nim import stage
 

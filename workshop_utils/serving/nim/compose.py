@@ -1,6 +1,7 @@
 """A NIM as a Docker Compose file (https://docs.docker.com/reference/compose-file).
 
-Docker Compose is not here, nor the schema of its files: the tests compare the fields with those of the reference and of ``docker run``.
+Docker Compose is not here, nor the schema of its files: the tests compare the fields with those of
+the reference and of ``docker run``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import yaml
 
 from workshop_utils.serving.nim.docker import CACHE, KEY, PORT, STORE, Nim
 
-_PROBE = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v1/health/ready', timeout=5)"
+_PROBE = (
+    f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v1/health/ready', timeout=5)"
+)
 
 
 def compose(nim: Nim) -> dict[str, Any]:
-    """The service of ``nim``. The key is passed on from the shell that runs ``docker compose up``, by its name."""
+    """The service of ``nim``. The key is passed on from the shell that runs ``docker compose up``,
+    by its name."""
     devices = {"driver": "nvidia", "capabilities": ["gpu"]}
     if nim.gpus.startswith("device="):
         devices["device_ids"] = nim.gpus.removeprefix("device=").split(",")
@@ -30,7 +34,10 @@ def compose(nim: Nim) -> dict[str, Any]:
         "user": str(os.getuid()),
         "shm_size": nim.shm_size,
         "ports": [f"127.0.0.1:{nim.port}:{PORT}"],
-        "environment": [KEY, *(f"{name}={_literal(value)}" for name, value in nim.environment.items())],
+        "environment": [
+            KEY,
+            *(f"{name}={_literal(value)}" for name, value in nim.environment.items()),
+        ],
         "volumes": [
             _bind(nim.cache, CACHE),
             _bind(nim.store, STORE) | {"read_only": True},
@@ -64,8 +71,11 @@ def as_comments(*lines: str) -> str:
 
 
 def as_yaml(*documents: dict[str, Any]) -> str:
-    """``documents`` as YAML, in the order of their fields; values with special characters are quoted."""
-    return yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=120, explicit_start=len(documents) > 1)
+    """``documents`` as YAML, in the order of their fields; values with special characters are
+    quoted."""
+    return yaml.dump_all(
+        documents, Dumper=_Plain, sort_keys=False, width=120, explicit_start=len(documents) > 1
+    )
 
 
 class _Plain(yaml.SafeDumper):
@@ -77,8 +87,14 @@ class _Plain(yaml.SafeDumper):
 
 
 def _bind(source: Path, target: str) -> dict[str, Any]:
-    """A directory of this machine. One that is missing is told: docker would make it root's, where the container cannot write."""
-    return {"type": "bind", "source": _literal(str(source.resolve())), "target": target, "bind": {"create_host_path": False}}
+    """A directory of this machine. One that is missing is told: docker would make it root's, where
+    the container cannot write."""
+    return {
+        "type": "bind",
+        "source": _literal(str(source.resolve())),
+        "target": target,
+        "bind": {"create_host_path": False},
+    }
 
 
 def _literal(text: str) -> str:

@@ -1,7 +1,7 @@
 """The ``docker run`` command of a NIM, and the container that it starts.
 
-Flags, variables and paths are those of NIM's pages ("Getting started", "Parameter-efficient fine-tuning", "Environment variables").
-No NIM was run here: it needs a GPU and a key.
+Flags, variables and paths are those of NIM's pages ("Getting started", "Parameter-efficient
+fine-tuning", "Environment variables"). No NIM was run here: it needs a GPU and a key.
 """
 
 from __future__ import annotations
@@ -29,26 +29,55 @@ CACHE, STORE = "/opt/nim/.cache", "/opt/nim/loras"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _SIZE = re.compile(r"[1-9]\d*[KMG]B?")
 _EXPLAINED = (
-    (r"permission denied.*docker.*sock|docker.*sock.*permission denied", "this user may not use docker: add it to the group docker, or use sudo"),
-    (r"cannot connect to the docker daemon|daemon is not running", "docker is installed, but its daemon does not run: sudo systemctl start docker"),
-    (r"could not select device driver|nvidia-container-cli|unknown.*runtime.*nvidia", 
-     "docker cannot reach the GPU: install the NVIDIA Container Toolkit, `sudo nvidia-ctk runtime configure --runtime=docker`, and restart docker"),
-    (r"unauthorized|authentication required|denied: requested access|invalid credentials", f"log in first: echo \"${KEY}\" | docker login nvcr.io -u '$oauthtoken' --password-stdin"),
-    (r"manifest unknown|manifest for .* not found|not found: manifest", "there is no such image: look the tag up in NVIDIA's catalogue (https://catalog.ngc.nvidia.com)"),
-    (r"port is already allocated|address already in use", "the port is taken: stop what uses it, or choose another --port"),
-    (r"the container name .* is already in use", "a container of that name exists: `docker rm -f NAME`, or choose another --name"),
+    (
+        r"permission denied.*docker.*sock|docker.*sock.*permission denied",
+        "this user may not use docker: add it to the group docker, or use sudo",
+    ),
+    (
+        r"cannot connect to the docker daemon|daemon is not running",
+        "docker is installed, but its daemon does not run: sudo systemctl start docker",
+    ),
+    (
+        r"could not select device driver|nvidia-container-cli|unknown.*runtime.*nvidia",
+        (
+            "docker cannot reach the GPU: install the NVIDIA Container Toolkit, `sudo nvidia-ctk "
+            "runtime configure --runtime=docker`, and restart docker"
+        ),
+    ),
+    (
+        r"unauthorized|authentication required|denied: requested access|invalid credentials",
+        f"log in first: echo \"${KEY}\" | docker login nvcr.io -u '$oauthtoken' --password-stdin",
+    ),
+    (
+        r"manifest unknown|manifest for .* not found|not found: manifest",
+        (
+            "there is no such image: look the tag up in NVIDIA's catalogue "
+            "(https://catalog.ngc.nvidia.com)"
+        ),
+    ),
+    (
+        r"port is already allocated|address already in use",
+        "the port is taken: stop what uses it, or choose another --port",
+    ),
+    (
+        r"the container name .* is already in use",
+        "a container of that name exists: `docker rm -f NAME`, or choose another --name",
+    ),
     (r"no space left on device", "the disk is full: images and models need tens of gigabytes"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
 class Nim:
-    """A NIM with adapters. ``store`` and ``cache`` are directories of this machine, ``refresh`` is in seconds.
+    """A NIM with adapters. ``store`` and ``cache`` are directories of this machine, ``refresh`` is
+    in seconds.
 
-    ``profile`` is a NIM_MODEL_PROFILE; NIM's pages advise one that names LoRA (``-feat_lora``) where the model has it.
+    ``profile`` is a NIM_MODEL_PROFILE; NIM's pages advise one that names LoRA (``-feat_lora``)
+    where the model has it.
 
     Raises:
-        WorkshopError: a value that docker or NIM would refuse, or an image that is not pinned; the message names the field.
+        WorkshopError: a value that docker or NIM would refuse, or an image that is not pinned; the
+            message names the field.
     """
 
     image: str
@@ -68,13 +97,17 @@ class Nim:
         check_image(self.image)
         if not _NAME.fullmatch(self.name):
             raise WorkshopError(
-                f"--name is {self.name!r}; a container's and a Kubernetes name has up to 63 of a-z, 0-9 and '-', none of '-' at its ends."
+                f"--name is {self.name!r}; a container's and a Kubernetes name has up to 63 of "
+                "a-z, 0-9 and '-', none of '-' at its ends."
             )
         if not _SIZE.fullmatch(self.shm_size):
-            raise WorkshopError(f"--shm-size is {self.shm_size!r}; give a number and a unit, such as 16GB.")
+            raise WorkshopError(
+                f"--shm-size is {self.shm_size!r}; give a number and a unit, such as 16GB."
+            )
         if not re.fullmatch(r"all|[1-9]\d*|device=[\w,-]+", self.gpus):
             raise WorkshopError(
-                f"--gpus is {self.gpus!r}; give all, a number, or device=0,1 (indices or UUIDs of `nvidia-smi -L`)."
+                f"--gpus is {self.gpus!r}; give all, a number, or device=0,1 (indices or UUIDs "
+                "of `nvidia-smi -L`)."
             )
         for name, most in (
             ("port", 65535),
@@ -86,17 +119,21 @@ class Nim:
             value = getattr(self, name)
             if value < 1 or (most and value > most):
                 raise WorkshopError(
-                    f"--{name.replace('_', '-')} is {value}; it has to be {f'between 1 and {most}' if most else 'above 0'}."
+                    f"--{name.replace('_', '-')} is {value}; it has to be "
+                    f"{f'between 1 and {most}' if most else 'above 0'}."
                 )
         if self.max_cpu_loras < self.max_gpu_loras:
             raise WorkshopError(
-                f"--max-cpu-loras {self.max_cpu_loras} is below --max-gpu-loras {self.max_gpu_loras}: every adapter on the GPU is in host memory, too."
+                f"--max-cpu-loras {self.max_cpu_loras} is below --max-gpu-loras "
+                f"{self.max_gpu_loras}: every adapter on the GPU is in host memory, too."
             )
         if self.store.exists() and not self.store.is_dir():
             raise NimFailed(f"--store: {paths.shown(self.store)} is no directory of adapters.")
         for name in ("store", "cache"):
             if ":" in str(getattr(self, name)):
-                raise WorkshopError(f"--{name} is {getattr(self, name)}: docker cannot mount a path with a colon.")
+                raise WorkshopError(
+                    f"--{name} is {getattr(self, name)}: docker cannot mount a path with a colon."
+                )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -117,7 +154,8 @@ class Nim:
 
 
 def check_image(image: str) -> None:
-    """Raise :class:`WorkshopError` unless ``image`` is pinned by a tag other than ``latest``, or by a digest."""
+    """Raise :class:`WorkshopError` unless ``image`` is pinned by a tag other than ``latest``, or by
+    a digest."""
     repository, at, digest = image.partition("@")
     path, colon, tag = repository.rpartition(":")
     if not colon or "/" in tag:
@@ -126,36 +164,65 @@ def check_image(image: str) -> None:
         at and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
     ):
         raise WorkshopError(
-            f"--image is {image!r}, which is no image: give REGISTRY/PATH:TAG or REGISTRY/PATH@sha256:DIGEST (64 hexadecimal digits)."
+            f"--image is {image!r}, which is no image: give REGISTRY/PATH:TAG or "
+            "REGISTRY/PATH@sha256:DIGEST (64 hexadecimal digits)."
         )
     if not at and tag in ("", "latest"):
         what = "has no tag, which means :latest" if not tag else "is :latest"
         raise WorkshopError(
-            f"--image {image} {what}: next month that is another program. Pin a version, {path}:TAG, or a digest, {path}@sha256:..."
+            f"--image {image} {what}: next month that is another program. Pin a version, "
+            f"{path}:TAG, or a digest, {path}@sha256:..."
         )
 
 
 def command(nim: Nim) -> list[str]:
-    """The arguments that start ``nim`` in the background, on this machine's loopback address only. The key is not in them."""
+    """The arguments that start ``nim`` in the background, on this machine's loopback address only.
+    The key is not in them."""
     values = [word for name, value in nim.environment.items() for word in ("-e", f"{name}={value}")]
-    gpus = f'"{nim.gpus}"' if "," in nim.gpus else nim.gpus  # docker reads a comma as the next field
+    gpus = (
+        f'"{nim.gpus}"' if "," in nim.gpus else nim.gpus
+    )  # docker reads a comma as the next field
     return [
-        "docker", "run", "--detach", "--name", nim.name, "--gpus", gpus, "--shm-size", nim.shm_size,
-        "-u", str(os.getuid()), "-p", f"127.0.0.1:{nim.port}:{PORT}", "-e", KEY, *values,
-        "-v", f"{nim.cache.resolve()}:{CACHE}", "-v", f"{nim.store.resolve()}:{STORE}:ro", nim.image,
-    ]  # fmt: skip
+        "docker",
+        "run",
+        "--detach",
+        "--name",
+        nim.name,
+        "--gpus",
+        gpus,
+        "--shm-size",
+        nim.shm_size,
+        "-u",
+        str(os.getuid()),
+        "-p",
+        f"127.0.0.1:{nim.port}:{PORT}",
+        "-e",
+        KEY,
+        *values,
+        "-v",
+        f"{nim.cache.resolve()}:{CACHE}",
+        "-v",
+        f"{nim.store.resolve()}:{STORE}:ro",
+        nim.image,
+    ]
 
 
 def script(nim: Nim) -> str:
-    """:func:`command` for a shell, one option a line, after the directories: docker would make those that are missing, as root's.
+    """:func:`command` for a shell, one option a line, after the directories: docker would make
+    those that are missing, as root's.
 
     The current directory, the home and the user are left to the shell.
     """
     words = command(nim)
     options = zip(words[3:-1:2], words[4:-1:2], strict=True)
-    lines = [f'{option} "$(id -u)"' if option == "-u" else f"{option} {_quoted(value)}" for option, value in options]
+    lines = [
+        f'{option} "$(id -u)"' if option == "-u" else f"{option} {_quoted(value)}"
+        for option, value in options
+    ]
     made = " ".join(_quoted(str(directory.resolve())) for directory in (nim.cache, nim.store))
-    return f"mkdir -p {made}\n" + " \\\n  ".join([shlex.join(words[:3]), *lines, _quoted(words[-1])])
+    return f"mkdir -p {made}\n" + " \\\n  ".join(
+        [shlex.join(words[:3]), *lines, _quoted(words[-1])]
+    )
 
 
 def _quoted(word: str) -> str:
@@ -167,27 +234,36 @@ def _quoted(word: str) -> str:
 
 
 def preflight(nim: Nim, environment: Mapping[str, str]) -> None:
-    """Raise :class:`NimFailed` with all that is missing on this machine: docker, a GPU, the key, the store; make the cache."""
+    """Raise :class:`NimFailed` with all that is missing on this machine: docker, a GPU, the key,
+    the store; make the cache."""
     missing = []
     if not shutil.which("docker"):
         missing.append("docker is not installed: https://docs.docker.com/engine/install")
     if not environment.get("DOCKER_HOST") and not gpu_name():
         missing.append(
-            "no NVIDIA GPU is found (nvidia-smi -L lists none), and a NIM needs one. To learn without: workshop serve"
+            "no NVIDIA GPU is found (nvidia-smi -L lists none), and a NIM needs one. To learn "
+            "without: workshop serve"
         )
     if not environment.get(KEY, "").strip():
         missing.append(
-            f"{KEY} is not set, and the model is downloaded with it: get a key at https://org.ngc.nvidia.com/setup, then export {KEY}"
+            f"{KEY} is not set, and the model is downloaded with it: get a key at "
+            f"https://org.ngc.nvidia.com/setup, then export {KEY}"
         )
     if not nim.store.is_dir():
-        missing.append(f"there is no store {paths.shown(nim.store)}: workshop nim stage ADAPTER --name NAME --store {paths.shown(nim.store)}")
+        missing.append(
+            f"there is no store {paths.shown(nim.store)}: workshop nim stage ADAPTER --name NAME "
+            f"--store {paths.shown(nim.store)}"
+        )
     if missing:
-        raise NimFailed("\n".join(["A NIM cannot be started here:", *(f"  - {one}" for one in missing)]))
+        raise NimFailed(
+            "\n".join(["A NIM cannot be started here:", *(f"  - {one}" for one in missing)])
+        )
     try:
         nim.cache.mkdir(parents=True, exist_ok=True)  # docker would make it root's
     except OSError as error:
         raise NimFailed(
-            f"the cache {nim.cache} cannot be made ({error.strerror}): name another directory with --cache"
+            f"the cache {nim.cache} cannot be made ({error.strerror}): name another directory "
+            "with --cache"
         ) from None
 
 
@@ -198,28 +274,37 @@ def start(nim: Nim) -> str:
         NimFailed: docker refused. Its words were printed; the message says what to do.
     """
     written = []
-    with subprocess.Popen(command(nim), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(nim), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         for line in process.stderr:  # the progress of the download
             print(line, end="", file=sys.stderr)
             written.append(line)
         identity = process.stdout.read().strip()
     if process.returncode:
         raise NimFailed(
-            f"docker could not start the container (status {process.returncode}); it says why above.{_advice(''.join(written))}\n"
-            f"If it made the container all the same, remove that before you try again: docker rm {nim.name}"
+            f"docker could not start the container (status {process.returncode}); it says why "
+            f"above.{_advice(''.join(written))}\nIf it made the container all the same, remove "
+            f"that before you try again: docker rm {nim.name}"
         )
     return identity
 
 
 def ended(name: str) -> str | None:
     """How the container ``name`` ended, or None while it runs."""
-    done = _docker("inspect", "--format", "{{.State.Running}} {{.State.ExitCode}} {{.State.OOMKilled}}", name)
+    done = _docker(
+        "inspect", "--format", "{{.State.Running}} {{.State.ExitCode}} {{.State.OOMKilled}}", name
+    )
     if done.returncode:
         return "it is gone"
-    running, status, killed = (done.stdout.split() + ["false", "?", "false"])[:3]
+    running, status, killed = ([*done.stdout.split(), "false", "?", "false"])[:3]
     if running == "true":
         return None
-    return "it was killed: out of host memory" if killed == "true" else f"it ended with status {status}"
+    return (
+        "it was killed: out of host memory"
+        if killed == "true"
+        else f"it ended with status {status}"
+    )
 
 
 def logs(name: str) -> str:
@@ -230,9 +315,13 @@ def logs(name: str) -> str:
 
 def _advice(text: str) -> str:
     """What to do about the refusal ``text`` of docker, where its cause is known."""
-    known = [fix for pattern, fix in _EXPLAINED if re.search(pattern, text, re.IGNORECASE | re.DOTALL)]
+    known = [
+        fix for pattern, fix in _EXPLAINED if re.search(pattern, text, re.IGNORECASE | re.DOTALL)
+    ]
     return f"\nWhat to do: {known[0]}." if known else ""
 
 
 def _docker(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["docker", *words], check=False, capture_output=True, text=True, errors="replace")
+    return subprocess.run(
+        ["docker", *words], check=False, capture_output=True, text=True, errors="replace"
+    )

@@ -1,4 +1,5 @@
-"""A NIM as Kubernetes objects: a claim for the cache, one for the adapters, a Deployment, a Service. The key stays in a Secret.
+"""A NIM as Kubernetes objects: a claim for the cache, one for the adapters, a Deployment, a
+Service. The key stays in a Secret.
 
 The objects are checked against the schemas of Kubernetes; no cluster has run them here.
 """
@@ -23,17 +24,23 @@ _QUANTITY = re.compile(r"[1-9]\d*(Ki|Mi|Gi|Ti|K|M|G|T)")
 def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> list[dict[str, Any]]:
     """The objects, checked against the schemas of Kubernetes (:func:`check`).
 
-    The two Secrets are referred to and not written, so that no key is in a file; :func:`header` says how to make them. ``nim.port`` is
-    that of the Service; ``nim.store`` and ``nim.cache`` are claims here.
+    The two Secrets are referred to and not written, so that no key is in a file; :func:`header`
+    says how to make them. ``nim.port`` is that of the Service; ``nim.store`` and ``nim.cache`` are
+    claims here.
 
     Raises:
         WorkshopError: a size is no quantity, or ``nim.gpus`` is no number.
     """
     for option, size in (("--cache-size", cache_size), ("--store-size", store_size)):
         if not _QUANTITY.fullmatch(size):
-            raise WorkshopError(f"{option} is {size!r}, which is no quantity of Kubernetes: give one such as 100Gi.")
+            raise WorkshopError(
+                f"{option} is {size!r}, which is no quantity of Kubernetes: give one such as 100Gi."
+            )
     if not nim.gpus.isdigit():
-        raise WorkshopError(f"--gpus is {nim.gpus!r}; Kubernetes hands out a number of GPUs: give one, such as --gpus 1.")
+        raise WorkshopError(
+            f"--gpus is {nim.gpus!r}; Kubernetes hands out a number of GPUs: give one, such as "
+            "--gpus 1."
+        )
     label = {"app.kubernetes.io/name": nim.name}
     objects = [
         _claim(f"{nim.name}-cache", label, cache_size),
@@ -54,7 +61,10 @@ def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> l
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": nim.name, "labels": label},
-            "spec": {"selector": label, "ports": [{"name": "http", "port": nim.port, "targetPort": "http"}]},
+            "spec": {
+                "selector": label,
+                "ports": [{"name": "http", "port": nim.port, "targetPort": "http"}],
+            },
         },
     ]
     for one in objects:
@@ -63,15 +73,18 @@ def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> l
 
 
 def header(nim: Nim) -> str:
-    """What has to be done beside ``kubectl apply``, as comments of YAML: the Secrets, and the adapters into their claim."""
+    """What has to be done beside ``kubectl apply``, as comments of YAML: the Secrets, and the
+    adapters into their claim."""
     pod = f"{nim.name}-fill"
     overrides = json.dumps({"apiVersion": "v1", "spec": _copier(nim)}, separators=(",", ":"))
     return as_comments(
         "First, the key: for the NIM, and for its image. It stays in the cluster.",
         f'  kubectl create secret generic {SECRET} --from-literal={KEY}="${KEY}"',
-        f"  kubectl create secret docker-registry {PULL_SECRET} --docker-server=nvcr.io --docker-username='$oauthtoken' --docker-password=\"${KEY}\"",
+        f"  kubectl create secret docker-registry {PULL_SECRET} --docker-server=nvcr.io "
+        f"--docker-username='$oauthtoken' --docker-password=\"${KEY}\"",
         "Then this file: kubectl apply -f THIS_FILE",
-        "Then the adapters, each directory of a store (workshop nim stage), by a pod that may write where the NIM only reads:",
+        "Then the adapters, each directory of a store (workshop nim stage), by a pod that may "
+        "write where the NIM only reads:",
         f"  kubectl run {pod} --image={_COPIER} --restart=Never --overrides='{overrides}'",
         f"  kubectl wait --for=condition=Ready pod/{pod}",
         f"  kubectl cp store/NAME {pod}:/store/NAME",
@@ -80,7 +93,8 @@ def header(nim: Nim) -> str:
 
 
 def check(document: dict[str, Any]) -> None:
-    """Raise :class:`WorkshopError` where ``document`` breaks the schema of its kind in the newest Kubernetes that is known here."""
+    """Raise :class:`WorkshopError` where ``document`` breaks the schema of its kind in the newest
+    Kubernetes that is known here."""
     import kubernetes_validate
 
     try:
@@ -104,14 +118,23 @@ def _copier(nim: Nim) -> dict[str, Any]:
     mount = {"name": "store", "mountPath": "/store"}
     return {
         "securityContext": {"fsGroup": _USER, "runAsUser": _USER, "runAsNonRoot": True},
-        "containers": [{"name": "fill", "image": _COPIER, "command": ["sleep", "3600"], "volumeMounts": [mount]}],
+        "containers": [
+            {
+                "name": "fill",
+                "image": _COPIER,
+                "command": ["sleep", "3600"],
+                "volumeMounts": [mount],
+            }
+        ],
         "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": f"{nim.name}-store"}}],
     }
 
 
 def _pod(nim: Nim) -> dict[str, Any]:
     key = {"name": KEY, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": KEY}}}
-    ready, live = ({"httpGet": {"path": f"/v1/health/{state}", "port": "http"}} for state in ("ready", "live"))
+    ready, live = (
+        {"httpGet": {"path": f"/v1/health/{state}", "port": "http"}} for state in ("ready", "live")
+    )
     container = {
         "name": "nim",
         "image": nim.image,
@@ -135,7 +158,10 @@ def _pod(nim: Nim) -> dict[str, Any]:
         "volumes": [
             {"name": "cache", "persistentVolumeClaim": {"claimName": f"{nim.name}-cache"}},
             {"name": "store", "persistentVolumeClaim": {"claimName": f"{nim.name}-store"}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": _shared_memory(nim.shm_size)}},
+            {
+                "name": "shared-memory",
+                "emptyDir": {"medium": "Memory", "sizeLimit": _shared_memory(nim.shm_size)},
+            },
         ],
     }
 

@@ -1,7 +1,7 @@
 """Wait until a NIM serves, and say what its log means.
 
-NIM's log is not specified. The patterns are messages of the public engines in it (vLLM, TensorRT-LLM), of CUDA and of NGC's registry;
-what counts in the end is what ``/v1/models`` lists.
+NIM's log is not specified. The patterns are messages of the public engines in it (vLLM,
+TensorRT-LLM), of CUDA and of NGC's registry; what counts in the end is what ``/v1/models`` lists.
 """
 
 from __future__ import annotations
@@ -16,22 +16,76 @@ from workshop_utils.core.errors import NimFailed
 from workshop_utils.core.progress import progress_bar
 
 _PATTERNS: tuple[tuple[Literal["error", "loaded"], str, str], ...] = (
-    ("error", r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for the cache blocks",
-     "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the container), fewer adapters, or another GPU"),
-    ("error", r"No space left on device", "the disk of the cache is full: give --cache a directory on a larger one"),
-    ("error", r"Permission denied.*(/opt/nim|\.cache)|(/opt/nim|\.cache).*Permission denied",
-     "the container may not write its cache: the directory of --cache has to belong to the user that starts the NIM"),
-    ("error", r"\b401\b.*(ngc|nvidia|registry|token)|\b403\b.*(ngc|nvidia|registry)|Authentication (Error|failed)|Invalid API key|NGC_API_KEY.*(missing|not set|invalid)",
-     "NGC refused the key: it has to be valid for this model (make a new one at https://org.ngc.nvidia.com/setup)"),
-    ("error", r"No (compatible|valid|suitable|matching) profile|profile.*(not found|not compatible|incompatible)|Could not (find|match).*profile",
-     "no profile of this image fits the GPU: choose one with --profile (`list-model-profiles` in the container lists them)"),
-    ("error", r"LoRA rank \d+ is greater than max_lora_rank|rank.*(exceeds|greater than|larger than).*max",
-     "an adapter's rank is above NIM_MAX_LORA_RANK: start with a higher --max-lora-rank"),
-    ("error", r"No adapter found for|(failed|unable|could not|cannot) (to )?load.*(lora|adapter|peft)|(lora|adapter|peft).*(failed to load|could not be loaded|loading failed|is invalid)",
-     "an adapter was refused: look at it with `workshop conform STORE/NAME --reader nim1`"),
+    (
+        "error",
+        (
+            r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for "  # noqa: E501
+            r"the cache blocks"
+        ),
+        (
+            "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the "
+            "container), fewer adapters, or another GPU"
+        ),
+    ),
+    (
+        "error",
+        r"No space left on device",
+        "the disk of the cache is full: give --cache a directory on a larger one",
+    ),
+    (
+        "error",
+        r"Permission denied.*(/opt/nim|\.cache)|(/opt/nim|\.cache).*Permission denied",
+        (
+            "the container may not write its cache: the directory of --cache has to belong to the "
+            "user that starts the NIM"
+        ),
+    ),
+    (
+        "error",
+        (
+            r"\b401\b.*(ngc|nvidia|registry|token)|\b403\b.*(ngc|nvidia|registry)|Authentication "
+            r"(Error|failed)|Invalid API key|NGC_API_KEY.*(missing|not set|invalid)"
+        ),
+        (
+            "NGC refused the key: it has to be valid for this model (make a new one at "
+            "https://org.ngc.nvidia.com/setup)"
+        ),
+    ),
+    (
+        "error",
+        (
+            r"No (compatible|valid|suitable|matching) profile|profile.*(not found|not "
+            r"compatible|incompatible)|Could not (find|match).*profile"
+        ),
+        (
+            "no profile of this image fits the GPU: choose one with --profile "
+            "(`list-model-profiles` in the container lists them)"
+        ),
+    ),
+    (
+        "error",
+        (
+            r"LoRA rank \d+ is greater than max_lora_rank|rank.*(exceeds|greater than|larger "
+            r"than).*max"
+        ),
+        "an adapter's rank is above NIM_MAX_LORA_RANK: start with a higher --max-lora-rank",
+    ),
+    (
+        "error",
+        (
+            r"No adapter found for|(failed|unable|could not|cannot) (to "
+            r")?load.*(lora|adapter|peft)|(lora|adapter|peft).*(failed to load|could not be "
+            r"loaded|loading failed|is invalid)"
+        ),
+        "an adapter was refused: look at it with `workshop conform STORE/NAME --reader nim1`",
+    ),
     ("error", r"Address already in use", "the port inside the container is taken"),
-    ("loaded", r"(Loaded|Added|Adding|Registered|Loading) (new )?(LoRA|adapter|PEFT)", "an adapter was taken in"),
-)  # fmt: skip
+    (
+        "loaded",
+        r"(Loaded|Added|Adding|Registered|Loading) (new )?(LoRA|adapter|PEFT)",
+        "an adapter was taken in",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +98,8 @@ class Finding:
 
 
 def read_log(text: str) -> list[Finding]:
-    """The first line of each cause of failure in ``text``, and every line about an adapter that was taken in."""
+    """The first line of each cause of failure in ``text``, and every line about an adapter that was
+    taken in."""
     found: dict[tuple[str, str], Finding] = {}
     for line in text.splitlines():
         for kind, pattern, meaning in _PATTERNS:
@@ -56,20 +111,34 @@ def read_log(text: str) -> list[Finding]:
 
 
 def wait(
-    url: str, timeout: float, ended: Callable[[], str | None] = lambda: None, pause: float = 5, progress: bool = True
+    url: str,
+    timeout: float,
+    ended: Callable[[], str | None] = lambda: None,
+    pause: float = 5,
+    progress: bool = True,
 ) -> float:
-    """Ask ``url/v1/health/ready`` every ``pause`` seconds until it answers 200, and return the seconds that took.
+    """Ask ``url/v1/health/ready`` every ``pause`` seconds until it answers 200, and return the
+    seconds that took.
 
     ``ended`` says how the server ended, None while it runs; a bar shows the time that has passed.
 
     Raises:
-        NimFailed: the server ended, or ``timeout`` seconds have passed; the message names the last answer.
+        NimFailed: the server ended, or ``timeout`` seconds have passed; the message names the last
+            answer.
     """
     import httpx
 
     began, last = time.monotonic(), ""
-    with httpx.Client(trust_env=False, timeout=10) as client, progress_bar(total=timeout, unit="s", desc="waiting", shown=progress,
-                                                                           bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}") as bar:  # fmt: skip
+    with (
+        httpx.Client(trust_env=False, timeout=10) as client,
+        progress_bar(
+            total=timeout,
+            unit="s",
+            desc="waiting",
+            shown=progress,
+            bar_format="{desc}: {n:.0f} of {total:.0f} s {postfix}",
+        ) as bar,
+    ):
         while True:
             try:
                 answer = client.get(f"{url}/v1/health/ready")
@@ -89,7 +158,8 @@ def wait(
 
 
 def models(url: str) -> list[str]:
-    """The ids in ``url/v1/models``: the base's first, then the adapters'. Raises :class:`NimFailed` when there is no such list."""
+    """The ids in ``url/v1/models``: the base's first, then the adapters'. Raises :class:`NimFailed`
+    when there is no such list."""
     import httpx
 
     try:

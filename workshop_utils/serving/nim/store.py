@@ -1,4 +1,5 @@
-"""The store of adapters that NIM reads: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT writes. The name is the model's id."""
+"""The store of adapters that NIM reads: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT
+writes. The name is the model's id."""
 
 from __future__ import annotations
 
@@ -22,7 +23,12 @@ from workshop_utils.checkpoints.formats.summary import Checkpoint
 from workshop_utils.checkpoints.verify import layers
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
-from workshop_utils.core.errors import CheckpointError, ConformanceFailed, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.errors import (
+    CheckpointError,
+    ConformanceFailed,
+    UnsupportedAdapter,
+    WorkshopError,
+)
 from workshop_utils.core.paths import shown
 
 MAX_RANK = 32
@@ -33,8 +39,8 @@ _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mode
 
 @dataclass(frozen=True)
 class Staged:
-    """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a server may refuse or answer wrongly, and
-    the fix; ``notes`` what was not compared.
+    """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a
+    server may refuse or answer wrongly, and the fix; ``notes`` what was not compared.
     """
 
     path: Path
@@ -54,17 +60,22 @@ def stage(
     reader: Literal["nim1", "nim2"] = "nim1",
     trust: bool = False,
 ) -> Staged:
-    """Put ``adapter`` into ``store`` as ``name``, in place of an older one; an identical one is left alone.
+    """Put ``adapter`` into ``store`` as ``name``, in place of an older one; an identical one is
+    left alone.
 
-    The new directory is written under a hidden name and renamed when it is whole, so that a server that reads the store meanwhile
-    finds the older adapter or the new one.
+    The new directory is written under a hidden name and renamed when it is whole, so that a server
+    that reads the store meanwhile finds the older adapter or the new one.
 
     Args:
-        adapter: a PEFT directory, or a ``.nemo`` for TensorRT-LLM (see :func:`workshop_utils.adapters.export.export`) or its directory.
+        adapter: a PEFT directory, or a ``.nemo`` for TensorRT-LLM (see
+            :func:`workshop_utils.adapters.export.export`) or its directory.
         name: the model's id in the API.
-        base: the model that will be served, a directory or its id; a warning where the adapter's own base is another, or the dtype of
-            the directory's weights. Without it the bases that the other adapters of the store record are compared: one NIM has one.
-        max_rank: ``NIM_MAX_LORA_RANK`` of the server; a warning when the adapter's rank is above it.
+        base: the model that will be served, a directory or its id; a warning where the adapter's
+            own base is another, or the dtype of
+            the directory's weights. Without it the bases that the other adapters of the store
+            record are compared: one NIM has one.
+        max_rank: ``NIM_MAX_LORA_RANK`` of the server; a warning when the adapter's rank is above
+            it.
         reader: whose rules: those of NIM 1.x or 2.x (see :mod:`workshop_utils.adapters.rules`).
         trust: what is unsound in the adapter is printed and not raised.
 
@@ -81,14 +92,19 @@ def stage(
     require_sound(adapter, trust)
     described = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
-    about_base, notes = _compare_with_base(described, base) if base else _compare_with_store(described, store, name)
+    about_base, notes = (
+        _compare_with_base(described, base) if base else _compare_with_store(described, store, name)
+    )
     warnings = (*_rank_warnings(rank, max_rank), *about_base)
     files = _files(described.path, name)
     existed = target.exists()
     if existed and _same(target, files):
         return Staged(target, name, "unchanged", rank, warnings, notes)
     if existed and adapter.resolve().is_relative_to(target.resolve()):
-        raise WorkshopError(f"{shown(adapter)} is the adapter in the store itself. Stage it from where it was exported to.")
+        raise WorkshopError(
+            f"{shown(adapter)} is the adapter in the store itself. Stage it from where it was "
+            "exported to."
+        )
     with paths.new_directory(target) as part:
         for copied, source in files.items():
             shutil.copyfile(source, part / copied)
@@ -99,7 +115,9 @@ def names(store: Path | str) -> list[str]:
     """The adapters in ``store``, by name."""
     store = Path(store)
     return (
-        sorted(path.name for path in store.iterdir() if path.is_dir() and NAME.fullmatch(path.name)) if store.is_dir() else []
+        sorted(path.name for path in store.iterdir() if path.is_dir() and NAME.fullmatch(path.name))
+        if store.is_dir()
+        else []
     )
 
 
@@ -109,29 +127,45 @@ def _place(name: str, store: Path) -> Path:
     if store.exists() and not store.is_dir():
         raise WorkshopError(f"{shown(store)} is a file; the store is a directory.")
     if store.is_dir() and (any(store.glob("*.nemo")) or (store / _PEFT_FILES[0]).exists()):
-        raise WorkshopError(f"{shown(store)} is itself an adapter. A store has a directory for each: give the one above.")
+        raise WorkshopError(
+            f"{shown(store)} is itself an adapter. A store has a directory for each: give the "
+            "one above."
+        )
     target = store / name
     if target.exists() and not target.is_dir():
-        raise WorkshopError(f"{shown(target)} is a file, where the directory of the adapter would go.")
+        raise WorkshopError(
+            f"{shown(target)} is a file, where the directory of the adapter would go."
+        )
     foreign = (
-        [file.name for file in target.iterdir() if file.suffix != ".nemo" and file.name not in _PEFT_FILES]
+        [
+            file.name
+            for file in target.iterdir()
+            if file.suffix != ".nemo" and file.name not in _PEFT_FILES
+        ]
         if target.exists()
         else []
     )
     if foreign:
         raise WorkshopError(
-            f"{shown(target)} holds {min(foreign)!r}, which is no part of an adapter: it is not replaced. Move it away."
+            f"{shown(target)} holds {min(foreign)!r}, which is no part of an adapter: it is not "
+            "replaced. Move it away."
         )
     return target
 
 
 def _require_readable(adapter: Path, reader: str) -> Checkpoint:
-    """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only warned about."""
+    """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only
+    warned about."""
     found = judge(adapter, reader, _ANY_RANK)
     if not found.conforms:
         lines = [f"  {rule.rule}: {rule.fault}\n    fix: {rule.fix}" for rule in found.broken]
         raise ConformanceFailed(
-            "\n".join([f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed.", *lines])
+            "\n".join(
+                [
+                    f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed.",
+                    *lines,
+                ]
+            )
         )
     return identify(adapter)
 
@@ -140,12 +174,16 @@ def _rank_warnings(rank: int | None, max_rank: int) -> list[str]:
     if rank is None or rank <= max_rank:
         return []
     return [
-        f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. Start it with --max-lora-rank {rank}."
+        (
+            f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. "
+            f"Start it with --max-lora-rank {rank}."
+        )
     ]
 
 
 def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str], tuple[str, ...]]:
-    """Warnings, and no notes. Other names are a warning, since one model has many; other sizes never work."""
+    """Warnings, and no notes. Other names are a warning, since one model has many; other sizes
+    never work."""
     warnings, trained = [], _recorded(adapter)
     served = os.path.abspath(base) if Path(base).is_dir() else str(base)
     if (Path(base) / "config.json").is_file():
@@ -153,31 +191,45 @@ def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str]
         _refuse_other_sizes(adapter, model.architecture, Path(base))
         if adapter.dtype != model.dtype:
             warnings.append(
-                f"its weights are {adapter.dtype}, those of {shown(base)} {model.dtype}: some servers then answer like the base. "
-                f"Export it with --dtype {model.dtype}, or serve the base as {adapter.dtype}."
+                f"its weights are {adapter.dtype}, those of {shown(base)} {model.dtype}: some "
+                f"servers then answer like the base. Export it with --dtype {model.dtype}, or "
+                f"serve the base as {adapter.dtype}."
             )
     if not same_base(served, trained):
         warnings.append(
-            f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on another base it answers nonsense."
+            f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on "
+            "another base it answers nonsense."
         )
     return warnings, ()
 
 
-def _compare_with_store(adapter: Checkpoint, store: Path, name: str) -> tuple[list[str], tuple[str, ...]]:
-    """A warning where an adapter of ``store`` other than ``name`` records another base, a note where none records any."""
-    trained, others = _recorded(adapter), {other: base for other, base in _bases(store).items() if other != name}
+def _compare_with_store(
+    adapter: Checkpoint, store: Path, name: str
+) -> tuple[list[str], tuple[str, ...]]:
+    """A warning where an adapter of ``store`` other than ``name`` records another base, a note
+    where none records any."""
+    trained, others = (
+        _recorded(adapter),
+        {other: base for other, base in _bases(store).items() if other != name},
+    )
     if not trained or not others:
-        return [], (f"it was trained on {_last(trained)}; not compared with the NIM's model: give --base",)
+        return [], (
+            f"it was trained on {_last(trained)}; not compared with the NIM's model: give --base",
+        )
     other = next((other for other, base in others.items() if not same_base(base, trained)), None)
     if other is None:
         return [], ()
     return [
-        f"it was trained on {_last(trained)}, but {other} in this store on {_last(others[other])}: a NIM serves the adapters of one base."
+        (
+            f"it was trained on {_last(trained)}, but {other} in this store on "
+            f"{_last(others[other])}: a NIM serves the adapters of one base."
+        )
     ], ()
 
 
 def _bases(store: Path) -> dict[str, str]:
-    """The bases that the adapters in ``store`` record, by name; one that cannot be read records none."""
+    """The bases that the adapters in ``store`` record, by name; one that cannot be read records
+    none."""
     found = {}
     for name in names(store):
         with contextlib.suppress(CheckpointError, OSError):
@@ -199,11 +251,16 @@ def _refuse_other_sizes(adapter: Checkpoint, base: Architecture | None, served: 
     if base is None:
         return
     numbers = {layers.number(tensor.name) for tensor in adapter.tensors} - {None}
-    inputs = {tensor.shape[1] for tensor in adapter.tensors if _reads_hidden(tensor.name) and len(tensor.shape) == 2}
+    inputs = {
+        tensor.shape[1]
+        for tensor in adapter.tensors
+        if _reads_hidden(tensor.name) and len(tensor.shape) == 2
+    }
     if max(numbers, default=0) >= base.layers or inputs - {base.hidden}:
         raise UnsupportedAdapter(
-            f"{shown(adapter.path)} is for {max(numbers, default=-1) + 1} layers of hidden size {', '.join(map(str, sorted(inputs)))}; "
-            f"{shown(served)} has {base.layers} layers of hidden size {base.hidden}. Serve it on the model that it was trained on."
+            f"{shown(adapter.path)} is for {max(numbers, default=-1) + 1} layers of hidden size "
+            f"{', '.join(map(str, sorted(inputs)))}; {shown(served)} has {base.layers} layers of "
+            f"hidden size {base.hidden}. Serve it on the model that it was trained on."
         )
 
 
@@ -221,4 +278,6 @@ def _files(source: Path, name: str) -> dict[str, Path]:
 def _same(target: Path, files: dict[str, Path]) -> bool:
     if {file.name for file in target.iterdir()} != set(files):
         return False
-    return all(filecmp.cmp(source, target / copied, shallow=False) for copied, source in files.items())
+    return all(
+        filecmp.cmp(source, target / copied, shallow=False) for copied, source in files.items()
+    )

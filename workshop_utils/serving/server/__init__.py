@@ -1,4 +1,5 @@
-"""A server with the routes of NIM and the API of OpenAI, for learning and testing; production is NIM or vLLM.
+"""A server with the routes of NIM and the API of OpenAI, for learning and testing; production is
+NIM or vLLM.
 
 from workshop_utils.serving.server import start
 

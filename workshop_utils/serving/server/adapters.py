@@ -1,7 +1,9 @@
-"""The store of adapters: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT writes. It is looked at again and again.
+"""The store of adapters: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT writes. It is looked
+at again and again.
 
-A directory is read only when it has stopped changing, after the doctor has found it whole, and not kept if it changed meanwhile.
-A replacement that is broken or half-written leaves the adapter that is served in place.
+A directory is read only when it has stopped changing, after the doctor has found it whole, and not
+kept if it changed meanwhile. A replacement that is broken or half-written leaves the adapter that
+is served in place.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ Signature = tuple[tuple[str, int, int, int], ...]
 
 
 def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Fields of PEFT's ``LoraConfig`` and the tensors under PEFT's names of the adapter in ``directory``.
+    """Fields of PEFT's ``LoraConfig`` and the tensors under PEFT's names of the adapter in
+    ``directory``.
 
-    They are those that an export to PEFT writes (see :mod:`workshop_utils.adapters`): one rank and one scale, and no pattern of a
-    stranger's configuration for PEFT to match.
+    They are those that an export to PEFT writes (see :mod:`workshop_utils.adapters`): one rank and
+    one scale, and no pattern of a stranger's configuration for PEFT to match.
 
     Raises:
-        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: it holds no adapter, more than one, or not a sound one.
+        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: it holds no adapter, more than one, or
+            not a sound one.
         UnsupportedAdapter: a kind that cannot share a batch with others.
     """
     from workshop_utils.adapters import write_peft
@@ -47,27 +51,42 @@ def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str
     if len(archives) + config.is_file() != 1:
         found = [*(file.name for file in archives), *([PEFT_CONFIG] if config.is_file() else [])]
         raise NotACheckpoint(
-            f"{shown(directory)} has to hold one .nemo or one {PEFT_CONFIG}; it holds {', '.join(found) or 'neither'}."
+            f"{shown(directory)} has to hold one .nemo or one {PEFT_CONFIG}; it holds "
+            f"{', '.join(found) or 'neither'}."
         )
     source = archives[0] if archives else directory
     require_sound(source, trust, () if archives else (Kind.PEFT,))
     adapter = read_adapter(source)
     if adapter.magnitudes:
-        raise UnsupportedAdapter(f"{shown(source)} is DoRA (use_dora); this server, like vLLM, takes plain LoRA. Merge it into its base instead.")  # fmt: skip
+        raise UnsupportedAdapter(
+            f"{shown(source)} is DoRA (use_dora); this server, like vLLM, takes plain LoRA. "
+            "Merge it into its base instead."
+        )
     fields = write_peft.config_for(adapter, make_record(adapter, "hf-peft", None, adapter.base))
     # PEFT itself widens half precision when it loads an adapter.
     tensors = {key: value.float() for key, value in write_peft.tensors_for(adapter).items()}
-    return {name: fields[name] for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")}, tensors
+    return {
+        name: fields[name] for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")
+    }, tensors
 
 
 class Store:
-    """Keeps the adapters of ``engine`` those of ``directory``; ``say`` gets one line about each change.
+    """Keeps the adapters of ``engine`` those of ``directory``; ``say`` gets one line about each
+    change.
 
-    ``base`` is the base's id, which no adapter may have; ``max_rank`` is the largest rank that one may have, None for any.
+    ``base`` is the base's id, which no adapter may have; ``max_rank`` is the largest rank that one
+    may have, None for any.
     """
 
-    def __init__(self, directory: Path, engine: Engine, base: str, trust: bool = False, max_rank: int | None = None,
-                 say: Callable[[str], None] = print):  # fmt: skip
+    def __init__(
+        self,
+        directory: Path,
+        engine: Engine,
+        base: str,
+        trust: bool = False,
+        max_rank: int | None = None,
+        say: Callable[[str], None] = print,
+    ):
         self.directory, self._engine, self._base = Path(directory), engine, base
         self._trust, self._max_rank, self._say = trust, max_rank, say
         self._seen: dict[str, Signature] = {}
@@ -88,7 +107,9 @@ class Store:
         if found == self._seen or self._stop.wait(_SETTLE):
             return
         again = self._scan()
-        for name in self._seen.keys() - found.keys() - again.keys():  # one that is being replaced may be away for a moment
+        for name in (
+            self._seen.keys() - found.keys() - again.keys()
+        ):  # one that is being replaced may be away for a moment
             del self._seen[name]
             if name in self._engine.adapters:
                 self._engine.remove(name).result()
@@ -103,7 +124,9 @@ class Store:
             if name == self._base:
                 raise UnsupportedAdapter("it has the base's name, give it another one.")
             if not NAME.fullmatch(name):
-                raise UnsupportedAdapter(f"its directory's name cannot be a model's id, rename it: {NAME_RULE}.")
+                raise UnsupportedAdapter(
+                    f"its directory's name cannot be a model's id, rename it: {NAME_RULE}."
+                )
             config, tensors = read(self.directory / name, self._trust)
             self._check_rank(name, config["r"])
             if self._signature(self.directory / name) != signature:
@@ -117,15 +140,20 @@ class Store:
         self._seen[name] = signature
 
     def _check_rank(self, name: str, rank: int) -> None:
-        """Raise :class:`UnsupportedAdapter` where ``workshop conform --max-rank`` would find the rank too large."""
+        """Raise :class:`UnsupportedAdapter` where ``workshop conform --max-rank`` would find the
+        rank too large."""
         judged = Judgement(self.directory / name, "serve")
         check_rank(judged, rank, self._max_rank, "--max-rank")
         for rule in judged.broken:
-            raise UnsupportedAdapter(f"{rule.rule}: {rule.fault}. {rule.fix[:1].upper()}{rule.fix[1:]}.")
+            raise UnsupportedAdapter(
+                f"{rule.rule}: {rule.fault}. {rule.fix[:1].upper()}{rule.fix[1:]}."
+            )
 
     def _scan(self) -> dict[str, Signature]:
         try:
-            names = [entry.name for entry in self.directory.iterdir() if not entry.name.startswith(".")]
+            names = [
+                entry.name for entry in self.directory.iterdir() if not entry.name.startswith(".")
+            ]
         except OSError as error:
             self._say(f"the store {shown(self.directory)} cannot be read: {error.strerror}")
             return dict(self._seen)
@@ -134,9 +162,12 @@ class Store:
 
     @staticmethod
     def _signature(directory: Path) -> Signature | None:
-        """What changes when a file of ``directory`` does; None when it is no directory, or going."""
+        """What changes when a file of ``directory`` does; None when it is no directory, or
+        going."""
         try:
             files = [(entry.name, entry.stat()) for entry in directory.iterdir()]
         except OSError:
             return None
-        return tuple(sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files))
+        return tuple(
+            sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in files)
+        )

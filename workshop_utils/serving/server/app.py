@@ -1,4 +1,5 @@
-"""The routes: health as NIM has it, the rest as the OpenAI API has it. A request's words reach the model, never a path."""
+"""The routes: health as NIM has it, the rest as the OpenAI API has it. A request's words reach the
+model, never a path."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from workshop_utils.serving.server.engine import QueueFull, Row, UnknownModel
-from workshop_utils.serving.server.protocol import Chat, ChatRequest, Completion, CompletionRequest, Envelope, error, usage
+from workshop_utils.serving.server.protocol import (
+    Chat,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Envelope,
+    error,
+    usage,
+)
 
 if TYPE_CHECKING:
     from workshop_utils.serving.server.sampling import Piece
@@ -35,7 +44,9 @@ _TYPES = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 class ApiError(Exception):
     """An answer with a status other than 200."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code or _CODES.get(status)
 
@@ -48,13 +59,20 @@ class ApiError(Exception):
             if self.status == 401
             else None
         )
-        body = error(str(self), _TYPES.get(self.status, "invalid_request_error"), self.param, self.code)
-        return Response(json.dumps(body), self.status, headers, "application/json")  # a name may hold what UTF-8 cannot
+        body = error(
+            str(self), _TYPES.get(self.status, "invalid_request_error"), self.param, self.code
+        )
+        return Response(
+            json.dumps(body), self.status, headers, "application/json"
+        )  # a name may hold what UTF-8 cannot
 
 
 def create_app(service: Service, api_key: str | None = None, max_body: int = 1 << 20) -> FastAPI:
-    """The application around ``service``, whose owner loads and closes it. ``max_body``: most bytes of a request."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False})
+    """The application around ``service``, whose owner loads and closes it. ``max_body``: most bytes
+    of a request."""
+    app = FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False}
+    )
     app.add_middleware(_Guard, api_key=api_key, max_body=max_body)
 
     @app.exception_handler(ApiError)
@@ -65,7 +83,9 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, fault: HTTPException) -> Response:
         """What the framework refused (404, 405, 413), in the words of the OpenAI API."""
-        return ApiError(fault.status_code, f"{request.method} {request.url.path}: {fault.detail}").response()
+        return ApiError(
+            fault.status_code, f"{request.method} {request.url.path}: {fault.detail}"
+        ).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, fault: RequestValidationError) -> Response:
@@ -103,7 +123,9 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
         """An answer to a conversation, through the base's chat template."""
         _require_ready(service)
         try:
-            prompt = await run_in_threadpool(service.chat_prompt, [message.as_turn() for message in body.messages])
+            prompt = await run_in_threadpool(
+                service.chat_prompt, [message.as_turn() for message in body.messages]
+            )
         except ValueError as fault:
             raise ApiError(400, str(fault), "messages", "invalid_messages") from None
         return await _answer(service, request, body, Chat, "messages", [prompt], [""])
@@ -113,7 +135,9 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
         """What follows each prompt, without a template."""
         _require_ready(service)
         try:
-            prompts = await run_in_threadpool(lambda: [service.prompt(each) for each in body.prompts()])
+            prompts = await run_in_threadpool(
+                lambda: [service.prompt(each) for each in body.prompts()]
+            )
         except ValueError as fault:
             raise ApiError(400, str(fault), "prompt", "invalid_prompt") from None
         echoes = [service.text(ids) if body.echo else "" for ids in prompts]
@@ -123,7 +147,8 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
 
 class _Guard:
-    """Key and size of a request, before anything else looks at it. (FastAPI's own limit answers with plain text.)"""
+    """Key and size of a request, before anything else looks at it. (FastAPI's own limit answers
+    with plain text.)"""
 
     def __init__(self, app, api_key: str | None, max_body: int):
         self._app, self._key, self._max = app, api_key, max_body
@@ -133,7 +158,8 @@ class _Guard:
         left = self._max
 
         async def counted():
-            """The next message of the request. Raises 413 once there are more bytes than allowed."""
+            """The next message of the request. Raises 413 once there are more bytes than
+            allowed."""
             nonlocal left
             message = await receive()
             left -= len(message.get("body", b""))
@@ -145,27 +171,44 @@ class _Guard:
         if scope["type"] == "http" and scope["path"] not in _HEALTH and self._key:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given, self._key.encode()):
-                app = ApiError(401, "The API key is missing or wrong: send 'Authorization: Bearer KEY'.").response()
+                app = ApiError(
+                    401, "The API key is missing or wrong: send 'Authorization: Bearer KEY'."
+                ).response()
         await app(scope, counted, send)
 
 
 def _require_ready(service: Service) -> None:
     if not service.ready:
-        raise ApiError(503, "The model is being loaded, or the server is stopping. Ask /v1/health/ready.", code="not_ready")
+        raise ApiError(
+            503,
+            "The model is being loaded, or the server is stopping. Ask /v1/health/ready.",
+            code="not_ready",
+        )
 
 
 def _unknown(name: str) -> ApiError:
-    return ApiError(404, f"The model '{name}' does not exist here; /v1/models lists those that do.", "model", "model_not_found")
+    return ApiError(
+        404,
+        f"The model '{name}' does not exist here; /v1/models lists those that do.",
+        "model",
+        "model_not_found",
+    )
 
 
 def _invalid(fault: RequestValidationError) -> ApiError:
     first = fault.errors()[0]
     kind, where, message = first["type"], [str(part) for part in first["loc"][1:]], first["msg"]
     if kind == "json_invalid":
-        return ApiError(400, f"The body is not JSON: {first.get('ctx', {}).get('error', message)}.", code="invalid_json")
+        return ApiError(
+            400,
+            f"The body is not JSON: {first.get('ctx', {}).get('error', message)}.",
+            code="invalid_json",
+        )
     if not where and kind != "value_error":
         return ApiError(
-            400, "The body has to be a JSON object, sent with 'Content-Type: application/json'.", code="invalid_json"
+            400,
+            "The body has to be a JSON object, sent with 'Content-Type: application/json'.",
+            code="invalid_json",
         )
     message = message.removeprefix("Value error, ")
     if not where:  # of our own checks: "field: what is wrong"
@@ -174,7 +217,10 @@ def _invalid(fault: RequestValidationError) -> ApiError:
     if kind == "extra_forbidden":
         param = where[-1]
         return ApiError(
-            400, f"'{param}' is not supported by this server, or not with this value.", param, "unsupported_parameter"
+            400,
+            f"'{param}' is not supported by this server, or not with this value.",
+            param,
+            "unsupported_parameter",
         )
     code = "missing_required_parameter" if kind == "missing" else "invalid_value"
     return ApiError(400, f"'{param}': {message}.", param, code)
@@ -191,8 +237,13 @@ class _Run:
             room = service.max_length - len(ids)
             if room < (body.limit or 1):
                 wanted = f" and {body.limit} for the answer" if body.limit else ""
-                raise ApiError(400, f"This server takes {service.max_length} tokens in all; the prompt has {len(ids)}{wanted}.", param,
-                               "context_length_exceeded")  # fmt: skip
+                raise ApiError(
+                    400,
+                    f"This server takes {service.max_length} tokens in all; the prompt has "
+                    f"{len(ids)}{wanted}.",
+                    param,
+                    "context_length_exceeded",
+                )
 
             def emit(piece: Piece, index: int = index) -> None:
                 """Hand ``piece``, from the engine's thread, to the event loop."""
@@ -201,7 +252,12 @@ class _Run:
             self.rows.append(Row(ids, body.sampling(room, index % body.n), emit))
         most = min(service.max_batch, service.limits.max_queue)
         if len(self.rows) > most:
-            raise ApiError(400, f"{len(self.rows)} texts in one request; the most is {most}.", "n", "invalid_value")
+            raise ApiError(
+                400,
+                f"{len(self.rows)} texts in one request; the most is {most}.",
+                "n",
+                "invalid_value",
+            )
         try:
             service.submit(self.rows, body.model)
         except UnknownModel:
@@ -211,7 +267,8 @@ class _Run:
         self.prompt_tokens = sum(map(len, prompts))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Index and news of each row, until all have finished; left early, the rows are cancelled."""
+        """Index and news of each row, until all have finished; left early, the rows are
+        cancelled."""
         left = len(self.rows)
         try:
             while left:
@@ -228,18 +285,31 @@ class _Run:
 
 
 async def _answer(
-    service, request: Request, body, form: type, param: str, prompts: list[list[int]], echoes: list[str]
+    service,
+    request: Request,
+    body,
+    form: type,
+    param: str,
+    prompts: list[list[int]],
+    echoes: list[str],
 ) -> Response:
     """All of it when ``body`` asks for no stream, else as it comes."""
     run, envelope = _Run(service, body, param, prompts), Envelope(form, body.model)
     if body.stream:
         return StreamingResponse(
-            _events(run, body, envelope, echoes), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            _events(run, body, envelope, echoes),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache"},
         )
-    whole, gone = asyncio.ensure_future(_whole(run, body, envelope, echoes)), asyncio.ensure_future(_gone(request))
+    whole, gone = (
+        asyncio.ensure_future(_whole(run, body, envelope, echoes)),
+        asyncio.ensure_future(_gone(request)),
+    )
     try:
         await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
-        return JSONResponse(await whole) if whole.done() else Response(status_code=499)  # nobody reads it
+        return (
+            JSONResponse(await whole) if whole.done() else Response(status_code=499)
+        )  # nobody reads it
     finally:
         whole.cancel()
         gone.cancel()
@@ -263,7 +333,8 @@ async def _whole(run: _Run, body, envelope: Envelope, echoes: list[str]) -> dict
         raise ApiError(503, "The server is stopping.", code="not_ready")
     with_logprobs = body.alternatives is not None
     choices = [
-        envelope.form.choice(at, texts[at], tokens[at] if with_logprobs else None, finish[at]) for at in range(len(texts))
+        envelope.form.choice(at, texts[at], tokens[at] if with_logprobs else None, finish[at])
+        for at in range(len(texts))
     ]
     return envelope.whole(choices, run.usage())
 
@@ -280,13 +351,17 @@ async def _events(run: _Run, body, envelope: Envelope, echoes: list[str]) -> Asy
     for index in range(len(run.rows)):
         echo = echoes[index // body.n]
         if envelope.form is Chat or echo:
-            yield event(envelope.event([envelope.form.chunk(index, echo or None, None, None)], **more))
+            yield event(
+                envelope.event([envelope.form.chunk(index, echo or None, None, None)], **more)
+            )
     async for index, piece in run.pieces():
         if piece.finish == "error":
             yield event(error("The server is stopping.", "server_error", code="not_ready"))
             return
         tokens = piece.tokens if body.alternatives is not None else None
-        yield event(envelope.event([envelope.form.chunk(index, piece.text, tokens, piece.finish)], **more))
+        yield event(
+            envelope.event([envelope.form.chunk(index, piece.text, tokens, piece.finish)], **more)
+        )
     if counted:
         yield event(envelope.event([], usage=run.usage()))
     yield "data: [DONE]\n\n"

@@ -1,8 +1,10 @@
 """One model, many requests: continuous batching with an adapter of its own for each row.
 
-Requests join and leave between two token steps. A step is one forward pass over all rows; PEFT applies to each row the adapter named
-for it (https://huggingface.co/docs/peft/developer_guides/lora, "Inference with different LoRA adapters in the same batch").
-Keys and values are kept in one cache, padded on the left; the mask hides the padding and positions are counted over the mask.
+Requests join and leave between two token steps. A step is one forward pass over all rows; PEFT
+applies to each row the adapter named for it
+(https://huggingface.co/docs/peft/developer_guides/lora, "Inference with different LoRA adapters in
+the same batch"). Keys and values are kept in one cache, padded on the left; the mask hides the
+padding and positions are counted over the mask.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
-from workshop_utils.serving.server.sampling import Piece, Sampling, Text, choose, described, generator
+from workshop_utils.serving.server.sampling import (
+    Piece,
+    Sampling,
+    Text,
+    choose,
+    described,
+    generator,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +45,8 @@ class QueueFull(WorkshopError):
 
 @dataclass(eq=False)
 class Row:
-    """One text being generated. ``emit`` is called in the engine's thread with each :class:`Piece`; setting ``cancelled`` ends it."""
+    """One text being generated. ``emit`` is called in the engine's thread with each :class:`Piece`;
+    setting ``cancelled`` ends it."""
 
     prompt: list[int]
     sampling: Sampling
@@ -57,9 +67,16 @@ class _Progress:
 
 
 class Engine:
-    """Runs ``model`` in a thread of its own. ``passes`` counts forward passes, ``widest`` the most rows in one."""
+    """Runs ``model`` in a thread of its own. ``passes`` counts forward passes, ``widest`` the most
+    rows in one."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int = 16, max_queue: int = 64):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_batch: int = 16,
+        max_queue: int = 64,
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.max_batch, self.max_queue = max_batch, max_queue
         self.passes = self.widest = 0
@@ -67,7 +84,9 @@ class Engine:
         stop = tokenizer.eos_token_id if stop is None else stop
         self._stop_ids = set(stop if isinstance(stop, list) else [stop])
         self._changed = threading.Condition()
-        self._served: dict[str, str] = {}  # name -> PEFT's name for the version that new requests get
+        self._served: dict[
+            str, str
+        ] = {}  # name -> PEFT's name for the version that new requests get
         self._retired: set[str] = set()
         self._versions = 0
         self._waiting: list[Row] = []
@@ -87,7 +106,8 @@ class Engine:
             return sorted(self._served)
 
     def submit(self, rows: Sequence[Row], adapter: str | None) -> None:
-        """Queue ``rows``, all or none, for ``adapter`` (None: the base). They keep the version that is served now.
+        """Queue ``rows``, all or none, for ``adapter`` (None: the base). They keep the version that
+        is served now.
 
         Raises:
             UnknownModel: no such adapter.
@@ -97,14 +117,20 @@ class Engine:
             if adapter is not None and adapter not in self._served:
                 raise UnknownModel(adapter)
             if len(self._waiting) + len(rows) > self.max_queue or self._closing:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting; the most is {self.max_queue}. Try again later.")
+                raise QueueFull(
+                    f"{len(self._waiting)} requests are waiting; the most is {self.max_queue}. "
+                    "Try again later."
+                )
             for row in rows:
                 row.adapter = _BASE if adapter is None else self._served[adapter]
             self._waiting += rows
             self._changed.notify_all()
 
-    def install(self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Future:
-        """Serve a PEFT adapter as ``name``, in place of an older one; rows under way keep the older one.
+    def install(
+        self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    ) -> Future:
+        """Serve a PEFT adapter as ``name``, in place of an older one; rows under way keep the older
+        one.
 
         The future's exception is :class:`UnsupportedAdapter` when it does not fit the base.
         """
@@ -115,9 +141,12 @@ class Engine:
         return self._job(lambda: self._retire(name))
 
     def close(self, grace: float = 0) -> None:
-        """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an error."""
+        """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an
+        error."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or not (self._waiting or self._running), grace)
+            self._changed.wait_for(
+                lambda: self._closing or not (self._waiting or self._running), grace
+            )
             self._closing = True
             self._changed.notify_all()
         wait([self.thread])
@@ -150,11 +179,14 @@ class Engine:
                     future.set_exception(WorkshopError("the server is stopping."))
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do, and do what is not a forward pass; False at the end."""
+        """Sleep until there is something to do, and do what is not a forward pass; False at the
+        end."""
         with self._changed:
             if not self._running:
                 self._changed.notify_all()  # to :meth:`close`
-            self._changed.wait_for(lambda: self._closing or self._waiting or self._running or self._jobs)
+            self._changed.wait_for(
+                lambda: self._closing or self._waiting or self._running or self._jobs
+            )
             self._waiting = [row for row in self._waiting if not row.cancelled]
         while self._jobs:
             work, future = self._jobs[0]
@@ -167,7 +199,8 @@ class Engine:
         return not self._closing
 
     def _step(self) -> None:
-        """One forward pass: over the prompts of rows that join, or over the last token of each running row."""
+        """One forward pass: over the prompts of rows that join, or over the last token of each
+        running row."""
         self._keep([at for at, each in enumerate(self._running) if not each.row.cancelled])
         with self._changed:
             count = self.max_batch - len(self._running)
@@ -202,9 +235,14 @@ class Engine:
             return logits
         longest = max(self._mask.shape[1], width)
         self._mask = torch.cat([_left_padded(each, longest, 1) for each in (self._mask, mask)])
-        for old, fresh in ((self._cache.key_cache, cache.key_cache), (self._cache.value_cache, cache.value_cache)):
+        for old, fresh in (
+            (self._cache.key_cache, cache.key_cache),
+            (self._cache.value_cache, cache.value_cache),
+        ):
             for layer, values in enumerate(fresh):
-                old[layer] = torch.cat([_left_padded(each, longest, 2) for each in (old[layer], values)])
+                old[layer] = torch.cat(
+                    [_left_padded(each, longest, 2) for each in (old[layer], values)]
+                )
         return logits
 
     def _continue(self) -> torch.Tensor:
@@ -213,15 +251,29 @@ class Engine:
 
         ids = torch.tensor([[each.row.tokens[-1]] for each in self._running])
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        return self._forward(self._running, ids, self._mask, self._mask.sum(1, keepdim=True) - 1, self._cache)
+        return self._forward(
+            self._running, ids, self._mask, self._mask.sum(1, keepdim=True) - 1, self._cache
+        )
 
     def _forward(
-        self, rows: list[_Progress], ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache
+        self,
+        rows: list[_Progress],
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache,
     ) -> torch.Tensor:
         device = self.model.device
         mixed = {"adapter_names": [each.row.adapter for each in rows]} if self._lora else {}
-        output = (self._lora or self.model)(input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device),
-                            past_key_values=cache, use_cache=True, logits_to_keep=1, **mixed)  # fmt: skip
+        output = (self._lora or self.model)(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **mixed,
+        )
         self.passes, self.widest = self.passes + 1, max(self.widest, len(rows))
         # An adapter of huge numbers overflows: its rows get nonsense, and the others go on.
         return output.logits[:, -1].float().cpu().nan_to_num(0).clamp(-1e30, 1e30)
@@ -234,7 +286,9 @@ class Engine:
         row.tokens.append(token)
         ended = token in self._stop_ids
         stopped = text.update(row.tokens) or ended
-        finish = "stop" if stopped else "length" if len(row.tokens) >= row.sampling.max_tokens else None
+        finish = (
+            "stop" if stopped else "length" if len(row.tokens) >= row.sampling.max_tokens else None
+        )
         new = text.take(last=finish is not None)
         if new or finish:
             row.emit(Piece(new, each.pending, finish))
@@ -267,13 +321,17 @@ class Engine:
         if self._lora:
             self._lora.add_adapter(version, LoraConfig(**config), low_cpu_mem_usage=True)
         else:
-            self._lora = get_peft_model(self.model, LoraConfig(**config), version, low_cpu_mem_usage=True)
+            self._lora = get_peft_model(
+                self.model, LoraConfig(**config), version, low_cpu_mem_usage=True
+            )
         loaded = set_peft_model_state_dict(self._lora, tensors, version, low_cpu_mem_usage=True)
         missing = [key for key in loaded.missing_keys if version in key]
         if missing or loaded.unexpected_keys:
             self._retired.add(version)
-            raise UnsupportedAdapter(f"{len(missing)} of its tensors are missing and {len(loaded.unexpected_keys)} fit nowhere; the first "
-                                     f"is {[*missing, *loaded.unexpected_keys][0]}.")  # fmt: skip
+            raise UnsupportedAdapter(
+                f"{len(missing)} of its tensors are missing and {len(loaded.unexpected_keys)} "
+                f"fit nowhere; the first is {[*missing, *loaded.unexpected_keys][0]}."
+            )
         self._lora.to(self.model.device).eval()
         self._retire(name, version)
 
@@ -285,14 +343,18 @@ class Engine:
                 layer = self.model.get_submodule(match[1]) if match else None
             except AttributeError:
                 layer = None
-            size = getattr(layer, "in_features" if match and match[2] == "A" else "out_features", None)
+            size = getattr(
+                layer, "in_features" if match and match[2] == "A" else "out_features", None
+            )
             if size is None:
                 raise UnsupportedAdapter(
-                    f"{key} belongs to no linear layer of the base: it is an adapter of another model or kind."
+                    f"{key} belongs to no linear layer of the base: it is an adapter of another "
+                    "model or kind."
                 )
             if tensor.ndim != 2 or tensor.shape[match[2] == "A"] != size:
                 raise UnsupportedAdapter(
-                    f"{key} is {list(tensor.shape)}, but that layer of the base has size {size}: it is an adapter of another model."
+                    f"{key} is {list(tensor.shape)}, but that layer of the base has size {size}: "
+                    "it is an adapter of another model."
                 )
 
     def _retire(self, name: str, successor: str | None = None) -> None:
@@ -306,14 +368,21 @@ class Engine:
     def _delete_retired(self) -> None:
         """Free the versions that no row needs any more."""
         with self._changed:
-            used = {row.adapter for row in self._waiting} | {each.row.adapter for each in self._running}
+            used = {row.adapter for row in self._waiting} | {
+                each.row.adapter for each in self._running
+            }
             unused, self._retired = self._retired - used, self._retired & used
         if self._lora and unused >= self._lora.peft_config.keys():
             self.model, self._lora = self._lora.unload(), None  # PEFT cannot do without any adapter
             return
         for version in unused:
-            if self._lora.active_adapter == version:  # else PEFT chooses another one, with a warning
-                self._lora.set_adapter(next(name for name in self._lora.peft_config if name not in unused), inference_mode=True)
+            if (
+                self._lora.active_adapter == version
+            ):  # else PEFT chooses another one, with a warning
+                self._lora.set_adapter(
+                    next(name for name in self._lora.peft_config if name not in unused),
+                    inference_mode=True,
+                )
             self._lora.delete_adapter(version)
 
 

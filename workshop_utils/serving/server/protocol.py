@@ -1,4 +1,5 @@
-"""Requests and answers of the OpenAI API (https://platform.openai.com/docs/api-reference). What is not served is refused by name."""
+"""Requests and answers of the OpenAI API (https://platform.openai.com/docs/api-reference). What is
+not served is refused by name."""
 
 from __future__ import annotations
 
@@ -11,10 +12,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from workshop_utils.serving.server.sampling import Sampling, Token
 
 _WITHOUT_EFFECT: dict[str, Any] = {
-    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "best_of": 1, "suffix": "", "response_format": {"type": "text"},
-    "tools": [], "store": False, "modalities": ["text"], "service_tier": "auto", "name": "", "refusal": "",
-}  # fmt: skip
-"""Options that are not served, with the value that asks for nothing: it is let through, others are refused."""
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "logit_bias": {},
+    "best_of": 1,
+    "suffix": "",
+    "response_format": {"type": "text"},
+    "tools": [],
+    "store": False,
+    "modalities": ["text"],
+    "service_tier": "auto",
+    "name": "",
+    "refusal": "",
+}
+"""Options that are not served, with the value that asks for nothing: it is let through, others are
+refused."""
 
 
 class _Strict(BaseModel):
@@ -28,7 +40,8 @@ class _Strict(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None and not (name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name])
+            if value is not None
+            and not (name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name])
         }
 
 
@@ -56,7 +69,11 @@ class Message(_Strict):
 
     def as_turn(self) -> dict[str, str]:
         """As chat templates take it."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        content = (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
         return {"role": self.role, "content": content}
 
 
@@ -92,9 +109,12 @@ class _Request(_Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def sampling(self, room: int, index: int) -> Sampling:
-        """For choice ``index``, with at most ``room`` tokens. Each choice of a seeded request has a seed of its own."""
+        """For choice ``index``, with at most ``room`` tokens. Each choice of a seeded request has a
+        seed of its own."""
         seed = None if self.seed is None else self.seed + index
-        return Sampling(self.limit or room, self.temperature, self.top_p, seed, self.stops, self.alternatives)
+        return Sampling(
+            self.limit or room, self.temperature, self.top_p, seed, self.stops, self.alternatives
+        )
 
 
 class ChatRequest(_Request):
@@ -118,7 +138,8 @@ class ChatRequest(_Request):
 
     @property
     def alternatives(self) -> int | None:
-        """How many other tokens are told with each token's log probability; None: no log probabilities."""
+        """How many other tokens are told with each token's log probability; None: no log
+        probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -126,7 +147,8 @@ _Id = Annotated[int, Field(ge=0)]
 
 
 class CompletionRequest(_Request):
-    """``POST /v1/completions``. ``prompt`` is text, a list of texts, a list of token ids, or a list of such lists."""
+    """``POST /v1/completions``. ``prompt`` is text, a list of texts, a list of token ids, or a list
+    of such lists."""
 
     prompt: _Text | list[_Text] | list[_Id] | list[list[_Id]]
     echo: bool = False
@@ -135,7 +157,9 @@ class CompletionRequest(_Request):
     @model_validator(mode="after")
     def _servable(self):
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not together with logprobs; the prompt's log probabilities are not served")
+            raise ValueError(
+                "echo: not together with logprobs; the prompt's log probabilities are not served"
+            )
         if not self.prompt:
             raise ValueError("prompt: it is empty")
         return self
@@ -174,21 +198,40 @@ class Chat:
     @staticmethod
     def chunk(index: int, text: str | None, tokens: list[Token] | None, finish: str | None) -> dict:
         """``text`` None: the first one, which names the role."""
-        delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": Chat.logprobs(tokens), "finish_reason": finish}
+        delta = (
+            {"role": "assistant", "content": ""}
+            if text is None
+            else {"content": text}
+            if text
+            else {}
+        )
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": Chat.logprobs(tokens),
+            "finish_reason": finish,
+        }
 
     @staticmethod
     def logprobs(tokens: list[Token] | None) -> dict | None:
-        """The log probability of each token, its alternatives and its bytes; None where none are asked for."""
+        """The log probability of each token, its alternatives and its bytes; None where none are
+        asked for."""
+
         def one(text: str, logprob: float) -> dict:
             """A token. Half of a character has no bytes of its own."""
-            return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+            return {
+                "token": text,
+                "logprob": logprob,
+                "bytes": None if "\ufffd" in text else list(text.encode()),
+            }
 
         if tokens is None:
             return None
         return {
             "content": [
-                one(token.text, token.logprob) | {"top_logprobs": [one(*each) for each in token.top]} for token in tokens
+                one(token.text, token.logprob)
+                | {"top_logprobs": [one(*each) for each in token.top]}
+                for token in tokens
             ],
             "refusal": None,
         }
@@ -202,25 +245,39 @@ class Completion:
 
     @staticmethod
     def choice(index: int, text: str, tokens: list[Token] | None, finish: str | None) -> dict:
-        """The answer ``index``, whole or a part of it. ``tokens`` None: without log probabilities."""
-        return {"index": index, "text": text, "logprobs": Completion.logprobs(tokens), "finish_reason": finish}
+        """The answer ``index``, whole or a part of it. ``tokens`` None: without log
+        probabilities."""
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": Completion.logprobs(tokens),
+            "finish_reason": finish,
+        }
 
     chunk = choice
 
     @staticmethod
     def logprobs(tokens: list[Token] | None) -> dict | None:
-        """The tokens, their log probabilities, alternatives and places in the text, as four lists; None where none are asked for."""
+        """The tokens, their log probabilities, alternatives and places in the text, as four lists;
+        None where none are asked for."""
         if tokens is None:
             return None
-        return {"tokens": [token.text for token in tokens], "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [dict(token.top) for token in tokens], "text_offset": [token.offset for token in tokens]}  # fmt: skip
+        return {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(token.top) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
 
 
 class Envelope:
     """What all events of one answer share."""
 
     def __init__(self, form: type[Chat | Completion], model: str):
-        self.form, self._common = form, {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.form, self._common = (
+            form,
+            {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model},
+        )
 
     def whole(self, choices: list[dict], usage: dict) -> dict:
         """The answer to a request without a stream."""
@@ -233,9 +290,18 @@ class Envelope:
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
     """Counts of tokens; a stop token counts, as in vLLM."""
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
 
 
-def error(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> dict:
+def error(
+    message: str,
+    kind: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+) -> dict:
     """The body of an answer that is none."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,4 +1,5 @@
-"""How one request chooses its tokens and where its text ends. Nothing here depends on the other rows of a batch."""
+"""How one request chooses its tokens and where its text ends. Nothing here depends on the other
+rows of a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks for. ``logprobs`` is how many alternatives to report with each token; None: no log probabilities."""
+    """What a request asks for. ``logprobs`` is how many alternatives to report with each token;
+    None: no log probabilities."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -24,7 +26,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """A generated token: its text, log probability (of the model's own distribution), alternatives, and where its text begins."""
+    """A generated token: its text, log probability (of the model's own distribution), alternatives,
+    and where its text begins."""
 
     text: str
     logprob: float | None
@@ -34,7 +37,8 @@ class Token:
 
 @dataclass
 class Piece:
-    """News of a sequence: more ``text``, the tokens it came from, and at the end ``finish``: stop, length or error."""
+    """News of a sequence: more ``text``, the tokens it came from, and at the end ``finish``: stop,
+    length or error."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -42,7 +46,8 @@ class Piece:
 
 
 def generator(seed: int | None) -> Generator:
-    """The random numbers of one request. They are drawn on the CPU, so that a seed means the same beside a GPU."""
+    """The random numbers of one request. They are drawn on the CPU, so that a seed means the same
+    beside a GPU."""
     import torch
 
     made = torch.Generator()
@@ -54,9 +59,11 @@ def generator(seed: int | None) -> Generator:
 
 
 def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
-    """The next token for ``logits`` ``[vocabulary]``, fp32 on the CPU: the likeliest at temperature 0, else one from the nucleus.
+    """The next token for ``logits`` ``[vocabulary]``, fp32 on the CPU: the likeliest at temperature
+    0, else one from the nucleus.
 
-    The nucleus is the smallest set of likeliest tokens whose probabilities reach ``top_p`` together (Holtzman et al. 2019).
+    The nucleus is the smallest set of likeliest tokens whose probabilities reach ``top_p`` together
+    (Holtzman et al. 2019).
     """
     import torch
 
@@ -71,7 +78,9 @@ def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 
-def described(logits: Tensor, token: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase, offset: int) -> Token:
+def described(
+    logits: Tensor, token: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase, offset: int
+) -> Token:
     """``token`` with the log probabilities that the request asked for."""
     if sampling.logprobs is None:
         return Token("", None, (), offset)
@@ -80,7 +89,8 @@ def described(logits: Tensor, token: int, sampling: Sampling, tokenizer: PreTrai
     values = torch.log_softmax(logits, dim=-1)
     best = values.topk(sampling.logprobs)
     top = tuple(
-        (tokenizer.decode([id_]), value) for id_, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        (tokenizer.decode([id_]), value)
+        for id_, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
     return Token(tokenizer.decode([token]), float(values[token]), top, offset)
 
@@ -88,12 +98,14 @@ def described(logits: Tensor, token: int, sampling: Sampling, tokenizer: PreTrai
 class Text:
     """The text of the tokens so far, given out as soon as nothing that follows can change it.
 
-    Everything is decoded anew at each token: the text is then that of :func:`workshop_utils.inference.generate.generate`.
+    Everything is decoded anew at each token: the text is then that of
+    :func:`workshop_utils.inference.generate.generate`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]):
         self._tokenizer, self._stop = tokenizer, stop
-        # A stop string may be half there. The tokenizer's clean-up joins blanks with up to three characters after them.
+        # A stop string may be half there. The tokenizer's clean-up joins blanks with up to three
+        # characters after them.
         clean_up = 3 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
         self._hold = max([clean_up, *(len(word) - 1 for word in stop)])
         self.text, self._given = "", 0

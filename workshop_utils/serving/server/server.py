@@ -27,7 +27,9 @@ _GRACE = 5
 """Seconds that what is under way has to finish when the server is stopped."""
 
 
-def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None) -> None:
+def run(
+    service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None
+) -> None:
     """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed.
 
     Raises:
@@ -44,6 +46,7 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
 
     class Server(uvicorn.Server):
         """Closes the service when it stops."""
+
         async def shutdown(self, sockets=None) -> None:
             """End the engine while there are clients to hear of it, then the connections."""
             await asyncio.to_thread(service.close, _GRACE)
@@ -51,7 +54,8 @@ def run(service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: st
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE))
     print(
-        f"{_LISTENING}http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}  (/v1/health/ready says when the model is loaded)",
+        f"{_LISTENING}http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}  "
+        "(/v1/health/ready says when the model is loaded)",
         flush=True,
     )
     loading = ThreadPoolExecutor(1).submit(service.load)
@@ -83,17 +87,21 @@ def _stop_after_failure(done: Future, server, service: Service) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
+        )
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
         raise WorkshopError(
-            f"cannot listen on {host}:{port}: {reason}. Stop the program that uses it, or choose another --port or --host."
+            f"cannot listen on {host}:{port}: {reason}. Stop the program that uses it, or choose "
+            "another --port or --host."
         ) from None
 
 
 @dataclass
 class Handle:
-    """A server in the background. ``url`` is ``http://HOST:PORT``; clients of OpenAI want ``f"{url}/v1"``. Ends with this process."""
+    """A server in the background. ``url`` is ``http://HOST:PORT``; clients of OpenAI want
+    ``f"{url}/v1"``. Ends with this process."""
 
     url: str
     log: Path
@@ -116,9 +124,19 @@ class Handle:
         self.stop()
 
 
-def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.0.1", port: int = 0, api_key: str | None = None,
-          refresh: float = 2, timeout: float = 180, trust: bool = False, **limits: int) -> Handle:  # fmt: skip
-    """Serve ``base`` and the adapters of ``store`` from a process in the background, and return when it is ready.
+def start(
+    base: Path | str,
+    store: Path | str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_key: str | None = None,
+    refresh: float = 2,
+    timeout: float = 180,
+    trust: bool = False,
+    **limits: int,
+) -> Handle:
+    """Serve ``base`` and the adapters of ``store`` from a process in the background, and return
+    when it is ready.
 
     Args:
         port: 0 for any free one.
@@ -128,12 +146,41 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
         WorkshopError: it did not get ready; the message ends with what it wrote last.
     """
     Service(base, store, Limits(**limits))  # what is wrong with these is said here, at once
-    options = {"base": base, "store": store or None, "host": host, "port": port, "refresh": refresh, **limits}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-    command = [sys.executable, "-m", "workshop_utils", "serve", *words, *([] if store else ["--no-store"]), *(["--trust"] if trust else [])]
-    environment = os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
-    with tempfile.NamedTemporaryFile("w", prefix="workshop-serve-", suffix=".log", delete=False) as output:
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    options = {
+        "base": base,
+        "store": store or None,
+        "host": host,
+        "port": port,
+        "refresh": refresh,
+        **limits,
+    }
+    words = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in options.items()
+        if value is not None
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "workshop_utils",
+        "serve",
+        *words,
+        *([] if store else ["--no-store"]),
+        *(["--trust"] if trust else []),
+    ]
+    environment = (
+        os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
+    )
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="workshop-serve-", suffix=".log", delete=False
+    ) as output:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
     log = Path(output.name)
     handle = Handle("", log, process)
     until = time.monotonic() + timeout
@@ -141,7 +188,14 @@ def start(base: Path | str, store: Path | str | None = None, host: str = "127.0.
     try:
         while time.monotonic() < until and process.poll() is None:
             lines = log.read_text(errors="replace").splitlines()
-            handle.url = next((line.removeprefix(_LISTENING).split()[0] for line in lines if line.startswith(_LISTENING)), "")
+            handle.url = next(
+                (
+                    line.removeprefix(_LISTENING).split()[0]
+                    for line in lines
+                    if line.startswith(_LISTENING)
+                ),
+                "",
+            )
             ready = bool(handle.url) and _answers(f"{handle.url}/v1/health/ready")
             if ready:
                 return handle

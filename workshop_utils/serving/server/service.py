@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes on. ``max_length``: tokens of prompt and answer together; ``max_batch``: texts at once in one batch, and
-    in one request; ``max_queue``: texts that wait; ``max_body``: bytes of a request; ``max_rank``: rank of an adapter (None: any)."""
+    """What the server takes on. ``max_length``: tokens of prompt and answer together;
+    ``max_batch``: texts at once in one batch, and in one request; ``max_queue``: texts that wait;
+    ``max_body``: bytes of a request; ``max_rank``: rank of an adapter (None: any)."""
 
     max_length: int = 2048
     max_batch: int = 16
@@ -29,10 +30,12 @@ class Limits:
 
 
 class Service:
-    """A base and the adapters of a store. Loading happens in :meth:`load`, in a thread of its own; :attr:`ready` says when it is done.
+    """A base and the adapters of a store. Loading happens in :meth:`load`, in a thread of its own;
+    :attr:`ready` says when it is done.
 
     Raises:
-        NotACheckpoint: ``base`` is no Hugging Face model directory, or ``store`` no directory; the message says what to do.
+        NotACheckpoint: ``base`` is no Hugging Face model directory, or ``store`` no directory; the
+            message says what to do.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class Service:
         self.base, self.store = _base_directory(Path(base)), Path(store) if store else None
         if self.store and not self.store.is_dir():
             raise NotACheckpoint(
-                f"{shown(self.store)} is no directory: make it (mkdir -p), and put each adapter in a directory of its own there."
+                f"{shown(self.store)} is no directory: make it (mkdir -p), and put each adapter "
+                "in a directory of its own there."
             )
-        # As the directory is called here, which may be a link: one into the cache of Hugging Face leads to a hash.
+        # As the directory is called here, which may be a link: one into the cache of Hugging Face
+        # leads to a hash.
         self.name = Path(os.path.abspath(self.base)).name
         self.limits, self._refresh, self._trust = limits or Limits(), refresh, trust
         self.max_length, self.max_batch = self.limits.max_length, self.limits.max_batch
@@ -58,14 +63,16 @@ class Service:
         self._created = int(time.time())
 
     def load(self) -> None:
-        """Load the base and the adapters. Errors as :func:`workshop_utils.inference.generate.load`."""
+        """Load the base and the adapters. Errors as
+        :func:`workshop_utils.inference.generate.load`."""
         from workshop_utils.inference.generate import load
         from workshop_utils.serving.server.adapters import Store
         from workshop_utils.serving.server.engine import Engine
 
         model, self._tokenizer = load(self.base, trust=self._trust)
         self.max_length = min(
-            self.limits.max_length, getattr(model.config, "max_position_embeddings", None) or self.limits.max_length
+            self.limits.max_length,
+            getattr(model.config, "max_position_embeddings", None) or self.limits.max_length,
         )
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self.engine = Engine(model, self._tokenizer, self.max_batch, self.limits.max_queue)
@@ -73,14 +80,22 @@ class Service:
             self.engine.close()
             return
         if self.store:
-            self._store = Store(self.store, self.engine, self.name, self._trust, self.limits.max_rank, say=lambda line: print(line, flush=True))
+            self._store = Store(
+                self.store,
+                self.engine,
+                self.name,
+                self._trust,
+                self.limits.max_rank,
+                say=lambda line: print(line, flush=True),
+            )
             self._store.refresh()
             threading.Thread(target=self._store.watch, args=(self._refresh,), daemon=True).start()
         self.ready = not self._closed
         print(f"ready: {', '.join([self.name, *self.engine.adapters])}", flush=True)
 
     def close(self, grace: float = 0) -> None:
-        """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends with an error."""
+        """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends
+        with an error."""
         self.ready, self._closed = False, True
         if self._store:
             self._store.stop()
@@ -110,7 +125,9 @@ class Service:
         try:
             return prompt_ids(self._tokenizer, turns)
         except jinja2.TemplateError as error:
-            raise ValueError(f"The model's chat template refuses the conversation: {error}") from None
+            raise ValueError(
+                f"The model's chat template refuses the conversation: {error}"
+            ) from None
 
     def prompt(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt. Raises ``ValueError`` when it is empty or no id of this model."""
@@ -118,7 +135,9 @@ class Service:
         if not ids:
             raise ValueError("The prompt is empty.")
         if max(ids) >= self._vocabulary:
-            raise ValueError(f"The prompt has the token id {max(ids)}; the model has {self._vocabulary}.")
+            raise ValueError(
+                f"The prompt has the token id {max(ids)}; the model has {self._vocabulary}."
+            )
         return ids
 
     def text(self, ids: list[int]) -> str:
@@ -126,7 +145,8 @@ class Service:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def submit(self, rows: list[Row], model: str) -> None:
-        """See :meth:`workshop_utils.serving.server.engine.Engine.submit`; ``model`` is the base's id or an adapter's name."""
+        """See :meth:`workshop_utils.serving.server.engine.Engine.submit`; ``model`` is the base's
+        id or an adapter's name."""
         self.engine.submit(rows, None if model == self.name else model)
 
 
@@ -143,5 +163,6 @@ def _base_directory(base: Path) -> Path:
         Kind.PEFT: "put it into the store, and give its base as --base",
     }
     raise NotACheckpoint(
-        f"{shown(base)} is a {kind}; the server needs a Hugging Face model directory: {fix.get(kind, 'give one as --base')}."
+        f"{shown(base)} is a {kind}; the server needs a Hugging Face model directory: "
+        f"{fix.get(kind, 'give one as --base')}."
     )

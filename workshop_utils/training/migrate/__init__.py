@@ -1,4 +1,5 @@
-"""A NeMo 1.0 configuration as NeMo 2.0 code: :func:`migrate` translates, :mod:`.code` prints. Neither imports NeMo."""
+"""A NeMo 1.0 configuration as NeMo 2.0 code: :func:`migrate` translates, :mod:`.code` prints.
+Neither imports NeMo."""
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -9,15 +10,29 @@ from workshop_utils.core.errors import WorkshopError
 from workshop_utils.core.nearest import nearest
 from workshop_utils.core.yaml_file import read_mapping
 from workshop_utils.training.migrate.signatures import parameters, schedules
-from workshop_utils.training.migrate.table import FP8_ROWS, FP16_ROWS, OTHER, ROWS, WITHOUT, Code, Row
+from workshop_utils.training.migrate.table import (
+    FP8_ROWS,
+    FP16_ROWS,
+    OTHER,
+    ROWS,
+    WITHOUT,
+    Code,
+    Row,
+)
 
 SECTIONS = ("model", "trainer", "exp_manager")
-_MIXED = {"bf16": "bf16-mixed", "bf16-mixed": "bf16-mixed", "16": "16-mixed", "16-mixed": "16-mixed"}
+_MIXED = {
+    "bf16": "bf16-mixed",
+    "bf16-mixed": "bf16-mixed",
+    "16": "16-mixed",
+    "16-mixed": "16-mixed",
+}
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of the code: its value, the YAML key that it comes from (or why it is there) and a remark."""
+    """One argument of the code: its value, the YAML key that it comes from (or why it is there) and
+    a remark."""
 
     value: Any
     source: str
@@ -26,8 +41,9 @@ class Argument:
 
 @dataclass
 class Migration:
-    """``parts`` holds, for each target of :data:`.signatures.TARGETS` (and "schedule"), its arguments by name. ``left`` are the keys
-    without a counterpart, each with its value and the reason; ``unset`` counts those that are null, which need none."""
+    """``parts`` holds, for each target of :data:`.signatures.TARGETS` (and "schedule"), its
+    arguments by name. ``left`` are the keys without a counterpart, each with its value and the
+    reason; ``unset`` counts those that are null, which need none."""
 
     name: str
     parts: dict[str, dict[str, Argument]] = field(default_factory=dict)
@@ -37,7 +53,8 @@ class Migration:
     unset: int = 0
 
     def put(self, target: str, argument: str, value: Any, source: str, note: str = "") -> None:
-        """Set an argument, or leave its key over where the installed version has no such argument."""
+        """Set an argument, or leave its key over where the installed version has no such
+        argument."""
         if argument in parameters(target):
             self.parts.setdefault(target, {})[argument] = Argument(value, source, note)
         else:
@@ -50,17 +67,31 @@ class Migration:
 
 
 def migrate(path: Path | str, allow_unknown: bool = False) -> Migration:
-    """Translate the NeMo 1.0 configuration at ``path``: one of the scripts' YAML files, or the model_config.yaml of a ``.nemo``.
+    """Translate the NeMo 1.0 configuration at ``path``: one of the scripts' YAML files, or the
+    model_config.yaml of a ``.nemo``.
 
     Raises:
-        WorkshopError: the file is no YAML, is another kind of file, an interpolation of it cannot be resolved, or (unless
+        WorkshopError: the file is no YAML, is another kind of file, an interpolation of it cannot
+            be resolved, or (unless
             ``allow_unknown``) a key looks like a mistyped one; the message names the key.
     """
     path = Path(path)
     flat = _flat(_resolved(_read(path), path))
-    made = Migration(path.name, finetuning=any(key.startswith("model.data.train_ds.") for key in flat))
-    used = {"rows", "finetuning"} if made.finetuning else {"pretraining"} if "model.data.data_prefix" in flat else set()
-    rows = {row.key: row for row in ROWS if row.target in used or row.target not in ("rows", "finetuning", "pretraining")}
+    made = Migration(
+        path.name, finetuning=any(key.startswith("model.data.train_ds.") for key in flat)
+    )
+    used = (
+        {"rows", "finetuning"}
+        if made.finetuning
+        else {"pretraining"}
+        if "model.data.data_prefix" in flat
+        else set()
+    )
+    rows = {
+        row.key: row
+        for row in ROWS
+        if row.target in used or row.target not in ("rows", "finetuning", "pretraining")
+    }
     rows |= _precision(made, flat)
     if not allow_unknown:
         _refuse_mistyped(path, flat, rows)
@@ -78,8 +109,17 @@ def migrate(path: Path | str, allow_unknown: bool = False) -> Migration:
     return made
 
 
-_HANDLED = {"trainer.precision", "exp_manager.create_early_stopping_callback", "model.optim.sched.name", "model.fp8", "model.fp8_hybrid",
-            "model.fp8_e4m3", "model.peft.peft_scheme", "model.peft.lora_tuning.variant", "model.data.train_ds.file_names"}  # fmt: skip
+_HANDLED = {
+    "trainer.precision",
+    "exp_manager.create_early_stopping_callback",
+    "model.optim.sched.name",
+    "model.fp8",
+    "model.fp8_hybrid",
+    "model.fp8_e4m3",
+    "model.peft.peft_scheme",
+    "model.peft.lora_tuning.variant",
+    "model.data.train_ds.file_names",
+}
 """Keys that several arguments follow from."""
 
 
@@ -87,21 +127,26 @@ def _read(path: Path) -> dict[str, Any]:
     tree = read_mapping(path)
     if "_target_" in tree:
         raise WorkshopError(
-            f"{path}: _target_ is {tree['_target_']}: this is the model.yaml of a NeMo 2.0 checkpoint. It needs no migration."
+            f"{path}: _target_ is {tree['_target_']}: this is the model.yaml of a NeMo 2.0 "
+            "checkpoint. It needs no migration."
         )
     if "architectures" in tree or "model_type" in tree:
         raise WorkshopError(
-            f"{path} is the configuration of a Hugging Face model. `workshop import` converts such a model to NeMo 2.0."
+            f"{path} is the configuration of a Hugging Face model. `workshop import` converts "
+            "such a model to NeMo 2.0."
         )
     if not any(section in tree for section in SECTIONS):
         if not any(f"model.{key}" in {row.key for row in ROWS} for key in tree):
             raise WorkshopError(
-                f"{path} has none of the sections {', '.join(SECTIONS)}, nor keys of a model: it is no NeMo 1.0 configuration."
+                f"{path} has none of the sections {', '.join(SECTIONS)}, nor keys of a model: it "
+                "is no NeMo 1.0 configuration."
             )
         tree = {"model": tree}
     for section in SECTIONS:
         if not isinstance(tree.get(section, {}), dict):
-            raise WorkshopError(f"{path}, {section}: is {tree[section]!r}; in NeMo 1.0 it is a mapping of settings.")
+            raise WorkshopError(
+                f"{path}, {section}: is {tree[section]!r}; in NeMo 1.0 it is a mapping of settings."
+            )
     return tree
 
 
@@ -124,12 +169,14 @@ def _resolved(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         raise WorkshopError(
-            f"{path}, {error.full_key or 'top level'}: {str(error).splitlines()[0]}. Put the value itself there."
+            f"{path}, {error.full_key or 'top level'}: {str(error).splitlines()[0]}. Put the "
+            "value itself there."
         ) from None
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys and their values; a mapping that is one value (``model.data.data_prefix``) stays one."""
+    """Dotted keys and their values; a mapping that is one value (``model.data.data_prefix``) stays
+    one."""
     flat = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -147,12 +194,15 @@ def _translate(made: Migration, row: Row, value: Any) -> None:
         except (KeyError, IndexError, TypeError, AttributeError):
             made.left[row.key] = (value, "this value has no counterpart")
             return
-    for argument, one in (value if isinstance(value, dict) and row.convert else {row.argument: value}).items():
+    for argument, one in (
+        value if isinstance(value, dict) and row.convert else {row.argument: value}
+    ).items():
         made.put(row.target, argument, one, row.key, row.note)
 
 
 def _precision(made: Migration, flat: dict[str, Any]) -> dict[str, Row]:
-    """Precision is an object of its own in NeMo 2.0; which further keys mean something depends on it."""
+    """Precision is an object of its own in NeMo 2.0; which further keys mean something depends on
+    it."""
     precision, rows = flat.get("trainer.precision"), {}
     if precision is None or precision == "???":
         return rows
@@ -161,13 +211,23 @@ def _precision(made: Migration, flat: dict[str, Any]) -> dict[str, Row]:
     elif str(precision) in _MIXED:
         mixed = _MIXED[str(precision)]
         made.put("precision", "precision", mixed, "trainer.precision")
-        made.put("optimizer", "bf16" if mixed == "bf16-mixed" else "fp16", True, "trainer.precision")
+        made.put(
+            "optimizer", "bf16" if mixed == "bf16-mixed" else "fp16", True, "trainer.precision"
+        )
         rows |= {row.key: row for row in FP16_ROWS if mixed == "16-mixed"}
         if flat.get("model.fp8"):
-            made.put("precision", "fp8", "hybrid" if flat.get("model.fp8_hybrid") else "e4m3", "model.fp8")
+            made.put(
+                "precision",
+                "fp8",
+                "hybrid" if flat.get("model.fp8_hybrid") else "e4m3",
+                "model.fp8",
+            )
             rows |= {row.key: row for row in FP8_ROWS}
     else:
-        made.left["trainer.precision"] = (precision, "MegatronMixedPrecision has 16-mixed and bf16-mixed, Trainer 32")
+        made.left["trainer.precision"] = (
+            precision,
+            "MegatronMixedPrecision has 16-mixed and bf16-mixed, Trainer 32",
+        )
     return rows
 
 
@@ -190,7 +250,10 @@ def _schedule(made: Migration, flat: dict[str, Any]) -> None:
 
 
 def _in_schedule(made: Migration, key: str) -> bool:
-    return key.startswith("model.optim.sched.") and key.removeprefix("model.optim.sched.") in schedules()[made.schedule]
+    return (
+        key.startswith("model.optim.sched.")
+        and key.removeprefix("model.optim.sched.") in schedules()[made.schedule]
+    )
 
 
 def _follow_up(made: Migration, flat: dict[str, Any]) -> None:
@@ -204,8 +267,16 @@ def _follow_up(made: Migration, flat: dict[str, Any]) -> None:
             "zarr is not saved asynchronously; NeMo 2.0 calls zarr deprecated",
         )
     if (made.value("strategy", "pipeline_model_parallel_size") or 1) > 1:
-        dtype = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(made.value("precision", "precision"), "float32")
-        made.put("strategy", "pipeline_dtype", Code(f"torch.{dtype}"), "trainer.precision", "needed by pipelines")
+        dtype = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(
+            made.value("precision", "precision"), "float32"
+        )
+        made.put(
+            "strategy",
+            "pipeline_dtype",
+            Code(f"torch.{dtype}"),
+            "trainer.precision",
+            "needed by pipelines",
+        )
     for target, off, why in (
         (
             "stopping",
@@ -231,7 +302,11 @@ def _follow_up(made: Migration, flat: dict[str, Any]) -> None:
     if made.finetuning:
         files = flat.get("model.data.train_ds.file_names")
         first = files[0] if isinstance(files, list) and files else files
-        folder = str(PurePosixPath(first).parent) if isinstance(first, str) and first != "???" else "FOLDER"
+        folder = (
+            str(PurePosixPath(first).parent)
+            if isinstance(first, str) and first != "???"
+            else "FOLDER"
+        )
         made.put(
             "finetuning",
             "dataset_root",
@@ -243,19 +318,33 @@ def _follow_up(made: Migration, flat: dict[str, Any]) -> None:
 
 def _adapter(flat: dict[str, Any]) -> str | None:
     """Why there is no LoRA, or None where there is."""
-    scheme, variant = flat.get("model.peft.peft_scheme"), flat.get("model.peft.lora_tuning.variant") or "nemo"
+    scheme, variant = (
+        flat.get("model.peft.peft_scheme"),
+        flat.get("model.peft.lora_tuning.variant") or "nemo",
+    )
     if scheme not in ("lora", ["lora"]):
         return f"model.peft.peft_scheme is {scheme}"
-    return None if variant == "nemo" else f"variant is {variant}: see llm.peft.CanonicalLoRA, which takes other target_modules"
+    return (
+        None
+        if variant == "nemo"
+        else f"variant is {variant}: see llm.peft.CanonicalLoRA, which takes other target_modules"
+    )
 
 
 def _reason(key: str) -> str | None:
     found = [why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern)]
-    return found[0] if found else "no certain counterpart" if any(fnmatchcase(key, pattern) for pattern in OTHER) else None
+    return (
+        found[0]
+        if found
+        else "no certain counterpart"
+        if any(fnmatchcase(key, pattern) for pattern in OTHER)
+        else None
+    )
 
 
 def _refuse_mistyped(path: Path, flat: dict[str, Any], rows: dict[str, Row]) -> None:
-    """Raises WorkshopError for a key that is none of NeMo 1.0's but nearly the name of one that is not in the file."""
+    """Raises WorkshopError for a key that is none of NeMo 1.0's but nearly the name of one that is
+    not in the file."""
     exact = {
         *rows,
         *_HANDLED,
@@ -264,12 +353,18 @@ def _refuse_mistyped(path: Path, flat: dict[str, Any], rows: dict[str, Row]) -> 
     }
     for key in flat:
         if key in exact or any(
-            "*" in pattern and not pattern.endswith(".*") and fnmatchcase(key, pattern) for pattern in WITHOUT
+            "*" in pattern and not pattern.endswith(".*") and fnmatchcase(key, pattern)
+            for pattern in WITHOUT
         ):
             continue
         parent, _, last = key.rpartition(".")
-        siblings = [one.rpartition(".")[2] for one in exact if one.rpartition(".")[0] == parent and one not in flat]
+        siblings = [
+            one.rpartition(".")[2]
+            for one in exact
+            if one.rpartition(".")[0] == parent and one not in flat
+        ]
         if near := nearest(last, siblings, cutoff=0.87):
             raise WorkshopError(
-                f"{path}: {key} is no key of NeMo 1.0. Did you mean {parent}.{near[0]}? --allow-unknown goes on and lists it."
+                f"{path}: {key} is no key of NeMo 1.0. Did you mean {parent}.{near[0]}? "
+                "--allow-unknown goes on and lists it."
             )

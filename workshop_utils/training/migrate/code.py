@@ -12,15 +12,18 @@ _IMPORTS = {
     "ddp": "from megatron.core.distributed import DistributedDataParallelConfig",
     "optimizer": "from megatron.core.optimizer import OptimizerConfig",
     "stopping": "from lightning.pytorch.callbacks import EarlyStopping",
-    "tokenizer": "from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer",
+    "tokenizer": "from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer",  # noqa: E501
 }
 
 
 def script(made: Migration) -> str:
-    """The whole script. What it defines can be executed without training: that stands under ``if __name__ == "__main__"``."""
+    """The whole script. What it defines can be executed without training: that stands under ``if
+    __name__ == "__main__"``."""
     body = _body(made)
     imports = ["import torch"] if any("torch." in line for line in body) else []
-    imports += ["from nemo.lightning import io"] if any("io.load_context" in line for line in body) else []
+    imports += (
+        ["from nemo.lightning import io"] if any("io.load_context" in line for line in body) else []
+    )
     imports += [
         "from nemo import lightning as nl",
         "from nemo.collections import llm",
@@ -41,7 +44,10 @@ def script(made: Migration) -> str:
 
 def table(rows: list) -> str:
     """Rows of the table of keys, as Markdown."""
-    lines = [f"| `{row.key}` | `{TARGETS[row.target][0]}` | `{row.argument}` | {row.note} |" for row in rows]
+    lines = [
+        f"| `{row.key}` | `{TARGETS[row.target][0]}` | `{row.argument}` | {row.note} |"
+        for row in rows
+    ]
     return "\n".join(["| NeMo 1.0 | NeMo 2.0 | argument | remark |", "|---|---|---|---|", *lines])
 
 
@@ -49,7 +55,8 @@ def _body(made: Migration) -> list[str]:
     parts, built, lines = made.parts, {}, []
 
     def add(variable: str, text: list[str]) -> None:
-        """Append ``variable = text``, an expression of several lines, and remember that the variable is there."""
+        """Append ``variable = text``, an expression of several lines, and remember that the
+        variable is there."""
         lines.extend([f"{variable} = {text[0]}", *text[1:]])
         built[variable] = True
 
@@ -73,7 +80,9 @@ def _body(made: Migration) -> list[str]:
     if "optimizer" in parts:
         optim = {"config": _inline("optimizer", parts["optimizer"])}
         if made.schedule:
-            optim["lr_scheduler"] = _inline("schedule", parts["schedule"], name=f"nl.lr_scheduler.{made.schedule}Scheduler")
+            optim["lr_scheduler"] = _inline(
+                "schedule", parts["schedule"], name=f"nl.lr_scheduler.{made.schedule}Scheduler"
+            )
         add("optim", _call("nl.MegatronOptimizerModule", optim))
     if "peft" in parts:
         add("peft", _call("llm.peft.LoRA", parts["peft"]))
@@ -105,23 +114,51 @@ def _run(made: Migration, built: dict[str, bool]) -> list[str]:
         end = [f"    llm.{'finetune' if made.finetuning else 'pretrain'}({names})"]
     else:
         lines, base = [], made.value("restore", "path") or "CHECKPOINT"
-        end = [f'    model = io.load_context({_python(base + "/context")}, subpath="model")',
-               *(f"    model.config.{name} = {_python(one.value)}  # {one.source}" for name, one in config.items()),
-               f"    llm.finetune({names}, tokenizer='model')"]  # fmt: skip
+        end = [
+            f'    model = io.load_context({_python(base + "/context")}, subpath="model")',
+            *(
+                f"    model.config.{name} = {_python(one.value)}  # {one.source}"
+                for name, one in config.items()
+            ),
+            f"    llm.finetune({names}, tokenizer='model')",
+        ]
     if "data" not in built:
         # Without num_layers they belong to a model that is loaded, which nothing here does.
-        settings = [] if "num_layers" in config else [f"# model.config.{name} = {_python(one.value)}  # {one.source}" for name, one in config.items()]
-        return [*lines, *settings, "# Add data=, a data module: the configuration names none. Then llm.pretrain or llm.finetune."]
+        settings = (
+            []
+            if "num_layers" in config
+            else [
+                f"# model.config.{name} = {_python(one.value)}  # {one.source}"
+                for name, one in config.items()
+            ]
+        )
+        return [
+            *lines,
+            *settings,
+            (
+                "# Add data=, a data module: the configuration names none. Then llm.pretrain or "
+                "llm.finetune."
+            ),
+        ]
     return [*lines, "", 'if __name__ == "__main__":', *end]
 
 
 def _call(name: str, arguments: dict[str, Argument]) -> list[str]:
     if not arguments:
         return [f"{name}()"]
-    return [f"{name}(", *(f"    {argument}={_python(one.value)},{_remark(one)}" for argument, one in arguments.items()), ")"]
+    return [
+        f"{name}(",
+        *(
+            f"    {argument}={_python(one.value)},{_remark(one)}"
+            for argument, one in arguments.items()
+        ),
+        ")",
+    ]
 
 
-def _inline(part: str, arguments: dict[str, Argument], wrap: str = "{}", name: str | None = None) -> Argument:
+def _inline(
+    part: str, arguments: dict[str, Argument], wrap: str = "{}", name: str | None = None
+) -> Argument:
     """A call as the value of an argument."""
     lines = _call(name or TARGETS[part][0], arguments)
     return Argument(Code(wrap.format("\n    ".join(lines))), "")
@@ -141,7 +178,8 @@ def _python(value: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    """``text`` of the user's as part of a comment: a line break in it would begin a line of code."""
+    """``text`` of the user's as part of a comment: a line break in it would begin a line of
+    code."""
     return " ".join(text.split())
 
 
@@ -150,7 +188,15 @@ def _left(made: Migration) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for key, (value, why) in made.left.items():
         reasons.setdefault(why, []).append(_one_line(f"{key}: {_python(value)}"))
-    lines = [f"# Keys of {_one_line(made.name)} that were not migrated: {len(made.left)}"] if made.left else []
+    lines = (
+        [f"# Keys of {_one_line(made.name)} that were not migrated: {len(made.left)}"]
+        if made.left
+        else []
+    )
     for why, keys in reasons.items():
         lines += [f"# - {why}:", *(f"#     {key}" for key in keys)]
-    return [*lines, f"# Keys that are null and so need no argument: {made.unset}"] if made.unset else lines
+    return (
+        [*lines, f"# Keys that are null and so need no argument: {made.unset}"]
+        if made.unset
+        else lines
+    )

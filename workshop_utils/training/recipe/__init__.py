@@ -1,1 +1,2 @@
-"""NeMo 2.0 recipes: options, data, training, test and export, the seven phases of `workshop recipe`."""
+"""NeMo 2.0 recipes: options, data, training, test and export, the seven phases of `workshop
+recipe`."""

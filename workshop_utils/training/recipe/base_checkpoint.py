@@ -1,7 +1,9 @@
-"""The base of a recipe run: from a Hugging Face id, a catalogue name, a directory or NGC to a NeMo 2.0 checkpoint, once.
+"""The base of a recipe run: from a Hugging Face id, a catalogue name, a directory or NGC to a NeMo
+2.0 checkpoint, once.
 
-A checkpoint appears at its place whole or not at all: it is imported into a temporary directory beside it, which is renamed. A record
-(``import.json``) in it says what it was made from; only a checkpoint with the same record that also passes verification is reused.
+A checkpoint appears at its place whole or not at all: it is imported into a temporary directory
+beside it, which is renamed. A record (``import.json``) in it says what it was made from; only a
+checkpoint with the same record that also passes verification is reused.
 """
 
 import json
@@ -18,7 +20,13 @@ from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound, verify
 from workshop_utils.core import paths
-from workshop_utils.core.errors import CheckpointError, NotACheckpoint, OutputExists, WaitedTooLong, WorkshopError
+from workshop_utils.core.errors import (
+    CheckpointError,
+    NotACheckpoint,
+    OutputExists,
+    WaitedTooLong,
+    WorkshopError,
+)
 from workshop_utils.core.hashing import of_contents
 from workshop_utils.runtime.processes import run_quietly
 from workshop_utils.training.recipe import waiting
@@ -31,7 +39,8 @@ _PARTS = {"context", "weights", RECORD}
 
 @dataclass(frozen=True)
 class Source:
-    """Where a base comes from: ``name`` as it is recorded, and either a ``directory`` or a ``model`` that can be fetched."""
+    """Where a base comes from: ``name`` as it is recorded, and either a ``directory`` or a
+    ``model`` that can be fetched."""
 
     name: str
     directory: Path | None = None
@@ -43,22 +52,33 @@ class Source:
         return self.directory or sources.location(self.model)
 
 
-def import_base(hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust: bool = False, rank: int | None = None) -> Path:
-    """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not there; ``target``.
+def import_base(
+    hf_model_id: str,
+    target: Path,
+    timeout: float = TIMEOUT,
+    trust: bool = False,
+    rank: int | None = None,
+) -> Path:
+    """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not
+    there; ``target``.
 
-    ``hf_model_id`` is a name of ``workshop models``, ``org/model`` or ``hf://org/model`` (``@revision`` may follow), a directory (Hugging
-    Face or NeMo 2.0), or ``ngc://org/team/model:version``. A NeMo 2.0 source is linked to, not copied.
+    ``hf_model_id`` is a name of ``workshop models``, ``org/model`` or ``hf://org/model``
+    (``@revision`` may follow), a directory (Hugging Face or NeMo 2.0), or
+    ``ngc://org/team/model:version``. A NeMo 2.0 source is linked to, not copied.
 
-    Where several processes ask at once, one imports; the others wait up to ``timeout`` seconds and say for whom. Under torchrun only
-    ``rank`` 0 (default: the environment's RANK) imports, and the other ranks wait for the checkpoint to appear on their disk.
-    What an interrupted import left is removed and the import done again. With ``trust``, findings of verification are only printed.
+    Where several processes ask at once, one imports; the others wait up to ``timeout`` seconds and
+    say for whom. Under torchrun only ``rank`` 0 (default: the environment's RANK) imports, and the
+    other ranks wait for the checkpoint to appear on their disk. What an interrupted import left is
+    removed and the import done again. With ``trust``, findings of verification are only printed.
 
     Raises:
         WorkshopError: there is no such model, directory or name.
         FetchError: it could not be downloaded.
         CheckpointError: the source is unsafe, damaged, or of a family that NeMo cannot import.
-        OutputExists: ``target`` holds something that this function did not make; nothing is replaced.
-        WaitedTooLong: another process did not finish in time, or this rank's disk never got the checkpoint.
+        OutputExists: ``target`` holds something that this function did not make; nothing is
+            replaced.
+        WaitedTooLong: another process did not finish in time, or this rank's disk never got the
+            checkpoint.
     """
     source, target = find_source(hf_model_id), Path(os.path.abspath(target))
     rank = int(os.environ.get("RANK", "0")) if rank is None else rank
@@ -73,7 +93,8 @@ def import_base(hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust:
 
 
 def find_source(hf_model_id: str) -> Source:
-    """What ``hf_model_id`` names; nothing is fetched. Raises WorkshopError, with the nearest names, when it is nothing."""
+    """What ``hf_model_id`` names; nothing is fetched. Raises WorkshopError, with the nearest names,
+    when it is nothing."""
     name = hf_model_id.strip()
     if name.startswith("ngc://"):
         return _of_ngc(name)
@@ -85,45 +106,71 @@ def find_source(hf_model_id: str) -> Source:
         return Source(plain, model=sources.find(plain))
     if plain.startswith((".", "/", "~")) or plain.count("/") > 1:
         raise WorkshopError(
-            f"hf_model_id: {plain} is no directory. Give a Hugging Face id (org/model), a name of `workshop models` or a directory."
+            f"hf_model_id: {plain} is no directory. Give a Hugging Face id (org/model), a name "
+            "of `workshop models` or a directory."
         )
     if "/" not in plain:
         return Source(plain, model=sources.find(plain))
     address, _, revision = plain.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", address):
-        raise WorkshopError(f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision.")
-    known = [one for one in sources.catalogue().values() if one.source == "huggingface" and one.address == address]
+        raise WorkshopError(
+            f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision."
+        )
+    known = [
+        one
+        for one in sources.catalogue().values()
+        if one.source == "huggingface" and one.address == address
+    ]
     if known and revision in ("", known[0].revision):
         return Source(known[0].name, model=known[0])
-    return Source(plain, model=_unlisted(plain.replace("/", "--"), "huggingface", address, revision or None, "huggingface"))
+    return Source(
+        plain,
+        model=_unlisted(
+            plain.replace("/", "--"), "huggingface", address, revision or None, "huggingface"
+        ),
+    )
 
 
 def _of_ngc(name: str) -> Source:
     address = name.removeprefix("ngc://")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
         raise WorkshopError(
-            f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
+            f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
+            "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
         )
-    known = [one for one in sources.catalogue().values() if one.source == "ngc" and one.address == address]
+    known = [
+        one
+        for one in sources.catalogue().values()
+        if one.source == "ngc" and one.address == address
+    ]
     if known:
         return Source(known[0].name, model=known[0])
-    return Source(name, model=_unlisted(re.sub(r"[/:]", "--", address), "ngc", address, None, "nemo2"))
+    return Source(
+        name, model=_unlisted(re.sub(r"[/:]", "--", address), "ngc", address, None, "nemo2")
+    )
 
 
-def _unlisted(name: str, source: str, address: str, revision: str | None, form: str) -> sources.Model:
-    """A model that the catalogue does not list; its licence is not known here, so the messages point to its page."""
+def _unlisted(
+    name: str, source: str, address: str, revision: str | None, form: str
+) -> sources.Model:
+    """A model that the catalogue does not list; its licence is not known here, so the messages
+    point to its page."""
     site = "https://huggingface.co" if source == "huggingface" else "https://catalog.ngc.nvidia.com"
     page = f"{site}/{address}" if source == "huggingface" else site
-    return sources.Model(name, address, 0, source, address, revision, 0, "see its page", page, False, form, {})
+    return sources.Model(
+        name, address, 0, source, address, revision, 0, "see its page", page, False, form, {}
+    )
 
 
 def _make(source: Source, target: Path, trust: bool) -> None:
-    """Fetch ``source`` where needed, import it (or link to it), and rename the result to ``target``."""
+    """Fetch ``source`` where needed, import it (or link to it), and rename the result to
+    ``target``."""
     directory = _fetched(source)
     kind = identify(directory).kind
     if kind not in (Kind.HUGGINGFACE, Kind.NEMO2):
         raise NotACheckpoint(
-            f"{paths.shown(directory)} is a {kind}; a base is a Hugging Face model or a NeMo 2.0 checkpoint. `workshop convert` may help."
+            f"{paths.shown(directory)} is a {kind}; a base is a Hugging Face model or a NeMo 2.0 "
+            "checkpoint. `workshop convert` may help."
         )
     with paths.new_directory(target) as part:
         if kind is Kind.NEMO2:
@@ -139,15 +186,21 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             for content in made.iterdir():
                 content.rename(part / content.name)
             made.rmdir()
-        record = {"source": source.name, "revision": source.model and source.model.revision, "files": of_contents(directory)}
+        record = {
+            "source": source.name,
+            "revision": source.model and source.model.revision,
+            "files": of_contents(directory),
+        }
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def _import(model: Path, made: Path, name: str, trust: bool) -> None:
-    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a notebook's kernel."""
+    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a
+    notebook's kernel."""
     from workshop_utils.checkpoints.convert.huggingface import check
 
-    # That process does so, too, but its errors come back as text, and what it prints in spite of them is not seen.
+    # That process does so, too, but its errors come back as text, and what it prints in spite of
+    # them is not seen.
     check(model)
     require_sound(model, trust, (Kind.HUGGINGFACE,))
     print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
@@ -169,7 +222,8 @@ def _fetched(source: Source) -> Path:
 
 
 def _is_reusable(source: Source, target: Path, trust: bool) -> bool:
-    """Whether ``target`` is a whole import of ``source``; says why not on standard error. Raises OutputExists for foreign content."""
+    """Whether ``target`` is a whole import of ``source``; says why not on standard error. Raises
+    OutputExists for foreign content."""
     if not target.exists() and not target.is_symlink():
         return False
     where = paths.shown(target)
@@ -178,13 +232,19 @@ def _is_reusable(source: Source, target: Path, trust: bool) -> bool:
     sound = not foreign and _is_sound(target, trust)
     if foreign or (record is None and sound):
         what = (
-            "a checkpoint, and nothing says what it was made from" if sound else "something that is no import of this command"
+            "a checkpoint, and nothing says what it was made from"
+            if sound
+            else "something that is no import of this command"
         )
         raise OutputExists(
-            f"{where} holds {what}. Nothing was replaced. Move it away, or set nemo_ckpt_dir to another directory."
+            f"{where} holds {what}. Nothing was replaced. Move it away, or set nemo_ckpt_dir to "
+            "another directory."
         )
     if not sound:
-        print(f"{where} is not whole (an interrupted or damaged import); it is imported again.", file=sys.stderr)
+        print(
+            f"{where} is not whole (an interrupted or damaged import); it is imported again.",
+            file=sys.stderr,
+        )
     elif reason := _difference(record, source):
         print(f"{where} was made from {reason}; it is imported again.", file=sys.stderr)
     else:
@@ -212,7 +272,8 @@ def _read_record(target: Path) -> dict | None:
 
 
 def _difference(record: dict, source: Source) -> str | None:
-    """What ``record`` was made from, where that is not ``source`` as it is now. A source that has been removed since is not compared."""
+    """What ``record`` was made from, where that is not ``source`` as it is now. A source that has
+    been removed since is not compared."""
     if record.get("source") != source.name:
         return f"{record.get('source')}, not from {source.name}"
     if source.model and record.get("revision") != source.model.revision:
@@ -224,16 +285,26 @@ def _difference(record: dict, source: Source) -> str | None:
     return f"another state of {paths.shown(source.here)}" if changed else None
 
 
-def _wait_for_first_rank(source: Source, target: Path, timeout: float, trust: bool, rank: int) -> Path:
+def _wait_for_first_rank(
+    source: Source, target: Path, timeout: float, trust: bool, rank: int
+) -> Path:
     patience = waiting.Patience(timeout)
-    while not (_read_record(target) and not _difference(_read_record(target), source) and _is_sound(target, trust)):
+    while not (
+        _read_record(target)
+        and not _difference(_read_record(target), source)
+        and _is_sound(target, trust)
+    ):
         who = waiting.holder(target) or "rank 0"
         if patience.spent():
             raise WaitedTooLong(
-                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for {paths.shown(target)}, which {who} should have made from {source.name}. "
-                "If the disks of the machines are not shared, run `workshop recipe import` on each of them first, or set nemo_ckpt_dir to "
-                "a shared directory. If rank 0 failed, its error stands in its log."
+                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for "
+                f"{paths.shown(target)}, which {who} should have made from {source.name}. If the "
+                "disks of the machines are not shared, run `workshop recipe import` on each of "
+                "them first, or set nemo_ckpt_dir to a shared directory. If rank 0 failed, its "
+                "error stands in its log."
             )
-        patience.say(f"rank {rank} waits for {paths.shown(target)}, which {who} makes from {source.name}")
+        patience.say(
+            f"rank {rank} waits for {paths.shown(target)}, which {who} makes from {source.name}"
+        )
         time.sleep(min(waiting.PAUSE, timeout))
     return target

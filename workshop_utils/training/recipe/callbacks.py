@@ -1,4 +1,5 @@
-"""What watches a run: NeMo's and Lightning's own callbacks, configured. Imports NeMo inside the functions."""
+"""What watches a run: NeMo's and Lightning's own callbacks, configured. Imports NeMo inside the
+functions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,28 +18,40 @@ LEAST_STEPS = {
     "enable_pytorch_profiler": PROFILED_STEPS[1],
     "enable_speed_monitor": SPEED_WINDOW + 1,
 }
-"""Options that record nothing at all in a shorter run: a profiler writes when it stops, the speed is logged when its window is full."""
+"""Options that record nothing at all in a shorter run: a profiler writes when it stops, the speed
+is logged when its window is full."""
 
 
 def checkpoints(name: str) -> "run.Config":
-    """Keep the checkpoint with the lowest validation loss, and a link to the last one, each with the state of the optimizer; their names begin with ``name``."""
+    """Keep the checkpoint with the lowest validation loss, and a link to the last one, each with
+    the state of the optimizer; their names begin with ``name``."""
     import nemo_run as run
     from nemo import lightning as nl
 
     return run.Config(
-        nl.ModelCheckpoint, monitor="val_loss", mode="min", save_top_k=1, save_last="link", save_optim_on_train_end=True,
+        nl.ModelCheckpoint,
+        monitor="val_loss",
+        mode="min",
+        save_top_k=1,
+        save_last="link",
+        save_optim_on_train_end=True,
         filename=name + "--{val_loss:.4f}-{step}",
-    )  # fmt: skip
+    )
 
 
 def loggers(options: RecipeOptions, run_dir: Path) -> dict[str, "run.Config | None"]:
-    """TensorBoard always, Weights & Biases with ``use_wandb``; the arguments ``tensorboard`` and ``wandb`` of NeMoLogger."""
+    """TensorBoard always, Weights & Biases with ``use_wandb``; the arguments ``tensorboard`` and
+    ``wandb`` of NeMoLogger."""
     import nemo_run as run
     from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-    tensorboard = run.Config(TensorBoardLogger, save_dir=str(run_dir), name="tensorboard", version="")
+    tensorboard = run.Config(
+        TensorBoardLogger, save_dir=str(run_dir), name="tensorboard", version=""
+    )
     wandb = (
-        run.Config(WandbLogger, project="nemo-recipes", name=run_dir.parent.name, save_dir=str(run_dir))
+        run.Config(
+            WandbLogger, project="nemo-recipes", name=run_dir.parent.name, save_dir=str(run_dir)
+        )
         if options.use_wandb
         else None
     )
@@ -46,14 +59,22 @@ def loggers(options: RecipeOptions, run_dir: Path) -> dict[str, "run.Config | No
 
 
 def callbacks(options: RecipeOptions, run_dir: Path) -> list["run.Config"]:
-    """Early stopping always, the rest as the options switch it on. Profilers exclude each other: :mod:`.plan` has seen to that."""
+    """Early stopping always, the rest as the options switch it on. Profilers exclude each other:
+    :mod:`.plan` has seen to that."""
     import nemo_run as run
     from lightning.pytorch.callbacks import EarlyStopping
     from nemo.lightning.pytorch import callbacks as nemo
 
     first, last = PROFILED_STEPS
-    found = [run.Config(EarlyStopping, monitor="val_loss", mode="min", patience=options.early_stopping_patience,
-                        min_delta=options.early_stopping_threshold)]  # fmt: skip
+    found = [
+        run.Config(
+            EarlyStopping,
+            monitor="val_loss",
+            mode="min",
+            patience=options.early_stopping_patience,
+            min_delta=options.early_stopping_threshold,
+        )
+    ]
     if options.enable_megatron_progress_bar:
         found.append(run.Config(nemo.MegatronProgressBar, refresh_rate=options.log_every_n_steps))
     if options.enable_speed_monitor:
@@ -66,7 +87,11 @@ def callbacks(options: RecipeOptions, run_dir: Path) -> list["run.Config"]:
         found.append(run.Config(nemo.NsysCallback, start_step=first, end_step=last))
     if options.enable_pytorch_profiler:
         trace = str(run_dir / TRACE)
-        found.append(run.Config(nemo.PytorchProfilerCallback, start_step=first, end_step=last, trace_dir=trace))
+        found.append(
+            run.Config(
+                nemo.PytorchProfilerCallback, start_step=first, end_step=last, trace_dir=trace
+            )
+        )
     if options.enable_memory_profile:
         found.append(run.Config(nemo.MemoryProfileCallback, dir=str(run_dir / "mem_profile")))
     return found

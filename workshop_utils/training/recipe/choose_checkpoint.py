@@ -1,7 +1,8 @@
 """Which checkpoint of a run: the one with the lowest validation loss, or the last.
 
-NeMo's ModelCheckpoint writes both into the name, ``NAME--val_loss=0.4321-step=39``, and ends the last one's in ``-last``: a link to
-the best where that is the last, else a directory. Modification times say nothing: a copy, a download or a repaired file changes them.
+NeMo's ModelCheckpoint writes both into the name, ``NAME--val_loss=0.4321-step=39``, and ends the
+last one's in ``-last``: a link to the best where that is the last, else a directory. Modification
+times say nothing: a copy, a download or a repaired file changes them.
 """
 
 import math
@@ -17,12 +18,16 @@ from workshop_utils.core.paths import shown
 LAST = "-last"
 UNFINISHED = "-unfinished"
 _NUMBER = r"(?P<value>[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?|nan|[-+]?inf)(?=-|$)"
-_LOSS, _STEP = re.compile(rf"val_loss={_NUMBER}", re.IGNORECASE), re.compile(r"(?<![a-z_])step=(?P<value>\d+)(?=-|$)")
+_LOSS, _STEP = (
+    re.compile(rf"val_loss={_NUMBER}", re.IGNORECASE),
+    re.compile(r"(?<![a-z_])step=(?P<value>\d+)(?=-|$)"),
+)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """One checkpoint of a run: ``val_loss`` and ``step`` as its name tells them, None where it does not, and what is wrong with it."""
+    """One checkpoint of a run: ``val_loss`` and ``step`` as its name tells them, None where it does
+    not, and what is wrong with it."""
 
     path: Path
     val_loss: float | None
@@ -37,7 +42,8 @@ class Saved:
 
 
 def choose(run_dir: Path | str, which: str = "best") -> Path:
-    """The checkpoint ``which`` of the run in ``run_dir``: "best", "last", or the path of one, which is only looked at for being whole.
+    """The checkpoint ``which`` of the run in ``run_dir``: "best", "last", or the path of one, which
+    is only looked at for being whole.
 
     A half-written checkpoint is never chosen; which were passed over is said on standard error.
 
@@ -45,7 +51,8 @@ def choose(run_dir: Path | str, which: str = "best") -> Path:
         run_dir: a checkpoint directory, or anything above one directory ``checkpoints/``.
 
     Raises:
-        NotACheckpoint: there is none, or there are several runs below ``run_dir``, or no name tells what the choice needs.
+        NotACheckpoint: there is none, or there are several runs below ``run_dir``, or no name tells
+            what the choice needs.
         DamagedCheckpoint: all there are, or the one that was named, are half-written.
     """
     if which not in ("best", "last"):
@@ -60,7 +67,8 @@ def choose(run_dir: Path | str, which: str = "best") -> Path:
     if not whole:
         faults = "".join(f"\n- {one.path.name}: {one.fault}" for one in saved)
         raise DamagedCheckpoint(
-            f"No checkpoint in {shown(folder)} is whole; the run was interrupted. Train on from there, or again.{faults}"
+            f"No checkpoint in {shown(folder)} is whole; the run was interrupted. Train on from "
+            f"there, or again.{faults}"
         )
     return (_best if which == "best" else _last)(whole, folder).path
 
@@ -84,24 +92,29 @@ def read_name(path: Path) -> Saved:
 
 
 def _best(whole: list[Saved], folder: Path) -> Saved:
-    """The lowest loss; of equal ones the later. What is saved last was not validated in that state, its name repeats an older loss."""
+    """The lowest loss; of equal ones the later. What is saved last was not validated in that state,
+    its name repeats an older loss."""
     known = [one for one in whole if one.has_loss and not one.is_last]
     if not known:
         names = ", ".join(one.path.name for one in whole)
-        raise NotACheckpoint(f"No name in {shown(folder)} tells a validation loss (val_loss=NUMBER): {names}. Ask for the last one "
-                             "(checkpoint=last), or name one.")  # fmt: skip
+        raise NotACheckpoint(
+            f"No name in {shown(folder)} tells a validation loss (val_loss=NUMBER): {names}. Ask "
+            "for the last one (checkpoint=last), or name one."
+        )
     return min(known, key=lambda one: (one.val_loss, -(one.step or 0)))
 
 
 def _last(whole: list[Saved], folder: Path) -> Saved:
-    """The one of the highest step; at the same step, what ends in ``-last``. Without steps, the only ``-last`` or the only one."""
+    """The one of the highest step; at the same step, what ends in ``-last``. Without steps, the
+    only ``-last`` or the only one."""
     if all(one.step is not None for one in whole):
         return max(whole, key=lambda one: (one.step, one.is_last))
     candidates = [one for one in whole if one.is_last] or whole
     if len(candidates) > 1:
         names = ", ".join(one.path.name for one in candidates)
         raise NotACheckpoint(
-            f"Which checkpoint in {shown(folder)} is the last cannot be told from their names (step=NUMBER): {names}. Name one."
+            f"Which checkpoint in {shown(folder)} is the last cannot be told from their names "
+            f"(step=NUMBER): {names}. Name one."
         )
     return candidates[0]
 
@@ -111,27 +124,37 @@ def _checkpoints(run_dir: Path) -> tuple[Path, list[Saved]]:
     if not run_dir.is_dir():
         raise NotACheckpoint(f"{shown(run_dir)} does not exist: nothing has been trained there.")
     folders = (
-        [run_dir] if _candidates(run_dir) else sorted(found for found in run_dir.rglob("checkpoints") if _candidates(found))
+        [run_dir]
+        if _candidates(run_dir)
+        else sorted(found for found in run_dir.rglob("checkpoints") if _candidates(found))
     )
     if not folders:
-        raise NotACheckpoint(f"{shown(run_dir)} holds no checkpoint: train first, or give the run's directory (nemo_logs_dir).")
+        raise NotACheckpoint(
+            f"{shown(run_dir)} holds no checkpoint: train first, or give the run's directory "
+            "(nemo_logs_dir)."
+        )
     if len(folders) > 1:
         names = ", ".join(shown(folder) for folder in folders)
         raise NotACheckpoint(
-            f"{shown(run_dir)} holds the checkpoints of {len(folders)} runs; give one of them (nemo_logs_dir): {names}"
+            f"{shown(run_dir)} holds the checkpoints of {len(folders)} runs; give one of them "
+            f"(nemo_logs_dir): {names}"
         )
     saved = [read_name(path) for path in _candidates(folders[0])]
-    return folders[0], sorted(saved, key=lambda one: (one.step is not None, one.step, one.is_last, one.path.name))
+    return folders[0], sorted(
+        saved, key=lambda one: (one.step is not None, one.step, one.is_last, one.path.name)
+    )
 
 
 def _candidates(folder: Path) -> list[Path]:
-    """Directories of ``folder`` that are, or were to become, a checkpoint. A link to nowhere is left over from a removed one."""
+    """Directories of ``folder`` that are, or were to become, a checkpoint. A link to nowhere is
+    left over from a removed one."""
     if not folder.is_dir():
         return []
     return [
         path
         for path in folder.iterdir()
-        if path.is_dir() and (nemo2.looks_like(path) or _marker(path).exists() or (path / "weights").is_dir())
+        if path.is_dir()
+        and (nemo2.looks_like(path) or _marker(path).exists() or (path / "weights").is_dir())
     ]
 
 
@@ -152,11 +175,14 @@ def _marker(path: Path) -> Path:
 
 
 def _fault(path: Path) -> str | None:
-    """Why ``path`` is half-written, in words, or None. What lies in the files is the business of ``workshop verify``."""
+    """Why ``path`` is half-written, in words, or None. What lies in the files is the business of
+    ``workshop verify``."""
     target = path.resolve()
     for marker in (_marker(path), _marker(target)):
         if marker.exists():
-            return f"{marker.name} stands beside it, NeMo's mark of a checkpoint that it had not finished"
+            return (
+                f"{marker.name} stands beside it, NeMo's mark of a checkpoint that it had not "
+                "finished"
+            )
     needed = ("weights/metadata.json", "weights/.metadata", "context/model.yaml")
     return next((f"{name} is missing" for name in needed if not (path / name).is_file()), None)
-

@@ -1,4 +1,5 @@
-"""Data sets from the Hugging Face Hub and from files, by the ``datasets`` library; with what identifies their content."""
+"""Data sets from the Hugging Face Hub and from files, by the ``datasets`` library; with what
+identifies their content."""
 
 import contextlib
 import hashlib
@@ -17,13 +18,21 @@ from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 """Ending of a file -> the builder of ``datasets`` that reads it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that is known and not loaded yet: ``revision`` is the Hub's commit, or the hash of the files' content."""
+    """A data set that is known and not loaded yet: ``revision`` is the Hub's commit, or the hash of
+    the files' content."""
 
     config: HFDatasetConfig
     place: Path | None
@@ -31,9 +40,11 @@ class Source:
     builder: Any = None
 
     def load(self, scratch: Path) -> "list[Dataset]":
-        """The split, or the three own splits, that the configuration names; ``scratch`` takes the library's temporary files.
+        """The split, or the three own splits, that the configuration names; ``scratch`` takes the
+        library's temporary files.
 
-        Raises :class:`DataError` for a split that is not there, a file that cannot be read, and a data set without rows.
+        Raises :class:`DataError` for a split that is not there, a file that cannot be read, and a
+        data set without rows.
         """
         with _explained(self.config):
             if self.place is None:
@@ -46,7 +57,8 @@ class Source:
 
 
 def find(config: HFDatasetConfig) -> Source:
-    """The source of ``config``; asks the Hub for its newest commit (or the library's cache, offline), or hashes the files.
+    """The source of ``config``; asks the Hub for its newest commit (or the library's cache,
+    offline), or hashes the files.
 
     Raises:
         DataError: there is no such data set, configuration, file or format.
@@ -56,18 +68,29 @@ def find(config: HFDatasetConfig) -> Source:
     if place.exists():
         if place.is_file() and place.suffix.lower() not in FORMATS:
             raise DataError(
-                f"{paths.shown(place)}: files ending in {place.suffix or 'nothing'} are not read; known are {', '.join(FORMATS)}."
+                f"{paths.shown(place)}: files ending in {place.suffix or 'nothing'} are not "
+                f"read; known are {', '.join(FORMATS)}."
             )
         return Source(config, place.resolve(), _content(place))
-    if config.dataset_name.startswith((".", "/", "~")) or place.suffix.lower() in FORMATS or config.dataset_name.count("/") > 1:
+    if (
+        config.dataset_name.startswith((".", "/", "~"))
+        or place.suffix.lower() in FORMATS
+        or config.dataset_name.count("/") > 1
+    ):
         raise DataError(f"{paths.shown(place)} does not exist.{_near(place)}")
     if config.dataset_name == "pandas":  # CVE-2026-57845
-        raise DataError("dataset_name: pandas is the library's builder that reads pickles, which run code. Save the rows as Parquet or JSON Lines.")
+        raise DataError(
+            "dataset_name: pandas is the library's builder that reads pickles, which run code. "
+            "Save the rows as Parquet or JSON Lines."
+        )
     import datasets
 
     with _explained(config):
         builder = datasets.load_dataset_builder(
-            config.dataset_name, config.dataset_config, trust_remote_code=False, **config.load_kwargs
+            config.dataset_name,
+            config.dataset_config,
+            trust_remote_code=False,
+            **config.load_kwargs,
         )
     return Source(config, None, builder.hash or str(builder.info.version), builder)
 
@@ -80,7 +103,9 @@ def _near(place: Path) -> str:
 def _content(place: Path) -> str:
     """Hash of the names and bytes of all files at ``place``."""
     found = hashlib.sha256()
-    for file in [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file()):
+    for file in (
+        [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+    ):
         found.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -91,12 +116,17 @@ def _content(place: Path) -> str:
 def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
     import datasets
 
-    # A cache of this preparation only: the library's own knows files by path and time, not by content.
+    # A cache of this preparation only: the library's own knows files by path and time, not by
+    # content.
     options = {"cache_dir": str(scratch / "cache")} | dict(config.load_kwargs)
-    if place.is_dir() and any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if place.is_dir() and any(
+        (place / name).is_file() for name in ("dataset_dict.json", "state.json")
+    ):
         return datasets.load_from_disk(str(place))
     if place.is_dir():
-        return datasets.load_dataset(str(place), config.dataset_config, trust_remote_code=False, **options)
+        return datasets.load_dataset(
+            str(place), config.dataset_config, trust_remote_code=False, **options
+        )
     kind = FORMATS[place.suffix.lower()]
     if place.suffix.lower() == ".tsv":
         options.setdefault("sep", "\t")
@@ -115,9 +145,14 @@ def _check_json_lines(file: Path) -> None:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise DataError(f"{paths.shown(file)}, line {number}: not JSON in UTF-8 ({error}).") from None
+                    raise DataError(
+                        f"{paths.shown(file)}, line {number}: not JSON in UTF-8 ({error})."
+                    ) from None
                 if not isinstance(row, dict):
-                    raise DataError(f"{paths.shown(file)}, line {number}: a {type(row).__name__}, not an object.")
+                    raise DataError(
+                        f"{paths.shown(file)}, line {number}: a {type(row).__name__}, not an "
+                        "object."
+                    )
     if not rows:
         raise DataError(f"{paths.shown(file)} holds no rows: write one JSON object a line.")
 
@@ -127,7 +162,9 @@ def _split(found: Any, name: str, source: str) -> "Dataset":
 
     if isinstance(found, datasets.Dataset):
         if name != "train":
-            raise DataError(f"split: {source} is one data set without splits; leave split at 'train'.")
+            raise DataError(
+                f"split: {source} is one data set without splits; leave split at 'train'."
+            )
         made = found
     elif name in found:
         made = found[name]
@@ -158,20 +195,29 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
         yield
     except exceptions.DatasetNotFoundError as error:
         raise DataError(
-            f"dataset_name: {_one_line(error)} Check the name at https://huggingface.co/datasets; a private or gated one needs HF_TOKEN."
+            f"dataset_name: {_one_line(error)} Check the name at "
+            "https://huggingface.co/datasets; a private or gated one needs HF_TOKEN."
         ) from None
-    except (exceptions.DataFilesNotFoundError, exceptions.DatasetGenerationError, exceptions.DatasetBuildError) as error:
+    except (
+        exceptions.DataFilesNotFoundError,
+        exceptions.DatasetGenerationError,
+        exceptions.DatasetBuildError,
+    ) as error:
         raise DataError(f"{name}: cannot be read: {_one_line(error.__cause__ or error)}") from None
     except (requests.RequestException, HfHubHTTPError, ConnectionError) as error:
         offline = " HF_HUB_OFFLINE is set." if datasets.config.HF_HUB_OFFLINE else ""
-        raise FetchError(f"{name}: the Hub cannot be reached, and the data set is not in the cache (HF_HOME).{offline}{proxy.of_environment(ENDPOINT, str(error))} Go online and start again, "
-                         f"or give a file. ({_one_line(error)})") from None  # fmt: skip
+        raise FetchError(
+            f"{name}: the Hub cannot be reached, and the data set is not in the cache "
+            f"(HF_HOME).{offline}{proxy.of_environment(ENDPOINT, str(error))} Go online and "
+            f"start again, or give a file. ({_one_line(error)})"
+        ) from None
     except (ValueError, TypeError, KeyError, FileNotFoundError, UnicodeDecodeError) as error:
-        # The library's answer to unknown configurations, arguments (load_kwargs) and data sets that bring code along.
+        # The library's answer to unknown configurations, arguments (load_kwargs) and data sets that
+        # bring code along.
         said = _one_line(error).partition(" Example of usage")[0]
         if "trust_remote_code" in said:
             said = (
-                "it comes with a script of its own, which is never run here. The Hub keeps a Parquet copy of most of them: "
+                "it comes with a script of its own, which is never run here. The Hub keeps a Parquet copy of most of them: "  # noqa: E501
                 'load_kwargs {"revision": "refs/convert/parquet"}.'
             )
         about = "dataset_config: " if "BuilderConfig" in said or "Config name" in said else ""

@@ -4,9 +4,9 @@
     merged      adapter and base in one, a NeMo 2.0 checkpoint     {checkpoint}.merged
     hf_model    the merged, or fully fine-tuned, model for transformers   {checkpoint}.hf_model
 
-All lie in ``{output_dir}/exports``, not beside the checkpoint as the reference has them: NeMo reads every name in ``checkpoints/`` when it
-resumes, and fails at these. Nothing is called done before it has been loaded again and its logits compared with those that NeMo
-computes from the checkpoint.
+All lie in ``{output_dir}/exports``, not beside the checkpoint as the reference has them: NeMo reads
+every name in ``checkpoints/`` when it resumes, and fails at these. Nothing is called done before it
+has been loaded again and its logits compared with those that NeMo computes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Kind, dtypes
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
-from workshop_utils.core.errors import ConformanceFailed, OutputExists, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.errors import (
+    ConformanceFailed,
+    OutputExists,
+    UnsupportedAdapter,
+    WorkshopError,
+)
 from workshop_utils.core.paths import shown
 from workshop_utils.inference import nemo2_engine
 from workshop_utils.runtime.processes import run_job, run_quietly
@@ -40,15 +45,20 @@ TO = {"hf_peft": "hf-peft", "merged": "nemo2-merged"}
 """What :mod:`workshop_utils.adapters` calls them."""
 RECORD = "workshop_export.json"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest difference of two logits, as a part of the largest logit, by the dtype of the exported weights."""
+"""Largest difference of two logits, as a part of the largest logit, by the dtype of the exported
+weights."""
 _GONE, _LEFT = "It was not kept.", "It was left as it is; --overwrite makes it again."
 _ROWS, _LENGTH = 2, 24  # of the token ids whose logits are compared
 
 
 def export(
-    resolved: Resolved, form: str | None = None, checkpoint: Path | str | None = None, overwrite: bool | None = None
+    resolved: Resolved,
+    form: str | None = None,
+    checkpoint: Path | str | None = None,
+    overwrite: bool | None = None,
 ) -> Path:
-    """Export a checkpoint of the run; returns the new directory. What the options say fills in what is not given.
+    """Export a checkpoint of the run; returns the new directory. What the options say fills in what
+    is not given.
 
     An export of the same checkpoint is compared again and reused.
 
@@ -59,13 +69,16 @@ def export(
 
     Raises:
         CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
-        UnsupportedAdapter: the form does not suit the checkpoint: a full fine-tune has no adapter, and is merged already.
+        UnsupportedAdapter: the form does not suit the checkpoint: a full fine-tune has no adapter,
+            and is merged already.
         OutputExists: something else is where the export would go.
         ConformanceFailed: the logits differ. The export is not kept.
         GenerationFailed: NeMo failed; with what it wrote last.
     """
     options = resolved.options
-    form = form or ("hf_peft" if options.no_merge else "merged" if options.target == "nemo2" else "hf_model")
+    form = form or (
+        "hf_peft" if options.no_merge else "merged" if options.target == "nemo2" else "hf_model"
+    )
     overwrite = options.overwrite if overwrite is None else overwrite
     if form not in FORMS:
         raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
@@ -73,17 +86,29 @@ def export(
     require_sound(chosen, options.trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
     base = nemo2_engine.base_of(chosen, resolved.nemo_ckpt_dir)
     if base is None and form != "hf_model":
-        raise UnsupportedAdapter(f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 model as it is. For Hugging Face "
-                                 "leave no_merge out and set target: hf.")  # fmt: skip
+        raise UnsupportedAdapter(
+            f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 "
+            "model as it is. For Hugging Face leave no_merge out and set target: hf."
+        )
     folder = resolved.output_dir / "exports"
     way_out = _Export(chosen, base, folder, overwrite, options.trust, options.hf_model_id)
-    return {"hf_peft": way_out.hf_peft, "merged": way_out.merged, "hf_model": way_out.hf_model}[form]()
+    return {"hf_peft": way_out.hf_peft, "merged": way_out.merged, "hf_model": way_out.hf_model}[
+        form
+    ]()
 
 
 class _Export:
     """One checkpoint on its way out; NeMo's logits of it are computed once."""
 
-    def __init__(self, checkpoint: Path, base: Path | None, folder: Path, overwrite: bool, trust: bool, hf_model_id: str):
+    def __init__(
+        self,
+        checkpoint: Path,
+        base: Path | None,
+        folder: Path,
+        overwrite: bool,
+        trust: bool,
+        hf_model_id: str,
+    ):
         self.checkpoint, self.base, self.folder = checkpoint, base, folder
         self.overwrite, self.trust, self.hf_model_id = overwrite, trust, hf_model_id
         self.expected: numpy.ndarray | None = None
@@ -96,7 +121,10 @@ class _Export:
         """The adapter alone."""
         with self.huggingface_base() as base:
             return self.exported(
-                "hf_peft", self.hf_model_id, "float32", lambda made: huggingface_logits(base, self.token_ids, made)
+                "hf_peft",
+                self.hf_model_id,
+                "float32",
+                lambda made: huggingface_logits(base, self.token_ids, made),
             )
 
     def merged(self) -> Path:
@@ -112,23 +140,35 @@ class _Export:
 
         return self.exported("merged", str(self.base), self.dtype, logits)
 
-    def exported(self, form: str, base_model: str, dtype: str, logits: Callable[[Path], numpy.ndarray]) -> Path:
-        """What :mod:`workshop_utils.adapters` makes of the adapter. Its ``logits`` are compared before it gets its name."""
+    def exported(
+        self, form: str, base_model: str, dtype: str, logits: Callable[[Path], numpy.ndarray]
+    ) -> Path:
+        """What :mod:`workshop_utils.adapters` makes of the adapter. Its ``logits`` are compared
+        before it gets its name."""
         target = self.place(form)
 
         def accept(made: Path) -> None:
-            """Compare ``made``, which has no name yet, with the trained model. Raises as :meth:`compare`."""
+            """Compare ``made``, which has no name yet, with the trained model. Raises as
+            :meth:`compare`."""
             self.compare(target, logits(made), dtype, "" if made == target else _GONE)
 
         try:
-            export_adapter(self.checkpoint, TO[form], target, base_model=base_model, overwrite=self.overwrite,
-                               trust=self.trust, accept=accept)  # fmt: skip
+            export_adapter(
+                self.checkpoint,
+                TO[form],
+                target,
+                base_model=base_model,
+                overwrite=self.overwrite,
+                trust=self.trust,
+                accept=accept,
+            )
         except OutputExists as error:
             raise OutputExists(str(error).replace(ELSEWHERE, "Move it away")) from error
         return target
 
     def hf_model(self) -> Path:
-        """The whole model for transformers; for an adapter by way of :meth:`merged`, which is kept."""
+        """The whole model for transformers; for an adapter by way of :meth:`merged`, which is
+        kept."""
         source, target = self.merged() if self.base else self.checkpoint, self.place("hf_model")
         mark = {"checkpoint": self.checkpoint.name, "files": nemo2.contents_of(self.checkpoint)}
         if not self.reusable(target, mark):
@@ -149,8 +189,8 @@ class _Export:
 
     @property
     def token_ids(self) -> list[list[int]]:
-        """The same token ids for every form, from the lower half of the vocabulary: rows at its end may only pad it, and NeMo's exporter
-        leaves those out."""
+        """The same token ids for every form, from the lower half of the vocabulary: rows at its end
+        may only pad it, and NeMo's exporter leaves those out."""
         import random
 
         from workshop_utils.checkpoints.formats import nemo2
@@ -160,33 +200,49 @@ class _Export:
         return [[draw.randrange(rows // 2) for _ in range(_LENGTH)] for _ in range(_ROWS)]
 
     def compare(self, target: Path, found: numpy.ndarray, dtype: str, end: str) -> None:
-        """Raise ConformanceFailed, which ends in ``end``, unless ``found`` are the logits that NeMo computes from the checkpoint."""
+        """Raise ConformanceFailed, which ends in ``end``, unless ``found`` are the logits that NeMo
+        computes from the checkpoint."""
         if self.expected is None:
             self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust, self.base)
         rows = min(found.shape[-1], self.expected.shape[-1])  # NeMo may pad the vocabulary
         expected = self.expected[..., :rows]
-        apart, allowed = abs(found[..., :rows] - expected).max(), TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
+        apart, allowed = (
+            abs(found[..., :rows] - expected).max(),
+            TOLERANCE.get(dtype, 1e-3) * abs(expected).max(),
+        )
         if not apart <= allowed:
-            raise ConformanceFailed(f"{shown(target)}: its logits differ from those that NeMo computes from {shown(self.checkpoint)} by up to "
-                                    f"{apart:.3g}; {allowed:.3g} is allowed for {dtype} weights. {end}".rstrip())  # fmt: skip
-        print(f"{shown(target)}: re-loaded; its logits differ from NeMo's by at most {apart:.1e} (allowed: {allowed:.1e})")
+            raise ConformanceFailed(
+                f"{shown(target)}: its logits differ from those that NeMo computes from "
+                f"{shown(self.checkpoint)} by up to {apart:.3g}; {allowed:.3g} is allowed for "
+                f"{dtype} weights. {end}".rstrip()
+            )
+        print(
+            f"{shown(target)}: re-loaded; its logits differ from NeMo's by at most {apart:.1e} "
+            f"(allowed: {allowed:.1e})"
+        )
 
     def reusable(self, target: Path, mark: dict) -> bool:
-        """Whether ``target`` was made from the same checkpoint; raises OutputExists if it is something that may not be replaced."""
+        """Whether ``target`` was made from the same checkpoint; raises OutputExists if it is
+        something that may not be replaced."""
         if not target.exists():
             return False
         ours = (target / RECORD).is_file()
         if ours and not self.overwrite and read_json(target / RECORD) == mark:
             return True
         if not ours or not self.overwrite:
-            what = "an export of another checkpoint" if ours else "something that this command did not make"
+            what = (
+                "an export of another checkpoint"
+                if ours
+                else "something that this command did not make"
+            )
             fix = "--overwrite replaces it" if ours else "Move it away"
             raise OutputExists(f"{shown(target)} is {what}. It was left as it is. {fix}.")
         return False
 
     @contextlib.contextmanager
     def huggingface_base(self) -> Iterator[Path]:
-        """The base as transformers loads it: the one that was imported where it is still here, else exported for as long as it takes."""
+        """The base as transformers loads it: the one that was imported where it is still here, else
+        exported for as long as it takes."""
         from workshop_utils.training.recipe.base_checkpoint import find_source
 
         here = None
@@ -201,25 +257,38 @@ class _Export:
             yield Path(folder)
 
 
-def nemo_logits(checkpoint: Path, token_ids: list[list[int]], trust: bool = False, base: Path | None = None) -> numpy.ndarray:
-    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, an adapter with its ``base``, computed in a process of its own.
+def nemo_logits(
+    checkpoint: Path, token_ids: list[list[int]], trust: bool = False, base: Path | None = None
+) -> numpy.ndarray:
+    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, an adapter with its ``base``, computed in a
+    process of its own.
 
     ``[rows, tokens, vocabulary]``.
     """
     import numpy
 
     with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as folder:
-        job = {"checkpoint": str(checkpoint.resolve()), "token_ids": token_ids, "trust": trust, "base": base and str(base)}
+        job = {
+            "checkpoint": str(checkpoint.resolve()),
+            "token_ids": token_ids,
+            "trust": trust,
+            "base": base and str(base),
+        }
         run_job(nemo2_engine.__name__, Path(folder), job, checkpoint)
         return numpy.load(Path(folder) / "logits.npy")
 
 
-def huggingface_logits(model: Path, token_ids: list[list[int]], adapter: Path | None = None) -> numpy.ndarray:
-    """The same by transformers, of a model directory or of one with a PEFT ``adapter``; in fp32 whatever the weights are in."""
+def huggingface_logits(
+    model: Path, token_ids: list[list[int]], adapter: Path | None = None
+) -> numpy.ndarray:
+    """The same by transformers, of a model directory or of one with a PEFT ``adapter``; in fp32
+    whatever the weights are in."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, trust_remote_code=False)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, torch_dtype=torch.float32, trust_remote_code=False
+    )
     if adapter:
         from peft import PeftModel
 
@@ -229,9 +298,17 @@ def huggingface_logits(model: Path, token_ids: list[list[int]], adapter: Path | 
 
 
 def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
-    """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own exporter in a process of its own."""
+    """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own
+    exporter in a process of its own."""
     made = folder / "model"
-    run_quietly("import", str(checkpoint), "--to-huggingface", "--out", str(made), *(["--trust"] if trust else []))
+    run_quietly(
+        "import",
+        str(checkpoint),
+        "--to-huggingface",
+        "--out",
+        str(made),
+        *(["--trust"] if trust else []),
+    )
     for file in made.iterdir():
         file.rename(folder / file.name)
     made.rmdir()

@@ -1,8 +1,9 @@
 """Training: the recipe under NeMo-Run, watched from outside NeMo.
 
-The calling process stays free of NeMo. It starts ``python -m workshop_utils.training.recipe.job FILE``, which builds the configuration and
-hands it to NeMo-Run's LocalExecutor; that starts torchrun, and torchrun the workers. Progress comes back as the events that the script
-path has too (:mod:`workshop_utils.training.runs.events`); a worker's error comes back through the log.
+The calling process stays free of NeMo. It starts ``python -m workshop_utils.training.recipe.job
+FILE``, which builds the configuration and hands it to NeMo-Run's LocalExecutor; that starts
+torchrun, and torchrun the workers. Progress comes back as the events that the script path has too
+(:mod:`workshop_utils.training.runs.events`); a worker's error comes back through the log.
 """
 
 import dataclasses
@@ -29,14 +30,24 @@ from workshop_utils.training.runs import launch, run_record
 from workshop_utils.training.runs.environment import training_environment
 from workshop_utils.training.runs.events import read_events
 
-WATCHING = ("log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout", "trust", "nemo_logs_dir", "hfdc_num_proc")
+WATCHING = (
+    "log_every_n_steps",
+    "enable_",
+    "use_wandb",
+    "resume",
+    "import_timeout",
+    "trust",
+    "nemo_logs_dir",
+    "hfdc_num_proc",
+)
 _PLACES = ("output_dir", "nemo_ckpt_dir", "data_dir", "hf_model_id")
 """Beginnings of the options of training that change what is seen of a run, not its outcome."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run: its directory, the checkpoints (``best`` by validation loss), losses, steps done and seconds of this start."""
+    """A finished run: its directory, the checkpoints (``best`` by validation loss), losses, steps
+    done and seconds of this start."""
 
     run_dir: Path
     best: Path
@@ -50,7 +61,10 @@ class TrainResult:
         """Two lines for people."""
         early = ", stopped early: the validation loss no longer fell" if self.stopped_early else ""
         loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
-        return f"{self.steps} steps{early}{loss}\nbest: {paths.shown(self.best)}\nlast: {paths.shown(self.last)}"
+        return (
+            f"{self.steps} steps{early}{loss}\nbest: {paths.shown(self.best)}\nlast: "
+            f"{paths.shown(self.last)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,8 @@ class Job(run_record.Run):
 
     @property
     def run_dir(self) -> Path:
-        """NeMo's directory: checkpoints, TensorBoard, logs. Our own files are in ``workshop`` in it."""
+        """NeMo's directory: checkpoints, TensorBoard, logs. Our own files are in ``workshop`` in
+        it."""
         return self.resolved.output_dir / RUN
 
     @property
@@ -75,37 +90,53 @@ class Job(run_record.Run):
         return "cpu" if on_cpu(self.resolved) else "gpu"
 
     def fingerprint(self) -> dict:
-        """What decides the outcome: options of training, base and data. Equal fingerprints, equal runs on one machine."""
+        """What decides the outcome: options of training, base and data. Equal fingerprints, equal
+        runs on one machine."""
         from workshop_utils.training.recipe.options import TRAIN, field
 
         options = dataclasses.asdict(self.resolved.options)
         kept = {
             name: value
             for name, value in options.items()
-            if field(name).metadata["script"] == TRAIN and not name.startswith((*WATCHING, *_PLACES))
+            if field(name).metadata["script"] == TRAIN
+            and not name.startswith((*WATCHING, *_PLACES))
         }
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
         digests = [sha256(file) for file in files if file.is_file()]
         # As JSON would give it back: a tuple becomes a list.
-        return json.loads(json.dumps({"options": kept, "files": digests, "base": nemo2.contents_of(self.resolved.nemo_ckpt_dir)}))
+        return json.loads(
+            json.dumps(
+                {
+                    "options": kept,
+                    "files": digests,
+                    "base": nemo2.contents_of(self.resolved.nemo_ckpt_dir),
+                }
+            )
+        )
 
     def __str__(self) -> str:
         options = self.resolved.options
-        return f"llm.finetune, {options.recipe_cls_name}, {options.peft_scheme}, {self.resolved.world_size} processes"
+        return (
+            f"llm.finetune, {options.recipe_cls_name}, {options.peft_scheme}, "
+            f"{self.resolved.world_size} processes"
+        )
 
 
 def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
     """Train with the recipe and return where the checkpoints are.
 
-    A finished run of the same options, base and data is used as it is; an interrupted one goes on from its last checkpoint; a line says
-    which. Any other earlier run in ``output_dir`` is kept under a numbered name, as is every one with ``resume`` off.
+    A finished run of the same options, base and data is used as it is; an interrupted one goes on
+    from its last checkpoint; a line says which. Any other earlier run in ``output_dir`` is kept
+    under a numbered name, as is every one with ``resume`` off.
 
     Args:
         progress: a progress bar; by default yes.
 
     Raises:
-        WorkshopError: the device cannot do it, base or data are missing, or another process trains there.
-        TrainingFailed: with the error of the worker that failed first. The log stays beside the run.
+        WorkshopError: the device cannot do it, base or data are missing, or another process trains
+            there.
+        TrainingFailed: with the error of the worker that failed first. The log stays beside the
+            run.
     """
     _require_ready(resolved)
     job = Job(resolved)
@@ -114,15 +145,19 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
         with FileLock(resolved.output_dir / f".{RUN}.lock").acquire(blocking=False):
             if resolved.options.resume and _has_finished(job):
                 print(
-                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. (--no-resume, or resume: false, trains again.)"
+                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. "
+                    "(--no-resume, or resume: false, trains again.)"
                 )
             else:
-                launch.prepare(job, fresh=not resolved.options.resume, switch="--no-resume, or resume: false")
+                launch.prepare(
+                    job, fresh=not resolved.options.resume, switch="--no-resume, or resume: false"
+                )
                 _run(job, progress is not False)
             return _result(job)
     except Timeout:
         raise WorkshopError(
-            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set another output_dir."
+            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set "
+            "another output_dir."
         ) from None
 
 
@@ -134,34 +169,54 @@ def _require_ready(resolved: Resolved) -> None:
         file = resolved.data_dir / f"{name}.jsonl"
         if not file.is_file() or not file.stat().st_size:
             raise WorkshopError(
-                f"{paths.shown(file)} is missing or empty. Run `workshop recipe data` with the same options first."
+                f"{paths.shown(file)} is missing or empty. Run `workshop recipe data` with the "
+                "same options first."
             )
     if not (resolved.nemo_ckpt_dir / "context" / "model.yaml").is_file():
         raise WorkshopError(
-            f"{paths.shown(resolved.nemo_ckpt_dir)} holds no imported base. Run `workshop recipe import` with the same options first."
+            f"{paths.shown(resolved.nemo_ckpt_dir)} holds no imported base. Run `workshop recipe "
+            "import` with the same options first."
         )
     require_whole_batch(load_prepared(resolved.data_dir), resolved.global_batch_size)
 
 
 def _has_finished(job: Job) -> bool:
     record = run_record.read(job)
-    return record.get("fingerprint") == job.fingerprint() and record.get("status") == run_record.FINISHED
+    return (
+        record.get("fingerprint") == job.fingerprint()
+        and record.get("status") == run_record.FINISHED
+    )
 
 
 def _run(job: Job, progress: bool) -> None:
     """Run the job in a process of its own, and write down how it ended."""
     options = job.resolved.options
     asked = job.record.with_name("job.json")
-    paths.write_text(asked, json.dumps(dataclasses.asdict(options) | {"output_dir": str(job.resolved.output_dir),
-                     "nemo_ckpt_dir": str(job.resolved.nemo_ckpt_dir), "data_dir": str(job.resolved.data_dir)}, indent=2))  # fmt: skip
+    paths.write_text(
+        asked,
+        json.dumps(
+            dataclasses.asdict(options)
+            | {
+                "output_dir": str(job.resolved.output_dir),
+                "nemo_ckpt_dir": str(job.resolved.nemo_ckpt_dir),
+                "data_dir": str(job.resolved.data_dir),
+            },
+            indent=2,
+        ),
+    )
     environment = training_environment(job.run_dir, options.gpus_per_node) | {
         "WORKSHOP_EVENTS": str(job.events),
         "PL_GLOBAL_SEED": str(options.seed),
         "NEMORUN_HOME": str(asked.with_name("nemo_run")),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join(
+            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        ),
     }
     if options.use_wandb:
-        off = {"WANDB_MODE": "disabled", "WANDB_DISABLED": "true"}.items()  # our defaults; WANDB_MODE=offline of a person stays
+        off = {
+            "WANDB_MODE": "disabled",
+            "WANDB_DISABLED": "true",
+        }.items()  # our defaults; WANDB_MODE=offline of a person stays
         environment = dict(environment.items() - off)
     if options.enable_pytorch_profiler:
         (job.run_dir / TRACE).mkdir(exist_ok=True)  # NeMo asks for it
@@ -177,7 +232,14 @@ def _run(job: Job, progress: bool) -> None:
         print(launch.stopped(job.run_dir))
         raise
     cause = _cause(job.log) if status else None
-    run_record.end(job, record, run_record.FAILED if status else run_record.FINISHED, time.monotonic() - began, status, cause)
+    run_record.end(
+        job,
+        record,
+        run_record.FAILED if status else run_record.FINISHED,
+        time.monotonic() - began,
+        status,
+        cause,
+    )
     if cause:
         raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(job.log)}")
     for line in mismatches(job.log):
@@ -185,15 +247,19 @@ def _run(job: Job, progress: bool) -> None:
 
 
 def _cause(log: Path) -> str:
-    """The worker's error. Lines of a worker begin with the task's and the rank's name, which are taken off first."""
+    """The worker's error. Lines of a worker begin with the task's and the rank's name, which are
+    taken off first."""
     text = re.sub(r"(?m)^\S+/\d+ (\[\w+\]:)?", "", log.read_text(errors="replace"))
     paths.write_text(log, text)
     return launch.failure_cause(log)
 
 
 def mismatches(log: Path) -> list[str]:
-    """What NeMo said in ``log`` about names of weights that the checkpoint or the model lacks; each line once."""
-    found = re.findall(r"(?:Missing|Unexpected) keys \(for [^)]*\): .*", log.read_text(errors="replace"))
+    """What NeMo said in ``log`` about names of weights that the checkpoint or the model lacks; each
+    line once."""
+    found = re.findall(
+        r"(?:Missing|Unexpected) keys \(for [^)]*\): .*", log.read_text(errors="replace")
+    )
     return list(dict.fromkeys(found))
 
 
@@ -202,21 +268,30 @@ def _result(job: Job) -> TrainResult:
     steps = max((event["step"] for event in events if event["event"] == "step"), default=0)
     best = choose_checkpoint.choose(job.run_dir, "best")
     return TrainResult(
-        run_dir=job.run_dir, best=best, last=choose_checkpoint.choose(job.run_dir, "last"),
-        val_loss=min((event["loss"] for event in events if event["event"] == "validation"), default=None), steps=steps,
-        stopped_early=steps < job.resolved.options.max_steps, seconds=run_record.read(job)["seconds"],
-    )  # fmt: skip
+        run_dir=job.run_dir,
+        best=best,
+        last=choose_checkpoint.choose(job.run_dir, "last"),
+        val_loss=min(
+            (event["loss"] for event in events if event["event"] == "validation"), default=None
+        ),
+        steps=steps,
+        stopped_early=steps < job.resolved.options.max_steps,
+        seconds=run_record.read(job)["seconds"],
+    )
 
 
 def _experiment(resolved: Resolved) -> int:
-    """Run the recipe with NeMo-Run on this machine; 0 if it succeeded. For the process that :func:`train` starts."""
+    """Run the recipe with NeMo-Run on this machine; 0 if it succeeded. For the process that
+    :func:`train` starts."""
     import nemo_run as run
     from torchx.specs import AppState
 
     from workshop_utils.training.recipe.build import finetune_recipe
 
     recipe = finetune_recipe(resolved)
-    executor = run.LocalExecutor(ntasks_per_node=resolved.options.gpus_per_node, launcher="torchrun")
+    executor = run.LocalExecutor(
+        ntasks_per_node=resolved.options.gpus_per_node, launcher="torchrun"
+    )
     with run.Experiment("recipe") as experiment:
         experiment.add(recipe, executor=executor, name="train")
         experiment.run(sequential=True, tail_logs=True)
@@ -228,4 +303,8 @@ if __name__ == "__main__":
     from workshop_utils.training.recipe.options import from_mapping
     from workshop_utils.training.recipe.plan import resolve
 
-    sys.exit(_experiment(resolve(from_mapping(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))))
+    sys.exit(
+        _experiment(
+            resolve(from_mapping(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+        )
+    )

@@ -1,8 +1,11 @@
-"""The test phase: the test rows answered by the base and by a checkpoint of the run, and what the training changed.
+"""The test phase: the test rows answered by the base and by a checkpoint of the run, and what the
+training changed.
 
-Each set of answers is a file ``{output_dir}/predictions/{checkpoint}.jsonl``, one ``{"input", "label", "prediction"}`` a line. It is
-there when it is complete; an interrupted one goes on where it stopped, a finished one of the same checkpoint, rows and options is used
-again. With a temperature above 0 the answers depend on which requests run side by side, so that only greedy ones come out the same.
+Each set of answers is a file ``{output_dir}/predictions/{checkpoint}.jsonl``, one ``{"input",
+"label", "prediction"}`` a line. It is there when it is complete; an interrupted one goes on where
+it stopped, a finished one of the same checkpoint, rows and options is used again. With a
+temperature above 0 the answers depend on which requests run side by side, so that only greedy ones
+come out the same.
 """
 
 from __future__ import annotations
@@ -37,9 +40,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Predictions:
-    """One file of answers. ``refused`` rows have an empty prediction and a sentence in the field ``refused``.
+    """One file of answers. ``refused`` rows have an empty prediction and a sentence in the field
+    ``refused``.
 
-    ``tokens`` new tokens took ``seconds``, loading apart; both None where the file was used again or put together from two starts.
+    ``tokens`` new tokens took ``seconds``, loading apart; both None where the file was used again
+    or put together from two starts.
     """
 
     file: Path
@@ -52,12 +57,15 @@ class Predictions:
     @property
     def speed(self) -> str:
         """Tokens a second in words; nothing where that is not known."""
-        return f", {self.tokens / self.seconds:.0f} tokens/s" if self.tokens and self.seconds else ""
+        return (
+            f", {self.tokens / self.seconds:.0f} tokens/s" if self.tokens and self.seconds else ""
+        )
 
 
 @dataclass(frozen=True)
 class TestReport:
-    """What the test phase found. ``base`` and ``comparison`` are None when only the checkpoint was asked (``compare_base``)."""
+    """What the test phase found. ``base`` and ``comparison`` are None when only the checkpoint was
+    asked (``compare_base``)."""
 
     __test__ = False  # pytest takes the name for a test's
 
@@ -78,12 +86,20 @@ class TestReport:
             return "\n".join([*lines, "", str(self.comparison)])
         width = max(map(len, self.metrics))
         return "\n".join(
-            [*lines, "", *(f"{name.ljust(width)}  {value}" for name, value in self.metrics.items()), f"{self.rows} rows"]
+            [
+                *lines,
+                "",
+                *(f"{name.ljust(width)}  {value}" for name, value in self.metrics.items()),
+                f"{self.rows} rows",
+            ]
         )
 
 
-def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: bool = True) -> TestReport:
-    """Answer up to ``max_samples`` test rows with the chosen checkpoint and, with ``compare_base``, with the base; measure both.
+def test(
+    resolved: Resolved, checkpoint: Path | str | None = None, progress: bool = True
+) -> TestReport:
+    """Answer up to ``max_samples`` test rows with the chosen checkpoint and, with ``compare_base``,
+    with the base; measure both.
 
     Args:
         resolved: see :func:`workshop_utils.training.recipe.plan.resolve`.
@@ -101,8 +117,10 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
     own = nemo2_engine.base_of(chosen, resolved.nemo_ckpt_dir)
     base = (own or resolved.nemo_ckpt_dir) if options.compare_base else None
     if base and not nemo2.looks_like(base):
-        raise NotACheckpoint(f"{paths.shown(base)} (nemo_ckpt_dir) is no NeMo 2.0 checkpoint, and the tuned model is to be compared with it. "
-                             "Import the base, or switch compare_base off.")  # fmt: skip
+        raise NotACheckpoint(
+            f"{paths.shown(base)} (nemo_ckpt_dir) is no NeMo 2.0 checkpoint, and the tuned model "
+            "is to be compared with it. Import the base, or switch compare_base off."
+        )
     sampling, limits = of_options(options)
     folder = resolved.output_dir / "predictions"
 
@@ -115,19 +133,29 @@ def test(resolved: Resolved, checkpoint: Path | str | None = None, progress: boo
     after = answered(chosen, chosen.name, own)
     labels = [label for _, label in rows]
     model = options.bertscore_model
-    comparison = metrics.compare(before.predictions, after.predictions, labels, model) if before else None
-    means = comparison.tuned if comparison else metrics.means(metrics.measure(after.predictions, labels, model))
+    comparison = (
+        metrics.compare(before.predictions, after.predictions, labels, model) if before else None
+    )
+    means = (
+        comparison.tuned
+        if comparison
+        else metrics.means(metrics.measure(after.predictions, labels, model))
+    )
     return TestReport(chosen, len(rows), after, before, means, comparison)
 
 
 def read_test_rows(file: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Prompt and label of the rows of ``file``, from its start. Rows are ``{"input", "output"}``, as the data phase writes them.
+    """Prompt and label of the rows of ``file``, from its start. Rows are ``{"input", "output"}``,
+    as the data phase writes them.
 
     Raises:
         DataError: the file is missing, or a row is not what it should be.
     """
     rows = chat_data.read_rows(file)[:limit]
-    return [(chat_data.prompt_turns(row["messages"])[-1]["content"], row["messages"][-1]["content"]) for row in rows]
+    return [
+        (chat_data.prompt_turns(row["messages"])[-1]["content"], row["messages"][-1]["content"])
+        for row in rows
+    ]
 
 
 def predict(
@@ -141,14 +169,17 @@ def predict(
     progress: bool = True,
     base: Path | None = None,
 ) -> Predictions:
-    """Answer ``rows`` (prompt, label) with a NeMo 2.0 checkpoint, in a process of its own, and write ``file``.
+    """Answer ``rows`` (prompt, label) with a NeMo 2.0 checkpoint, in a process of its own, and
+    write ``file``.
 
     ``base`` takes the place of the one that an adapter names.
 
     Raises: as :func:`test`.
     """
     if engine not in nemo2_engine.ENGINES:
-        raise WorkshopError(f"inference_engine is {engine!r}; it is one of {', '.join(nemo2_engine.ENGINES)}.")
+        raise WorkshopError(
+            f"inference_engine is {engine!r}; it is one of {', '.join(nemo2_engine.ENGINES)}."
+        )
     require_sound(checkpoint, trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
     base = base or nemo2_engine.base_of(checkpoint)
     mark = _fingerprint(checkpoint, base, rows, sampling, limits, engine)
@@ -157,36 +188,65 @@ def predict(
     partial = file.with_name(f".{file.name}.partial")
     known = _resume(partial, mark)
     left = [row for row in range(len(rows)) if row not in known]
-    speed = _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress) if left else {}
+    speed = (
+        _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress)
+        if left
+        else {}
+    )
     known = _resume(partial, mark)
     _write(file, mark, rows, known)
     partial.unlink()
     predictions, refused = _finished(file, mark)
-    return Predictions(file, checkpoint, predictions, refused, **(speed if len(left) == len(rows) else {}))
+    return Predictions(
+        file, checkpoint, predictions, refused, **(speed if len(left) == len(rows) else {})
+    )
 
 
-def _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress) -> dict[str, float]:
-    # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has never seen them.
-    with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as name, _bar(partial, len(rows), checkpoint.name, progress):
-        job = {"checkpoint": str(checkpoint.resolve()), "engine": engine, "sampling": asdict(sampling), "limits": asdict(limits), "trust": trust,
-               "base": base and str(base), "answers": str(partial.resolve()), "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left]}  # fmt: skip
+def _answer(
+    checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress
+) -> dict[str, float]:
+    # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has never
+    # seen them.
+    with (
+        tempfile.TemporaryDirectory(prefix="workshop-recipe-") as name,
+        _bar(partial, len(rows), checkpoint.name, progress),
+    ):
+        job = {
+            "checkpoint": str(checkpoint.resolve()),
+            "engine": engine,
+            "sampling": asdict(sampling),
+            "limits": asdict(limits),
+            "trust": trust,
+            "base": base and str(base),
+            "answers": str(partial.resolve()),
+            "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left],
+        }
         run_job(nemo2_engine.__name__, Path(name), job, checkpoint)
         return json.loads((Path(name) / "speed.json").read_text())
 
 
-def _write(file: Path, mark: str, rows: Sequence[tuple[str, str]], answers: dict[int, dict]) -> None:
-    """The predictions in the order of the rows, and beside them what they belong to, last: without it they are not used again."""
+def _write(
+    file: Path, mark: str, rows: Sequence[tuple[str, str]], answers: dict[int, dict]
+) -> None:
+    """The predictions in the order of the rows, and beside them what they belong to, last: without
+    it they are not used again."""
     lines = []
     for row, (prompt, label) in enumerate(rows):
         answer = answers[row]
         line = {"input": prompt, "label": label, "prediction": answer["text"].strip()}
-        lines.append(json.dumps(line | ({"refused": answer["refused"]} if answer["refused"] else {}), ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                line | ({"refused": answer["refused"]} if answer["refused"] else {}),
+                ensure_ascii=False,
+            )
+        )
     paths.write_text(file, "\n".join(lines) + "\n")
     paths.write_text(_record(file), json.dumps({"made_from": mark, "sha256": sha256(file)}) + "\n")
 
 
 def _finished(file: Path, mark: str) -> tuple[tuple[str, ...], dict[int, str]] | None:
-    """Predictions and refusals in ``file`` if it was made from the same and has not been changed since."""
+    """Predictions and refusals in ``file`` if it was made from the same and has not been changed
+    since."""
     try:
         record = json.loads(_record(file).read_text("utf-8"))
         if record != {"made_from": mark, "sha256": sha256(file)}:
@@ -200,7 +260,8 @@ def _finished(file: Path, mark: str) -> tuple[tuple[str, ...], dict[int, str]] |
 
 
 def _resume(partial: Path, mark: str) -> dict[int, dict]:
-    """Row -> answer of an interrupted start of the same job; anything else that stands there is replaced by a new beginning."""
+    """Row -> answer of an interrupted start of the same job; anything else that stands there is
+    replaced by a new beginning."""
     try:
         head, *lines = partial.read_text("utf-8").split("\n")
     except FileNotFoundError:
@@ -232,7 +293,9 @@ def _bar(partial: Path, total: int, name: str, progress: bool) -> Iterator[None]
         yield
         return
     stop = threading.Event()
-    with progress_bar(total=total, desc=f"{name}: loading NeMo", unit="row", dynamic_ncols=True) as bar:
+    with progress_bar(
+        total=total, desc=f"{name}: loading NeMo", unit="row", dynamic_ncols=True
+    ) as bar:
 
         def follow() -> None:
             """Move the bar until the work is done."""

@@ -1,15 +1,20 @@
-"""Data set -> ``training.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with ``input`` and ``output``, which NeMo's data module reads.
+"""Data set -> ``training.jsonl``, ``validation.jsonl`` and ``test.jsonl`` with ``input`` and
+``output``, which NeMo's data module reads.
 
-**What stands between prompt and answer.** NeMo joins the two by a template of its own, strips spaces at both ends of each, and adds the
-stop token. Where the prompt was rendered by a chat template or ends with white space such as a new line, nothing is put between (as
-:data:`NOTHING_BETWEEN` says); else one space, which is NeMo's default. The marker file keeps which, and the data module follows it.
+**What stands between prompt and answer.** NeMo joins the two by a template of its own, strips
+spaces at both ends of each, and adds the stop token. Where the prompt was rendered by a chat
+template or ends with white space such as a new line, nothing is put between (as
+:data:`NOTHING_BETWEEN` says); else one space, which is NeMo's default. The marker file keeps which,
+and the data module follows it.
 
-**Leaks.** An input that stands in training must not be tested. When one split is divided, rows whose input occurs more than once (case,
-white space and the form of characters aside) all go to training: sizes stay exact and no row is lost. Splits that the data set brings
-along are kept, but validation and test rows whose input stands in an earlier split are dropped. Both are counted in the statistics.
+**Leaks.** An input that stands in training must not be tested. When one split is divided, rows
+whose input occurs more than once (case, white space and the form of characters aside) all go to
+training: sizes stay exact and no row is lost. Splits that the data set brings along are kept, but
+validation and test rows whose input stands in an earlier split are dropped. Both are counted in the
+statistics.
 
-**Cache.** The marker :data:`MARKER` holds everything that shaped the rows (:func:`_key`), the statistics, and each file's hash.
-The rows are used again only while all of it is the same.
+**Cache.** The marker :data:`MARKER` holds everything that shaped the rows (:func:`_key`), the
+statistics, and each file's hash. The rows are used again only while all of it is the same.
 """
 
 import contextlib
@@ -39,14 +44,20 @@ TIMEOUT = 3600.0  # seconds
 _FORMAT = 2  # of what is written; another one invalidates caches
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _ROWS_A_PROCESS = 2000  # starting a process takes as long as preparing about so many rows
-_REASONS = {"converter": "the converter returned None", "null": "a column is null", "empty": "the answer is empty"}
+_REASONS = {
+    "converter": "the converter returned None",
+    "null": "a column is null",
+    "empty": "the answer is empty",
+}
 
 
 @dataclass(frozen=True)
 class SplitStatistics:
-    """Rows of a split, and tokens a row (prompt, answer and stop token): mean, longest; ``truncated`` rows are longer than allowed.
+    """Rows of a split, and tokens a row (prompt, answer and stop token): mean, longest;
+    ``truncated`` rows are longer than allowed.
 
-    ``answers_cut`` of them lose tokens of the answer, too. Token counts come from ``sampled`` rows, and are None without a tokenizer.
+    ``answers_cut`` of them lose tokens of the answer, too. Token counts come from ``sampled`` rows,
+    and are None without a tokenizer.
     """
 
     rows: int
@@ -59,10 +70,12 @@ class SplitStatistics:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows ready for training: the ``directory`` with the three files, and what is known about them.
+    """Rows ready for training: the ``directory`` with the three files, and what is known about
+    them.
 
-    ``source_rows`` were read; ``left_out`` says how many were not used, by reason; ``repeated`` have an input that occurs more than
-    once; ``leaks`` were dropped from the data set's own validation and test splits. ``prompt_template`` is NeMo's.
+    ``source_rows`` were read; ``left_out`` says how many were not used, by reason; ``repeated``
+    have an input that occurs more than once; ``leaks`` were dropped from the data set's own
+    validation and test splits. ``prompt_template`` is NeMo's.
     """
 
     directory: Path
@@ -78,18 +91,34 @@ class Prepared:
 
     def __str__(self) -> str:
         lines = [
-            f"{paths.shown(self.directory)}: {self.source_rows:,} rows read{' earlier; nothing has changed since' if self.reused else ''}"
+            (
+                f"{paths.shown(self.directory)}: {self.source_rows:,} rows "
+                f"read{' earlier; nothing has changed since' if self.reused else ''}"
+            )
         ]
         for name, found in self.statistics.items():
-            tokens = f"; {found.mean_tokens:.0f} tokens a row, longest {found.max_tokens:,}" if found.max_tokens else ""
-            of = f" (of a sample of {found.sampled:,})" if found.sampled and found.sampled < found.rows else ""
+            tokens = (
+                f"; {found.mean_tokens:.0f} tokens a row, longest {found.max_tokens:,}"
+                if found.max_tokens
+                else ""
+            )
+            of = (
+                f" (of a sample of {found.sampled:,})"
+                if found.sampled and found.sampled < found.rows
+                else ""
+            )
             lines.append(f"  {name}: {found.rows:,} rows{tokens}{of}")
             if found.truncated:
                 cut = f", {found.answers_cut:,} of them in the answer" if found.answers_cut else ""
                 lines.append(
-                    f"    {found.truncated:,} rows are longer than max_seq_length {self.max_seq_length:,} and will be cut{cut}"
+                    f"    {found.truncated:,} rows are longer than max_seq_length "
+                    f"{self.max_seq_length:,} and will be cut{cut}"
                 )
-        lines += [f"  left out: {count:,} rows because {_REASONS[reason]}" for reason, count in self.left_out.items() if count]
+        lines += [
+            f"  left out: {count:,} rows because {_REASONS[reason]}"
+            for reason, count in self.left_out.items()
+            if count
+        ]
         if self.repeated:
             lines.append(
                 f"  {self.repeated:,} rows share their input with another row"
@@ -103,16 +132,25 @@ class Prepared:
         return "\n".join(lines)
 
 
-def prepare(config: HFDatasetConfig, data_dir: Path, tokenizer_dir: Path | None = None, max_seq_length: int = 2048,
-            progress: bool = True, timeout: float = TIMEOUT) -> Prepared:  # fmt: skip
-    """Write the three files of ``config`` to ``data_dir``, or take them from there when nothing that shapes them has changed.
+def prepare(
+    config: HFDatasetConfig,
+    data_dir: Path,
+    tokenizer_dir: Path | None = None,
+    max_seq_length: int = 2048,
+    progress: bool = True,
+    timeout: float = TIMEOUT,
+) -> Prepared:
+    """Write the three files of ``config`` to ``data_dir``, or take them from there when nothing
+    that shapes them has changed.
 
-    ``tokenizer_dir`` is a directory with a ``tokenizer.json``, or the NeMo 2.0 checkpoint that holds one; rows with ``messages`` need its
-    chat template, and without it no tokens are counted. ``max_seq_length`` is in tokens. Where two processes ask at once, one
-    waits for the other, up to ``timeout`` seconds.
+    ``tokenizer_dir`` is a directory with a ``tokenizer.json``, or the NeMo 2.0 checkpoint that
+    holds one; rows with ``messages`` need its chat template, and without it no tokens are counted.
+    ``max_seq_length`` is in tokens. Where two processes ask at once, one waits for the other, up to
+    ``timeout`` seconds.
 
     Raises:
-        DataError: a column is missing, a row is wrong, a split would be empty, rows need a chat template and there is none.
+        DataError: a column is missing, a row is wrong, a split would be empty, rows need a chat
+            template and there is none.
         FetchError: the Hub cannot be reached.
         OutputExists: ``data_dir`` holds other things; nothing was replaced.
         WaitedTooLong: another process is still at it.
@@ -131,38 +169,48 @@ def prepare(config: HFDatasetConfig, data_dir: Path, tokenizer_dir: Path | None 
             paths.new_directory(data_dir) as part,
             tempfile.TemporaryDirectory(prefix="workshop-data-") as scratch,
         ):
-            return _write(config, source, part, data_dir, Path(scratch), tokenizer_dir, max_seq_length, key)
+            return _write(
+                config, source, part, data_dir, Path(scratch), tokenizer_dir, max_seq_length, key
+            )
 
 
 def load_prepared(data_dir: Path) -> Prepared:
-    """What :func:`prepare` made in ``data_dir``. Raises :class:`DataError` when it made nothing there, or a file has changed since."""
+    """What :func:`prepare` made in ``data_dir``. Raises :class:`DataError` when it made nothing
+    there, or a file has changed since."""
     data_dir = Path(data_dir)
     marker = _read_marker(data_dir)
     if marker is None:
         raise DataError(
-            f"{paths.shown(data_dir)} holds no prepared data ({MARKER} is missing). Run `workshop recipe data` first."
+            f"{paths.shown(data_dir)} holds no prepared data ({MARKER} is missing). Run "
+            "`workshop recipe data` first."
         )
     for name, wanted in marker["files"].items():
         file = data_dir / name
         if not file.is_file() or sha256(file) != wanted:
             raise DataError(
-                f"{paths.shown(file)} is missing or has changed since it was prepared. Run `workshop recipe data` again; it is made anew."
+                f"{paths.shown(file)} is missing or has changed since it was prepared. Run "
+                "`workshop recipe data` again; it is made anew."
             )
     found = marker["prepared"]
-    found["statistics"] = {name: SplitStatistics(**one) for name, one in found["statistics"].items()}
+    found["statistics"] = {
+        name: SplitStatistics(**one) for name, one in found["statistics"].items()
+    }
     return Prepared(directory=data_dir, reused=True, **found)
 
 
 def require_whole_batch(prepared: Prepared, global_batch_size: int) -> None:
     """Raise :class:`DataError` when the validation rows are fewer than ``global_batch_size``.
 
-    Megatron's sampler drops an incomplete batch: NeMo would train without validation and, since checkpoints wait for ``val_loss``, save none.
+    Megatron's sampler drops an incomplete batch: NeMo would train without validation and, since
+    checkpoints wait for ``val_loss``, save none.
     """
     rows = prepared.statistics["validation"].rows
     if rows < global_batch_size:
         raise DataError(
-            f"{paths.shown(prepared.directory / 'validation.jsonl')} has {rows} rows, fewer than the global batch of {global_batch_size}: NeMo would neither "
-            "validate nor save a checkpoint. Lower train_split_ratio or the batch (micro_batch_size, accumulate_grad_batches)."
+            f"{paths.shown(prepared.directory / 'validation.jsonl')} has {rows} rows, fewer than "
+            f"the global batch of {global_batch_size}: NeMo would neither validate nor save a "
+            "checkpoint. Lower train_split_ratio or the batch (micro_batch_size, "
+            "accumulate_grad_batches)."
         )
 
 
@@ -181,21 +229,37 @@ def _read_marker(data_dir: Path) -> dict[str, Any] | None:
         marker = json.loads((data_dir / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return marker if isinstance(marker, dict) and {"key", "files", "prepared"} <= marker.keys() else None
+    return (
+        marker
+        if isinstance(marker, dict) and {"key", "files", "prepared"} <= marker.keys()
+        else None
+    )
 
 
 def _require_ours(data_dir: Path) -> None:
     """The directory will be replaced: it has to be ours, or empty."""
-    if data_dir.exists() and not (data_dir / MARKER).is_file() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+    if (
+        data_dir.exists()
+        and not (data_dir / MARKER).is_file()
+        and (not data_dir.is_dir() or any(data_dir.iterdir()))
+    ):
         raise OutputExists(
-            f"{paths.shown(data_dir)} holds something that was not prepared by this command. Nothing was replaced. Set data_dir to another directory."
+            f"{paths.shown(data_dir)} holds something that was not prepared by this command. "
+            "Nothing was replaced. Set data_dir to another directory."
         )
 
 
-def _key(config: HFDatasetConfig, revision: str, tokenizer_dir: Path | None, max_seq_length: int) -> dict[str, Any]:
-    """Everything that shapes the rows and their statistics, as it looks after a round trip through JSON."""
+def _key(
+    config: HFDatasetConfig, revision: str, tokenizer_dir: Path | None, max_seq_length: int
+) -> dict[str, Any]:
+    """Everything that shapes the rows and their statistics, as it looks after a round trip through
+    JSON."""
     tokenizer = (
-        {name: sha256(tokenizer_dir / name) for name in _TOKENIZER_FILES if (tokenizer_dir / name).is_file()}
+        {
+            name: sha256(tokenizer_dir / name)
+            for name in _TOKENIZER_FILES
+            if (tokenizer_dir / name).is_file()
+        }
         if tokenizer_dir
         else None
     )
@@ -215,54 +279,87 @@ def _tokenizer_dir(given: Path | None) -> Path | None:
     found = inside if inside.is_dir() else Path(given)
     if not (found / "tokenizer.json").is_file():
         raise DataError(
-            f"{paths.shown(found)} has no tokenizer.json: give the directory of a tokenizer or of a NeMo 2.0 checkpoint."
+            f"{paths.shown(found)} has no tokenizer.json: give the directory of a tokenizer or "
+            "of a NeMo 2.0 checkpoint."
         )
     return found
 
 
-def _write(config: HFDatasetConfig, source: dataset_sources.Source, part: Path, data_dir: Path, scratch: Path, tokenizer_dir: Path | None,
-           max_seq_length: int, key: Mapping[str, Any]) -> Prepared:  # fmt: skip
+def _write(
+    config: HFDatasetConfig,
+    source: dataset_sources.Source,
+    part: Path,
+    data_dir: Path,
+    scratch: Path,
+    tokenizer_dir: Path | None,
+    max_seq_length: int,
+    key: Mapping[str, Any],
+) -> Prepared:
     from datasets import concatenate_datasets
 
     loaded = source.load(scratch)
     convert = Conversion(config, loaded[0].column_names, tokenizer_dir)
-    converted = [_convert(one, convert, config.num_proc, scratch / f"{number}.arrow") for number, one in enumerate(loaded)]
+    converted = [
+        _convert(one, convert, config.num_proc, scratch / f"{number}.arrow")
+        for number, one in enumerate(loaded)
+    ]
     reasons = [reason for one in converted for reason in one["reason"]]
-    kept = [one.select([row for row, reason in enumerate(one["reason"]) if not reason]) for one in converted]
+    kept = [
+        one.select([row for row, reason in enumerate(one["reason"]) if not reason])
+        for one in converted
+    ]
     left_out = {reason: reasons.count(reason) for reason in _REASONS}
     if not sum(len(one) for one in kept):
         raise DataError(
             f"{config.dataset_name}: no row is left: "
-            + "; ".join(f"{count:,} because {_REASONS[name]}" for name, count in left_out.items() if count)
+            + "; ".join(
+                f"{count:,} because {_REASONS[name]}" for name, count in left_out.items() if count
+            )
             + "."
         )
     if config.own_splits():
         division = splits.keep([one["key"] for one in kept])
     else:
-        division = splits.divide(kept[0]["key"], config.train_split_ratio, config.val_test_split_ratio, config.seed)
+        division = splits.divide(
+            kept[0]["key"], config.train_split_ratio, config.val_test_split_ratio, config.seed
+        )
     rows = concatenate_datasets(kept)
     for name, positions in division.rows.items():
         _write_rows(part / f"{name}.jsonl", rows.select(positions))
     between = _between(set(rows["ends"]), config.dataset_name)
     found = {
-        "statistics": {name: _statistics(part / f"{name}.jsonl", len(positions), between, tokenizer_dir, max_seq_length)
-                       for name, positions in division.rows.items()},
-        "source_rows": sum(len(one) for one in loaded), "left_out": left_out, "repeated": division.repeated,
-        "leaks": division.dropped, "prompt_template": between, "max_seq_length": max_seq_length, "revision": source.revision,
-    }  # fmt: skip
+        "statistics": {
+            name: _statistics(
+                part / f"{name}.jsonl", len(positions), between, tokenizer_dir, max_seq_length
+            )
+            for name, positions in division.rows.items()
+        },
+        "source_rows": sum(len(one) for one in loaded),
+        "left_out": left_out,
+        "repeated": division.repeated,
+        "leaks": division.dropped,
+        "prompt_template": between,
+        "max_seq_length": max_seq_length,
+        "revision": source.revision,
+    }
     files = {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in splits.NAMES}
-    kept_statistics = found | {"statistics": {name: asdict(one) for name, one in found["statistics"].items()}}
+    kept_statistics = found | {
+        "statistics": {name: asdict(one) for name, one in found["statistics"].items()}
+    }
     (part / MARKER).write_text(
-        json.dumps({"key": key, "files": files, "prepared": kept_statistics}, indent=1), encoding="utf-8"
+        json.dumps({"key": key, "files": files, "prepared": kept_statistics}, indent=1),
+        encoding="utf-8",
     )
     return Prepared(directory=data_dir, **found)
 
 
 def _between(ends: set[str], name: str) -> str:
-    """NeMo's prompt template for prompts that end so: a space is put between only where nothing else separates prompt and answer."""
+    """NeMo's prompt template for prompts that end so: a space is put between only where nothing
+    else separates prompt and answer."""
     if "chat" in ends and len(ends) > 1:
         raise DataError(
-            f"{name}: the custom_converter returned conversations for some rows and input and output for others; return one of them for all."
+            f"{name}: the custom_converter returned conversations for some rows and input and "
+            "output for others; return one of them for all."
         )
     return NOTHING_BETWEEN if ends in ({"chat"}, {"new line"}) else ONE_SPACE
 
@@ -288,10 +385,16 @@ def _convert(rows: "Dataset", convert: Callable, num_proc: int, made: Path) -> "
 
     processes = max(1, min(num_proc, len(rows) // _ROWS_A_PROCESS))
     return rows.map(
-        convert, with_indices=True, remove_columns=rows.column_names, num_proc=processes if processes > 1 else None, desc="preparing rows",
-        features=datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))), load_from_cache_file=False,
-        cache_file_name=str(made), new_fingerprint="workshop",
-    )  # fmt: skip
+        convert,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=processes if processes > 1 else None,
+        desc="preparing rows",
+        features=datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))),
+        load_from_cache_file=False,
+        cache_file_name=str(made),
+        new_fingerprint="workshop",
+    )
 
 
 def _write_rows(file: Path, rows: "Dataset") -> None:
@@ -313,8 +416,12 @@ def _statistics(
         return SplitStatistics(rows)
     tokenizer = read_tokenizer(tokenizer_dir / "tokenizer.json")
     counter = SimpleNamespace(
-        count=lambda texts: [len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        count=lambda texts: [
+            len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
     )
     rule = data_check.Template(prompt_template, "output", ("input",), max_seq_length, extra=1)
     found = data_check.count(file, rule, counter)
-    return SplitStatistics(rows, found.sampled, found.mean_tokens, found.longest, found.truncated, found.answers_cut)
+    return SplitStatistics(
+        rows, found.sampled, found.mean_tokens, found.longest, found.truncated, found.answers_cut
+    )

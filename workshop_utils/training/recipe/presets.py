@@ -1,4 +1,5 @@
-"""Named sets of options. A preset stands below the command line and YAML, and above the defaults."""
+"""Named sets of options. A preset stands below the command line and YAML, and above the
+defaults."""
 
 from typing import Any
 
@@ -47,7 +48,10 @@ def preset(name: str) -> dict[str, Any]:
         WorkshopError: there is no such preset.
     """
     if name not in PRESETS:
-        raise WorkshopError(f"there is no preset '{name}'.{nearest(name, list(PRESETS))} There are: {', '.join(PRESETS)}.")
+        raise WorkshopError(
+            f"there is no preset '{name}'.{nearest(name, list(PRESETS))} There are: "
+            f"{', '.join(PRESETS)}."
+        )
     return PRESETS[name] | {
         "output_dir": str(paths.runs_dir() / "recipe/{hf_model_id}"),
         "data_dir": str(paths.runs_dir() / "recipe/data/{name}"),

@@ -1,7 +1,8 @@
 r"""Templates such as ``"Question: {question}\n"``: what they name, and a row put into them.
 
-A name in braces is a column, ``{answers[text][0]}`` a value inside one; ``{{`` and ``}}`` are braces. A template from a command line or
-a YAML file holds its new lines as ``\n``: the escapes below are read wherever the template comes from, any other is an error.
+A name in braces is a column, ``{answers[text][0]}`` a value inside one; ``{{`` and ``}}`` are
+braces. A template from a command line or a YAML file holds its new lines as ``\n``: the escapes
+below are read wherever the template comes from, any other is an error.
 """
 
 import re
@@ -19,7 +20,8 @@ _FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 
 
 def unescape(text: str, where: str) -> str:
-    r"""``text`` with ``\n``, ``\t``, ``\r``, ``\\``, ``\"``, ``\'``, ``\xNN`` and ``\uNNNN`` replaced by what they stand for.
+    r"""``text`` with ``\n``, ``\t``, ``\r``, ``\\``, ``\"``, ``\'``, ``\xNN`` and ``\uNNNN``
+    replaced by what they stand for.
 
     Raises :class:`DataError` for any other escape; ``where`` begins the message.
     """
@@ -32,7 +34,8 @@ def unescape(text: str, where: str) -> str:
         if code not in ESCAPES:
             known = " ".join(f"\\{name}" for name in ESCAPES)
             raise DataError(
-                f"{where}: \\{code} at character {found.start() + 1} is no escape. Known are {known} \\xNN \\uNNNN; a backslash is written \\\\."
+                f"{where}: \\{code} at character {found.start() + 1} is no escape. Known are "
+                f"{known} \\xNN \\uNNNN; a backslash is written \\\\."
             )
         return ESCAPES[code]
 
@@ -40,12 +43,16 @@ def unescape(text: str, where: str) -> str:
         # Two \uNNNN may be the halves of one character, as in JSON.
         return _ESCAPE.sub(replaced, text).encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise DataError(f"{where}: {text!r} holds half of a character (a \\uD800 to \\uDFFF without its other half).") from None
+        raise DataError(
+            f"{where}: {text!r} holds half of a character (a \\uD800 to \\uDFFF without its "
+            "other half)."
+        ) from None
 
 
 @dataclass(frozen=True)
 class RowTemplate:
-    """A parsed template: ``pieces`` are ``(text, field or None, keys inside the field)``; ``where`` begins messages about it."""
+    """A parsed template: ``pieces`` are ``(text, field or None, keys inside the field)``; ``where``
+    begins messages about it."""
 
     where: str
     pieces: tuple[tuple[str, str | None, tuple[str, ...]], ...]
@@ -56,15 +63,22 @@ class RowTemplate:
         return [field for _, field, _ in self.pieces if field is not None]
 
     def columns(self, mapping: Mapping[str, str], present: Iterable[str]) -> None:
-        """Check that each field, or the column that ``mapping`` gives it, is among the columns ``present``.
+        """Check that each field, or the column that ``mapping`` gives it, is among the columns
+        ``present``.
 
         Raises :class:`DataError` with all columns and the nearest.
         """
         for field in self.fields:
-            require_column(self.where, mapping.get(field, field), list(present), field if field in mapping else None)
+            require_column(
+                self.where,
+                mapping.get(field, field),
+                list(present),
+                field if field in mapping else None,
+            )
 
     def render(self, row: Mapping[str, Any], mapping: Mapping[str, str]) -> str | None:
-        """The template with the values of ``row``; None when one of them is null. Raises :class:`DataError` for one that is no text or number."""
+        """The template with the values of ``row``; None when one of them is null. Raises
+        :class:`DataError` for one that is no text or number."""
         made = []
         for text, field, keys in self.pieces:
             made.append(text)
@@ -83,24 +97,29 @@ class RowTemplate:
             try:
                 value = value[int(key) if isinstance(value, list) else key]
             except (KeyError, ValueError, IndexError, TypeError):
-                raise DataError(f"{self.where}: {path} has no [{key}]; it is {_short(value)}.") from None
+                raise DataError(
+                    f"{self.where}: {path} has no [{key}]; it is {_short(value)}."
+                ) from None
             path += f"[{key}]"
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, int | float):
             return str(value)
         raise DataError(
-            f"{self.where}: {path} is no text but {_short(value)}. Take a value out of it, as in {{{path}[{_first_key(value)}]}}, or give a custom_converter."
+            f"{self.where}: {path} is no text but {_short(value)}. Take a value out of it, as in "
+            f"{{{path}[{_first_key(value)}]}}, or give a custom_converter."
         )
 
 
 def parse(template: str, where: str) -> RowTemplate:
-    """``template`` taken apart, escapes read. Raises :class:`DataError` for bad braces, and for formats (``{name:>5}``) and attributes."""
+    """``template`` taken apart, escapes read. Raises :class:`DataError` for bad braces, and for
+    formats (``{name:>5}``) and attributes."""
     try:
         parsed = list(string.Formatter().parse(unescape(template, where)))
     except ValueError as error:
         raise DataError(
-            f"{where}: {template!r} has unbalanced braces ({error}). A brace that is text is written {{{{ or }}}}."
+            f"{where}: {template!r} has unbalanced braces ({error}). A brace that is text is "
+            "written {{ or }}."
         ) from None
     pieces = []
     for text, field, form, conversion in parsed:
@@ -109,22 +128,32 @@ def parse(template: str, where: str) -> RowTemplate:
             continue
         found = _FIELD.fullmatch(field)
         if not found or form or conversion:
-            raise DataError(f"{where}: {{{field}{'!' + conversion if conversion else ''}{':' + form if form else ''}}} is no column. Write {{column}} or {{column[key]}}; "
-                            "a brace that is text is written {{ or }}.")  # fmt: skip
+            raise DataError(
+                f"{where}: "
+                f"{{{field}{'!' + conversion if conversion else ''}{':' + form if form else ''}}} "
+                "is no column. Write {column} or {column[key]}; a brace that is text is "
+                "written {{ or }}."
+            )
         pieces.append((text, found[1], tuple(re.findall(r"\[([^\[\]]+)\]", found[2]))))
     if not any(field for _, field, _ in pieces):
-        raise DataError(f"{where}: {template!r} names no column in braces: every row would be the same.")
+        raise DataError(
+            f"{where}: {template!r} names no column in braces: every row would be the same."
+        )
     return RowTemplate(where, tuple(pieces))
 
 
-def require_column(where: str, column: str, present: list[str], mapped_from: str | None = None) -> None:
-    """Raise :class:`DataError` unless ``column`` is among those ``present``; all of them and the nearest stand in the message."""
+def require_column(
+    where: str, column: str, present: list[str], mapped_from: str | None = None
+) -> None:
+    """Raise :class:`DataError` unless ``column`` is among those ``present``; all of them and the
+    nearest stand in the message."""
     if column in present:
         return
     mapped = f" (from field_mapping, for {{{mapped_from}}})" if mapped_from else ""
     hint = did_you_mean(nearest(column, present, cutoff=0.5))
     raise DataError(
-        f"{where}: the data set has no column {column!r}{mapped}.{hint} Its columns are: {', '.join(present)}. field_mapping gives a field another column."
+        f"{where}: the data set has no column {column!r}{mapped}.{hint} Its columns are: "
+        f"{', '.join(present)}. field_mapping gives a field another column."
     )
 
 

@@ -15,7 +15,8 @@ NAMES = ("training", "validation", "test")
 
 @dataclass(frozen=True)
 class Division:
-    """The rows (by position) of each split. ``repeated`` rows have an input that occurs more than once; ``dropped`` are in no split."""
+    """The rows (by position) of each split. ``repeated`` rows have an input that occurs more than
+    once; ``dropped`` are in no split."""
 
     rows: dict[str, list[int]]
     repeated: int
@@ -23,14 +24,15 @@ class Division:
 
 
 def key(text: str) -> str:
-    """What two inputs have in common that differ only in case, white space or the form of their characters (Unicode NFKC)."""
+    """What two inputs have in common that differ only in case, white space or the form of their
+    characters (Unicode NFKC)."""
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def sizes(rows: int, train_ratio: float, test_ratio: float) -> dict[str, int]:
-    """Rows of each split: ``train_ratio`` of ``rows`` for training, and ``test_ratio`` of the rest for test; halves are rounded up. The
-    others are for validation, so the sum is ``rows``.
+    """Rows of each split: ``train_ratio`` of ``rows`` for training, and ``test_ratio`` of the rest
+    for test; halves are rounded up. The others are for validation, so the sum is ``rows``.
 
     Raises :class:`DataError` when one would be empty, with the number of rows it takes.
     """
@@ -49,21 +51,27 @@ def sizes(rows: int, train_ratio: float, test_ratio: float) -> dict[str, int]:
     made = divide(rows)
     if all(made.values()):
         return made
-    enough = next((count for count in range(rows + 1, max(1000, 10 * rows)) if all(divide(count).values())), None)
+    enough = next(
+        (count for count in range(rows + 1, max(1000, 10 * rows)) if all(divide(count).values())),
+        None,
+    )
     said = f"{enough} rows would do" if enough else "no number of rows near this one does"
     raise DataError(
-        f"{rows} rows with train_split_ratio {train_ratio:g} and val_test_split_ratio {test_ratio:g} make "
-        f"{', '.join(f'{count} {name}' for name, count in made.items())} rows: none may be empty. With these ratios {said}; or change the ratios."
+        f"{rows} rows with train_split_ratio {train_ratio:g} and val_test_split_ratio "
+        f"{test_ratio:g} make {', '.join(f'{count} {name}' for name, count in made.items())} "
+        f"rows: none may be empty. With these ratios {said}; or change the ratios."
     )
 
 
 def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int) -> Division:
-    """Divide rows at random, the same way for the same ``seed``. ``keys`` are their inputs' :func:`key`, one a row.
+    """Divide rows at random, the same way for the same ``seed``. ``keys`` are their inputs'
+    :func:`key`, one a row.
 
-    Rows whose key occurs more than once all go to training: validation and test are drawn from the others, so the sizes stay exact,
-    no row is lost, and nothing that is tested was trained on.
+    Rows whose key occurs more than once all go to training: validation and test are drawn from the
+    others, so the sizes stay exact, no row is lost, and nothing that is tested was trained on.
 
-    Raises :class:`DataError` when a split would be empty or too few rows have an input of their own.
+    Raises :class:`DataError` when a split would be empty or too few rows have an input of their
+    own.
     """
     wanted = sizes(len(keys), train_ratio, test_ratio)
     times = Counter(keys)
@@ -71,8 +79,10 @@ def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int
     held_out = wanted["validation"] + wanted["test"]
     if len(single) < held_out:
         raise DataError(
-            f"validation and test need {held_out} of {len(keys)} rows, but only {len(single)} rows have an input that no other row has (case and white "
-            "space aside): the rest would be tested on what was trained. Raise train_split_ratio, or put more of the row into input_template."
+            f"validation and test need {held_out} of {len(keys)} rows, but only {len(single)} "
+            "rows have an input that no other row has (case and white space aside): the rest "
+            "would be tested on what was trained. Raise train_split_ratio, or put more of the "
+            "row into input_template."
         )
     random.Random(seed).shuffle(single)
     validation, test = single[: wanted["validation"]], single[wanted["validation"] : held_out]
@@ -80,25 +90,37 @@ def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int
     training = [row for row in range(len(keys)) if row not in taken]
     random.Random(seed).shuffle(training)
     return Division(
-        dict(zip(NAMES, (training, validation, test), strict=True)), len(keys) - sum(count == 1 for count in times.values()), {}
+        dict(zip(NAMES, (training, validation, test), strict=True)),
+        len(keys) - sum(count == 1 for count in times.values()),
+        {},
     )
 
 
 def keep(parts: Sequence[Sequence[str]]) -> Division:
-    """The splits as the data set has them: ``parts`` are the keys of training, validation and test, positions count through all three.
+    """The splits as the data set has them: ``parts`` are the keys of training, validation and test,
+    positions count through all three.
 
-    A validation row whose input is trained on, and a test row whose input is trained or validated on, is dropped and counted.
+    A validation row whose input is trained on, and a test row whose input is trained or validated
+    on, is dropped and counted.
 
     Raises :class:`DataError` when nothing is left of a split.
     """
     rows, dropped, seen, start = {}, {}, set(), 0
     for name, keys in zip(NAMES, parts, strict=True):
-        clean = [position for position, one in enumerate(keys, start) if name == "training" or one not in seen]
+        clean = [
+            position
+            for position, one in enumerate(keys, start)
+            if name == "training" or one not in seen
+        ]
         dropped[name] = len(keys) - len(clean)
         if not clean:
             raise DataError(
                 f"the split {name} is empty"
-                + (f": all its {len(keys)} inputs also stand in the splits before it." if keys else ".")
+                + (
+                    f": all its {len(keys)} inputs also stand in the splits before it."
+                    if keys
+                    else "."
+                )
             )
         rows[name] = clean
         seen.update(keys)

@@ -1,7 +1,9 @@
-"""One process at a time works on a path; the others wait, say for whom, and give up after a timeout.
+"""One process at a time works on a path; the others wait, say for whom, and give up after a
+timeout.
 
-The lock is the operating system's (``filelock``), so it ends with the process that holds it, however that ended: a killed job never
-blocks the next. A file beside it says who holds it, for people to read; nothing depends on it.
+The lock is the operating system's (``filelock``), so it ends with the process that holds it,
+however that ended: a killed job never blocks the next. A file beside it says who holds it, for
+people to read; nothing depends on it.
 """
 
 import contextlib
@@ -24,11 +26,13 @@ REPEAT = 60.0  # seconds between two lines about the same wait
 
 @contextlib.contextmanager
 def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
-    """Hold the lock of ``target`` for the block; ``doing`` says, to those who wait, what is being done ("importing Qwen/Qwen3-8B").
+    """Hold the lock of ``target`` for the block; ``doing`` says, to those who wait, what is being
+    done ("importing Qwen/Qwen3-8B").
 
     Raises:
         WorkshopError: nothing can be written there.
-        WaitedTooLong: another process has held it for ``timeout`` seconds; the message says which one and what it does.
+        WaitedTooLong: another process has held it for ``timeout`` seconds; the message says which
+            one and what it does.
     """
     from filelock import FileLock, Timeout
 
@@ -44,17 +48,24 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
             who = holder(target) or "another process"
             if patience.spent():
                 raise WaitedTooLong(
-                    f"waited {timeout:g} s for {who}, which holds the lock of {paths.shown(target)}. Let it finish or stop it, then "
-                    "start again; with more time it may be enough to wait longer."
+                    f"waited {timeout:g} s for {who}, which holds the lock of "
+                    f"{paths.shown(target)}. Let it finish or stop it, then start again; with "
+                    "more time it may be enough to wait longer."
                 ) from None
             patience.say(f"waiting for {who} to finish with {paths.shown(target)}")
         except OSError as error:
             raise WorkshopError(
-                f"{paths.shown(target)} cannot be made ({error.strerror}: {error.filename}). Give another place."
+                f"{paths.shown(target)} cannot be made ({error.strerror}: {error.filename}). "
+                "Give another place."
             ) from None
     note = _note(target)
     try:
-        mine = {"pid": os.getpid(), "host": socket.gethostname(), "doing": doing, "since": f"{datetime.now():%H:%M:%S}"}
+        mine = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "doing": doing,
+            "since": f"{datetime.now():%H:%M:%S}",
+        }
         paths.write_text(note, json.dumps(mine))
         yield
     finally:
@@ -63,7 +74,8 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
 
 
 def holder(target: Path) -> str | None:
-    """Who works on ``target``, in words, as far as that process said so; it may have been killed since."""
+    """Who works on ``target``, in words, as far as that process said so; it may have been killed
+    since."""
     try:
         said = json.loads(_note(target).read_text(encoding="utf-8"))
         return f"process {said['pid']} on {said['host']} ({said['doing']}, since {said['since']})"
@@ -82,18 +94,27 @@ class Patience:
         return time.monotonic() - self._started >= self.timeout
 
     def say(self, what: str) -> None:
-        """Print ``what`` to standard error, with the time left, unless a line is less than a minute old."""
+        """Print ``what`` to standard error, with the time left, unless a line is less than a minute
+        old."""
         now = time.monotonic()
         if self._said is None or now - self._said >= REPEAT:
             self._said = now
-            print(f"{what}; {max(0.0, self.timeout - (now - self._started)):.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{what}; {max(0.0, self.timeout - (now - self._started)):.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def remove_leftovers(target: Path) -> None:
-    """Delete temporary directories for ``target`` of programs that were killed. To be called with the lock held: nobody writes them."""
+    """Delete temporary directories for ``target`` of programs that were killed. To be called with
+    the lock held: nobody writes them."""
     for pattern in (f".{target.name}.*.partial", f".{target.name}.*.old"):
         for left in target.parent.glob(pattern):
-            print(f"{paths.shown(left)}: left by a program that was stopped; removed.", file=sys.stderr)
+            print(
+                f"{paths.shown(left)}: left by a program that was stopped; removed.",
+                file=sys.stderr,
+            )
             shutil.rmtree(left)
 
 

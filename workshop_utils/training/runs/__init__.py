@@ -1,1 +1,2 @@
-"""What both paths of training share: launch, events, records and the environment of the training processes."""
+"""What both paths of training share: launch, events, records and the environment of the training
+processes."""

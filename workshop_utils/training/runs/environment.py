@@ -13,26 +13,42 @@ if TYPE_CHECKING:
 
 
 def notes(run_dir: Path) -> Path:
-    """Where a run's log, events and record stand: in a folder, since NeMo's exp_manager moves *files* of an earlier start away."""
+    """Where a run's log, events and record stand: in a folder, since NeMo's exp_manager moves
+    *files* of an earlier start away."""
     return run_dir / "workshop"
 
 
 def torchrun(script: Path, overrides: list[str], nproc_per_node: int = 1) -> list[str]:
-    """The command line. ``--standalone`` picks a free port, so that two runs on one machine do not meet."""
+    """The command line. ``--standalone`` picks a free port, so that two runs on one machine do not
+    meet."""
     launcher = [sys.executable, "-m", "torch.distributed.run"]
-    return [*launcher, "--standalone", f"--nproc_per_node={nproc_per_node}", str(script), *overrides]
+    return [
+        *launcher,
+        "--standalone",
+        f"--nproc_per_node={nproc_per_node}",
+        str(script),
+        *overrides,
+    ]
 
 
-def training_environment(run_dir: Path, nproc_per_node: int = 1, tokens_per_step: float | None = None) -> dict[str, str]:
-    """Environment of the training processes: patches, events (with tokens a second where ``tokens_per_step`` is known), no telemetry,
-    the cores shared out among the processes."""
+def training_environment(
+    run_dir: Path, nproc_per_node: int = 1, tokens_per_step: float | None = None
+) -> dict[str, str]:
+    """Environment of the training processes: patches, events (with tokens a second where
+    ``tokens_per_step`` is known), no telemetry, the cores shared out among the processes."""
     from workshop_utils.runtime import nemo_cpu
 
     environment = dict(os.environ)
     quiet_environment(environment)
     nemo_cpu.inherit(environment)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node)))
+    environment.setdefault(
+        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node))
+    )
     if tokens_per_step:
         environment["WORKSHOP_TOKENS_PER_STEP"] = str(tokens_per_step)
-    return environment | {"WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1",
-                          orphans.VARIABLE: str(os.getpid())}  # fmt: skip
+    return environment | {
+        "WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"),
+        "HYDRA_FULL_ERROR": "1",
+        "PYTHONUNBUFFERED": "1",
+        orphans.VARIABLE: str(os.getpid()),
+    }

@@ -1,8 +1,10 @@
-"""What a training process tells while it runs: one JSON object a line, read by the progress display and the plots.
+"""What a training process tells while it runs: one JSON object a line, read by the progress display
+and the plots.
 
-Lightning adds the callback to every Trainer through its ``lightning.pytorch.callbacks_factory`` entry points, so NeMo's own
-scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment there is no callback. ``WORKSHOP_TOKENS_PER_STEP`` is the mean
-number of tokens of one optimizer step, padding aside, from which a step's tokens a second are made.
+Lightning adds the callback to every Trainer through its ``lightning.pytorch.callbacks_factory``
+entry points, so NeMo's own scripts report as well. Without ``WORKSHOP_EVENTS`` in the environment
+there is no callback. ``WORKSHOP_TOKENS_PER_STEP`` is the mean number of tokens of one optimizer
+step, padding aside, from which a step's tokens a second are made.
 """
 
 import contextlib
@@ -22,8 +24,8 @@ def _event_writer(target: Path):
     from lightning.pytorch import Callback
 
     class EventWriter(Callback):
-        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of memory), "validation" (loss) and "end" on rank 0;
-        of a test "start" and "step" alone."""
+        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of
+        memory), "validation" (loss) and "end" on rank 0; of a test "start" and "step" alone."""
 
         def _write(self, trainer, event: str, **values) -> None:
             if trainer.is_global_zero:
@@ -34,7 +36,17 @@ def _event_writer(target: Path):
                         stream.seek(-1, os.SEEK_END)
                         if stream.read(1) != b"\n":
                             stream.write(b"\n")
-                    stream.write(json.dumps({"event": event, "step": trainer.global_step, "time": time.time(), **values}).encode() + b"\n")
+                    stream.write(
+                        json.dumps(
+                            {
+                                "event": event,
+                                "step": trainer.global_step,
+                                "time": time.time(),
+                                **values,
+                            }
+                        ).encode()
+                        + b"\n"
+                    )
 
         def on_train_start(self, trainer, module):
             """Write "start" with the number of steps to do."""
@@ -49,13 +61,25 @@ def _event_writer(target: Path):
             """Write "step"; loss and lr are null where there is none."""
             loss = trainer.callback_metrics.get("reduced_train_loss")
             rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
-            seconds, tokens = time.perf_counter() - self._began, os.environ.get("WORKSHOP_TOKENS_PER_STEP")
-            self._write(trainer, "step", loss=None if loss is None else float(loss), lr=rate, seconds=seconds,
-                        tokens_per_second=float(tokens) / seconds if tokens else None, memory=_memory())  # fmt: skip
+            seconds, tokens = (
+                time.perf_counter() - self._began,
+                os.environ.get("WORKSHOP_TOKENS_PER_STEP"),
+            )
+            self._write(
+                trainer,
+                "step",
+                loss=None if loss is None else float(loss),
+                lr=rate,
+                seconds=seconds,
+                tokens_per_second=float(tokens) / seconds if tokens else None,
+                memory=_memory(),
+            )
 
         def on_validation_end(self, trainer, module):
             """Write "validation", except for the check before training or without a loss."""
-            loss = trainer.callback_metrics.get("val_loss", trainer.callback_metrics.get("validation_loss"))
+            loss = trainer.callback_metrics.get(
+                "val_loss", trainer.callback_metrics.get("validation_loss")
+            )
             if loss is not None and not trainer.sanity_checking:
                 self._write(trainer, "validation", loss=float(loss))
 
@@ -65,7 +89,9 @@ def _event_writer(target: Path):
 
         def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
             """Write "step" for the batches answered so far, of all test sets together."""
-            self._write(trainer, "step", step=sum(trainer.num_test_batches[:dataloader_idx]) + batch_idx + 1)
+            self._write(
+                trainer, "step", step=sum(trainer.num_test_batches[:dataloader_idx]) + batch_idx + 1
+            )
 
         def on_train_end(self, trainer, module):
             """Write "end"."""
@@ -75,8 +101,9 @@ def _event_writer(target: Path):
 
 
 def _leave_callbacks_out_of_checkpoints(trainer) -> None:
-    """NeMo 2.0 describes its Trainer in the context of each checkpoint, callbacks that are not NeMo's own as pickles. No reader of a
-    checkpoint needs them, and :mod:`workshop_utils.checkpoints.verify` rightly refuses pickles that it cannot know.
+    """NeMo 2.0 describes its Trainer in the context of each checkpoint, callbacks that are not
+    NeMo's own as pickles. No reader of a checkpoint needs them, and
+    :mod:`workshop_utils.checkpoints.verify` rightly refuses pickles that it cannot know.
     """
     described = getattr(trainer, "__io__", None)
     if getattr(described, "callbacks", None):
@@ -88,11 +115,16 @@ def _memory() -> int:
     import psutil
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_available()
+        else psutil.Process().memory_info().rss
+    )
 
 
 def read_events(path: Path) -> list[dict]:
-    """The events in ``path`` so far. A line that is still being written, or was cut off, is left out."""
+    """The events in ``path`` so far. A line that is still being written, or was cut off, is left
+    out."""
     events = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

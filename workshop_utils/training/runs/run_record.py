@@ -1,4 +1,5 @@
-"""``workshop/run.json`` in a run's directory: what was asked for, where it ran, and how it ended."""
+"""``workshop/run.json`` in a run's directory: what was asked for, where it ran, and how it
+ended."""
 
 import datetime
 import json
@@ -16,7 +17,8 @@ RUNNING, FINISHED, FAILED, INTERRUPTED = "running", "finished", "failed", "inter
 
 
 class Run:
-    """A training run: where its files lie, and what decides its outcome. The plan of either path is one."""
+    """A training run: where its files lie, and what decides its outcome. The plan of either path is
+    one."""
 
     run_dir: Path
     seed: int
@@ -44,7 +46,8 @@ class Run:
 
 
 def read(run: Run) -> dict[str, Any]:
-    """The record of the run directory of ``run``; empty where there is none, or none that can be read."""
+    """The record of the run directory of ``run``; empty where there is none, or none that can be
+    read."""
     try:
         found = json.loads(run.record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,26 +71,46 @@ def begin(run: Run) -> dict[str, Any]:
     return record
 
 
-def end(run: Run, record: dict[str, Any], status: str, seconds: float, exit_status: int | None, cause: str | None = None) -> None:
+def end(
+    run: Run,
+    record: dict[str, Any],
+    status: str,
+    seconds: float,
+    exit_status: int | None,
+    cause: str | None = None,
+) -> None:
     """Write how the run of ``record`` ended; ``seconds`` is its wall time, this start alone.
 
-    Where the disk is full and the run has failed, its record stays as it began: the next start sees that nothing runs any more.
+    Where the disk is full and the run has failed, its record stays as it began: the next start sees
+    that nothing runs any more.
     """
     steps = [event["step"] for event in read_events(run.events) if event["event"] == "step"]
-    ended = {"status": status, "seconds": seconds, "exit_status": exit_status, "steps": max(steps, default=0)}
+    ended = {
+        "status": status,
+        "seconds": seconds,
+        "exit_status": exit_status,
+        "steps": max(steps, default=0),
+    }
     try:
         _write(run, record | ended | ({"cause": cause} if cause else {}))
     except OSError as error:
         if status == FINISHED:
-            raise WorkshopError(f"{paths.shown(run.record)} cannot be written: {error.strerror}. Make room and run the same command again.") from error
+            raise WorkshopError(
+                f"{paths.shown(run.record)} cannot be written: {error.strerror}. Make room and "
+                "run the same command again."
+            ) from error
 
 
 def how_it_ended(run: Run, record: dict[str, Any]) -> str:
     """A sentence about the last start in this directory, for the next one."""
-    steps = max((event["step"] for event in read_events(run.events) if event["event"] == "step"), default=0)
+    steps = max(
+        (event["step"] for event in read_events(run.events) if event["event"] == "step"), default=0
+    )
     after = f"after step {steps}" if steps else "before its first step"
     if record.get("status") == RUNNING:
-        return f"The last start ended without a word {after}: it was killed, or the machine went down."
+        return (
+            f"The last start ended without a word {after}: it was killed, or the machine went down."
+        )
     if record.get("status") == FAILED:
         return f"The last start failed {after}: {str(record.get('cause')).splitlines()[0]}"
     return f"The last start was interrupted {after}."
@@ -98,17 +121,26 @@ def _write(run: Run, record: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """Commit of the workshop's repository, with "+" when files differ from it; None where there is no git.
+    """Commit of the workshop's repository, with "+" when files differ from it; None where there is
+    no git.
 
     An installed package may lie in somebody else's repository, whose commit says nothing.
     """
     if not paths.in_clone():
         return None
     try:
+
         def git(*arguments: str) -> str:
             """What git prints. Raises OSError without git, CalledProcessError where it fails."""
-            return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *arguments],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
 
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

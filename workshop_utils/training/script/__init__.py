@@ -1,4 +1,5 @@
-"""LoRA fine-tuning by the script path: torchrun, NeMo's ``megatron_gpt_finetuning`` interface, live progress."""
+"""LoRA fine-tuning by the script path: torchrun, NeMo's ``megatron_gpt_finetuning`` interface, live
+progress."""
 
 from workshop_utils.training.runs.environment import torchrun, training_environment
 from workshop_utils.training.runs.events import read_events

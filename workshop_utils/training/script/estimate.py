@@ -1,4 +1,5 @@
-"""Rough numbers before a run: trainable parameters, memory, disk and time. Each says what it counts."""
+"""Rough numbers before a run: trainable parameters, memory, disk and time. Each says what it
+counts."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from workshop_utils.training.script.schemes import SECTIONS, lora_modules
 
 @dataclass(frozen=True)
 class Estimate:
-    """``memory`` of one process and ``disk`` of the run in bytes, ``operations`` of the run in floating-point operations."""
+    """``memory`` of one process and ``disk`` of the run in bytes, ``operations`` of the run in
+    floating-point operations."""
 
     parameters: int
     trainable: int
@@ -21,27 +23,43 @@ class Estimate:
 
 
 def trained(sizes: Architecture, peft: Mapping[str, Any]) -> int:
-    """Weights that ``peft``, the section of the script's configuration, trains. Weights that adapters share count in each of them.
+    """Weights that ``peft``, the section of the script's configuration, trains. Weights that
+    adapters share count in each of them.
 
-    After ``peft_config.py`` and ``parallel_adapters.py`` (NeMo 2.4.1): ``adapter`` has two bottlenecks with a layer norm in each layer,
-    ``ia3`` a factor for each key, value and inner unit of the feed-forward, ``ptuning`` an embedding and two linear layers.
+    After ``peft_config.py`` and ``parallel_adapters.py`` (NeMo 2.4.1): ``adapter`` has two
+    bottlenecks with a layer norm in each layer, ``ia3`` a factor for each key, value and inner unit
+    of the feed-forward, ``ptuning`` an embedding and two linear layers.
     """
     scheme = peft["peft_scheme"]
     if scheme == "none":
         return parameters(sizes)
     if scheme == "ptuning":
-        rows, width, inner = (peft["p_tuning"][key] for key in ("virtual_tokens", "embedding_dim", "bottleneck_dim"))
+        rows, width, inner = (
+            peft["p_tuning"][key] for key in ("virtual_tokens", "embedding_dim", "bottleneck_dim")
+        )
         return rows * width + (width + 1) * inner + (inner + 1) * sizes.hidden
     settings = peft[SECTIONS[scheme]]
     layers = len(settings["layer_selection"] or range(sizes.layers))
     if scheme == "lora":
         modules = lora_modules(list(settings["target_modules"]))
-        # "canonical" has an A for each of q, k and v, and for gate and up, where "nemo" has one for all.
+        # "canonical" has an A for each of q, k and v, and for gate and up, where "nemo" has one for
+        # all.
         more = {"attention_qkv": 2, "mlp_fc1": 1} if settings["variant"] == "canonical" else {}
-        further = layers * settings["adapter_dim"] * sizes.hidden * sum(more.get(module, 0) for module in modules)
+        further = (
+            layers
+            * settings["adapter_dim"]
+            * sizes.hidden
+            * sum(more.get(module, 0) for module in modules)
+        )
         return lora_parameters(sizes, modules, settings["adapter_dim"], layers) + further
     if scheme == "adapter":
-        return layers * 2 * 2 * sizes.hidden * (settings["adapter_dim"] + (settings["norm_position"] is not None))
+        return (
+            layers
+            * 2
+            * 2
+            * sizes.hidden
+            * (settings["adapter_dim"] + (settings["norm_position"] is not None))
+        )
     return layers * (2 * sizes.groups * sizes.head_dim + sizes.ffn)
 
 
@@ -64,35 +82,62 @@ def lora_parameters(sizes: Architecture, modules: list[str], rank: int, layers: 
     return layers * rank * sum(ends[module] for module in modules)
 
 
-def estimate(sizes: Architecture, trainable: int, half_compute: bool, half_weights: bool, tokens: int, length: int, *,
-             trained_tokens: float = 0, validated_tokens: float = 0, split: int = 1, kept_checkpoints: int = 2) -> Estimate:  # fmt: skip
+def estimate(
+    sizes: Architecture,
+    trainable: int,
+    half_compute: bool,
+    half_weights: bool,
+    tokens: int,
+    length: int,
+    *,
+    trained_tokens: float = 0,
+    validated_tokens: float = 0,
+    split: int = 1,
+    kept_checkpoints: int = 2,
+) -> Estimate:
     """What a run needs.
 
     Args:
-        trainable: weights that are trained; Adam keeps a gradient and two moments of 4 bytes for each.
-        half_compute: ``trainer.precision`` is not 32. NeMo keeps the weights in 32 bits all the same, but for ``half_weights`` (O2).
+        trainable: weights that are trained; Adam keeps a gradient and two moments of 4 bytes for
+            each.
+        half_compute: ``trainer.precision`` is not 32. NeMo keeps the weights in 32 bits all the
+            same, but for ``half_weights`` (O2).
         tokens: of one micro batch, padding included; ``length`` of them in one row.
-        trained_tokens: of all optimizer steps over all processes; ``validated_tokens`` of all validations.
+        trained_tokens: of all optimizer steps over all processes; ``validated_tokens`` of all
+            validations.
         split: tensor-parallel x pipeline-parallel size.
-        kept_checkpoints: Lightning checkpoints (weights and moments of what is trained) on disk at once.
+        kept_checkpoints: Lightning checkpoints (weights and moments of what is trained) on disk at
+            once.
 
-    Activations after Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), equation 1, without
-    recomputation: ``tokens * hidden * (34 + 5 * heads * length / hidden)`` bytes a layer in 16 bits, twice that in 32; and two copies
-    of the logits in 32 bits. A weight and token take 2 operations forward, 2 for the gradient of the activation, and 2 for that of the
-    weight where it is trained.
+    Activations after Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
+    Models" (2022), equation 1, without
+    recomputation: ``tokens * hidden * (34 + 5 * heads * length / hidden)`` bytes a layer in 16
+    bits, twice that in 32; and two copies of the logits in 32 bits. A weight and token take 2
+    operations forward, 2 for the gradient of the activation, and 2 for that of the weight where it
+    is trained.
     """
     size = 2 if half_compute else 4
     count = parameters(sizes)
-    activations = sizes.layers * tokens * sizes.hidden * (34 + 5 * sizes.heads * length / sizes.hidden) * size / 2
+    activations = (
+        sizes.layers
+        * tokens
+        * sizes.hidden
+        * (34 + 5 * sizes.heads * length / sizes.hidden)
+        * size
+        / 2
+    )
     logits = 2 * 4 * tokens * (sizes.vocabulary or 0)
-    memory = (count * (2 if half_weights else 4) + trainable * (4 + 4 + 8) + activations + logits) / split
+    memory = (
+        count * (2 if half_weights else 4) + trainable * (4 + 4 + 8) + activations + logits
+    ) / split
     disk = kept_checkpoints * trainable * 12 + trainable * 4
     operations = (4.0 * count + 2.0 * trainable) * trained_tokens + 2.0 * count * validated_tokens
     return Estimate(count, trainable, math.ceil(memory), disk, operations)
 
 
 def operations_per_second() -> float:
-    """Floating-point operations a second of this machine's processors: the best of five products of two small matrices."""
+    """Floating-point operations a second of this machine's processors: the best of five products of
+    two small matrices."""
     import time
 
     import numpy

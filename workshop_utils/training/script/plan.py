@@ -1,4 +1,5 @@
-"""From a few settings to the exact torchrun command: defaults of this machine and this data set, then the user's overrides."""
+"""From a few settings to the exact torchrun command: defaults of this machine and this data set,
+then the user's overrides."""
 
 import importlib.util
 import json
@@ -42,18 +43,27 @@ RECIPE = {
     "model.optim.sched.warmup_steps": 8,
     "model.data.train_ds.max_seq_length": 512,
 }
-"""What the workshop trains its rendered rows with when nothing else is said; measured in notebooks 05 and 06. With files of one's own
-in ``model.data.train_ds.file_names`` the command line is NeMo's, and the script's defaults hold."""
+"""What the workshop trains its rendered rows with when nothing else is said; measured in notebooks
+05 and 06. With files of one's own in ``model.data.train_ds.file_names`` the command line is NeMo's,
+and the script's defaults hold."""
 
 RENDERED_TEMPLATE = "'{input}{output}'"
-"""How rows of :func:`workshop_utils.core.chat_data.render_file` are glued, as an override; validation and test follow train_ds."""
+"""How rows of :func:`workshop_utils.core.chat_data.render_file` are glued, as an override;
+validation and test follow train_ds."""
 
 PARTS = ("train_ds", "validation_ds", "test_ds")
 _STARTS = ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint")
 """Overrides that name what else than the base a run starts from."""
 
-_PLACES = ("file_names", "index_mapping_dir", "restore_from_path", "exp_manager.exp_dir", "exp_manager.resume_from_checkpoint")
-"""Overrides that say where something lies: its contents are looked at, or it is where the run goes."""
+_PLACES = (
+    "file_names",
+    "index_mapping_dir",
+    "restore_from_path",
+    "exp_manager.exp_dir",
+    "exp_manager.resume_from_checkpoint",
+)
+"""Overrides that say where something lies: its contents are looked at, or it is where the run
+goes."""
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
@@ -83,23 +93,36 @@ class Plan(Run):
         return self.config.model.seed
 
     def fingerprint(self) -> dict:
-        """What decides the outcome: overrides, script, data, base and the adapter to go on from. Equal fingerprints, equal runs on one machine.
+        """What decides the outcome: overrides, script, data, base and the adapter to go on from.
+        Equal fingerprints, equal runs on one machine.
 
-        Files count by their contents and not by their places, so that a run is known again in a copy of the repository.
+        Files count by their contents and not by their places, so that a run is known again in a
+        copy of the repository.
         """
         from omegaconf import OmegaConf
 
         starts = [OmegaConf.select(self.config, key) for key in _STARTS]
         return {
-            "overrides": {key.lstrip("+"): value for key, value in self.overrides.items() if not key.endswith(_PLACES)},
+            "overrides": {
+                key.lstrip("+"): value
+                for key, value in self.overrides.items()
+                if not key.endswith(_PLACES)
+            },
             "script": sha256(script_path()),
-            "data": {part: [of_contents(Path(name)) for name in self.config.model.data[part].get("file_names") or []] for part in PARTS},
+            "data": {
+                part: [
+                    of_contents(Path(name))
+                    for name in self.config.model.data[part].get("file_names") or []
+                ]
+                for part in PARTS
+            },
             "base": _contents_of_base(Path(self.overrides["model.restore_from_path"])),
             "starts": [of_contents(Path(path)) if path else None for path in starts],
         }
 
     def __str__(self) -> str:
-        """The command as one would type it in the repository's root; ``torchrun`` is ``python -m torch.distributed.run``."""
+        """The command as one would type it in the repository's root; ``torchrun`` is ``python -m
+        torch.distributed.run``."""
         typed = [part.replace(f"{paths.root()}/", "") for part in self.command[3:]]
         return " \\\n  ".join(["torchrun", *map(shlex.quote, typed)])
 
@@ -113,29 +136,37 @@ def make_plan(
     nproc_per_node: int = 1,
     trust: bool = False,
 ) -> Plan:
-    """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and this machine's settings.
+    """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and
+    this machine's settings.
 
-    The recipe is for rows that are rendered here (``data``, or the tickets): where ``overrides`` name ``model.data.train_ds.file_names``,
-    the script's own defaults take its place.
+    The recipe is for rows that are rendered here (``data``, or the tickets): where ``overrides``
+    name ``model.data.train_ds.file_names``, the script's own defaults take its place.
 
-    The base, and the adapter that ``model.peft.restore_from_path`` names, are verified first (:mod:`workshop_utils.checkpoints.verify.verify`);
-    with ``trust`` what is found wrong is only printed.
+    The base, and the adapter that ``model.peft.restore_from_path`` names, are verified first
+    (:mod:`workshop_utils.checkpoints.verify.verify`); with ``trust`` what is found wrong is only
+    printed.
 
     Raises:
         WorkshopError: an override is no ``key=value``, or ``model.restore_from_path`` is missing.
-        WorkshopError: an override names a key that the script does not have; the nearest one is offered.
-        NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the message says what to do.
-        CheckpointError: the base or the adapter is unsafe or damaged; the message lists what is wrong.
+        WorkshopError: an override names a key that the script does not have; the nearest one is
+            offered.
+        NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the
+            message says what to do.
+        CheckpointError: the base or the adapter is unsafe or damaged; the message lists what is
+            wrong.
         DataError: a data file or a row given as ``data`` or ``validation`` is not usable.
 
-    What else would go wrong stands in the plan's ``preflight``; :func:`.train.finetune` refuses to start then.
+    What else would go wrong stands in the plan's ``preflight``; :func:`.train.finetune` refuses to
+    start then.
     """
     given = parse_overrides(overrides)
     script = script_path()
     base = base_of(given, script, trust)
     own_files = "model.data.train_ds.file_names" in given
     if own_files and (data or validation):
-        raise WorkshopError("Both --data and model.data.train_ds.file_names are given: leave one of them out.")
+        raise WorkshopError(
+            "Both --data and model.data.train_ds.file_names are given: leave one of them out."
+        )
     if nproc_per_node < 1:
         raise WorkshopError(f"--nproc-per-node is {nproc_per_node}; it has to be at least 1.")
     device = choose_device()
@@ -144,38 +175,71 @@ def make_plan(
     tokenizer = _tokenizer(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
     recipe = {} if own_files else RECIPE
-    scheme = (recipe | given).get("model.peft.peft_scheme") or compose(script, []).model.peft.peft_scheme
+    scheme = (recipe | given).get("model.peft.peft_scheme") or compose(
+        script, []
+    ).model.peft.peft_scheme
     settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
     place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     ours = place | {"model.restore_from_path": str(base)}
     if own_files:
-        # Beside the rows NeMo would find the index of an earlier content, and take it; it is a pickle, too.
+        # Beside the rows NeMo would find the index of an earlier content, and take it; it is a
+        # pickle, too.
         keys = [f"model.data.{part}.index_mapping_dir" for part in PARTS]
         ours |= {key: str(notes(run_dir) / "index") for key in keys if key not in given}
     settings = {key: str(value) for key, value in (settings | place | given | ours).items()}
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
-    words = [f"{marks[key]}{key}={plain(value) if key in ours else value}" for key, value in settings.items()]
+    words = [
+        f"{marks[key]}{key}={plain(value) if key in ours else value}"
+        for key, value in settings.items()
+    ]
     config = compose(script, words)
     require_sound_loads(config, base, trust)
-    if (config.exp_manager.exp_dir, config.exp_manager.name, config.exp_manager.explicit_log_dir) != (str(run_dir.parent), run_dir.name, None):
-        raise WorkshopError("exp_manager.exp_dir and exp_manager.name say where the run goes: give them once, as plain key=value without + or "
-                            "${}, and no explicit_log_dir.")  # fmt: skip
-    checked = preflight(config, compose(SCRIPT, []), architecture(described), nproc_per_node, run_dir, tokenizer, device)
+    if (
+        config.exp_manager.exp_dir,
+        config.exp_manager.name,
+        config.exp_manager.explicit_log_dir,
+    ) != (str(run_dir.parent), run_dir.name, None):
+        raise WorkshopError(
+            "exp_manager.exp_dir and exp_manager.name say where the run goes: give them once, as "
+            "plain key=value without + or ${}, and no explicit_log_dir."
+        )
+    checked = preflight(
+        config,
+        compose(SCRIPT, []),
+        architecture(described),
+        nproc_per_node,
+        run_dir,
+        tokenizer,
+        device,
+    )
     return Plan(
-        torchrun(script, words, nproc_per_node), training_environment(run_dir, nproc_per_node, checked.tokens_per_step), settings, run_dir, device,
-        config, checked, rendered,
-    )  # fmt: skip
+        torchrun(script, words, nproc_per_node),
+        training_environment(run_dir, nproc_per_node, checked.tokens_per_step),
+        settings,
+        run_dir,
+        device,
+        config,
+        checked,
+        rendered,
+    )
 
 
 def _contents_of_base(base: Path) -> dict[str, Any]:
-    """Digests of what ``base`` is loaded from: a ``.nemo``, or ``model_config.yaml``, the tokenizer that it names and ``model_weights/``."""
+    """Digests of what ``base`` is loaded from: a ``.nemo``, or ``model_config.yaml``, the tokenizer
+    that it names and ``model_weights/``."""
     if base.is_file():
         return of_contents(base)
     config = read_yaml(base / "model_config.yaml")
     # A bridged view names its tokenizer by an absolute path.
-    named = {key: value for key, value in section(config, "tokenizer").items() if isinstance(value, str) and os.path.isabs(value)}
-    config["tokenizer"] = section(config, "tokenizer") | {key: of_contents(Path(value)) for key, value in named.items()}
+    named = {
+        key: value
+        for key, value in section(config, "tokenizer").items()
+        if isinstance(value, str) and os.path.isabs(value)
+    }
+    config["tokenizer"] = section(config, "tokenizer") | {
+        key: of_contents(Path(value)) for key, value in named.items()
+    }
     return {"config": config, "weights": of_contents(base / "model_weights")}
 
 
@@ -185,13 +249,16 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key or key.startswith("~"):
-            raise WorkshopError(f"{text!r} is not an override: write key=value, for example trainer.max_steps=50.")
+            raise WorkshopError(
+                f"{text!r} is not an override: write key=value, for example trainer.max_steps=50."
+            )
         parsed[key] = value
     return parsed
 
 
 def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
-    """Verify what else than ``base`` the run with the composed ``config`` would load; Hydra has several spellings for each key.
+    """Verify what else than ``base`` the run with the composed ``config`` would load; Hydra has
+    several spellings for each key.
 
     Raises:
         WorkshopError: the base that Hydra ends up with is not ``base``.
@@ -202,22 +269,28 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
 
     said = OmegaConf.select(config, "model.restore_from_path")
     if said != str(base):
-        raise WorkshopError(f"model.restore_from_path ends up as {said!r}: give it once, as plain key=value without + or quotes.")
+        raise WorkshopError(
+            f"model.restore_from_path ends up as {said!r}: give it once, as plain key=value "
+            "without + or quotes."
+        )
     for key in ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint"):
         if path := OmegaConf.select(config, key):
             require_sound(path, trust)
     if path := lightning_checkpoint(config):
         require_sound(path, trust, (Kind.LIGHTNING,))
     if OmegaConf.select(config, "model.data.train_ds.packed_sequence") and not trust:
-        raise DataError("model.data.train_ds.packed_sequence: NeMo reads packed rows as a pickle, which can run code. If the file is your "
-                        "own, add --trust.")  # fmt: skip
+        raise DataError(
+            "model.data.train_ds.packed_sequence: NeMo reads packed rows as a pickle, which can "
+            "run code. If the file is your own, add --trust."
+        )
 
 
 def lightning_checkpoint(config: "DictConfig") -> Path | None:
     """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything.
 
     Raises:
-        WorkshopError: one of its two keys is missing, ``model.peft.restore_from_path`` is given as well, or it is no file.
+        WorkshopError: one of its two keys is missing, ``model.peft.restore_from_path`` is given as
+            well, or it is no file.
     """
     peft = config.model.peft
     where = peft.get("restore_from_ckpt") or {}
@@ -225,15 +298,22 @@ def lightning_checkpoint(config: "DictConfig") -> Path | None:
     if not folder and not name:
         return None
     if not folder or not name or peft.restore_from_path:
-        raise WorkshopError("model.peft.restore_from_ckpt needs checkpoint_dir and checkpoint_name, and no model.peft.restore_from_path beside them.")
+        raise WorkshopError(
+            "model.peft.restore_from_ckpt needs checkpoint_dir and checkpoint_name, and no "
+            "model.peft.restore_from_path beside them."
+        )
     if not (path := Path(folder) / name).is_file():
-        raise WorkshopError(f"model.peft.restore_from_ckpt: {paths.shown(path)} is no file. Give the .ckpt of an adapter's training; where the "
-                            "whole model was trained, give its .nemo as model.restore_from_path.")  # fmt: skip
+        raise WorkshopError(
+            f"model.peft.restore_from_ckpt: {paths.shown(path)} is no file. Give the .ckpt of an "
+            "adapter's training; where the whole model was trained, give its .nemo as "
+            "model.restore_from_path."
+        )
     return path.resolve()
 
 
 def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
-    """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the base.
+    """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the
+    base.
 
     Raises:
         WorkshopError: there is none, or a key of ``given`` is mistyped.
@@ -245,9 +325,15 @@ def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
     if not base:
         from omegaconf import OmegaConf
 
-        if OmegaConf.select(compose(script, [f"{key}={value}" for key, value in given.items()]), "model.restore_from_path"):
+        if OmegaConf.select(
+            compose(script, [f"{key}={value}" for key, value in given.items()]),
+            "model.restore_from_path",
+        ):
             raise WorkshopError("Give model.restore_from_path as plain key=value, without +.")
-        raise WorkshopError("model.restore_from_path is missing: give a directory made by `workshop bridge`, or a .nemo file.")
+        raise WorkshopError(
+            "model.restore_from_path is missing: give a directory made by `workshop bridge`, or "
+            "a .nemo file."
+        )
     base = Path(_unquoted(base)).resolve()
     check_loadable(base)
     require_sound(base, trust, SCRIPT_PATH_BASES)
@@ -264,27 +350,41 @@ def check_loadable(base: Path) -> None:
         raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} does not exist.")
     if base.is_file():
         if base.suffix != ".nemo":
-            raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} is a file, but not a .nemo archive.")
+            raise NotACheckpoint(
+                f"model.restore_from_path: {paths.shown(base)} is a file, but not a .nemo archive."
+            )
         return
     if (base / "context").is_dir():
         raise NotACheckpoint(
-            f"model.restore_from_path: {paths.shown(base)} is a NeMo 2.0 checkpoint, which the script path cannot load. "
-            f"Run `workshop bridge {paths.shown(base)}` and give the directory that it makes."
+            f"model.restore_from_path: {paths.shown(base)} is a NeMo 2.0 checkpoint, which the "
+            f"script path cannot load. Run `workshop bridge {paths.shown(base)}` and give the "
+            "directory that it makes."
         )
     if not (base / "model_config.yaml").is_file() or not (base / "model_weights").is_dir():
-        raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} has no model_config.yaml and model_weights/.")
+        raise NotACheckpoint(
+            f"model.restore_from_path: {paths.shown(base)} has no model_config.yaml and "
+            "model_weights/."
+        )
 
 
 def machine_settings(device: Device, nproc_per_node: int, scheme: str = "") -> dict[str, str]:
-    """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW does the same sums."""
-    settings = {"trainer.devices": str(nproc_per_node), "trainer.accelerator": device.kind, "trainer.precision": device.precision}
+    """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW
+    does the same sums."""
+    settings = {
+        "trainer.devices": str(nproc_per_node),
+        "trainer.accelerator": device.kind,
+        "trainer.precision": device.precision,
+    }
     if device.kind == "cpu" and nproc_per_node > 1:
-        # Every rank then draws the whole matrix and takes its slice: the run equals that of one process.
+        # Every rank then draws the whole matrix and takes its slice: the run equals that of one
+        # process.
         settings["model.use_cpu_initialization"] = "true"
     if device.kind == "cpu" or importlib.util.find_spec("apex") is None:
         settings["model.optim.name"] = "adamw"
     if "adapter" in scheme and importlib.util.find_spec("apex") is None:
-        settings["model.peft.adapter_tuning.norm_type"] = "layernorm"  # the default, mixedfusedlayernorm, is Apex's
+        settings["model.peft.adapter_tuning.norm_type"] = (
+            "layernorm"  # the default, mixedfusedlayernorm, is Apex's
+        )
     return settings
 
 
@@ -299,16 +399,24 @@ def script_path() -> Path:
         return SCRIPT
     script = Path(clone).expanduser() / UPSTREAM_SCRIPT
     if not script.is_file():
-        raise WorkshopError(f"NEMO_PATH is {clone}, but {script} does not exist. Check out NeMo v2.4.1 there, or unset NEMO_PATH.")
+        raise WorkshopError(
+            f"NEMO_PATH is {clone}, but {script} does not exist. Check out NeMo v2.4.1 there, or "
+            "unset NEMO_PATH."
+        )
     return script
 
 
 def _run_dir(given: dict[str, str], name: str) -> Path:
     said = {key: _unquoted(value) for key, value in given.items() if value != "null"}
-    parent, name = Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune"), said.get("exp_manager.name") or name
+    parent, name = (
+        Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune"),
+        said.get("exp_manager.name") or name,
+    )
     if not re.fullmatch(r"\w[\w.+ '-]*", name):
-        raise WorkshopError(f"{name!r} is no name for a run, which becomes a folder and a file: use letters, digits, - _ and dots "
-                            "(--name, exp_manager.name).")  # fmt: skip
+        raise WorkshopError(
+            f"{name!r} is no name for a run, which becomes a folder and a file: use letters, "
+            "digits, - _ and dots (--name, exp_manager.name)."
+        )
     return parent.resolve() / name
 
 
@@ -317,24 +425,37 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
-def _render(tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, validation: Path | None) -> list[chat_data.Rendered]:
+def _render(
+    tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, validation: Path | None
+) -> list[chat_data.Rendered]:
     train = Path(data) if data else paths.data_dir() / "tickets" / "train.jsonl"
     if validation is None:
         beside = train.with_name("validation.jsonl")
         validation = beside if beside.exists() else train
     if tokenizer is None:
-        raise WorkshopError("The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names and validation_ds.")
+        raise WorkshopError(
+            "The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names "
+            "and validation_ds."
+        )
     if not data and not train.parent.exists():
         chat_data.make_tickets()
     if not data and not train.exists():
-        make = f"python {paths.shown(paths.repository_file('data/make_tickets.py'))} --out {paths.shown(train.parent)}"
+        make = (
+            f"python {paths.shown(paths.repository_file('data/make_tickets.py'))} --out "
+            f"{paths.shown(train.parent)}"
+        )
         raise DataError(f"{paths.shown(train)} does not exist: run `{make}`, or give --data.")
     files = paths.runs_dir() / "finetune" / "data" / run_dir.name
     try:
-        return [chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl") for kind, path in
-                (("train", train), ("validation", Path(validation)))]  # fmt: skip
+        return [
+            chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl")
+            for kind, path in (("train", train), ("validation", Path(validation)))
+        ]
     except OSError as error:
-        raise WorkshopError(f"{paths.shown(files)} cannot be written: {error.strerror}. Make room, or set WORKSHOP_ROOT.") from None
+        raise WorkshopError(
+            f"{paths.shown(files)} cannot be written: {error.strerror}. Make room, or set "
+            "WORKSHOP_ROOT."
+        ) from None
 
 
 def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
@@ -343,10 +464,13 @@ def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
     train, validation = rendered
     return {
         "model.data.train_ds.file_names": json.dumps([str(train.path)], ensure_ascii=False),
-        # The rendered input ends where the answer begins; a blank between them is no part of the chat template.
+        # The rendered input ends where the answer begins; a blank between them is no part of the
+        # chat template.
         "model.data.train_ds.prompt_template": RENDERED_TEMPLATE,
         "model.data.train_ds.concat_sampling_probabilities": "[1.0]",
-        "model.data.validation_ds.file_names": json.dumps([str(validation.path)], ensure_ascii=False),
+        "model.data.validation_ds.file_names": json.dumps(
+            [str(validation.path)], ensure_ascii=False
+        ),
         "model.data.validation_ds.names": "[validation]",
     }
 
@@ -358,4 +482,7 @@ def _tokenizer(base: Path, described: dict) -> ChatTokenizer | None:
     try:
         return ChatTokenizer(Path(described["tokenizer"]["type"]))
     except (KeyError, TypeError):
-        raise NotACheckpoint(f"{paths.shown(base / 'model_config.yaml')}: `tokenizer.type` is missing. Bridge it again.") from None
+        raise NotACheckpoint(
+            f"{paths.shown(base / 'model_config.yaml')}: `tokenizer.type` is missing. Bridge it "
+            "again."
+        ) from None

@@ -1,4 +1,5 @@
-"""Predictions by the script path: NeMo's ``megatron_gpt_generate`` on the rows of a file, with an adapter or without."""
+"""Predictions by the script path: NeMo's ``megatron_gpt_generate`` on the rows of a file, with an
+adapter or without."""
 
 import json
 import tempfile
@@ -35,13 +36,18 @@ ROWS = ("label_key", "prompt_template", "add_bos", "add_eos", "add_sep", "trunca
 KINDS = ("lora_tuning", "adapter_tuning", "p_tuning", "ia3_tuning")
 
 
-def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None = None, trust: bool = False) -> Path:
-    """Answer the rows of ``data`` and return the file of predictions: one ``{"input", "pred", "label"}`` a line, as NeMo writes it.
+def predict(
+    overrides: Sequence[str], data: Path | None = None, out: Path | None = None, trust: bool = False
+) -> Path:
+    """Answer the rows of ``data`` and return the file of predictions: one ``{"input", "pred",
+    "label"}`` a line, as NeMo writes it.
 
-    ``overrides`` are those of ``megatron_gpt_generate``: ``model.restore_from_path`` is the base, ``model.peft.restore_from_path`` the
-    adapter, or ``model.peft.restore_from_ckpt`` a Lightning checkpoint of its training. Without ``data`` they name the files
-    (``model.data.test_ds.file_names``), which are taken as the adapter's training took its own. ``out``, or ``inference.outfile_path``, is
-    where the predictions go (default: ``runs/predictions/ADAPTER-DATA.jsonl``).
+    ``overrides`` are those of ``megatron_gpt_generate``: ``model.restore_from_path`` is the base,
+    ``model.peft.restore_from_path`` the adapter, or ``model.peft.restore_from_ckpt`` a Lightning
+    checkpoint of its training. Without ``data`` they name the files
+    (``model.data.test_ds.file_names``), which are taken as the adapter's training took its own.
+    ``out``, or ``inference.outfile_path``, is where the predictions go (default:
+    ``runs/predictions/ADAPTER-DATA.jsonl``).
 
     Raises:
         WorkshopError: an override is not known, the base cannot be loaded, or ``data`` is missing.
@@ -53,18 +59,31 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
     if out and Path(out).is_dir():
         raise WorkshopError(f"--out: {paths.shown(out)} is a directory. Give a file.")
     if data and "model.data.test_ds.file_names" in given:
-        raise WorkshopError("Both --data and model.data.test_ds.file_names are given: leave one of them out.")
+        raise WorkshopError(
+            "Both --data and model.data.test_ds.file_names are given: leave one of them out."
+        )
     if data is None and "model.data.test_ds.file_names" not in given:
-        raise WorkshopError("Nothing to answer: give --data FILE.jsonl, or model.data.test_ds.file_names=[FILE.jsonl].")
+        raise WorkshopError(
+            "Nothing to answer: give --data FILE.jsonl, or "
+            "model.data.test_ds.file_names=[FILE.jsonl]."
+        )
     with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
         folder = Path(name)
         settings = machine_settings(choose_device(), 1) | {"model.data.test_ds.names": "[test]"}
         settings.pop("model.optim.name", None)
         if data is not None:
-            rendered = chat_data.render_file(data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl")
-            settings |= {"model.data.test_ds.file_names": json.dumps([str(rendered.path)]), "model.data.test_ds.prompt_template": RENDERED_TEMPLATE,
-                         "model.data.test_ds.tokens_to_generate": "48"}  # fmt: skip
-        settings |= {"model.data.test_ds.output_file_path_prefix": str(folder / "answers"), "model.data.test_ds.index_mapping_dir": str(folder)}
+            rendered = chat_data.render_file(
+                data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl"
+            )
+            settings |= {
+                "model.data.test_ds.file_names": json.dumps([str(rendered.path)]),
+                "model.data.test_ds.prompt_template": RENDERED_TEMPLATE,
+                "model.data.test_ds.tokens_to_generate": "48",
+            }
+        settings |= {
+            "model.data.test_ds.output_file_path_prefix": str(folder / "answers"),
+            "model.data.test_ds.index_mapping_dir": str(folder),
+        }
         settings |= given | {"model.restore_from_path": plain(str(base))}
         config = compose(SCRIPT, [f"{key}={value}" for key, value in settings.items()])
         require_sound_loads(config, base, trust)
@@ -74,20 +93,40 @@ def predict(overrides: Sequence[str], data: Path | None = None, out: Path | None
         config = compose(SCRIPT, words)
         Preflight(problems=list(_problems(config))).require()
         if config.inference.outfile_path and out:
-            raise WorkshopError("Both --out and inference.outfile_path are given: leave one of them out.")
+            raise WorkshopError(
+                "Both --out and inference.outfile_path are given: leave one of them out."
+            )
         print(f"NeMo answers; its log: {paths.shown(log())}", flush=True)
         environment = training_environment(folder)
-        if run_logged(torchrun(SCRIPT, words), environment, log(), Path(environment["WORKSHOP_EVENTS"]), "answering", "batch"):
+        if run_logged(
+            torchrun(SCRIPT, words),
+            environment,
+            log(),
+            Path(environment["WORKSHOP_EVENTS"]),
+            "answering",
+            "batch",
+        ):
             raise TrainingFailed(f"{failure_cause(log())}\nThe whole log: {paths.shown(log())}")
         if "model.data.test_ds.output_file_path_prefix" in given:
             return Path(given["model.data.test_ds.output_file_path_prefix"]).parent
         source = Path(adapter).stem if adapter else "base"
-        target = out or config.inference.outfile_path or paths.runs_dir() / "predictions" / f"{source}-{Path(data).stem if data else 'test'}.jsonl"
-        made = "".join(file.read_text(encoding="utf-8") for file in sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl")))
+        target = (
+            out
+            or config.inference.outfile_path
+            or paths.runs_dir()
+            / "predictions"
+            / f"{source}-{Path(data).stem if data else 'test'}.jsonl"
+        )
+        made = "".join(
+            file.read_text(encoding="utf-8")
+            for file in sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl"))
+        )
         try:
             return paths.write_text(Path(target), made)
         except OSError as error:
-            raise WorkshopError(f"{paths.shown(target)} cannot be written: {error.strerror}. Give another --out.") from None
+            raise WorkshopError(
+                f"{paths.shown(target)} cannot be written: {error.strerror}. Give another --out."
+            ) from None
 
 
 def log() -> Path:
@@ -96,8 +135,9 @@ def log() -> Path:
 
 
 def _settings_of(adapter: str | Path | None, rows: bool) -> dict[str, str]:
-    """Overrides that repeat what ``adapter`` was trained with: with ``rows``, how they become tokens, which NeMo's own defaults repeat as
-    well; and the kind of a Lightning checkpoint, which NeMo wants on the command line. Empty where the adapter does not say.
+    """Overrides that repeat what ``adapter`` was trained with: with ``rows``, how they become
+    tokens, which NeMo's own defaults repeat as well; and the kind of a Lightning checkpoint, which
+    NeMo wants on the command line. Empty where the adapter does not say.
     """
     if not adapter or not (source := Path(adapter)).is_file():
         return {}
@@ -106,14 +146,24 @@ def _settings_of(adapter: str | Path | None, rows: bool) -> dict[str, str]:
         config = read_config(source)
     else:
         with source.open("rb") as file:
-            config, _ = lightning.configuration(source, saved_tensors.read_state(file, paths.shown(source)))
+            config, _ = lightning.configuration(
+                source, saved_tensors.read_state(file, paths.shown(source))
+            )
         peft, known = section(config, "peft"), compose(SCRIPT, []).model.peft
-        found = {f"model.peft.{kind}.{key}": value for kind in KINDS for key, value in section(peft, kind).items() if key in known[kind]}
+        found = {
+            f"model.peft.{kind}.{key}": value
+            for kind in KINDS
+            for key, value in section(peft, kind).items()
+            if key in known[kind]
+        }
         found["model.peft.peft_scheme"] = peft.get("peft_scheme", known.peft_scheme)
     if rows:
         train = section(section(config, "data"), "train_ds")
         found |= {f"model.data.test_ds.{key}": train[key] for key in ROWS if key in train}
-    return {key: plain(value) if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
+    return {
+        key: plain(value) if isinstance(value, str) else json.dumps(value)
+        for key, value in found.items()
+    }
 
 
 def _problems(config: "DictConfig") -> Iterator[str]:
@@ -124,16 +174,28 @@ def _problems(config: "DictConfig") -> Iterator[str]:
     model, test = config.model, config.model.data.test_ds
     for key in ("server", "web_server"):
         if config[key]:
-            yield f"{key} is true, but `workshop predict` answers a file. `workshop serve` answers over HTTP, base and adapters. Leave {key} out."
+            yield (
+                f"{key} is true, but `workshop predict` answers a file. `workshop serve` answers "
+                f"over HTTP, base and adapters. Leave {key} out."
+            )
     for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
         if model[key] != 1:
             yield f"model.{key} is {model[key]}; predictions are made by one process. Leave it out."
     if test.global_batch_size % test.micro_batch_size:
-        yield f"model.global_batch_size {test.global_batch_size} is no multiple of model.micro_batch_size {test.micro_batch_size}."
+        yield (
+            f"model.global_batch_size {test.global_batch_size} is no multiple of "
+            f"model.micro_batch_size {test.micro_batch_size}."
+        )
     if (adapter := model.peft.restore_from_path) and not Path(adapter).is_file():
-        yield f"model.peft.restore_from_path: {paths.shown(adapter)} is a directory. Give the .nemo that a training wrote."
+        yield (
+            f"model.peft.restore_from_path: {paths.shown(adapter)} is a directory. Give the "
+            ".nemo that a training wrote."
+        )
     if len(set(test.names)) != len(test.file_names):
-        yield f"model.data.test_ds.names has {len(set(test.names))} names for {len(test.file_names)} files."
+        yield (
+            f"model.data.test_ds.names has {len(set(test.names))} names for "
+            f"{len(test.file_names)} files."
+        )
     for name in test.file_names:
         try:
             chat_data.lines(Path(name))
@@ -145,5 +207,8 @@ def _tokenizer(base: Path) -> Path:
     from workshop_utils.checkpoints.formats.safe_text import read_yaml
 
     if base.is_file():
-        raise WorkshopError("Rows cannot be rendered for a .nemo base: give model.data.test_ds.file_names and prompt_template.")
+        raise WorkshopError(
+            "Rows cannot be rendered for a .nemo base: give model.data.test_ds.file_names and "
+            "prompt_template."
+        )
     return Path(read_yaml(base / "model_config.yaml")["tokenizer"]["type"])

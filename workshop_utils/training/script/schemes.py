@@ -1,4 +1,5 @@
-"""The kinds of fine-tuning that the script knows, the settings of each, and the names of the modules that LoRA adapts.
+"""The kinds of fine-tuning that the script knows, the settings of each, and the names of the
+modules that LoRA adapts.
 
 Source: ``peft_config.py`` and ``megatron_gpt_finetuning_config.yaml`` of NeMo 2.4.1.
 """
@@ -7,7 +8,8 @@ SCHEMES = ("lora", "ptuning", "adapter", "ia3", "none")
 """Values of ``model.peft.peft_scheme``; ``none`` trains every weight."""
 
 SECTIONS = {"lora": "lora_tuning", "adapter": "adapter_tuning", "ia3": "ia3_tuning"}
-"""Schemes with weights in each layer -> their section of ``model.peft``. Parts of these can be put together (:mod:`workshop_utils.adapters.rank_parts`)."""
+"""Schemes with weights in each layer -> their section of ``model.peft``. Parts of these can be put
+together (:mod:`workshop_utils.adapters.rank_parts`)."""
 
 TARGETS = {
     "attention": ("attention_qkv", "attention_dense"),
@@ -22,4 +24,6 @@ MODULES = (*TARGETS["all"], *TARGETS)
 
 def lora_modules(targets: list[str]) -> list[str]:
     """The modules that ``targets`` mean, groups resolved, each once."""
-    return list(dict.fromkeys(module for target in targets for module in TARGETS.get(target, (target,))))
+    return list(
+        dict.fromkeys(module for target in targets for module in TARGETS.get(target, (target,)))
+    )
