@@ -14,7 +14,8 @@ RANK = 64
 EXPORT = """
 import re, sys, torch
 from pathlib import Path
-from workshop_utils.adapters import export, job, proof
+from workshop_utils.adapters.export import export
+from workshop_utils.adapters import proof
 def held(what):
     return 1024 * int(re.search(rf"{what}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes what is held now
