@@ -2,6 +2,7 @@
 
 import argparse
 
+from workshop_utils.cli import options
 from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
@@ -89,11 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         action=argparse.BooleanOptionalAction,
         help="judge the export before it gets its name",
     )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of the adapter finds: it is only printed",
-    )
+    options.add_trust(parser, "the adapter")
     parser.set_defaults(run=run)
 
 
