@@ -14,7 +14,7 @@ from workshop_utils.inference import evaluate
 from workshop_utils.inference.client import KEY as KEY_VARIABLE
 from workshop_utils.inference.client import URL, Timing, answers, connect, stream
 from workshop_utils.inference.generate import generate, load
-from workshop_utils.serving.server.service import Limits, Service
+from workshop_utils.serving.server.service import RequestLimits, Service
 
 KEY = "learning"
 TURNS = [row["messages"] for row in TEST]
@@ -31,7 +31,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with running(Service(folder / "tiny", folder / "store", Limits(max_length=400)), KEY) as url:
+    with running(
+        Service(folder / "tiny", folder / "store", RequestLimits(max_length=400)), KEY
+    ) as url:
         yield url
 
 

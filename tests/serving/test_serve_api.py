@@ -21,7 +21,7 @@ from serve_samples import held, running, write_base, write_nemo, write_peft
 from workshop_utils.adapters.export import export
 from workshop_utils.inference.generate import generate, load
 from workshop_utils.serving.server.app import create_app
-from workshop_utils.serving.server.service import Limits, Service
+from workshop_utils.serving.server.service import RequestLimits, Service
 
 KEY = "secret-of-the-tests"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -42,7 +42,7 @@ def service(folder):
     return Service(
         folder / "tiny",
         folder / "store",
-        Limits(max_length=20000, max_batch=8, max_queue=8),
+        RequestLimits(max_length=20000, max_batch=8, max_queue=8),
         refresh=3600,
     )
 

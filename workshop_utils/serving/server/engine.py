@@ -9,6 +9,7 @@ padding and positions are counted over the mask.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -17,14 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
-from workshop_utils.serving.server.sampling import (
-    Piece,
-    Sampling,
-    Text,
-    choose,
-    described,
-    generator,
-)
+from workshop_utils.serving.server import sampling
+from workshop_utils.serving.server.sampling import Piece, Sampling, Text
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +56,7 @@ class _Progress:
 
     def __init__(self, row: Row, tokenizer: PreTrainedTokenizerBase):
         self.row, self.text = row, Text(tokenizer, row.sampling.stop)
-        self.random = generator(row.sampling.seed)
+        self.random = sampling.generator(row.sampling.seed)
         self.pending: list = []
         self.done = False
 
@@ -84,9 +79,8 @@ class Engine:
         stop = tokenizer.eos_token_id if stop is None else stop
         self._stop_ids = set(stop if isinstance(stop, list) else [stop])
         self._changed = threading.Condition()
-        self._served: dict[
-            str, str
-        ] = {}  # name -> PEFT's name for the version that new requests get
+        # Name -> PEFT's name for the version that new requests get.
+        self._served: dict[str, str] = {}
         self._retired: set[str] = set()
         self._versions = 0
         self._waiting: list[Row] = []
@@ -117,10 +111,8 @@ class Engine:
             if adapter is not None and adapter not in self._served:
                 raise UnknownModel(adapter)
             if len(self._waiting) + len(rows) > self.max_queue or self._closing:
-                raise QueueFull(
-                    f"{len(self._waiting)} requests are waiting; the most is {self.max_queue}. "
-                    "Try again later."
-                )
+                waiting = f"{len(self._waiting)} requests are waiting"
+                raise QueueFull(f"{waiting}; the most is {self.max_queue}. Try again later.")
             for row in rows:
                 row.adapter = _BASE if adapter is None else self._served[adapter]
             self._waiting += rows
@@ -144,9 +136,8 @@ class Engine:
         """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an
         error."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or not (self._waiting or self._running), grace
-            )
+            done = lambda: self._closing or not (self._waiting or self._running)  # noqa: E731
+            self._changed.wait_for(done, grace)
             self._closing = True
             self._changed.notify_all()
         wait([self.thread])
@@ -234,15 +225,15 @@ class Engine:
             self._cache, self._mask = cache, mask
             return logits
         longest = max(self._mask.shape[1], width)
-        self._mask = torch.cat([_left_padded(each, longest, 1) for each in (self._mask, mask)])
-        for old, fresh in (
-            (self._cache.key_cache, cache.key_cache),
-            (self._cache.value_cache, cache.value_cache),
-        ):
-            for layer, values in enumerate(fresh):
-                old[layer] = torch.cat(
-                    [_left_padded(each, longest, 2) for each in (old[layer], values)]
-                )
+
+        def joined(old: torch.Tensor, new: torch.Tensor, dimension: int) -> torch.Tensor:
+            return torch.cat([_left_padded(each, longest, dimension) for each in (old, new)])
+
+        self._mask = joined(self._mask, mask, 1)
+        for name in ("key_cache", "value_cache"):
+            layers = getattr(self._cache, name)
+            for layer, values in enumerate(getattr(cache, name)):
+                layers[layer] = joined(layers[layer], values, 2)
         return logits
 
     def _continue(self) -> torch.Tensor:
@@ -251,18 +242,10 @@ class Engine:
 
         ids = torch.tensor([[each.row.tokens[-1]] for each in self._running])
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        return self._forward(
-            self._running, ids, self._mask, self._mask.sum(1, keepdim=True) - 1, self._cache
-        )
+        positions = self._mask.sum(1, keepdim=True) - 1
+        return self._forward(self._running, ids, self._mask, positions, self._cache)
 
-    def _forward(
-        self,
-        rows: list[_Progress],
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache,
-    ) -> torch.Tensor:
+    def _forward(self, rows: list[_Progress], ids, mask, positions, cache) -> torch.Tensor:
         device = self.model.device
         mixed = {"adapter_names": [each.row.adapter for each in rows]} if self._lora else {}
         output = (self._lora or self.model)(
@@ -281,14 +264,14 @@ class Engine:
     def _advance(self, each: _Progress, logits: torch.Tensor) -> None:
         """Choose the next token of one row and say what is new."""
         row, text = each.row, each.text
-        token = choose(logits, row.sampling, each.random)
-        each.pending.append(described(logits, token, row.sampling, self.tokenizer, len(text.text)))
-        row.tokens.append(token)
-        ended = token in self._stop_ids
-        stopped = text.update(row.tokens) or ended
-        finish = (
-            "stop" if stopped else "length" if len(row.tokens) >= row.sampling.max_tokens else None
+        token = sampling.choose(logits, row.sampling, each.random)
+        each.pending.append(
+            sampling.described(logits, token, row.sampling, self.tokenizer, len(text.text))
         )
+        row.tokens.append(token)
+        stopped = text.update(row.tokens) or token in self._stop_ids
+        full = len(row.tokens) >= row.sampling.max_tokens
+        finish = "stop" if stopped else "length" if full else None
         new = text.take(last=finish is not None)
         if new or finish:
             row.emit(Piece(new, each.pending, finish))
@@ -318,19 +301,19 @@ class Engine:
         self._check_fits(tensors)
         self._versions += 1
         version = f"version{self._versions}"  # PEFT takes no dots in names
+        config, lean = LoraConfig(**config), {"low_cpu_mem_usage": True}
         if self._lora:
-            self._lora.add_adapter(version, LoraConfig(**config), low_cpu_mem_usage=True)
+            self._lora.add_adapter(version, config, **lean)
         else:
-            self._lora = get_peft_model(
-                self.model, LoraConfig(**config), version, low_cpu_mem_usage=True
-            )
-        loaded = set_peft_model_state_dict(self._lora, tensors, version, low_cpu_mem_usage=True)
+            self._lora = get_peft_model(self.model, config, version, **lean)
+        loaded = set_peft_model_state_dict(self._lora, tensors, version, **lean)
         missing = [key for key in loaded.missing_keys if version in key]
-        if missing or loaded.unexpected_keys:
+        unexpected = loaded.unexpected_keys
+        if missing or unexpected:
             self._retired.add(version)
             raise UnsupportedAdapter(
-                f"{len(missing)} of its tensors are missing and {len(loaded.unexpected_keys)} "
-                f"fit nowhere; the first is {[*missing, *loaded.unexpected_keys][0]}."
+                f"{len(missing)} of its tensors are missing and {len(unexpected)} fit nowhere; "
+                f"the first is {[*missing, *unexpected][0]}."
             )
         self._lora.to(self.model.device).eval()
         self._retire(name, version)
@@ -338,14 +321,10 @@ class Engine:
     def _check_fits(self, tensors: dict[str, torch.Tensor]) -> None:
         """Every tensor is a half for a linear layer of the base, and has its size."""
         for key, tensor in tensors.items():
-            match = _HALF.fullmatch(key)
-            try:
-                layer = self.model.get_submodule(match[1]) if match else None
-            except AttributeError:
-                layer = None
-            size = getattr(
-                layer, "in_features" if match and match[2] == "A" else "out_features", None
-            )
+            size, match = None, _HALF.fullmatch(key)
+            with contextlib.suppress(AttributeError, TypeError):
+                layer = self.model.get_submodule(match[1])
+                size = layer.in_features if match[2] == "A" else layer.out_features
             if size is None:
                 raise UnsupportedAdapter(
                     f"{key} belongs to no linear layer of the base: it is an adapter of another "
@@ -368,21 +347,16 @@ class Engine:
     def _delete_retired(self) -> None:
         """Free the versions that no row needs any more."""
         with self._changed:
-            used = {row.adapter for row in self._waiting} | {
-                each.row.adapter for each in self._running
-            }
+            rows = [*self._waiting, *(each.row for each in self._running)]
+            used = {row.adapter for row in rows}
             unused, self._retired = self._retired - used, self._retired & used
         if self._lora and unused >= self._lora.peft_config.keys():
             self.model, self._lora = self._lora.unload(), None  # PEFT cannot do without any adapter
             return
         for version in unused:
-            if (
-                self._lora.active_adapter == version
-            ):  # else PEFT chooses another one, with a warning
-                self._lora.set_adapter(
-                    next(name for name in self._lora.peft_config if name not in unused),
-                    inference_mode=True,
-                )
+            if self._lora.active_adapter == version:  # PEFT would choose another, with a warning
+                kept = next(name for name in self._lora.peft_config if name not in unused)
+                self._lora.set_adapter(kept, inference_mode=True)
             self._lora.delete_adapter(version)
 
 
