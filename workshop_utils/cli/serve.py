@@ -70,7 +70,6 @@ def run(args) -> int:
     from workshop_utils.core.errors import WorkshopError
     from workshop_utils.runtime import orphans
     from workshop_utils.serving.server import server
-    from workshop_utils.serving.server.service import RequestLimits, Service
 
     orphans.die_with_parent()
     for name in ("refresh", "max_length", "max_batch", "max_queue", "max_body", "max_rank"):
@@ -88,11 +87,11 @@ def run(args) -> int:
             "anybody there can use this server.",
             file=sys.stderr,
         )
-    limits = RequestLimits(
+    limits = server.RequestLimits(
         args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank
     )
     store = None if args.no_store else args.store or _own_store()
-    service = Service(args.base, store, limits, args.refresh, args.trust)
+    service = server.Service(args.base, store, limits, args.refresh, args.trust)
     # Read when torch is loaded. Threads that spin while they wait take the processor from the
     # clients, which often run on this machine; benchmarks/waiting_threads.json has the cost.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -42,19 +42,16 @@ def read_rows(path: Path) -> list[dict]:
 def lines(path: Path) -> list[str]:
     """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no
     readable file of UTF-8 text."""
-    path = Path(path)
+    path, name = Path(path), paths.shown(path)
     if not path.is_file():
-        raise DataError(
-            f"{paths.shown(path)} {'is not a file' if path.exists() else 'does not exist'}."
-        )
+        raise DataError(f"{name} {'is not a file' if path.exists() else 'does not exist'}.")
     try:
         return path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from None
+        where = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{name} is not UTF-8 text ({where}).") from None
     except OSError as error:
-        raise DataError(f"{paths.shown(path)} cannot be read: {error.strerror}.") from None
+        raise DataError(f"{name} cannot be read: {error.strerror}.") from None
 
 
 def json_object(line: str, where: str) -> dict:
@@ -82,16 +79,10 @@ def _checked_row(line: str, where: str) -> dict:
     row = json_object(line, where)
     if "messages" not in row:
         if not {"input", "output"} <= row.keys():
-            raise DataError(
-                f"{where}: needs `messages`, or `input` and `output`; it has "
-                f"{', '.join(sorted(row)) or 'nothing'}."
-            )
-        row = {
-            "messages": [
-                {"role": "user", "content": row["input"]},
-                {"role": "assistant", "content": row["output"]},
-            ]
-        }
+            has = ", ".join(sorted(row)) or "nothing"
+            raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {has}.")
+        asked = {"role": "user", "content": row["input"]}
+        row = {"messages": [asked, {"role": "assistant", "content": row["output"]}]}
     check_messages(row["messages"], where)
     return row
 
@@ -104,11 +95,8 @@ def check_messages(messages: object, where: str) -> None:
             f"{where}: `messages` has to be a list of at least a user and an assistant message."
         )
     for position, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
+        turn = message if isinstance(message, dict) else {}
+        if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             raise DataError(
                 f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a "
                 "`content` that is a text."
@@ -142,13 +130,10 @@ class Rendered:
 
 def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
     """Render ``source`` into ``target``, one ``{"input", "output"}`` a line, and count tokens."""
-    rows = read_rows(source)
     lengths, lines = [], []
-    for row in rows:
-        prompt, answer = (
-            render_prompt(tokenizer, row["messages"]),
-            row["messages"][-1]["content"].strip(),
-        )
+    for row in read_rows(source):
+        prompt = render_prompt(tokenizer, row["messages"])
+        answer = row["messages"][-1]["content"].strip()
         lengths.append(len(tokenizer.encode(prompt + answer)) + 1)
         lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
     paths.write_text(target, "\n".join(lines) + "\n")
@@ -156,7 +141,7 @@ def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendere
     # would point into the old text.
     for stale in target.parent.glob(f"{target.name}.idx.*"):
         stale.unlink()
-    return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
+    return Rendered(target, len(lines), sum(lengths) / len(lengths), max(lengths))
 
 
 def make_tickets() -> Path:
@@ -165,12 +150,8 @@ def make_tickets() -> Path:
     folder = paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         script = paths.repository_file("data/make_tickets.py")
-        done = subprocess.run(
-            [sys.executable, str(script), "--out", str(folder)],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, str(script), "--out", str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(

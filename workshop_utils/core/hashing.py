@@ -16,6 +16,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_of_text(text: str) -> str:
+    """Hex digest of ``text`` in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sampled(path: Path) -> str:
     """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its
     last.
@@ -24,15 +29,15 @@ def sampled(path: Path) -> str:
     between two pieces is not seen.
     """
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         if size <= PIECES * PIECE:
-            found.update(stream.read())
+            digest.update(stream.read())
         else:
             for number in range(PIECES):
                 stream.seek((size - PIECE) * number // (PIECES - 1))
-                found.update(stream.read(PIECE))
-    return found.hexdigest()
+                digest.update(stream.read(PIECE))
+    return digest.hexdigest()
 
 
 def of_contents(path: Path) -> dict[str, str]:
@@ -42,12 +47,11 @@ def of_contents(path: Path) -> dict[str, str]:
     """
     if path.is_file():
         return {"": sampled(path)}
-    files = [
-        Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names
-    ]
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    walk = os.walk(path, onerror=fail)
+    files = [Path(folder, name) for folder, _, names in walk for name in names]
     return {str(file.relative_to(path)): sampled(file) for file in sorted(files) if file.is_file()}
-
-
-def _fail(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

@@ -23,14 +23,9 @@ def places() -> dict[str, Path]:
     """Variable -> the place that the libraries write to, which the variable names or, unset, the
     home and the XDG variables give."""
     home = Path(os.path.expanduser("~"))
-    xdg = {
-        "XDG_CACHE_HOME": ".cache",
-        "XDG_CONFIG_HOME": ".config",
-        "XDG_DATA_HOME": ".local/share",
-    }
-    cache, config, data = (
-        Path(os.environ.get(name) or home / place) for name, place in xdg.items()
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
     usual = {
         "XDG_CACHE_HOME": cache,
         "HF_HOME": cache / "huggingface",
@@ -67,7 +62,11 @@ def use_writable_places() -> None:
     ]
     if not (homeless or shut):
         return
-    folder = _made(stand_in())
+    if can_be_written(folder := stand_in()):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    else:  # one that goes with this process
+        folder = Path(tempfile.mkdtemp(prefix="workshop-home-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if homeless:
         os.environ["HOME"] = str(folder)
     os.environ.update({variable: str(folder / variable.lower()) for variable in shut})
@@ -79,17 +78,6 @@ def can_be_written(place: Path) -> bool:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
-
-
-def _made(folder: Path) -> Path:
-    """``folder``, or a temporary one that goes with this process where the workshop cannot be
-    written to either."""
-    if can_be_written(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-    temporary = Path(tempfile.mkdtemp(prefix="workshop-home-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
 
 
 if __name__ == "__main__":

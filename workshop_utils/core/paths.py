@@ -44,13 +44,12 @@ def repository_file(name: str) -> Path:
 
 
 def models_dir() -> Path:
-    """``models/``: one folder a format, one folder a model in it. The manifest beside them is in
-    git, weights never are."""
+    """``models/``: one folder a format, one folder a model in it."""
     return root() / "models"
 
 
 def data_dir() -> Path:
-    """``data/``: generators (in git) and the data sets they write (not in git)."""
+    """``data/``: generators, and the data sets they write."""
     return root() / "data"
 
 
@@ -60,26 +59,22 @@ def runs_dir() -> Path:
 
 
 def adapter_store() -> Path:
-    """``runs/store/``: the adapters that a NIM, or the server of this workshop, serves, one
-    directory each."""
+    """``runs/store/``: the adapters that a server holds, one directory each."""
     return runs_dir() / "store"
 
 
 def huggingface_model(name: str) -> Path:
-    """Hugging Face model directory of the model called ``name``. The folder's name is the model's
-    id when it is served."""
+    """Hugging Face model directory; its name is the model's id when it is served."""
     return models_dir() / "huggingface" / name
 
 
 def nemo2_checkpoint(name: str) -> Path:
-    """NeMo 2.0 distributed checkpoint (``context/`` and ``weights/``) of the model called
-    ``name``."""
+    """NeMo 2.0 distributed checkpoint (``context/`` and ``weights/``)."""
     return models_dir() / "nemo2" / name
 
 
 def bridged_checkpoint(name: str) -> Path:
-    """The view of :func:`nemo2_checkpoint` that the script path can load (see
-    :mod:`workshop_utils.checkpoints.convert.bridge`)."""
+    """The view of :func:`nemo2_checkpoint` that the script path can load."""
     return models_dir() / "bridged" / name
 
 
@@ -159,16 +154,16 @@ def new_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     os.close(handle)
-    made = Path(name)
-    _unfinished.add(made)
+    part = Path(name)
+    _unfinished.add(part)
     try:
-        yield made
-        made.chmod(new_file_mode())
+        yield part
+        part.chmod(new_file_mode())
         with _naming:
-            os.replace(made, target)
+            os.replace(part, target)
     finally:
-        made.unlink(missing_ok=True)
-        _unfinished.discard(made)
+        part.unlink(missing_ok=True)
+        _unfinished.discard(part)
 
 
 def write_text(target: Path, text: str) -> Path:

@@ -35,10 +35,8 @@ def load_settings() -> Settings:
         try:
             chosen = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
-            raise WorkshopError(
-                f"workshop.yaml is not YAML: {error}. Put it right, or delete it to go back to "
-                "the defaults."
-            ) from None
+            fix = "Put it right, or delete it to go back to the defaults."
+            raise WorkshopError(f"workshop.yaml is not YAML: {error}. {fix}") from None
     names = [field.name for field in fields(Settings)]
     if not isinstance(chosen, dict) or not set(chosen) <= set(names):
         raise WorkshopError(f"workshop.yaml may hold {', '.join(names)}, and nothing else.")

@@ -32,13 +32,8 @@ def folded(line: str, indent: int) -> str:
     the right. Words stay whole."""
     if len(line) <= width():
         return line
-    return textwrap.fill(
-        line,
-        width(),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width(), subsequent_indent=" " * indent, **whole_words)
 
 
 def plain(text: str, longest: int) -> str:

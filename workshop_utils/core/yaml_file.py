@@ -37,11 +37,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise WorkshopError(
-            f"{path}{where}: is not YAML that can be read here "
-            f"({getattr(error, 'problem', None) or error})."
-        ) from None
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problem = getattr(error, "problem", None) or error
+        raise WorkshopError(f"{where}: is not YAML that can be read here ({problem}).") from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -47,13 +47,8 @@ def connect(url: str | None = None, api_key: str | None = None) -> OpenAI:
 
     url = (url or os.environ.get(URL) or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
     key = api_key or os.environ.get(KEY) or "none"
-    return OpenAI(
-        base_url=f"{url}/v1",
-        api_key=key,
-        max_retries=3,
-        timeout=600,
-        http_client=DefaultHttpxClient(trust_env="127.0.0.1" not in url),
-    )
+    http = DefaultHttpxClient(trust_env="127.0.0.1" not in url)
+    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=3, timeout=600, http_client=http)
 
 
 def answers(
@@ -75,7 +70,6 @@ def answers(
     """
 
     def ask(turns: list[dict]) -> str:
-        """The answer to one conversation."""
         answer = client.chat.completions.create(
             model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0
         )
@@ -89,14 +83,10 @@ def answers(
 def stream(client: OpenAI, model: str, turns: list[dict], max_new_tokens: int = 64) -> Timing:
     """Stream the most probable answer and measure it. Errors as :func:`answers`."""
     began, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    how = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     with explained(client, model):
         for event in client.chat.completions.create(
-            model=model,
-            messages=turns,
-            max_tokens=max_new_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
+            model=model, messages=turns, max_tokens=max_new_tokens, **how
         ):
             piece = event.choices[0].delta.content if event.choices else None
             if piece:
@@ -124,8 +114,9 @@ def explained(client: OpenAI, model: str) -> Iterator[None]:
             f"{where} refuses the key: {_said(error)} Give the server's key in {KEY}."
         ) from error
     except openai.NotFoundError as error:
+        served = _served(client)
         raise GenerationFailed(
-            f"{where} has no model {model!r}: {_said(error)} {_served(client)}"
+            f"{where} has no model {model!r}: {_said(error)} {served}"
         ) from error
     except openai.APIStatusError as error:
         raise GenerationFailed(f"{where} answered {error.status_code}: {_said(error)}") from error

@@ -41,8 +41,12 @@ class Interval:
     low: float
     high: float
 
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format(self)
 
 
 @dataclass(frozen=True)
@@ -57,26 +61,19 @@ class Comparison:
     bert_model: str | None
 
     def __str__(self) -> str:
-        head = ("metric", "base", "tuned", "tuned - base")
-        lines = [
-            head,
-            *(
-                (name, str(self.base[name]), str(self.tuned[name]), _signed(self.difference[name]))
-                for name in self.base
-            ),
-        ]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        lines = [("metric", "base", "tuned", "tuned - base")]
+        for name in self.base:
+            gain = format(self.difference[name], "+.3f")
+            lines.append((name, str(self.base[name]), str(self.tuned[name]), gain))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         rows = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in lines
         ]
-        note = (
-            f"{self.rows} rows; means with {CONFIDENCE:.0%} confidence intervals (bootstrap over "
-            "rows)"
-        )
-        return "\n".join(
-            [*rows, f"{note}; BERTScore by {self.bert_model}" if self.bert_model else note]
-        )
+        note = f"{self.rows} rows; means with {CONFIDENCE:.0%} confidence intervals "
+        note += "(bootstrap over rows)"
+        note += f"; BERTScore by {self.bert_model}" if self.bert_model else ""
+        return "\n".join([*rows, note])
 
 
 def interval(values: Sequence[float], seed: int = SEED) -> Interval:
@@ -121,10 +118,8 @@ def difference(base: Sequence[float], tuned: Sequence[float], seed: int = SEED) 
 
 def exact_match(predictions: Sequence[str], labels: Sequence[str]) -> list[float]:
     """1 where prediction and label are the same text once blanks at both ends are gone, else 0."""
-    return [
-        float(given.strip() == wanted.strip())
-        for given, wanted in zip(predictions, labels, strict=True)
-    ]
+    pairs = zip(predictions, labels, strict=True)
+    return [float(answer.strip() == label.strip()) for answer, label in pairs]
 
 
 def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, list[float]]:
@@ -137,9 +132,8 @@ def rouge(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, list[f
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGES, tokenizer=_Words())
-    scores = [
-        scorer.score(wanted, given) for given, wanted in zip(predictions, labels, strict=True)
-    ]
+    pairs = zip(predictions, labels, strict=True)
+    scores = [scorer.score(label, answer) for answer, label in pairs]
     return {name: [score[name].fmeasure for score in scores] for name in ROUGES}
 
 
@@ -154,8 +148,7 @@ def bert_score(
 
     Args:
         model: :data:`EMBEDDED`, a Hugging Face name, or the directory of an encoder. The layer is
-            the one that the library has found
-            best for a name that it knows, else the last.
+            the one that the library has found best for a name that it knows, else the last.
 
     Raises:
         FetchError: the model is neither here nor can it be downloaded.
@@ -163,12 +156,8 @@ def bert_score(
     """
     if not predictions and not labels:
         return []
-    scorer = _bert_scorer(model)
-    return (
-        scorer.score(list(predictions), list(labels), batch_size=batch_size)[2]
-        .clamp(max=1)
-        .tolist()
-    )
+    texts = list(predictions), list(labels)
+    return _bert_scorer(model).score(*texts, batch_size=batch_size)[2].clamp(max=1).tolist()
 
 
 def measure(
@@ -211,7 +200,6 @@ class _Words:
     """The tokenizer that rouge_score asks for."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Lower-case words of ``text``."""
         return _WORDS.findall(text.lower())
 
 
@@ -220,10 +208,6 @@ def _wilson(outcomes: Sequence[float]) -> tuple[float, float]:
 
     bounds = binomtest(int(sum(outcomes)), len(outcomes)).proportion_ci(CONFIDENCE, method="wilson")
     return bounds.low, bounds.high
-
-
-def _signed(gain: Interval) -> str:
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
 
 
 @functools.lru_cache(maxsize=1)
@@ -235,12 +219,9 @@ def _bert_scorer(model: str):
     source = _bert_source(model)
     try:
         config = AutoConfig.from_pretrained(source)
+        layers = model2layers.get(model, config.num_hidden_layers)
         with _without_t5(source) as name:
-            scorer = BERTScorer(
-                name,
-                num_layers=model2layers.get(model, config.num_hidden_layers),
-                use_fast_tokenizer=True,
-            )
+            scorer = BERTScorer(name, num_layers=layers, use_fast_tokenizer=True)
     except OSError as error:
         raise FetchError(
             f"The BERTScore model {model} cannot be loaded: {str(error).splitlines()[0]} Name "

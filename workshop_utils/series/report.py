@@ -7,21 +7,15 @@ built from it.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.runtime.machine import describe_machine
 
-ARTIFACTS = (
-    "hf_model",
-    "nemo2_checkpoint",
-    "bridged_checkpoint",
-    "nemo_adapter",
-    "peft_adapter",
-    "test_set",
-)
+ARTIFACTS = ("hf_model", "nemo2_checkpoint", "bridged_checkpoint", "nemo_adapter", "peft_adapter")
+ARTIFACTS += ("test_set",)
 METRICS = ("base_exact_match", "tuned_exact_match", "train_seconds")
 
 
@@ -63,14 +57,14 @@ def record_metric(key: str, value: float) -> float:
 
 def read_results() -> dict:
     """What has been noted so far: ``{"artifacts": {...}, "metrics": {...}}``."""
+    file = _results_file()
     try:
-        noted = json.loads(_results_file().read_text(encoding="utf-8"))
+        noted = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         noted = {}
     except json.JSONDecodeError as error:
-        raise WorkshopError(
-            f"{paths.shown(_results_file())} is not JSON ({error}). Delete it and run again."
-        ) from None
+        said = f"{paths.shown(file)} is not JSON ({error}). Delete it and run again."
+        raise WorkshopError(said) from None
     return {"artifacts": noted.get("artifacts", {}), "metrics": noted.get("metrics", {})}
 
 
@@ -83,17 +77,16 @@ def build_report(notebooks: Sequence[NotebookResult]) -> dict:
     """The report: every key is there, and is null while nothing was made or measured (or what was
     made is gone)."""
     noted = read_results()
-    made = {
-        key: place
-        for key in ARTIFACTS
-        if (place := noted["artifacts"].get(key)) and (paths.root() / place).exists()
-    }
+    places = {key: noted["artifacts"].get(key) for key in ARTIFACTS}
+    for key, place in places.items():
+        if place and not (paths.root() / place).exists():
+            places[key] = None
     rows = [
-        {key: value for key, value in asdict(row).items() if value is not None} for row in notebooks
+        {key: value for key, value in vars(row).items() if value is not None} for row in notebooks
     ]
     return {
         "notebooks": rows,
-        "artifacts": {key: made.get(key) for key in ARTIFACTS},
+        "artifacts": places,
         "metrics": {key: noted["metrics"].get(key) for key in METRICS},
         "machine": describe_machine(),
     }

@@ -2,8 +2,7 @@
 made when it is missing.
 
     ws = open_workshop()        # prints what was chosen and why
-    ws.nemo2_checkpoint()       # a path; fetched, converted, ... first if an earlier notebook has
-    not done so
+    ws.nemo2_checkpoint()       # a path; fetched and converted first, if no earlier notebook has
 
 Every step records its artifact for the report of ``make workshop``.
 """
@@ -38,9 +37,8 @@ class Workshop:
         if self.model.format == "huggingface":
             sources.fetch(self.model.name)
         elif not target.exists():
-            run_quietly(
-                "import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target)
-            )
+            source = str(self.nemo2_checkpoint())
+            run_quietly("import", "--to-huggingface", source, "--out", str(target))
         return record_artifact("hf_model", target)
 
     def nemo2_checkpoint(self) -> Path:
@@ -63,10 +61,9 @@ class Workshop:
         settings names."""
         if self.settings.data:
             train = Path(self.settings.data).resolve()
-            files = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
-            return {"train": train} | {
-                name: file if file.exists() else train for name, file in files.items()
-            }
+            beside = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
+            files = {name: file if file.exists() else train for name, file in beside.items()}
+            return {"train": train, **files}
         folder = make_tickets()
         record_artifact("test_set", folder / "test.jsonl")
         return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
@@ -83,11 +80,8 @@ class Workshop:
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
         """The run's overrides for any ``base``, loadable or not, and another run directory; always
         from the beginning."""
-        place = (
-            f"exp_manager.exp_dir={run_dir.parent}",
-            f"exp_manager.name={run_dir.name}",
-            "exp_manager.resume_if_exists=false",
-        )
+        place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}"
+        place += ("exp_manager.resume_if_exists=false",)
         settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
@@ -105,14 +99,11 @@ class Workshop:
         """``nemo`` (TensorRT-LLM's order) and ``hf-peft``, made from :meth:`adapter`."""
         from workshop_utils.adapters.export import export
 
-        adapter = self.adapter()
-        made = {
-            form: export(adapter, form, base_model=self.model.name, overwrite=True)
-            for form in ("nemo", "hf-peft")
-        }
-        record_artifact("nemo_adapter", made["nemo"])
-        record_artifact("peft_adapter", made["hf-peft"])
-        return made
+        adapter, exports = self.adapter(), {}
+        for form, artifact in (("nemo", "nemo_adapter"), ("hf-peft", "peft_adapter")):
+            exports[form] = export(adapter, form, base_model=self.model.name, overwrite=True)
+            record_artifact(artifact, exports[form])
+        return exports
 
 
 def open_workshop(show: bool = True) -> Workshop:
