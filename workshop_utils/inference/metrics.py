@@ -97,7 +97,9 @@ def interval(values: Sequence[float], seed: int = SEED) -> Interval:
         low, high = _wilson(array) if array[0] in (0, 1) else (mean, mean)
     else:
         draws = numpy.random.default_rng(seed)
-        means = [draws.choice(array, array.size).mean() for _ in range(RESAMPLES)]
+        # A hundred samples at a time: quick, and no large array for many rows.
+        size = 100, array.size
+        means = [draws.choice(array, size).mean(axis=1) for _ in range(RESAMPLES // 100)]
         low, high = numpy.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(mean, float(low), float(high))
 
