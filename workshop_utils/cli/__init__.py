@@ -1,5 +1,4 @@
-"""The ``workshop`` command. Each sub-command is one module of this package; none of them imports
-torch or NeMo to show help."""
+"""The ``workshop`` command: one module a sub-command; none imports torch or NeMo to show help."""
 
 import argparse
 import errno
@@ -40,8 +39,7 @@ _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes
-    on under its second column."""
+    """Prose fills the terminal; an indented line that is too long goes on under its 2nd column."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
@@ -65,8 +63,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Command(argparse.ArgumentParser):
-    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser``
-    of what it parsed."""
+    """A parser that offers the right word for a mistyped one."""
 
     def __init__(self, *words, **options):
         super().__init__(*words, formatter_class=_Formatter, **options)
@@ -94,8 +91,7 @@ class _Command(argparse.ArgumentParser):
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among
-    them."""
+    """The words ``key=value`` that a command hands on; WorkshopError for an option among them."""
     for word in args.rest:
         if word.startswith("-"):
             raise WorkshopError(

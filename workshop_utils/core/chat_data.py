@@ -21,14 +21,8 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file as ``{"messages": [{"role", "content"}, ...]}``, the last
-    message being the answer.
-
-    Rows ``{"input": str, "output": str}`` become a user and an assistant message.
-
-    Raises:
-        DataError: names the file, the line and the field that is wrong.
-    """
+    """The rows of a JSON Lines file as ``{"messages": [...]}``, the last one the answer; rows
+    ``{"input": str, "output": str}`` become two messages. DataError names file, line and field."""
     rows = [
         _checked_row(line, f"{paths.shown(path)}, line {number}")
         for number, line in enumerate(lines(path), 1)
@@ -40,8 +34,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no
-    readable file of UTF-8 text."""
+    """The lines of a text file, ended by newlines alone; DataError where it is no UTF-8 text."""
     path, name = Path(path), paths.shown(path)
     if not path.is_file():
         raise DataError(f"{name} {'is not a file' if path.exists() else 'does not exist'}.")
@@ -55,8 +48,7 @@ def lines(path: Path) -> list[str]:
 
 
 def json_object(line: str, where: str) -> dict:
-    """The object in ``line``. Raises :class:`DataError`, beginning with ``where``, if there is
-    none, or one that no tokenizer takes."""
+    """The object in ``line``; DataError where there is none, or one no tokenizer takes."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -88,8 +80,7 @@ def _checked_row(line: str, where: str) -> dict:
 
 
 def check_messages(messages: object, where: str) -> None:
-    """Raise :class:`DataError` unless ``messages`` is a conversation that ends with the assistant's
-    answer; ``where`` begins the message."""
+    """Raise DataError unless ``messages`` is a conversation that ends with an answer."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(
             f"{where}: `messages` has to be a list of at least a user and an assistant message."
@@ -119,8 +110,7 @@ def render_prompt(tokenizer: ChatTokenizer, messages: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A file ready for NeMo: its path, rows, and token counts (prompt, answer and stop token
-    together)."""
+    """A file for NeMo; tokens are those of prompt, answer and stop token together."""
 
     path: Path
     rows: int
@@ -145,8 +135,7 @@ def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendere
 
 
 def make_tickets() -> Path:
-    """The folder of the workshop's data set, generated if it is not there. Raises
-    :class:`DataError` where that fails."""
+    """The folder of the workshop's data set, generated where it is not there."""
     folder = paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         script = paths.repository_file("data/make_tickets.py")

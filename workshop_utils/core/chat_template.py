@@ -1,10 +1,7 @@
-"""A model's tokenizer and chat template without transformers or torch: ``tokenizers`` and Jinja2
-answer in milliseconds.
+"""A model's tokenizer and chat template without transformers or torch, in milliseconds.
 
-Renders as transformers 4.51 documents it
-(https://huggingface.co/docs/transformers/chat_templating): an immutable sandbox with
-``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables. A test compares both on the
-same conversations.
+Renders as https://huggingface.co/docs/transformers/chat_templating says (4.51): an immutable
+sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables.
 """
 
 import json
@@ -16,11 +13,7 @@ from workshop_utils.core.errors import DataError
 
 
 class ChatTokenizer:
-    """``tokenizer.json`` and the chat template of a Hugging Face directory.
-
-    Raises:
-        DataError: the directory lacks one of them.
-    """
+    """``tokenizer.json`` and the chat template of a Hugging Face directory; DataError without."""
 
     def __init__(self, directory: Path):
         import jinja2
@@ -65,8 +58,7 @@ class ChatTokenizer:
             raise DataError(f"{paths.shown(file)} is not JSON ({where}).") from None
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; with ``add_generation_prompt`` it ends where the assistant's
-        answer begins."""
+        """The conversation as text; where asked, it ends where the next answer begins."""
         import jinja2
 
         try:
@@ -90,8 +82,7 @@ class ChatTokenizer:
 
 
 def read_tokenizer(file: Path):
-    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``. Raises :class:`DataError` when it is
-    none."""
+    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``; DataError when it is none."""
     from tokenizers import Tokenizer
 
     try:

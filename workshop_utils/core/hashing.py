@@ -1,5 +1,4 @@
-"""Digests that tell one file from another: of the whole, or of a bounded sample where weights are
-too large to read each time."""
+"""Digests of a whole file, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
 import os
@@ -22,8 +21,7 @@ def sha256_of_text(text: str) -> str:
 
 
 def sampled(path: Path) -> str:
-    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its
-    last.
+    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly over it.
 
     Training changes whole tensors, so other weights of the same shape have another digest. A change
     between two pieces is not seen.
@@ -41,10 +39,8 @@ def sampled(path: Path) -> str:
 
 
 def of_contents(path: Path) -> dict[str, str]:
-    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name
-    below it, wherever ``path`` lies. Links to files count as the files; what is not there has no
-    entry. Raises OSError for what cannot be read.
-    """
+    """Name below ``path`` -> :func:`sampled` of each file there ("" for ``path`` itself, a file).
+    Links count as files; what is not there has no entry; OSError for what cannot be read."""
     if path.is_file():
         return {"": sampled(path)}
 

@@ -1,8 +1,7 @@
 """Caches and settings in the workshop's own folder where the home cannot be written to: a container
 that runs as a stranger to it, a home on a read-only file system, no home at all.
 
-    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run a program of others
-    (JupyterLab) with such places
+    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run JupyterLab with such places
 """
 
 import atexit
@@ -20,8 +19,7 @@ starts."""
 
 
 def places() -> dict[str, Path]:
-    """Variable -> the place that the libraries write to, which the variable names or, unset, the
-    home and the XDG variables give."""
+    """Variable -> the place where libraries write, by that variable, the XDG ones or the home."""
     home = Path(os.path.expanduser("~"))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
@@ -46,12 +44,10 @@ def stand_in() -> Path:
 
 
 def use_writable_places() -> None:
-    """Set, in this process and those that it starts, each variable of :func:`places` whose place
-    cannot be written to, to one below :func:`stand_in`, and HOME where it is no directory that can
-    be entered.
+    """Set each variable of :func:`places` whose place cannot be written to, to one below
+    :func:`stand_in`, and HOME where it is no directory that can be entered.
 
-    What a person has set stays, and so does everything where the home can be written to.
-    ``~/.config`` is not moved: pip and others only read there.
+    What a person has set stays. ``~/.config`` is not moved: pip and others only read there.
     """
     home = Path(os.path.expanduser("~"))  # stays "~" for a user that the system does not know
     homeless = not (home.is_absolute() and os.path.isdir(home) and os.access(home, os.X_OK))

@@ -18,18 +18,13 @@ _naming = threading.Lock()
 
 
 def in_clone() -> bool:
-    """Whether this package lies in its repository. A wheel carries the files that its commands read
-    of it (see setup.py)."""
+    """Whether this package lies in its repository; a wheel carries some of its files (setup.py)."""
     return not _SHIPPED.is_dir()
 
 
 def root() -> Path:
-    """Where ``models/``, ``data/`` and ``runs/`` lie: ``WORKSHOP_ROOT`` when set, else the clone
-    that holds this package.
-
-    A package that was installed from a wheel has no clone, and nothing may be written beside it:
-    then it is the current folder.
-    """
+    """Where ``models/``, ``data/`` and ``runs/`` lie: WORKSHOP_ROOT, else the clone that holds this
+    package, else (installed from a wheel) the current folder."""
     chosen = os.environ.get("WORKSHOP_ROOT")
     if chosen:
         return Path(chosen).resolve()
@@ -37,8 +32,7 @@ def root() -> Path:
 
 
 def repository_file(name: str) -> Path:
-    """A file of the repository that the commands read, such as ``models/manifest.yaml``: that of
-    the root where it has one."""
+    """A file such as ``models/manifest.yaml``: the root's own where it has one."""
     own = root() / name
     return own if own.exists() else (_PACKAGE.parent if in_clone() else _SHIPPED) / name
 
@@ -79,20 +73,17 @@ def bridged_checkpoint(name: str) -> Path:
 
 
 def shown(path: Path | str) -> str:
-    """``path`` relative to :func:`root` where it lies inside, else as it is; for messages, reports
-    and outputs."""
+    """``path`` relative to :func:`root` where it lies inside; for messages, reports and outputs."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside ``target`` that takes its name when the block ends
-    without an error.
+    """Yield an empty directory beside ``target`` that takes its name at an end without an error.
 
-    An existing ``target`` is replaced only then; after an error nothing of it has changed and the
-    temporary is gone. The umask decides who may read what is in it, whoever wrote it; files that
-    have other names too (hard links) keep their modes.
+    An existing ``target`` is replaced only then. The umask decides who may read what is in it,
+    whoever wrote it; files that have other names too (hard links) keep their modes.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,8 +103,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 def temporary_directory(
     prefix: str, parent: Path | None = None, suffix: str = ""
 ) -> Iterator[Path]:
-    """Yield an empty directory in ``parent`` (default: the system's place for them) that is gone
-    after the block, and after Ctrl-C."""
+    """Yield an empty directory that is gone after the block, and after Ctrl-C."""
     made = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
     _unfinished.add(made)
     try:
@@ -124,16 +114,14 @@ def temporary_directory(
 
 
 def remove_unfinished() -> None:
-    """Remove what this process is writing and has not given its name yet. For its end: nothing can
-    be finished afterwards."""
+    """At the end of this process: remove what has not got its name yet."""
     _naming.acquire(timeout=1)
     for made in list(_unfinished):
         shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
 
 
 def _replace_directory(target: Path, made: Path) -> None:
-    """Two renames, since a directory with something in it cannot be renamed over; the first is
-    taken back if the second fails."""
+    """A directory cannot be renamed over a full one: two renames, or none."""
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         os.replace(target, old / "was")
@@ -146,8 +134,7 @@ def _replace_directory(target: Path, made: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that takes its name when the block ends without an
-    error."""
+    """Yield a temporary path beside ``target`` that takes its name at an end without an error."""
     target = Path(target)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))

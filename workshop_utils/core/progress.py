@@ -1,5 +1,4 @@
-"""Progress bars that fit where they are shown: live in a notebook and on a terminal, a line for
-each tenth in a file or a pipe."""
+"""Progress bars: live in a notebook and on a terminal, a line for each tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(over: Iterable | None = None, shown: bool = True, **options) -> tqdm:
-    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's. Nothing is
-    shown without ``shown``."""
+    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's."""
     return progress_bar_class()(over, disable=not shown, **options)
 
 
@@ -27,8 +25,7 @@ def progress_bar_class() -> type[tqdm]:
 
 
 def quiet_libraries(environment: MutableMapping[str, str]) -> None:
-    """Switch off the bars that libraries draw, which know nothing of lines, unless a person has
-    said otherwise. Before they are imported."""
+    """Switch off the bars of libraries not yet imported, unless a person has said otherwise."""
     for name in (
         "TQDM_DISABLE",
         "HF_HUB_DISABLE_PROGRESS_BARS",

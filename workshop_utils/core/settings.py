@@ -1,5 +1,4 @@
-"""The one place where a person chooses model, device and data: ``workshop.yaml``, or environment
-variables that win over it."""
+"""Where a person chooses model, device and data: ``workshop.yaml``, or the environment."""
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -24,11 +23,7 @@ class Settings:
 
 def load_settings() -> Settings:
     """Defaults, overridden by ``workshop.yaml``, overridden by WORKSHOP_MODEL, WORKSHOP_DEVICE and
-    WORKSHOP_DATA.
-
-    Raises:
-        WorkshopError: the file is not a mapping of these three names.
-    """
+    WORKSHOP_DATA."""
     file = paths.root() / "workshop.yaml"
     chosen = {}
     if file.exists():

@@ -1,5 +1,4 @@
-"""Text on a terminal: names and values of a stranger's checkpoint may hold what it would obey, and
-lines may be longer than it is wide."""
+"""Text on a terminal, which would obey what a stranger's checkpoint may hold."""
 
 import shutil
 import sys
@@ -28,8 +27,7 @@ def width() -> int:
 
 
 def folded(line: str, indent: int) -> str:
-    """``line``, on as many lines as :func:`width` asks for, all but the first ``indent`` columns to
-    the right. Words stay whole."""
+    """``line`` as wide as the terminal, all but the first line ``indent`` columns to the right."""
     if len(line) <= width():
         return line
     whole_words = {"break_long_words": False, "break_on_hyphens": False}

@@ -1,5 +1,4 @@
-"""Ask a model that a server holds: this workshop's, a NIM, vLLM, or any other with the API of
-OpenAI."""
+"""Ask a model that a server holds: any with the API of OpenAI, such as this workshop's or a NIM."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ of your own)."""
 
 @dataclass(frozen=True)
 class Timing:
-    """One streamed answer, measured by the client. ``first`` and ``total`` are seconds from the
-    request on; ``tokens`` are new ones."""
+    """A streamed answer: seconds from the request to its first and last token, new ``tokens``."""
 
     text: str
     first: float
@@ -41,8 +39,7 @@ class Timing:
 
 
 def connect(url: str | None = None, api_key: str | None = None) -> OpenAI:
-    """A client of the server at ``url`` (with or without ``/v1``); both default to the environment.
-    A busy server is asked again."""
+    """A client of the server at ``url``, by default the environment's; it asks a busy one again."""
     from openai import DefaultHttpxClient, OpenAI
 
     url = (url or os.environ.get(URL) or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
@@ -59,15 +56,8 @@ def answers(
     concurrency: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """The most probable answer to each conversation, as
-    :func:`workshop_utils.inference.generate.generate` gives it, in the order given.
-
-    ``concurrency`` requests are under way at a time.
-
-    Raises:
-        GenerationFailed: the server cannot be reached, refuses the key, does not have ``model``, or
-            refuses a conversation.
-    """
+    """The most probable answer to each conversation, as ``generate`` gives it, in the order given,
+    ``concurrency`` requests at a time. GenerationFailed says what a server refuses."""
 
     def ask(turns: list[dict]) -> str:
         answer = client.chat.completions.create(

@@ -1,5 +1,4 @@
-"""Score a base model and an adapter on held-out rows, beside two baselines that give the gain a
-meaning.
+"""Score a base model and an adapter on held-out rows, beside two baselines.
 
 Variants: the plain base; the base that sees the schema and five examples in its prompt; the
 majority class of the training data; the base with the adapter. All metrics are exact and need no
@@ -57,8 +56,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and wall time (seconds, loading included) of each variant, and the directory that
-    holds its answers."""
+    """Scores and seconds (loading included) of each variant; ``directory`` holds its answers."""
 
     directory: Path
     scores: dict[str, Scores]
@@ -75,11 +73,7 @@ class Evaluation:
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> Scores:
-    """Compare ``predictions`` with ``labels`` one by one.
-
-    Raises:
-        ValueError: the two have different lengths, or none.
-    """
+    """Compare ``predictions`` with ``labels`` one by one; ValueError for other lengths, or none."""
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     rows = len(labels)
@@ -97,8 +91,7 @@ def score(predictions: Sequence[str], labels: Sequence[str]) -> Scores:
 
 
 def majority_class(train_rows: Sequence[dict], test_rows: Sequence[dict]) -> list[str]:
-    """The same answer to every test row: the commonest value of each field, or the commonest whole
-    answer if not JSON."""
+    """The commonest value of each field, or whole answer if not JSON, for every test row."""
     answers = [label_of(row) for row in train_rows]
     labels = _objects(answers)
     if None in labels:
@@ -114,13 +107,10 @@ def majority_class(train_rows: Sequence[dict], test_rows: Sequence[dict]) -> lis
 
 
 def few_shot_prefix(train_rows: Sequence[dict], seed: int = SEED) -> list[dict]:
-    """Turns to put before a question: a sentence that states the schema, then :data:`EXAMPLES`
-    training rows with different labels.
-
-    The sentence opens the first user turn, since not every chat template takes a system message.
-    Rows are drawn at random, then chosen one at a time so that each adds as many classes not seen
-    yet as there are.
-    """
+    """Turns to put before a question: a sentence that states the schema, in the first user turn
+    since not every chat template takes a system message, and :data:`EXAMPLES` training rows: drawn
+    at random, then chosen one at a time so that each adds as many classes not seen yet as there
+    are."""
 
     def asks_once(row: dict) -> bool:
         return [turn["role"] for turn in row["messages"]].count("user") == 1
@@ -171,12 +161,11 @@ def evaluate(
     progress: bool = True,
     trust: bool = False,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in
-    ``out_dir``.
+    """Answer every row of ``test_file`` with each variant, score it, and keep both in ``out_dir``.
 
     ``out_dir/VARIANT/predictions.jsonl`` and ``out_dir/scores.json`` are written when a variant is
-    complete, so an interrupted call goes on with the next variant. A variant is used again when
-    model, adapter, files and settings have the same contents.
+    complete, so an interrupted call goes on with the next. A variant is used again when model,
+    adapter, files and settings have the same contents.
 
     Args:
         hf_model: Hugging Face model directory.
@@ -187,11 +176,7 @@ def evaluate(
         trust: what is found wrong with model or adapter is printed and not raised.
 
     Raises:
-        CheckpointError: model or adapter is unsafe or damaged.
-        DataError: a file is missing, or a row is not what it should be.
-        NotACheckpoint: ``hf_model`` is no model directory.
-        WorkshopError: the adapter cannot be read (see
-            :func:`workshop_utils.adapters.export.export`).
+        CheckpointError, DataError: model, adapter, or a file is missing or not what it should be.
     """
     from workshop_utils.inference import generate
     from workshop_utils.runtime.device import choose_device
@@ -261,17 +246,11 @@ def evaluate_served(
     api_key: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with the model ``model_id`` of the server at ``url``, and
-    score it as :func:`evaluate` does.
+    """Score the model ``model_id`` of the server at ``url`` as :func:`evaluate` does.
 
-    Prompts and scores are the same, so the figures of a served adapter are those of the adapter,
-    but for ties that another precision or another order of additions decides. Nothing is reused:
-    what a server holds can change. ``url`` and ``api_key`` default to the environment
-    (:mod:`workshop_utils.inference.client`).
-
-    Raises:
-        GenerationFailed: see :func:`workshop_utils.inference.client.answers`.
-        DataError: the file is missing, or a row is not what it should be.
+    The figures of a served adapter are those of the adapter, but for ties that another precision or
+    another order of additions decides. Nothing is reused: what a server holds can change. ``url``
+    and ``api_key`` default to the environment (:mod:`workshop_utils.inference.client`).
     """
     from workshop_utils.inference.client import answers, connect
 
@@ -326,8 +305,7 @@ def _write_predictions(
 
 
 def _read_entries(out_dir: Path) -> dict[str, dict]:
-    """The finished variants in ``scores.json``; none if it is missing or not what this module
-    writes."""
+    """The finished variants in ``scores.json``; none where this module did not write it."""
     try:
         entries = json.loads((out_dir / "scores.json").read_text("utf-8"))["variants"]
         return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
@@ -351,8 +329,7 @@ def _scores(entry: Mapping[str, Any]) -> Scores:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or over the names and sha256 of the files in a directory that decide what a
-    model answers."""
+    """sha256 of a file, or of the files of a directory that decide what a model answers."""
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
@@ -375,8 +352,7 @@ def _objects(texts: Sequence[str]) -> list[dict | None]:
 
 
 def _same(answer: dict | None, label: dict, name: str) -> bool:
-    """Same value and same JSON type: true is not 1. A field that the label leaves out has to be
-    left out."""
+    """Same value and JSON type: true is not 1. What the label leaves out has to be left out."""
     if answer is None or name not in answer or name not in label:
         return answer is not None and name not in answer and name not in label
     return json.dumps(answer[name], sort_keys=True) == json.dumps(label[name], sort_keys=True)

@@ -32,13 +32,7 @@ the answer and not shown."""
 
 
 def model_directory(model: Path | str | None = None) -> Path:
-    """``model`` if it is a directory, else the fetched model of that name; without one, that of the
-    settings.
-
-    Raises:
-        NotACheckpoint, WorkshopError: it is neither; see
-            :func:`workshop_utils.checkpoints.sources.directory`.
-    """
+    """A directory, a fetched model's, or that of the settings; NotACheckpoint for others."""
     return _with_config(sources.directory(chosen_model().name if model is None else model))
 
 
@@ -59,13 +53,8 @@ def _with_config(directory: Path) -> Path:
 
 
 def as_peft(adapter: Path | str, trust: bool = False) -> Path:
-    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use,
-    then reused); verified first.
-
-    Raises:
-        CheckpointError: it is unsafe or damaged; with ``trust`` that is only printed.
-        WorkshopError: see :func:`workshop_utils.adapters.export.export`.
-    """
+    """The PEFT directory of ``adapter``, verified first: itself, or the export of a ``.nemo`` (made
+    on first use, then reused). CheckpointError where it is unsafe or damaged."""
     adapter = Path(adapter)
     if (adapter / "adapter_config.json").is_file():
         require_sound(adapter, trust, (Kind.PEFT,))
@@ -87,8 +76,7 @@ def load(
         trust: what is found wrong with either is printed and not raised.
 
     Raises:
-        CheckpointError: one of the two is unsafe or damaged.
-        NotACheckpoint: ``hf_model`` is no Hugging Face model directory, or has no chat template.
+        CheckpointError: one of the two is missing, unsafe or damaged, or has no chat template.
     """
     hf_model = sound_model(hf_model, trust)
     # What is wrong with the adapter is said before anything is loaded.
@@ -141,12 +129,7 @@ def generate(
 
     Conversations of similar length share a batch. The tokens that all prompts begin with (a system
     prompt, ``prefix``) go through the model once; every batch starts from a copy of their keys and
-    values.
-
-    Args:
-        conversations: see :data:`Messages`.
-        prefix: turns that come before those of every conversation, for instance worked examples; a
-            conversation's own system message stays in front of them.
+    values. ``prefix``: turns before those of every conversation, behind its own system message.
     """
     import torch
 
@@ -171,18 +154,15 @@ def generate(
 
 
 def with_prefix(prefix: Messages, turns: Messages) -> Messages:
-    """``prefix`` and then what ``turns`` ask; a system message of ``turns`` keeps the first
-    place."""
+    """``prefix``, then what ``turns`` ask; a system message of theirs stays first."""
     asked = prompt_turns(turns)
     system = [turn for turn in asked[:1] if turn["role"] == "system"]
     return system + list(prefix) + asked[len(system) :]
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, at least one token of each prompt left over.
-
-    Compared as tokens, because the text of a prefix need not end where a token does.
-    """
+    """How many leading tokens all prompts share, at least one of each left over. Compared as
+    tokens: the text of a prefix need not end where a token does."""
     # The first and the last in sorted order differ earliest.
     first, last = min(prompts), max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1

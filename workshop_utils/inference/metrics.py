@@ -51,8 +51,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base against tuned on the same rows: for each metric both means, and the mean of the
-    differences row by row."""
+    """Base and tuned on the same rows; ``difference`` is the mean of the gains row by row."""
 
     rows: int
     base: dict[str, Interval]
@@ -77,15 +76,11 @@ class Comparison:
 
 
 def interval(values: Sequence[float], seed: int = SEED) -> Interval:
-    """Mean of ``values`` and its percentile bootstrap interval, :data:`RESAMPLES` samples of the
-    rows with replacement.
+    """Mean of ``values`` and its percentile bootstrap interval, over :data:`RESAMPLES` samples.
 
     The same value on every row leaves the bootstrap nothing to vary. All 0 or all 1 get Wilson's
     bound for a proportion, which says how much so few rows can hide; of values between 0 and 1
     those of a proportion vary most, so it holds for every metric here.
-
-    Raises:
-        ValueError: there are no values.
     """
     import numpy
 
@@ -106,11 +101,7 @@ def interval(values: Sequence[float], seed: int = SEED) -> Interval:
 
 def difference(base: Sequence[float], tuned: Sequence[float], seed: int = SEED) -> Interval:
     """Interval of the mean of ``tuned`` - ``base``, row by row: narrower than two intervals side by
-    side, for rows differ in difficulty.
-
-    Where no row has changed, it is bounded by Wilson's bound for none of so many rows, to either
-    side.
-    """
+    side, for rows differ in difficulty. Where no row has changed, Wilson's bound to either side."""
     gains = [after - before for before, after in zip(base, tuned, strict=True)]
     if gains and not any(gains):
         bound = interval(gains).high
@@ -147,14 +138,8 @@ def bert_score(
 
     In the library a cosine below 0 counts as 0 beside a longer text of the same batch, so the
     values of texts that have nothing in common vary by some thousandths with their neighbours.
-
-    Args:
-        model: :data:`EMBEDDED`, a Hugging Face name, or the directory of an encoder. The layer is
-            the one that the library has found best for a name that it knows, else the last.
-
-    Raises:
-        FetchError: the model is neither here nor can it be downloaded.
-        CheckpointError: a directory is given that holds no sound model.
+    ``model``: :data:`EMBEDDED`, a Hugging Face name, or the directory of an encoder; the layer is
+    the one that the library has found best for a name that it knows, else the last.
     """
     if not predictions and not labels:
         return []
@@ -165,12 +150,7 @@ def bert_score(
 def measure(
     predictions: Sequence[str], labels: Sequence[str], bert_model: str | None = EMBEDDED
 ) -> dict[str, list[float]]:
-    """Every metric by its name, one value from 0 to 1 a row. ``bert_model`` None leaves BERTScore
-    out.
-
-    Raises:
-        ValueError: the two have different lengths.
-    """
+    """Every metric by its name, a value from 0 to 1 a row; ``bert_model`` None: no BERTScore."""
     values = {EXACT: exact_match(predictions, labels)} | rouge(predictions, labels)
     return values | ({BERT: bert_score(predictions, labels, bert_model)} if bert_model else {})
 
@@ -261,8 +241,7 @@ def _bert_source(model: str) -> str:
 
 @contextmanager
 def _without_t5(source: str) -> Iterator[str]:
-    """``source`` under a path without "t5": bert_score loads whatever has that in its path as a T5,
-    with random weights."""
+    """A path without "t5": bert_score loads one with it as a T5, with random weights."""
     if (
         "t5" not in source
         or not Path(source).is_dir()

@@ -30,11 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NemoAnswers:
-    """What NeMo answered. ``logits`` is fp32 ``[batch, sequence, vocabulary]``, or None if no token
-    ids were given.
-
-    ``new_tokens`` were made in ``seconds``, loading apart.
-    """
+    """``logits``: fp32 ``[batch, sequence, vocabulary]``, None without token ids; ``new_tokens``
+    were made in ``seconds``, loading apart."""
 
     texts: list[str]
     logits: numpy.ndarray | None
@@ -45,15 +42,9 @@ class NemoAnswers:
 class NemoModel:
     """A bridged checkpoint, with an adapter or without, loaded by NeMo in this process, in fp32.
 
-    Args:
-        bridged: directory that ``workshop bridge`` made.
-        adapter: the ``.nemo`` that NeMo wrote, rows of q, k and v interleaved.
-        trust: what is found wrong with either is printed and not raised.
-
-    Raises:
-        NotACheckpoint: ``bridged`` is no such directory, or ``adapter`` no LoRA adapter.
-        CheckpointError: one of the two is unsafe or damaged. NeMo has not seen it then.
-        UnsupportedAdapter: the adapter was exported for another reader.
+    ``adapter`` is a ``.nemo`` as NeMo writes it, rows of q, k and v interleaved: UnsupportedAdapter
+    for another. CheckpointError says what is wrong with either (``trust``: only printed) before
+    NeMo sees it.
     """
 
     def __init__(self, bridged: Path | str, adapter: Path | str | None = None, trust: bool = False):
@@ -84,8 +75,7 @@ class NemoModel:
         self.new_tokens = 0
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
-        """Greedy answers to ``prompts`` (text as the chat template renders it), in one batch, up to
-        the stop token."""
+        """Greedy answers to rendered ``prompts``, in one batch, up to the stop token."""
         from nemo.collections.nlp.modules.common.text_generation_strategy import (
             GPTModelTextGenerationStrategy,
         )
@@ -130,11 +120,8 @@ def ask_nemo(
 ) -> NemoAnswers:
     """Load once, in a process of its own, answer ``prompts``, and give the logits of ``token_ids``.
 
-    Takes about half a minute on two cores before the first token, most of it NeMo's import.
-
-    Raises:
-        CheckpointError, UnsupportedAdapter: see :class:`NemoModel`.
-        GenerationFailed: NeMo failed; the message ends with what it wrote last.
+    Takes about half a minute on two cores before the first token, most of it NeMo's import. The
+    message of a GenerationFailed ends with what NeMo wrote last.
     """
     import numpy
 

@@ -21,8 +21,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @dataclass(frozen=True)
 class Execution:
-    """``result`` is passed, failed or interrupted; ``notebook`` holds the outputs of the cells that
-    ran."""
+    """``result``: passed, failed or interrupted. ``notebook`` has the outputs of cells that ran."""
 
     notebook: dict
     seconds: float
@@ -128,15 +127,13 @@ def _stopped(client) -> bool:
 
 
 def _plain(text: str) -> str:
-    """The first line of an error, without the colours that IPython gives it; one that announces its
-    cause, with the cause's last."""
+    """An error's first line, uncoloured; if it announces a cause, with the last line, too."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().split("\n")
     return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and lines[1:] else lines[0]
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, without telemetry, and with the programs of this interpreter
-    (torchrun) on PATH."""
+    """Without telemetry, and with the programs of this interpreter (torchrun) on PATH."""
     environment = dict(os.environ)
     quiet_environment(environment)
     # What a notebook draws must not depend on the settings of whoever started the run.

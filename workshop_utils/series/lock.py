@@ -1,8 +1,5 @@
-"""The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it.
-
-``python -m workshop_utils.series.lock`` (or ``make lock``) writes ``environment.yml`` anew after
-the lock was changed.
-"""
+"""The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it:
+``python -m workshop_utils.series.lock`` (``make lock``) writes it anew."""
 
 import re
 from pathlib import Path
@@ -31,11 +28,7 @@ def lock_file() -> Path:
 
 
 def read_lock(file: Path) -> dict[str, str]:
-    """Name (lower case, dashes) → version of every line of ``file``.
-
-    Raises:
-        WorkshopError: a line is no ``name==version``, or a name stands twice.
-    """
+    """Name (lower case, dashes) → version; WorkshopError for a line that is no pin, or a second."""
     pins: dict[str, str] = {}
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
         line, where = line.strip(), f"{paths.shown(file)}, line {number}"

@@ -36,8 +36,7 @@ _FIELD_STYLES = ((GREEN, ".."), (SKY, "xx"), (VERMILION, "\\\\"), (PINK, "++"), 
 
 
 def plot_scores(scores: Mapping[str, Scores]) -> Figure:
-    """Exact match, valid JSON and the accuracy of each field, side by side for every variant, in
-    per cent of the rows."""
+    """Exact match, valid JSON and the accuracy of each field, of every variant, in per cent."""
     figure, axes = _figure(9, 4.2)
     entries = list(scores.values())
     measures = {"exact match": [entry.exact_match for entry in entries]}
@@ -76,15 +75,8 @@ def scores_finding(scores: Mapping[str, Scores]) -> str:
 
 def plot_training(events: Sequence[Mapping]) -> Figure:
     """Training and validation loss, and below them learning rate, tokens a second and memory as far
-    as known, against the step.
-
-    Args:
-        events: as :func:`workshop_utils.training.runs.events.read_events` returns them; only "step"
-            and "validation" are used, and of a step that a resumed run made again the last.
-
-    Raises:
-        ValueError: no training step among the events.
-    """
+    as known, against the step. ``events`` as ``read_events`` returns them: "step" and "validation";
+    of a step that a resumed run made again the last. ValueError without a training step."""
 
     def of_kind(kind: str) -> list[Mapping]:
         last = {event["step"]: event for event in events if event["event"] == kind}
@@ -121,11 +113,7 @@ def plot_training(events: Sequence[Mapping]) -> Figure:
 
 
 def plot_confusion(scores: Scores, field: str) -> Figure:
-    """Rows of the test set by label (down) and answer (across) for one class field of ``scores``.
-
-    Raises:
-        ValueError: ``field`` is not a class in these scores.
-    """
+    """Rows of the test by label (down) and answer (across); ValueError if ``field`` is no class."""
     if field not in scores.confusion:
         known = ", ".join(scores.confusion) or "none"
         raise ValueError(f"{field!r} is no class; there are {known}")
@@ -147,8 +135,7 @@ def plot_confusion(scores: Scores, field: str) -> Figure:
 
 
 def plot_shards(checkpoint: Checkpoint) -> Figure:
-    """The shard map of ``checkpoint``: files down, layers across, each cell shaded by its
-    megabytes."""
+    """Files down, layers across, each cell shaded by its megabytes."""
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     shards = shard_map(checkpoint)
@@ -182,8 +169,7 @@ def _heat(axes, rows, darkest, numbers: bool = True, spec: str = "", fontsize: i
 
 
 def plot_parameters(checkpoint: Checkpoint) -> Figure:
-    """A treemap of the parameters of ``checkpoint``: the area of a tile is the number of elements
-    of that kind of tensor."""
+    """A treemap: the area of a tile is the number of elements of that kind of tensor."""
     import squarify
 
     from workshop_utils.checkpoints.verify.tree import by_module
@@ -225,10 +211,7 @@ def plot_labels(answers: Sequence[Mapping[str, str]], down: str, across: str) ->
 
 def plot_proof(proof: Proof) -> Figure:
     """What the adapter does against what its exports get wrong: the largest change of a logit, and
-    the weight updates layer by layer.
-
-    What is not proven has a white bar and black crosses.
-    """
+    the weight updates by layer. What is not proven has a white bar and black crosses."""
     figure, (logits, updates) = _figure(10, 3.8, ncols=2)
     told = [form for form in proof.forms if form.logits is not None]
     # Nothing is zero on a logarithmic axis; differences below this are rounding.
@@ -271,8 +254,7 @@ def proof_finding(proof: Proof) -> str:
 
 
 def plot_latency(timings: Mapping[str, Sequence[Timing]]) -> Figure:
-    """Time to the first token (a point an answer, the median a line) and tokens a second, for each
-    way of asking."""
+    """Time to the first token (a point an answer, the median a line), and tokens a second."""
     from statistics import median
 
     figure, (first, rate) = _figure(9, 3.4, ncols=2)
@@ -295,12 +277,9 @@ def plot_latency(timings: Mapping[str, Sequence[Timing]]) -> Figure:
 
 
 def show(figure: Figure, alt: str) -> None:
-    """Display ``figure`` in a notebook as a PNG with the alternative text ``alt``.
-
-    The text is the output's plain-text form and its ``alt`` metadata, which nbconvert puts into the
-    page. An HTML ``<img>`` would carry it into JupyterLab too, but JupyterLab removes embedded
-    images from the HTML of a notebook not run yet.
-    """
+    """Display ``figure`` as a PNG with the alternative text ``alt``: as plain text and as ``alt``
+    metadata, which nbconvert puts into the page. An HTML ``<img>`` would carry it into JupyterLab too,
+    which removes embedded images from the HTML of a notebook not run yet."""
     from IPython.display import display
 
     png = base64.b64encode(_png(figure)).decode()
@@ -321,8 +300,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _figure(width: float, height: float, rows: int = 1, **options):
-    """A figure that no graphical backend manages: it works without a display and is shown only by
-    :func:`show`."""
+    """A figure without a graphical backend: shown only by :func:`show`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,5 +1,4 @@
-"""Is this machine ready? One check a line, each with what to do when it fails. Takes a second;
-torch is not imported."""
+"""Is this machine ready? One check a line, each with what to do. Imports no torch."""
 
 import os
 import platform
@@ -27,8 +26,7 @@ MEMORY_NEEDED = 6 * GIB
 
 @dataclass(frozen=True)
 class Check:
-    """``status`` is OK, WARN (it works, but mind this) or FAIL; ``fix`` is a sentence, empty when
-    the status is OK."""
+    """``status``: OK, WARN (it works, but mind this) or FAIL; ``fix`` is empty when it is OK."""
 
     status: str
     name: str
@@ -116,8 +114,7 @@ def home() -> Check:
 
 
 def packages() -> Check:
-    """Every package of the lock in its version. torch's build (+cpu, +cu128) may differ, the
-    version may not."""
+    """Every package of the lock in its version; torch's build (+cpu, +cu128) may differ."""
     if not lock_file().is_file():
         fix = "Run this in a clone of the repository, or set WORKSHOP_ROOT to one."
         return Check("FAIL", "packages", f"no {lock_file()}", fix)
@@ -164,8 +161,7 @@ def device() -> Check:
 
 
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may use: the machine's memory, or less where a container (cgroup v1 or v2)
-    says so."""
+    """Bytes this process may use: the machine's, or less in a container (cgroup v1 or v2)."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         text = file.read_text().strip() if file.is_file() else "max"

@@ -21,8 +21,7 @@ METRICS = ("base_exact_match", "tuned_exact_match", "train_seconds")
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """``result`` is passed, failed or skipped; ``error`` names the cell and the first error of one
-    that failed."""
+    """``result``: passed, failed or skipped; ``error``: the cell and its first error."""
 
     name: str
     seconds: float
@@ -42,12 +41,8 @@ def record_artifact(key: str, path: Path) -> Path:
 
 
 def record_metric(key: str, value: float) -> float:
-    """Note a measured figure (see :data:`METRICS`; rates are fractions, times seconds); returns
-    ``value``.
-
-    Raises:
-        ValueError: not a finite number, or a rate outside 0 to 1.
-    """
+    """Note a measured figure (see :data:`METRICS`) and return it; ValueError for what is no time in
+    seconds, or no rate as a fraction."""
     value = float(value)
     if not math.isfinite(value) or value < 0 or (key.endswith("_match") and value > 1):
         raise ValueError(f"{key} is {value}; rates are fractions from 0 to 1, times are seconds")
@@ -74,8 +69,7 @@ def forget_results() -> None:
 
 
 def build_report(notebooks: Sequence[NotebookResult]) -> dict:
-    """The report: every key is there, and is null while nothing was made or measured (or what was
-    made is gone)."""
+    """Every key is there, and is null while nothing was made or measured, or that is gone."""
     noted = read_results()
     places = {key: noted["artifacts"].get(key) for key in ARTIFACTS}
     for key, place in places.items():

@@ -18,11 +18,7 @@ SYMBOLS = {"passed": "✓", "failed": "✗", "skipped": "–"}
 
 def find_notebooks(only: Sequence[str] = ()) -> list[Path]:
     """The notebooks ``NN_*.ipynb`` in order; with ``only``, those whose number or name is given
-    ("3", "03", "03_compat").
-
-    Raises:
-        WorkshopError: there are none, or ``only`` names one that is not there.
-    """
+    ("3", "03", "03_compat"). WorkshopError where there are none."""
     folder = paths.root() / "notebooks"
     notebooks = sorted(file for file in folder.glob("*.ipynb") if re.match(r"\d\d_", file.name))
     if not notebooks:
@@ -45,16 +41,12 @@ def find_notebooks(only: Sequence[str] = ()) -> list[Path]:
 
 
 def run_notebooks(only: Sequence[str] = (), save_outputs: bool = False) -> list[NotebookResult]:
-    """Run the notebooks and return one result for each of the series, also of those that were not
-    asked for (skipped).
+    """Run the notebooks; one result for each of the series, also of those not asked for (skipped).
 
     Executed copies go to ``runs/workshop/notebooks/``; with ``save_outputs`` those that passed
     replace their originals. The report is written after every notebook. One that fails does not
-    stop the next: each makes what it needs. After Ctrl-C the rest is skipped, and the result of the
-    interrupted one says "interrupted".
-
-    Raises:
-        WorkshopError: see :func:`find_notebooks`.
+    stop the next: each makes what it needs. After Ctrl-C the rest is skipped, and the interrupted
+    one says so.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -94,8 +86,7 @@ def was_interrupted(results: Sequence[NotebookResult]) -> bool:
 
 
 def summary(results: Sequence[NotebookResult]) -> str:
-    """The closing text: the table, the first error of each notebook that failed, and what was made
-    and measured."""
+    """The table, the first error of each notebook that failed, what was made and measured."""
     width = max(len(row.name) for row in results)
     figures = report.build_report(results)
     return "\n".join(

@@ -31,8 +31,7 @@ class Workshop:
     device: Device
 
     def hf_model(self) -> Path:
-        """Hugging Face directory of the model; for a model that comes as NeMo 2.0, exported from
-        there by NeMo."""
+        """Hugging Face directory; of a model that comes as NeMo 2.0, exported by NeMo."""
         target = paths.huggingface_model(self.model.name)
         if self.model.format == "huggingface":
             sources.fetch(self.model.name)
@@ -57,8 +56,7 @@ class Workshop:
         return record_artifact("bridged_checkpoint", bridge(self.nemo2_checkpoint()))
 
     def data_files(self) -> dict[str, Path]:
-        """``train``, ``validation`` and ``test`` files: the tickets, or what ``data`` in the
-        settings names."""
+        """``train``, ``validation`` and ``test``: the tickets, or what the settings name."""
         if self.settings.data:
             train = Path(self.settings.data).resolve()
             beside = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
@@ -69,8 +67,7 @@ class Workshop:
         return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
 
     def plan(self, *overrides: str):
-        """The training run of the series, with ``overrides`` on top (see
-        :func:`workshop_utils.training.script.make_plan`)."""
+        """The training run of the series, with ``overrides`` on top."""
         from workshop_utils.training.script import make_plan
 
         files = self.data_files()
@@ -78,16 +75,14 @@ class Workshop:
         return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
-        """The run's overrides for any ``base``, loadable or not, and another run directory; always
-        from the beginning."""
+        """The run's overrides for any ``base``, another run directory, and a fresh start."""
         place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}"
         place += ("exp_manager.resume_if_exists=false",)
         settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:
-        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished
-        before."""
+        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished."""
         from workshop_utils.training import script
 
         plan = self.plan(*overrides)
@@ -107,11 +102,7 @@ class Workshop:
 
 
 def open_workshop(show: bool = True) -> Workshop:
-    """Read the settings, prepare this process for NeMo, and print model, device and seed.
-
-    Raises:
-        WorkshopError: the settings name an unknown model or device.
-    """
+    """Read the settings, prepare this process for NeMo, and print model, device and seed."""
     from workshop_utils.runtime import nemo_cpu
 
     settings = load_settings()

@@ -60,8 +60,7 @@ class ApiError(Exception):
 
 
 def create_app(service: Service, api_key: str | None = None, max_body: int = 1 << 20) -> FastAPI:
-    """The application around ``service``, whose owner loads and closes it. ``max_body``: most bytes
-    of a request."""
+    """The application around ``service``; ``max_body``: most bytes of a request."""
     app = FastAPI(
         docs_url=None, redoc_url=None, openapi_url=None, telemetry={"auto_configure": False}
     )
@@ -126,8 +125,7 @@ def create_app(service: Service, api_key: str | None = None, max_body: int = 1 <
 
 
 class _Guard:
-    """Key and size of a request, before anything else looks at it. (FastAPI's own limit answers
-    with plain text.)"""
+    """Key and size of a request, first of all. (FastAPI's own limit answers with plain text.)"""
 
     def __init__(self, app, api_key: str | None, max_body: int):
         self._app, self._key, self._max = app, api_key, max_body
@@ -228,8 +226,7 @@ class _Run:
         self.prompt_tokens = sum(map(len, prompts))
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """Index and news of each row, until all have finished; left early, the rows are
-        cancelled."""
+        """Index and news of each row, until all have finished; left early, they are cancelled."""
         left = len(self.rows)
         try:
             while left:

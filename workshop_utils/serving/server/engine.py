@@ -40,8 +40,7 @@ class QueueFull(WorkshopError):
 
 @dataclass(eq=False)
 class Row:
-    """One text being generated. ``emit`` is called in the engine's thread with each :class:`Piece`;
-    setting ``cancelled`` ends it."""
+    """A text being generated. ``emit`` gets its pieces, in the engine's thread."""
 
     prompt: list[int]
     sampling: Sampling
@@ -62,8 +61,7 @@ class _Progress:
 
 
 class Engine:
-    """Runs ``model`` in a thread of its own. ``passes`` counts forward passes, ``widest`` the most
-    rows in one."""
+    """Runs ``model`` in a thread of its own; ``passes`` and ``widest`` batch are counted."""
 
     def __init__(
         self,
@@ -100,8 +98,7 @@ class Engine:
             return sorted(self._served)
 
     def submit(self, rows: Sequence[Row], adapter: str | None) -> None:
-        """Queue ``rows``, all or none, for ``adapter`` (None: the base). They keep the version that
-        is served now.
+        """Queue ``rows``, all or none, for ``adapter`` (None: the base), in the version served now.
 
         Raises:
             UnknownModel: no such adapter.
@@ -121,11 +118,8 @@ class Engine:
     def install(
         self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]
     ) -> Future:
-        """Serve a PEFT adapter as ``name``, in place of an older one; rows under way keep the older
-        one.
-
-        The future's exception is :class:`UnsupportedAdapter` when it does not fit the base.
-        """
+        """Serve a PEFT adapter as ``name``; rows under way keep an older one. The future's
+        exception is UnsupportedAdapter when it does not fit the base."""
         return self._job(lambda: self._install(name, config, tensors))
 
     def remove(self, name: str) -> Future:
@@ -133,8 +127,7 @@ class Engine:
         return self._job(lambda: self._retire(name))
 
     def close(self, grace: float = 0) -> None:
-        """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an
-        error."""
+        """End the thread, and wait; what is unfinished after ``grace`` seconds gets an error."""
         with self._changed:
             done = lambda: self._closing or not (self._waiting or self._running)  # noqa: E731
             self._changed.wait_for(done, grace)
@@ -170,8 +163,7 @@ class Engine:
                     future.set_exception(WorkshopError("the server is stopping."))
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do, and do what is not a forward pass; False at the
-        end."""
+        """Sleep until there is something to do; do what is no forward pass; False at the end."""
         with self._changed:
             if not self._running:
                 self._changed.notify_all()  # to :meth:`close`
@@ -190,8 +182,7 @@ class Engine:
         return not self._closing
 
     def _step(self) -> None:
-        """One forward pass: over the prompts of rows that join, or over the last token of each
-        running row."""
+        """One forward pass: over the prompts of rows that join, or each running row's last."""
         self._keep([at for at, each in enumerate(self._running) if not each.row.cancelled])
         with self._changed:
             count = self.max_batch - len(self._running)

@@ -113,8 +113,7 @@ class _Request(_Strict):
         return self
 
     def sampling(self, room: int, index: int) -> Sampling:
-        """For choice ``index``, with at most ``room`` tokens. Each choice of a seeded request has a
-        seed of its own."""
+        """For choice ``index``, which has a seed of its own, with at most ``room`` tokens."""
         seed = None if self.seed is None else self.seed + index
         most, stop = self.limit or room, tuple(self.stop)
         return Sampling(most, self.temperature, self.top_p, seed, stop, self.alternatives)
@@ -147,8 +146,7 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """``POST /v1/completions``. ``prompt`` is text, a list of texts, a list of token ids, or a list
-    of such lists."""
+    """``POST /v1/completions``; ``prompt``: a text, its token ids, or a list of either."""
 
     prompt: _Text | list[_Text] | list[_Id] | list[list[_Id]]
     echo: bool = False

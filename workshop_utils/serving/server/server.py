@@ -27,11 +27,7 @@ _GRACE = 5
 def run(
     service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed.
-
-    Raises:
-        WorkshopError: the address cannot be had, or the base not be loaded.
-    """
+    """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed."""
     listener = _listen(host, port)
     import signal
 
@@ -86,8 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @dataclass
 class Handle:
-    """A server in the background. ``url`` is ``http://HOST:PORT``; clients of OpenAI want
-    ``f"{url}/v1"``. Ends with this process."""
+    """A server in the background, which ends with this process; ``url`` is without ``/v1``."""
 
     url: str
     log: Path
@@ -121,15 +116,10 @@ def start(
     trust: bool = False,
     **limits: int,
 ) -> Handle:
-    """Serve ``base`` and the adapters of ``store`` from a process in the background, and return
-    when it is ready.
+    """Serve ``base`` and the adapters of ``store`` in the background; returns when it is ready.
 
-    Args:
-        port: 0 for any free one.
-        limits: fields of :class:`RequestLimits`.
-
-    Raises:
-        WorkshopError: it did not get ready; the message ends with what it wrote last.
+    ``port`` 0 is any free one; ``limits`` are fields of :class:`RequestLimits`. The message of a
+    WorkshopError ends with what the server wrote last.
     """
     Service(base, store, RequestLimits(**limits))  # what is wrong with these is said here, at once
     options = {"base": base, "store": store or None, "host": host, "port": port}

@@ -30,13 +30,8 @@ class RequestLimits:
 
 
 class Service:
-    """A base and the adapters of a store. Loading happens in :meth:`load`, in a thread of its own;
-    :attr:`ready` says when it is done.
-
-    Raises:
-        NotACheckpoint: ``base`` is no Hugging Face model directory, or ``store`` no directory; the
-            message says what to do.
-    """
+    """A base and the adapters of a store. :meth:`load` runs in a thread of its own; :attr:`ready`
+    says when it is done. NotACheckpoint where ``base`` is no model, or ``store`` no directory."""
 
     def __init__(
         self,
@@ -62,8 +57,7 @@ class Service:
         self._created = int(time.time())
 
     def load(self) -> None:
-        """Load the base and the adapters. Errors as
-        :func:`workshop_utils.inference.generate.load`."""
+        """Load the base and the adapters."""
         from workshop_utils.inference.generate import load
         from workshop_utils.serving.server.adapters import Store
         from workshop_utils.serving.server.engine import Engine
@@ -85,8 +79,7 @@ class Service:
         print(f"ready: {', '.join([self.name, *self.engine.adapters])}", flush=True)
 
     def close(self, grace: float = 0) -> None:
-        """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends
-        with an error."""
+        """Take on nothing new, and stop the engine (see :meth:`Engine.close`)."""
         self.ready, self._closed = False, True
         if self._store:
             self._store.stop()
