@@ -79,11 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--name",
         help="name of the adapter; a server shows it as the model's id (default: the file's)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an export of another adapter that is already there",
-    )
+    options.add_overwrite(parser, "an export of another adapter that is already there")
     parser.add_argument(
         "--check",
         default=True,

@@ -26,7 +26,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    options.add_overwrite(parser, "an existing checkpoint")
     options.add_trust(parser, "MODEL")
     parser.set_defaults(run=run)
 

@@ -21,7 +21,7 @@ def add_json(
     flag(parser, "--json", text)
 
 
-def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing checkpoint") -> None:
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
     """``--overwrite``; ``what`` is replaced."""
     flag(parser, "--overwrite", f"replace {what}")
 

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 
 
 def one_line(text: str) -> str:
@@ -38,3 +39,11 @@ def plain(text: str, longest: int) -> str:
     """``text`` for a message: shortened, and without what a terminal would obey."""
     shortened = text if len(text) <= longest else f"{text[:longest]}..."
     return shortened if shortened.isascii() and shortened.isprintable() else ascii(shortened)[1:-1]
+
+
+def columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """``rows`` of cells as lines, the first ``left`` columns flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if at < left else str.rjust for at in range(len(widths))]
+    lines = [[side(*cell) for side, *cell in zip(sides, row, widths, strict=True)] for row in rows]
+    return ["  ".join(line).rstrip() for line in lines]

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.core import paths
+from workshop_utils.core import paths, terminal
 from workshop_utils.core.chat_data import prompt_turns, read_rows
 from workshop_utils.core.errors import NotACheckpoint
 from workshop_utils.core.hashing import sha256, sha256_of_text
@@ -184,12 +184,8 @@ def evaluate(
     hf_model, out_dir = generate.sound_model(hf_model, trust), Path(out_dir)
     test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
     peft = generate.as_peft(adapter, trust) if adapter is not None else None
-    answering = {
-        "model": _digest(hf_model),
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "dtype": choose_device().dtype,
-    }
+    answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens}
+    answering |= {"batch_size": batch_size, "dtype": choose_device().dtype}
     data = {"test": _digest(Path(test_file)), "rows": len(test)}
     learnt = {"train": _digest(Path(train_file))}
     inputs = {
@@ -226,9 +222,7 @@ def evaluate(
             "seconds": round(seconds, 2),
             **asdict(score(predictions, [label_of(row) for row in test])),
         }
-        paths.write_text(
-            out_dir / "scores.json", json.dumps({"variants": entries}, indent=2) + "\n"
-        )
+        _write_entries(out_dir, entries)
     return Evaluation(
         out_dir,
         {name: _scores(entries[name]) for name in chosen},
@@ -264,30 +258,20 @@ def evaluate_served(
     _write_predictions(out_dir, SERVED, test, predictions)
     entry = {"url": str(client.base_url), "model": model_id, "seconds": round(seconds, 2)}
     entry |= asdict(scores)
-    paths.write_text(
-        out_dir / "scores.json", json.dumps({"variants": {SERVED: entry}}, indent=2) + "\n"
-    )
+    _write_entries(out_dir, {SERVED: entry})
     return Evaluation(out_dir, {SERVED: scores}, {SERVED: seconds})
 
 
 def table(scores: Mapping[str, Scores]) -> str:
     """The scores as a text table, one line a variant, rates in per cent."""
     fields = list(dict.fromkeys(name for entry in scores.values() for name in entry.fields))
-    head = ["variant", "rows", "exact match", "valid JSON", *fields]
-    lines = [head]
+    lines = [["variant", "rows", "exact match", "valid JSON", *fields]]
     for variant, entry in scores.items():
         rates = [entry.exact_match, entry.valid_json, *(entry.fields.get(name) for name in fields)]
         shown = ("-" if rate is None else f"{rate:.1%}" for rate in rates)
         lines.append([TITLES.get(variant, variant), str(entry.rows), *shown])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+    head, *rows = terminal.columns(lines, left=1)
+    return "\n".join([head, "-" * len(head), *rows])
 
 
 def _predictions_file(out_dir: Path, variant: str) -> Path:
@@ -302,6 +286,11 @@ def _write_predictions(
         asked = prompt_turns(row["messages"])[-1]["content"]
         lines.append(json.dumps({"input": asked, "label": label_of(row), "prediction": text}))
     return paths.write_text(_predictions_file(out_dir, variant), "\n".join(lines) + "\n")
+
+
+def _write_entries(out_dir: Path, entries: Mapping[str, dict]) -> None:
+    text = json.dumps({"variants": entries}, indent=2)
+    paths.write_text(out_dir / "scores.json", text + "\n")
 
 
 def _read_entries(out_dir: Path) -> dict[str, dict]:

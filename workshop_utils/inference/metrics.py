@@ -23,6 +23,7 @@ from pathlib import Path
 from workshop_utils.core import paths
 from workshop_utils.core.errors import FetchError, WorkshopError
 from workshop_utils.core.settings import SEED
+from workshop_utils.core.terminal import columns
 
 EXACT, BERT = "exact match", "BERTScore F1"
 ROUGES = ("rouge1", "rouge2", "rougeL")
@@ -64,15 +65,10 @@ class Comparison:
         for name in self.base:
             gain = format(self.difference[name], "+.3f")
             lines.append((name, str(self.base[name]), str(self.tuned[name]), gain))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        ]
         note = f"{self.rows} rows; means with {CONFIDENCE:.0%} confidence intervals "
         note += "(bootstrap over rows)"
         note += f"; BERTScore by {self.bert_model}" if self.bert_model else ""
-        return "\n".join([*rows, note])
+        return "\n".join([*columns(lines, left=4), note])
 
 
 def interval(values: Sequence[float], seed: int = SEED) -> Interval:

@@ -278,8 +278,8 @@ def plot_latency(timings: Mapping[str, Sequence[Timing]]) -> Figure:
 
 def show(figure: Figure, alt: str) -> None:
     """Display ``figure`` as a PNG with the alternative text ``alt``: as plain text and as ``alt``
-    metadata, which nbconvert puts into the page. An HTML ``<img>`` would carry it into JupyterLab too,
-    which removes embedded images from the HTML of a notebook not run yet."""
+    metadata, which nbconvert puts into the page. An HTML ``<img>`` would carry it into JupyterLab,
+    too, which removes embedded images from the HTML of a notebook not run yet."""
     from IPython.display import display
 
     png = base64.b64encode(_png(figure)).decode()
