@@ -10,8 +10,8 @@ def flag(parser: argparse.ArgumentParser, name: str, text: str) -> None:
 
 def add_trust(parser: argparse.ArgumentParser, what: str) -> None:
     """``--trust``; ``what`` is verified otherwise."""
-    found = f"what the verification of {what} finds"
-    flag(parser, "--trust", f"go on in spite of {found}: it is only printed")
+    findings = f"what the verification of {what} finds"
+    flag(parser, "--trust", f"go on in spite of {findings}: it is only printed")
 
 
 def add_json(

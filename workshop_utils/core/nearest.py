@@ -11,5 +11,5 @@ def nearest(word: str, known: Iterable[str], most: int = 1, cutoff: float = 0.6)
 
 def did_you_mean(names: Iterable[str]) -> str:
     """ " Did you mean A or B?" for the ``names`` that were found, and nothing for none."""
-    found = " or ".join(names)
-    return f" Did you mean {found}?" if found else ""
+    meant = " or ".join(names)
+    return f" Did you mean {meant}?" if meant else ""

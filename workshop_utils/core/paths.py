@@ -87,16 +87,16 @@ def new_directory(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_directory(f".{target.name}.", target.parent, suffix=".partial") as made:
-        yield made
-        _set_modes(made)
+    with temporary_directory(f".{target.name}.", target.parent, suffix=".partial") as part:
+        yield part
+        _set_modes(part)
         with _naming:
             if target.is_symlink() or target.is_file():
                 target.unlink()
             elif target.exists():
-                _replace_directory(target, made)
+                _replace_directory(target, part)
                 return
-            os.replace(made, target)
+            os.replace(part, target)
 
 
 @contextlib.contextmanager
@@ -104,28 +104,28 @@ def temporary_directory(
     prefix: str, parent: Path | None = None, suffix: str = ""
 ) -> Iterator[Path]:
     """Yield an empty directory that is gone after the block, and after Ctrl-C."""
-    made = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
-    _unfinished.add(made)
+    part = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+    _unfinished.add(part)
     try:
-        yield made
+        yield part
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        _unfinished.discard(made)
+        shutil.rmtree(part, ignore_errors=True)
+        _unfinished.discard(part)
 
 
 def remove_unfinished() -> None:
     """At the end of this process: remove what has not got its name yet."""
     _naming.acquire(timeout=1)
-    for made in list(_unfinished):
-        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
+    for part in list(_unfinished):
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
-def _replace_directory(target: Path, made: Path) -> None:
+def _replace_directory(target: Path, part: Path) -> None:
     """A directory cannot be renamed over a full one: two renames, or none."""
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         os.replace(target, old / "was")
-        os.replace(made, target)
+        os.replace(part, target)
     finally:
         if not target.exists():
             os.replace(old / "was", target)

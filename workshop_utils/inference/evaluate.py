@@ -355,9 +355,9 @@ def _class_fields(labels: Sequence[dict]) -> dict[str, list[str]]:
         for name, value in label.items():
             values.setdefault(name, set()).add(value if isinstance(value, str) else None)
     return {
-        name: sorted(found)
-        for name, found in values.items()
-        if None not in found and len(found) <= MAX_CLASSES and len(found) < len(labels)
+        name: sorted(texts)
+        for name, texts in values.items()
+        if None not in texts and len(texts) <= MAX_CLASSES and len(texts) < len(labels)
     }
 
 
