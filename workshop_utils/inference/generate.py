@@ -132,6 +132,7 @@ def generate(
     values. ``prefix``: turns before those of every conversation, behind its own system message.
     """
     import torch
+    from transformers import DynamicCache
 
     if not conversations:
         return []
@@ -141,7 +142,11 @@ def generate(
     answers = [""] * len(prompts)
     bar = progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress)
     with torch.inference_mode(), bar:
-        cache = _prefill(model, prompts[0][:shared]) if shared else None
+        cache = None
+        if shared:
+            start = torch.tensor([prompts[0][:shared]], device=model.device)
+            how = {"use_cache": True, "logits_to_keep": 1}
+            cache = model(input_ids=start, past_key_values=DynamicCache(), **how).past_key_values
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = [prompts[row] for row in rows]
@@ -175,17 +180,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 
 
-def _prefill(model: PreTrainedModel, ids: list[int]) -> Cache:
-    """Keys and values of ``ids`` for a batch of one."""
-    import torch
-    from transformers import DynamicCache
-
-    inputs = torch.tensor([ids], device=model.device)
-    return model(
-        input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-    ).past_key_values
-
-
 def _greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -213,12 +207,9 @@ def _greedy(
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(prompts))
     stop = model.generation_config.eos_token_id
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
-    )
+    stop = tokenizer.eos_token_id if stop is None else stop
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stop}
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **tokens)
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),

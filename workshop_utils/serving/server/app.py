@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,6 @@ from workshop_utils.serving.server.protocol import (
     ChatRequest,
     Completion,
     CompletionRequest,
-    Envelope,
 )
 
 if TYPE_CHECKING:
@@ -198,7 +199,9 @@ class _Run:
         form: type[Chat | Completion],
     ):
         loop, self._news = asyncio.get_running_loop(), asyncio.Queue()
-        self.body, self.form, self.envelope = body, form, Envelope(form, body.model)
+        self.body, self.form = body, form
+        self.common = {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time())}
+        self.common["model"] = body.model
         self.echoes = [echo for echo in echoes for _ in range(body.n)]
         self.rows: list[Row] = []
         for index in range(len(prompts) * body.n):
@@ -257,18 +260,21 @@ class _Run:
                 tokens[index] += piece.tokens
             finish[index] = piece.finish
         rows = zip(range(len(texts)), texts, tokens, finish, strict=True)
-        return self.envelope.whole([self.form.choice(*row) for row in rows], self.usage())
+        choices = [self.form.choice(*row) for row in rows]
+        more = {"object": self.form.kind, "choices": choices, "usage": self.usage()}
+        return self.common | more
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events, the last of which is ``[DONE]``."""
         counted = self.body.stream_options and self.body.stream_options.include_usage
-        more = {"usage": None} if counted else {}
+        common = self.common | {"object": self.form.chunk_kind}
 
         def event(data: dict) -> str:
             return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
         def chunk(*words) -> str:
-            return event(self.envelope.event([self.form.chunk(*words)], **more))
+            usage = {"usage": None} if counted else {}
+            return event(common | {"choices": [self.form.chunk(*words)]} | usage)
 
         for index, echo in enumerate(self.echoes):
             if self.form is Chat or echo:
@@ -280,7 +286,7 @@ class _Run:
             yield event(fault.body)
             return
         if counted:
-            yield event(self.envelope.event([], usage=self.usage()))
+            yield event(common | {"choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
 

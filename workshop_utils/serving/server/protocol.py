@@ -3,8 +3,6 @@ not served is refused by name."""
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -243,19 +241,3 @@ class Completion:
         return _choice(index, finish, logprobs, text=text)
 
     chunk = choice
-
-
-class Envelope:
-    """What all events of one answer share."""
-
-    def __init__(self, form: type[Chat | Completion], model: str):
-        self.form, answer = form, f"{form.prefix}{uuid.uuid4().hex}"
-        self._common = {"id": answer, "created": int(time.time()), "model": model}
-
-    def whole(self, choices: list[dict], usage: dict) -> dict:
-        """The answer to a request without a stream."""
-        return {**self._common, "object": self.form.kind, "choices": choices, "usage": usage}
-
-    def event(self, choices: list[dict], **more: Any) -> dict:
-        """One event of a stream; ``more`` holds the usage of the last one."""
-        return {**self._common, "object": self.form.chunk_kind, "choices": choices, **more}
