@@ -30,43 +30,23 @@ def lab(tmp_path_factory):
     """JupyterLab with nobody's settings but its own, on a free port; what the page saves does not
     reach the repository."""
     home = tmp_path_factory.mktemp("lab")
-    shutil.copytree(
-        ROOT / "notebooks",
-        home / "tree" / "notebooks",
-        ignore=shutil.ignore_patterns(".ipynb_checkpoints"),
-    )
+    checkpoints = shutil.ignore_patterns(".ipynb_checkpoints")
+    shutil.copytree(ROOT / "notebooks", home / "tree" / "notebooks", ignore=checkpoints)
     # Cells outside the window are not drawn otherwise.
-    settings = (
-        home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    )
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"windowingMode": "none"}))
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension"
+    settings.mkdir(parents=True)
+    tracker = settings / "tracker.jupyterlab-settings"
+    tracker.write_text(json.dumps({"windowingMode": "none"}))
     port, token = free_port(), secrets.token_hex(16)
-    command = [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        "--no-browser",
-        "--ip=127.0.0.1",
-        f"--port={port}",
-        "--ServerApp.port_retries=0",
-    ]
-    command += [
-        f"--ServerApp.root_dir={home / 'tree'}",
-        f"--IdentityProvider.token={token}",
-        "--LabApp.expose_app_in_browser=True",
-    ]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1"]
+    command += [f"--port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--ServerApp.root_dir={home / 'tree'}", f"--IdentityProvider.token={token}"]
+    command += ["--LabApp.expose_app_in_browser=True"]
     command += ["--allow-root"] if os.geteuid() == 0 else []
-    places = {
-        "JUPYTER_CONFIG_DIR": "config",
-        "JUPYTERLAB_SETTINGS_DIR": "settings",
-        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-    }
-    environment = (
-        os.environ
-        | {name: str(home / folder) for name, folder in places.items()}
-        | {"JUPYTER_PREFER_ENV_PATH": "1"}
-    )
+    environment = os.environ | {"JUPYTER_PREFER_ENV_PATH": "1"}
+    environment["JUPYTER_CONFIG_DIR"] = str(home / "config")
+    for folder in ("settings", "workspaces"):
+        environment[f"JUPYTERLAB_{folder.upper()}_DIR"] = str(home / folder)
     with (home / "log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
@@ -82,9 +62,8 @@ def browser(tmp_path_factory):
     """A headless Chromium with a profile of its own."""
     from selenium import webdriver
 
-    program = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
+    names = "chromium", "chromium-browser", "google-chrome"
+    program = next(filter(None, map(shutil.which, names)), None)
     driver = shutil.which("chromedriver")
     if not program or not driver:
         pytest.fail(
@@ -98,12 +77,8 @@ def browser(tmp_path_factory):
         "headless=new no-sandbox disable-gpu disable-quic no-first-run "
         "disable-background-networking disable-component-update"
     )
-    for switch in [
-        *switches.split(),
-        "disable-sync",
-        "window-size=1400,1800",
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ]:
+    profile = f"user-data-dir={tmp_path_factory.mktemp('chromium')}"
+    for switch in (*switches.split(), "disable-sync", "window-size=1400,1800", profile):
         options.add_argument(f"--{switch}")
     chromium = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield chromium

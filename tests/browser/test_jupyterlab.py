@@ -10,14 +10,9 @@ from places import ROOT
 from selenium.webdriver.support.ui import WebDriverWait
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-BROKEN = [
-    "Error displaying widget",
-    "Loading widget",
-    "Javascript Error",
-    "model not found",
-    "Error rendering",
-    "Syntax error in",
-]
+BROKEN = ["Error displaying widget", "Loading widget", "Javascript Error", "model not found"]
+BROKEN += ["Error rendering", "Syntax error in"]
+ERRORS = ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']"
 
 pytestmark = pytest.mark.browser
 
@@ -82,15 +77,17 @@ def open_notebook(browser, lab, file: Path) -> dict:
     kinds = [cell["cell_type"] for cell in content["cells"]]
     browser.get("about:blank")
     browser.get_log("browser")  # what leaving the page before had to say
-    browser.get(
-        f"{lab.address}/lab/workspaces/{file.stem}/tree/notebooks/{file.name}?reset&token={lab.token}"
-    )
-    drawn = WebDriverWait(browser, 120)
-    drawn.until(
-        lambda page: page.execute_script(READY, len(kinds), kinds.count("markdown")),
-        f"{file.name} was not drawn",
-    )
+    place = f"{lab.address}/lab/workspaces/{file.stem}/tree/notebooks/{file.name}"
+    browser.get(f"{place}?reset&token={lab.token}")
+    counts = len(kinds), kinds.count("markdown")
+    wait(browser, 120, f"{file.name} was not drawn", READY, *counts)
     return content
+
+
+def wait(browser, seconds: int, fault: str, script: str, *words) -> None:
+    """Until ``script`` returns something."""
+    drawn = WebDriverWait(browser, seconds)
+    drawn.until(lambda page: page.execute_script(script, *words), fault)
 
 
 def screenshot(browser, name: str) -> None:
@@ -121,9 +118,7 @@ def change_theme(browser, name: str) -> None:
         "return document.body.dataset.jpThemeName === arguments[0] && "
         "document.body.dataset.jpThemeLight"
     )
-    WebDriverWait(browser, 30).until(
-        lambda page: page.execute_script(shown, name), f"there is no theme {name}"
-    )
+    wait(browser, 30, f"there is no theme {name}", shown, name)
 
 
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
@@ -131,23 +126,12 @@ def test_nothing_is_broken_on_the_page(browser, lab, file):
     content = open_notebook(browser, lab, file)
     screenshot(browser, file.stem)
     assert texts(browser, ".jp-Dialog, .Toastify__toast") == []
-    meant = [
-        output
-        for cell in content["cells"]
-        for output in cell.get("outputs", [])
-        if output["output_type"] == "error"
-    ]
-    assert len(
-        texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']")
-    ) == len(meant)
-    assert texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.stderr']") == []
-    assert (
-        texts(
-            browser,
-            ".jp-Notebook .katex-error, .jp-Notebook mjx-merror, .jp-RenderedMermaid.jp-mod-error",
-        )
-        == []
-    )
+    outputs = [output for cell in content["cells"] for output in cell.get("outputs", [])]
+    meant = [output for output in outputs if output["output_type"] == "error"]
+    assert len(texts(browser, ERRORS)) == len(meant)
+    assert texts(browser, ERRORS.replace("jupyter.error", "jupyter.stderr")) == []
+    formulas = ".jp-Notebook .katex-error, .jp-Notebook mjx-merror"
+    assert texts(browser, f"{formulas}, .jp-RenderedMermaid.jp-mod-error") == []
     page = "\n".join(texts(browser, ".jp-Notebook"))
     assert [sign for sign in BROKEN if sign in page] == []
     images = (
@@ -155,9 +139,8 @@ def test_nothing_is_broken_on_the_page(browser, lab, file):
         "!one.naturalWidth).map(one => one.alt || one.src)"
     )
     assert browser.execute_script(images) == []
-    assert [
-        entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
-    ] == []
+    log = browser.get_log("browser")
+    assert [entry["message"] for entry in log if entry["level"] == "SEVERE"] == []
 
 
 def test_the_first_notebook_runs_in_the_browser(browser, lab):
@@ -173,31 +156,25 @@ def test_the_first_notebook_runs_in_the_browser(browser, lab):
     assert browser.execute_async_script(run) is True
     counts = (
         "return jupyterapp.shell.currentWidget.content.widgets.map(one => "
-        "one.model.executionCount).filter(one => one)"
+        "one.model.executionCount).filter(one => one).length === arguments[0]"
     )
     code = sum(cell["cell_type"] == "code" for cell in content["cells"])
-    WebDriverWait(browser, 60).until(
-        lambda page: len(page.execute_script(counts)) == code, "not every cell ran"
-    )
-    WebDriverWait(browser, 30).until(
-        lambda _: texts(browser, ".jp-Notebook .widget-dropdown"), "the form was not drawn"
-    )
+    wait(browser, 60, "not every cell ran", counts, code)
+    form = "return document.querySelector('.jp-Notebook .widget-dropdown')"
+    wait(browser, 30, "the form was not drawn", form)
     screenshot(browser, f"{NOTEBOOKS[0].stem}-run")
-    assert texts(browser, ".jp-Notebook [data-mime-type='application/vnd.jupyter.error']") == []
+    assert texts(browser, ERRORS) == []
     assert texts(browser, ".jp-Dialog") == []
 
 
 def test_the_map_of_the_series_leads_to_the_notebooks(browser, lab):
     open_notebook(browser, lab, NOTEBOOKS[0])
     links = browser.find_elements("css selector", ".jp-Notebook table a")
-    assert [Path(urlsplit(link.get_attribute("href")).path).name for link in links] == [
-        file.name for file in NOTEBOOKS
-    ]
+    names = [Path(urlsplit(link.get_attribute("href")).path).name for link in links]
+    assert names == [file.name for file in NOTEBOOKS]
     links[4].click()
-    opened = "return window.jupyterapp.shell.currentWidget.context?.path"
-    WebDriverWait(browser, 30).until(
-        lambda page: page.execute_script(opened) == f"notebooks/{NOTEBOOKS[4].name}"
-    )
+    opened = "return window.jupyterapp.shell.currentWidget.context?.path === arguments[0]"
+    wait(browser, 30, "the notebook did not open", opened, f"notebooks/{NOTEBOOKS[4].name}")
 
 
 @pytest.mark.parametrize("first", THEMES[:2])
@@ -217,11 +194,9 @@ def test_diagrams_stay_legible_when_the_theme_changes(browser, lab, file, first)
             assert diagrams
             for diagram in diagrams:
                 assert f"accTitle: {diagram['alt']}\\n" in file.read_text()
-                assert diagram["texts"]
-                assert diagram["lines"]
-                assert [text for text in diagram["texts"] if contrast(*text[1:]) < TEXT] == [], (
-                    theme
-                )
+                assert diagram["texts"] and diagram["lines"]
+                pale = [text for text in diagram["texts"] if contrast(*text[1:]) < TEXT]
+                assert pale == [], theme
                 assert [line for line in diagram["lines"] if contrast(*line) < LINES] == [], theme
     finally:
         change_theme(browser, THEMES[0])

@@ -27,12 +27,9 @@ def test_renders_and_encodes_like_transformers(tokenizer_dir):
 
     reference, ours = AutoTokenizer.from_pretrained(tokenizer_dir), ChatTokenizer(tokenizer_dir)
     for turns, opening in ((CONVERSATION[:2], True), (CONVERSATION, False)):
-        assert ours.render(turns, opening) == reference.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=opening
-        )
-        assert ours.encode(ours.render(turns, opening)) == reference.apply_chat_template(
-            turns, add_generation_prompt=opening
-        )
+        text, how = ours.render(turns, opening), {"add_generation_prompt": opening}
+        assert text == reference.apply_chat_template(turns, tokenize=False, **how)
+        assert ours.encode(text) == reference.apply_chat_template(turns, **how)
 
 
 def test_prompt_ends_where_the_answer_begins(tokenizer_dir):
@@ -43,33 +40,27 @@ def test_prompt_ends_where_the_answer_begins(tokenizer_dir):
 
 def test_rendered_file_holds_prompt_and_answer_and_counts_tokens(tokenizer_dir, tmp_path):
     tokenizer = ChatTokenizer(tokenizer_dir)
-    rendered = render_file(
-        write_rows(tmp_path / "rows.jsonl", 12), tokenizer, tmp_path / "out.jsonl"
-    )
+    (tmp_path / "out.jsonl.idx.npy").write_bytes(b"NeMo's index of an old text")
+    rows = write_rows(tmp_path / "rows.jsonl", 12)
+    rendered = render_file(rows, tokenizer, tmp_path / "out.jsonl")
     lines = [json.loads(line) for line in rendered.path.read_text().splitlines()]
     lengths = [len(tokenizer.encode(line["input"] + line["output"])) + 1 for line in lines]
-    assert (rendered.rows, rendered.max_tokens, rendered.mean_tokens) == (
-        12,
-        max(lengths),
-        sum(lengths) / 12,
-    )
+    assert (rendered.rows, rendered.max_tokens) == (12, max(lengths))
+    assert rendered.mean_tokens == sum(lengths) / 12
     assert lines[3]["output"] == "it is 3"
-
-
-def test_rendering_removes_nemos_index_of_the_old_text(tokenizer_dir, tmp_path):
-    (tmp_path / "out.jsonl.idx.npy").write_bytes(b"old")
-    render_file(
-        write_rows(tmp_path / "rows.jsonl"), ChatTokenizer(tokenizer_dir), tmp_path / "out.jsonl"
-    )
     assert not (tmp_path / "out.jsonl.idx.npy").exists()
 
 
 def test_input_and_output_become_messages(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"input": "a", "output": "b"}\n\n')
-    assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][1] == {
-        "role": "assistant",
-        "content": "b",
-    }
+    # A line separator inside a text does not end the row.
+    (tmp_path / "rows.jsonl").write_text('{"input": "a\u2028c", "output": "b"}\n\n')
+    asked, answer = read_rows(tmp_path / "rows.jsonl")[0]["messages"]
+    assert asked == {"role": "user", "content": "a\u2028c"}
+    assert answer == {"role": "assistant", "content": "b"}
+
+
+def turns(*pairs):
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in pairs]})
 
 
 @pytest.mark.parametrize(
@@ -79,22 +70,10 @@ def test_input_and_output_become_messages(tmp_path):
         ("[]", "line 2: a list"),
         ('{"prompt": "x"}', "needs `messages`, or `input` and `output`; it has prompt"),
         ('{"messages": []}', "at least a user and an assistant"),
-        (
-            (
-                '{"messages": [{"role": "bot", "content": "x"}, {"role": "assistant", "content": '
-                '"y"}]}'
-            ),
-            "messages[0]",
-        ),
-        (
-            '{"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": "y"}]}',
-            "`content` that is a text",
-        ),
+        (turns(("bot", "x"), ("assistant", "y")), "messages[0]"),
+        (turns(("user", 3), ("assistant", "y")), "`content` that is a text"),
+        (turns(("user", "x"), ("user", "y")), "assistant's answer"),
         ('{"input": "x", "output": " "}', "not empty"),
-        (
-            '{"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]}',
-            "assistant's answer",
-        ),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, said):
@@ -121,11 +100,6 @@ def test_a_tokenizer_without_a_template_is_refused(tokenizer_dir, tmp_path):
         ChatTokenizer(tmp_path)
     with pytest.raises(DataError, match="has no tokenizer_config.json"):
         ChatTokenizer(tmp_path / "elsewhere")
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"input": "a\u2028b", "output": "c"}\n')
-    assert read_rows(tmp_path / "rows.jsonl")[0]["messages"][0]["content"] == "a\u2028b"
 
 
 @pytest.mark.parametrize(

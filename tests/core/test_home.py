@@ -28,15 +28,20 @@ print(json.dumps([matplotlib.get_cachedir(), matplotlib.get_configdir(), hugging
 def root(tmp_path, monkeypatch):
     """A workshop in a folder of its own, and an environment that names no place."""
     named = {"HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", *home.places()}
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in named and not name.startswith("JUPYTER")
-    }
+    named |= {name for name in os.environ if name.startswith("JUPYTER")}
+    kept = {name: value for name, value in os.environ.items() if name not in named}
     root = tmp_path / "clone"
     root.mkdir()
     monkeypatch.setattr(os, "environ", kept | {"WORKSHOP_ROOT": str(root)})
     return root
+
+
+def python(*words: str, **variables: str) -> str:
+    """What Python prints in the environment of the test."""
+    command, environment = [sys.executable, *words], os.environ | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def shut(tmp_path: Path, *names: str) -> Path:
@@ -67,10 +72,8 @@ def test_a_home_that_is_none(root, monkeypatch, named):
         os.environ["HOME"] = named
     home.use_writable_places()
     assert Path.home() == root / ".home"
-    assert all(
-        place.is_relative_to(root / ".home") and home.can_be_written(place)
-        for place in home.places().values()
-    )
+    for place in home.places().values():
+        assert place.is_relative_to(root / ".home") and home.can_be_written(place)
     check = preflight.home()
     assert check.status == "WARN"
     assert ".home takes its place for HOME" in check.found
@@ -86,35 +89,20 @@ def test_only_what_cannot_be_written_to_is_moved(root, tmp_path):
 
 
 def test_what_a_person_has_set_stays(root, tmp_path):
-    os.environ |= {
-        "HOME": "/nonexistent",
-        "HF_HOME": str(tmp_path / "hub"),
-        "XDG_CACHE_HOME": f"{os.devnull}/cache",
-    }
+    os.environ |= {"HOME": "/nonexistent", "HF_HOME": str(tmp_path / "hub")}
+    os.environ["XDG_CACHE_HOME"] = f"{os.devnull}/cache"
     home.use_writable_places()
     assert os.environ["HF_HOME"] == str(tmp_path / "hub")
     assert os.environ["XDG_CACHE_HOME"] == f"{os.devnull}/cache"
     check = preflight.home()
-    assert (check.status, check.found) == (
-        "FAIL",
-        f"cannot be written to: XDG_CACHE_HOME ({os.devnull}/cache)",
-    )
+    assert check.status == "FAIL"
+    assert check.found == f"cannot be written to: XDG_CACHE_HOME ({os.devnull}/cache)"
 
 
 def test_the_libraries_take_the_places(root, tmp_path):
-    environment = os.environ | {
-        "HOME": str(shut(tmp_path, ".cache", ".config", ".local", ".jupyter", ".ipython"))
-    }
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PLACES_OF_LIBRARIES],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert all(place.startswith(str(root / ".home")) for place in json.loads(done.stdout)), (
-        done.stdout
-    )
+    names = ".cache", ".config", ".local", ".jupyter", ".ipython"
+    printed = python("-W", "error", "-c", PLACES_OF_LIBRARIES, HOME=str(shut(tmp_path, *names)))
+    assert all(place.startswith(str(root / ".home")) for place in json.loads(printed)), printed
 
 
 def test_neither_the_home_nor_the_workshop_can_be_written_to(root):
@@ -124,24 +112,13 @@ def test_neither_the_home_nor_the_workshop_can_be_written_to(root):
         "import os, workshop_utils.core.home as home; home.use_writable_places(); assert "
         "os.path.isdir(os.environ['HOME']); print(os.environ['HOME'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
-    )
-    assert not os.path.exists(done.stdout.strip())
+    assert not os.path.exists(python("-c", code).strip())
 
 
 def test_a_program_of_others_gets_the_places(root):
-    os.environ["HOME"] = "/nonexistent"
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils.core.home",
-        sys.executable,
-        "-c",
-        "import os; print(os.environ['HOME'])",
-    ]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=True)
-    assert done.stdout == f"{root / '.home'}\n"
+    words = sys.executable, "-c", "import os; print(os.environ['HOME'])"
+    home = python("-m", "workshop_utils.core.home", *words, HOME="/nonexistent")
+    assert home == f"{root / '.home'}\n"
 
 
 def test_the_command_starts_for_a_user_that_the_system_does_not_know(root, monkeypatch, capsys):
@@ -152,31 +129,20 @@ def test_the_command_starts_for_a_user_that_the_system_does_not_know(root, monke
 
 
 @pytest.mark.parametrize(
-    "error",
-    [
-        PermissionError(13, "Permission denied", "/locked/models"),
-        OSError(30, "Read-only file system", "/locked/models"),
-    ],
+    "number, words", [(13, "Permission denied"), (30, "Read-only file system")]
 )
-def test_a_folder_that_belongs_to_somebody_else(root, monkeypatch, capsys, error):
+def test_a_folder_that_belongs_to_somebody_else(root, monkeypatch, capsys, number, words):
     def refuse():
-        raise error
+        raise OSError(number, words, "/locked/models")
 
     monkeypatch.setattr(preflight, "preflight", refuse)
     assert main(["preflight"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"error: /locked/models: {error.strerror}. ")
+    assert said.startswith(f"error: /locked/models: {words}. ")
     assert said.count("\n") == 1
 
 
 @pytest.mark.slow
 def test_nemo_is_imported_without_a_home(root):
-    os.environ |= {"HOME": "/nonexistent"}
-    code = (
-        "from workshop_utils.runtime import nemo_cpu; nemo_cpu.apply(); from nemo.collections "
-        "import llm"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    apply = "from workshop_utils.runtime import nemo_cpu; nemo_cpu.apply()"
+    python("-c", f"{apply}; from nemo.collections import llm", HOME="/nonexistent")

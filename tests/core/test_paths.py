@@ -53,11 +53,6 @@ def test_the_group_of_a_shared_folder_is_inherited(tmp_path, umask):
 
 
 def test_the_data_set_too(tmp_path, umask):
-    command = [
-        sys.executable,
-        str(paths.data_dir() / "make_tickets.py"),
-        "--out",
-        str(tmp_path / "tickets"),
-    ]
+    command = [sys.executable, paths.data_dir() / "make_tickets.py", "--out", tmp_path / "tickets"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert {mode(file) for file in (tmp_path / "tickets").iterdir()} == {0o666 & ~umask}

@@ -15,9 +15,8 @@ def test_a_line_for_every_tenth(capsys):
         for _ in range(1000):
             bar.update(1)
     text = capsys.readouterr().err
-    assert [line.split()[1] for line in text.splitlines()] == [
-        f"{percent}%" for percent in range(0, 101, 10)
-    ]
+    told = [line.split()[1] for line in text.splitlines()]
+    assert told == [f"{percent}%" for percent in range(0, 101, 10)]
     assert text.splitlines()[-1].startswith("copying: 100% 1000/1000 [") and text.endswith("\n")
     assert "\r" not in text and "\x1b" not in text
 
@@ -31,11 +30,8 @@ def test_what_has_no_end_yet_is_named_once(capsys):
         bar.n = 1
         bar.set_postfix_str("loss 1.250")
     lines = capsys.readouterr().err.splitlines()
-    assert (
-        lines[0] == "loading: ..."
-        and lines[-1].startswith("training: 50% 1/2 [")
-        and "loss 1.250" in lines[-1]
-    )
+    assert lines[0] == "loading: ..."
+    assert lines[-1].startswith("training: 50% 1/2 [") and "loss 1.250" in lines[-1]
     assert len(lines) == len(set(lines)) <= 5
 
 

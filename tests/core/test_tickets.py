@@ -73,24 +73,14 @@ def test_no_sentence_is_shared():
     phrases = json.loads((paths.data_dir() / "ticket_phrases.json").read_text())
     seen = Counter()
     for split in SPLITS:
-        seen.update(
-            {
-                text.lower()
-                for group in phrases[split].values()
-                for texts in group.values()
-                for text in texts
-            }
-        )
+        groups = [texts for group in phrases[split].values() for texts in group.values()]
+        seen.update({text.lower() for texts in groups for text in texts})
     assert [text for text, count in seen.items() if count > 1] == []
 
 
 def test_a_label_is_not_written_into_the_ticket(rows):
-    assert not [
-        row
-        for split in SPLITS
-        for row in rows[split]
-        if re.search(r"\b(team|priority):", ticket(row).lower())
-    ]
+    tickets = [ticket(row) for split in SPLITS for row in rows[split]]
+    assert not [text for text in tickets if re.search(r"\b(team|priority):", text.lower())]
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_does_not(tmp_path):

@@ -3,21 +3,13 @@
 import json
 
 import pytest
-from export_samples import Shape, config_of, tensors_of, write_adapter
+from export_samples import config_of, tensors_of, write_adapter
 from test_evaluate import LABELS, TEST, TRAIN
 from test_generate import one_thread  # noqa: F401  used by every test
-from tiny_model import SHAPE, make_tiny_model
+from test_nemo_generate import TINY
+from tiny_model import make_tiny_model
 
 from workshop_utils.cli import main
-
-TINY = Shape(
-    hidden=SHAPE["hidden_size"],
-    heads=SHAPE["num_attention_heads"],
-    groups=SHAPE["num_key_value_heads"],
-    channels=SHAPE["head_dim"],
-    ffn=SHAPE["intermediate_size"],
-    layers=SHAPE["num_hidden_layers"],
-)
 
 
 @pytest.fixture(scope="module")
@@ -37,26 +29,13 @@ def root(tmp_path, monkeypatch):
 
 
 def test_generate_shows_base_and_adapter(folder, capsys):
-    command = [
-        "generate",
-        "hello",
-        "bye",
-        "--model",
-        str(folder / "model"),
-        "--adapter",
-        str(folder / "tiny.nemo"),
-        "--max-new-tokens",
-        "5",
-    ]
-    assert main(command) == 0
+    models = f"--model {folder / 'model'} --adapter {folder / 'tiny.nemo'}"
+    assert main(f"generate hello bye {models} --max-new-tokens 5".split()) == 0
     blocks = [block.splitlines() for block in capsys.readouterr().out.split("prompt:  ")[1:]]
     assert [block[0] for block in blocks] == ["hello", "bye"]
     assert all("base:" in "".join(block) and "adapter:" in "".join(block) for block in blocks)
-    assert any(
-        block[1].removeprefix("base:") != block[2].removeprefix("adapter:")
-        for block in blocks
-        if len(block) > 2
-    )
+    pairs = [block[1:3] for block in blocks if len(block) > 2]
+    assert any(a.removeprefix("base:") != b.removeprefix("adapter:") for a, b in pairs)
 
 
 def test_generate_reads_prompts_from_files(folder, tmp_path, capsys):
@@ -69,35 +48,19 @@ def test_generate_reads_prompts_from_files(folder, tmp_path, capsys):
 
 
 def test_evaluate_prints_keeps_and_draws(folder, root, capsys):
-    command = [
-        "evaluate",
-        "--model",
-        str(folder / "model"),
-        "--adapter",
-        str(folder / "tiny.nemo"),
-        "--data",
-        str(folder / "test.jsonl"),
-        "--limit",
-        "2",
-    ]
+    models = f"--model {folder / 'model'} --adapter {folder / 'tiny.nemo'}"
+    command = f"evaluate {models} --data {folder / 'test.jsonl'} --limit 2".split()
     assert main(command) == 0
     out = root / "runs" / "evaluation" / "tiny-first-2"
     first = capsys.readouterr().out
-    assert (
-        "base + 5 examples" in first
-        and "Exact match on 2 test rows" in first
-        and (out / "scores.png").exists()
-    )
+    assert "base + 5 examples" in first and "Exact match on 2 test rows" in first
+    assert (out / "scores.png").exists()
     assert main([*command, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
-    assert (
-        list(again) == ["base", "base-few-shot", "majority-class", "adapter"]
-        and again["adapter"]["rows"] == 2
-    )
-    assert [
-        json.loads(line)["label"]
-        for line in (out / "adapter" / "predictions.jsonl").read_text().splitlines()
-    ] == LABELS[:2]
+    assert list(again) == ["base", "base-few-shot", "majority-class", "adapter"]
+    assert again["adapter"]["rows"] == 2
+    lines = (out / "adapter" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == LABELS[:2]
 
 
 @pytest.mark.parametrize(

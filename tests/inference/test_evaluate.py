@@ -14,10 +14,14 @@ TEAMS, PRIORITIES = ("billing", "login", "network"), ("low", "high")
 
 def row(i):
     label = {"team": TEAMS[i % 3], "priority": PRIORITIES[i % 2], "reply": f"We have T-{i}."}
+    return turns(f"Ticket T-{i}.", json.dumps(label))
+
+
+def turns(asked, answer):
     return {
         "messages": [
-            {"role": "user", "content": f"Ticket T-{i}."},
-            {"role": "assistant", "content": json.dumps(label)},
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": answer},
         ]
     }
 
@@ -31,15 +35,12 @@ def changed(label, **values):
 
 
 def test_perfect_and_empty_answers():
-    best, worst = (
-        evaluate.score([f" {label}\n" for label in LABELS], LABELS),
-        evaluate.score([""] * len(LABELS), LABELS),
-    )
-    assert (best.exact_match, best.valid_json, set(best.fields.values())) == (1, 1, {1.0})
-    assert (worst.exact_match, worst.valid_json, set(worst.fields.values())) == (0, 0, {0.0})
-    assert set(best.confusion) == {"team", "priority"}, (
-        "a reply that differs in every row is no class"
-    )
+    for answers, rate in (([f" {label}\n" for label in LABELS], 1), ([""] * len(LABELS), 0)):
+        scores = evaluate.score(answers, LABELS)
+        rates = {scores.exact_match, scores.valid_json, *scores.fields.values()}
+        assert rates == {rate}
+        # A reply that differs in every row is no class.
+        assert set(scores.confusion) == {"team", "priority"}
 
 
 def test_each_kind_of_mistake_counts_where_it_belongs():
@@ -56,9 +57,8 @@ def test_each_kind_of_mistake_counts_where_it_belongs():
     assert scores.exact_match == pytest.approx(1 / 7)
     assert scores.valid_json == pytest.approx(5 / 7)
     right_team = sum(json.loads(label)["team"] == "login" for label in LABELS[1:2]) + 3
-    assert scores.fields == pytest.approx(
-        {"team": right_team / 7, "priority": 3 / 7, "reply": 4 / 7}
-    )
+    rates = {"team": right_team / 7, "priority": 3 / 7, "reply": 4 / 7}
+    assert scores.fields == pytest.approx(rates)
     team = json.loads(LABELS[2])["team"]
     assert scores.confusion["team"][team][evaluate.OTHER] == 1
     assert sum(line[evaluate.NO_ANSWER] for line in scores.confusion["team"].values()) == 2
@@ -67,19 +67,13 @@ def test_each_kind_of_mistake_counts_where_it_belongs():
 
 
 def test_true_is_not_one():
-    assert evaluate.score(['{"a": true}', '{"a": 1}'], ['{"a": 1}', '{"a": 1}']).fields == {
-        "a": 0.5
-    }
+    scores = evaluate.score(['{"a": true}', '{"a": 1}'], ['{"a": 1}'] * 2)
+    assert scores.fields == {"a": 0.5}
 
 
 def test_plain_text_has_only_exact_match():
     scores = evaluate.score(["yes", "no"], ["yes", "yes"])
-    assert (scores.exact_match, scores.valid_json, scores.fields, scores.confusion) == (
-        0.5,
-        None,
-        {},
-        {},
-    )
+    assert scores == evaluate.Scores(2, 0.5, None, {}, {})
     assert "50.0%" in evaluate.table({"base": scores})
 
 
@@ -93,30 +87,21 @@ def test_majority_class_is_the_commonest_value_of_each_field():
     answers = evaluate.majority_class(train, TEST)
     assert len(answers) == len(TEST) and len(set(answers)) == 1
     answer = json.loads(answers[0])
-    assert (answer["team"], answer["priority"]) == ("billing", "low") and list(answer) == [
-        "team",
-        "priority",
-        "reply",
-    ]
-    text = [
-        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]}
-        for word in ("b", "a", "b")
-    ]
+    assert (answer["team"], answer["priority"]) == ("billing", "low")
+    assert list(answer) == ["team", "priority", "reply"]
+    text = [turns("?", word) for word in ("b", "a", "b")]
     assert evaluate.majority_class(text, TEST[:2]) == ["b", "b"]
 
 
 def test_few_shot_prefix_states_the_schema_and_covers_the_labels():
-    turns = evaluate.few_shot_prefix(TRAIN)
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 5
-    assert (
-        '"team" (one of billing, login, network)' in turns[0]["content"]
-        and '"reply" (text)' in turns[0]["content"]
-    )
-    labels = [json.loads(turn["content"]) for turn in turns[1::2]]
-    assert {label["team"] for label in labels} == set(TEAMS) and {
-        label["priority"] for label in labels
-    } == set(PRIORITIES)
-    assert turns == evaluate.few_shot_prefix(TRAIN) != evaluate.few_shot_prefix(TRAIN, seed=1)
+    prefix = evaluate.few_shot_prefix(TRAIN)
+    assert [turn["role"] for turn in prefix] == ["user", "assistant"] * 5
+    for field in ('"team" (one of billing, login, network)', '"reply" (text)'):
+        assert field in prefix[0]["content"]
+    labels = [json.loads(turn["content"]) for turn in prefix[1::2]]
+    assert {label["team"] for label in labels} == set(TEAMS)
+    assert {label["priority"] for label in labels} == set(PRIORITIES)
+    assert prefix == evaluate.few_shot_prefix(TRAIN) != evaluate.few_shot_prefix(TRAIN, seed=1)
     assert TRAIN[0] == row(0), "the rows given stay as they are"
 
 
@@ -135,27 +120,20 @@ def setting(tmp_path_factory):
 
 def run(setting, out, **options):
     options = {"max_new_tokens": 4, "progress": False, "adapter": setting / "adapter"} | options
-    return evaluate.evaluate(
-        setting / "model",
-        options.pop("adapter"),
-        setting / "test.jsonl",
-        setting / "train.jsonl",
-        out,
-        **options,
-    )
+    data = {"test_file": setting / "test.jsonl", "train_file": setting / "train.jsonl"}
+    return evaluate.evaluate(setting / "model", out_dir=out, **data | options)
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """The number of prefix turns of each call that reaches the model."""
     calls, real = [], generate.generate
-    monkeypatch.setattr(
-        generate,
-        "generate",
-        lambda *args, **options: (
-            calls.append(len(options["prefix"] or [])) or real(*args, **options)
-        ),
-    )
+
+    def noted(*args, **options):
+        calls.append(len(options["prefix"] or []))
+        return real(*args, **options)
+
+    monkeypatch.setattr(generate, "generate", noted)
     return calls
 
 
@@ -163,9 +141,8 @@ def test_evaluation_is_kept_and_used_again(setting, tmp_path, asked):
     first = run(setting, tmp_path)
     assert list(first.scores) == list(evaluate.VARIANTS) and asked == [0, 10, 0]
     predictions = first.predictions("adapter")
-    assert [entry["label"] for entry in predictions] == LABELS and predictions[0][
-        "input"
-    ] == "Ticket T-100."
+    assert [entry["label"] for entry in predictions] == LABELS
+    assert predictions[0]["input"] == "Ticket T-100."
     assert predictions != first.predictions("base")
     content = (tmp_path / "scores.json").read_text()
     assert run(setting, tmp_path) == first and len(asked) == 3
@@ -207,8 +184,7 @@ def test_without_an_adapter_and_with_a_limit(setting, tmp_path):
 
 def test_what_is_missing_is_named(setting, tmp_path):
     with pytest.raises(DataError, match=r"gone\.jsonl"):
-        evaluate.evaluate(
-            setting / "model", None, tmp_path / "gone.jsonl", setting / "train.jsonl", tmp_path
-        )
+        run(setting, tmp_path, adapter=None, test_file=tmp_path / "gone.jsonl")
+    test = setting / "test.jsonl"
     with pytest.raises(NotACheckpoint, match="config.json"):
-        evaluate.evaluate(tmp_path, None, setting / "test.jsonl", setting / "train.jsonl", tmp_path)
+        evaluate.evaluate(tmp_path, None, test, test, tmp_path)

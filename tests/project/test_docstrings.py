@@ -16,15 +16,11 @@ def test_public_names_have_docstrings(folder):
     bare = []
     for file in files:
         tree = ast.parse(file.read_text("utf-8"))
-        named = [
-            node
-            for node in tree.body
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
-        ]
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        public = [node for node in classes if not node.name.startswith("_")]
         bare += [
-            f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"
-            for node in named
+            f"{file.relative_to(ROOT)} {getattr(node, 'name', '')}"
+            for node in (tree, *public)
             if not ast.get_docstring(node)
         ]
-        bare += [f"{file.relative_to(ROOT)}" for _ in range(not ast.get_docstring(tree))]
     assert not bare

@@ -12,16 +12,8 @@ from places import ROOT
 
 # What a clone makes, of which an unpacked sdist knows nothing.
 MADE = shutil.ignore_patterns(
-    ".git",
-    ".venv",
-    ".*_cache",
-    ".hypothesis",
-    ".ipynb_checkpoints",
-    "__pycache__",
-    "*.egg-info",
-    "build",
-    "dist",
-    "workshop.yaml",
+    *(".git", ".venv", ".*_cache", ".hypothesis", ".ipynb_checkpoints", "__pycache__"),
+    *("*.egg-info", "build", "dist", "workshop.yaml"),
 )
 
 
@@ -39,13 +31,8 @@ def build(kind: str, source: Path, out: Path) -> Path:
         "import sys; from setuptools import build_meta; "
         f"print(build_meta.build_{kind}(sys.argv[1]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(out)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, how = [sys.executable, "-c", code, str(out)], {"cwd": source, "check": False}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr[-3000:]
     return out / done.stdout.splitlines()[-1]
 
@@ -55,20 +42,14 @@ def sdist(tmp_path_factory):
     """The unpacked sdist of this repository."""
     folder = tmp_path_factory.mktemp("sdist")
     clone = folder / "clone"
-    made_by_commands = {ROOT / "models", ROOT / "data"}
-    shutil.copytree(
-        ROOT,
-        clone,
-        ignore=lambda place, names: (
-            MADE(place, names)
-            | {
-                name
-                for name in names
-                if (Path(place) in made_by_commands and Path(place, name).is_dir())
-                or Path(place, name) == ROOT / "runs"
-            }
-        ),
-    )
+
+    def not_of_the_repository(place: str, names: list[str]) -> set[str]:
+        left = set(MADE(place, names))
+        if Path(place) in (ROOT / "models", ROOT / "data"):
+            left |= {name for name in names if Path(place, name).is_dir()}
+        return left | ({"runs"} if Path(place) == ROOT else set())
+
+    shutil.copytree(ROOT, clone, ignore=not_of_the_repository)
     shutil.unpack_archive(build("sdist", clone, folder), folder)
     return next(folder.glob("nemo_lora_workshop-*/"))
 
@@ -84,38 +65,22 @@ def site(sdist, tmp_path_factory):
 @pytest.fixture
 def run(site, tmp_path):
     """Run Python with the installed package in an empty folder."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("WORKSHOP_")
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WORKSHOP_")}
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
-        where = environment | {"PYTHONPATH": str(site)} | variables
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=where,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        where = {"env": kept | {"PYTHONPATH": str(site)} | variables, "cwd": tmp_path}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **where)
 
     return run
 
 
 def test_the_sdist_is_the_repository(sdist):
     for folder in ("tests", "scripts", "docs", "notebooks", "benchmarks", "workshop_utils"):
-        assert {name for name in files(ROOT / folder) if not name.startswith(".")} <= files(
-            sdist / folder
-        )
-    for name in (
-        "requirements.txt",
-        "environment.yml",
-        "postBuild",
-        "Makefile",
-        "conftest.py",
-        "models/manifest.yaml",
-        "data/make_tickets.py",
-    ):
+        ours = {name for name in files(ROOT / folder) if not name.startswith(".")}
+        assert ours <= files(sdist / folder)
+    names = "requirements.txt environment.yml postBuild Makefile conftest.py models/manifest.yaml"
+    for name in (*names.split(), "data/make_tickets.py"):
         assert (sdist / name).is_file(), name
 
 
@@ -124,18 +89,17 @@ def test_no_file_of_the_package_is_left_out_of_the_wheel(site):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("words", "said"),
     [
-        (("models",), "smollm2-135m-instruct"),
         (
-            ("models", "fetch", "smollm2-135m-instruct", "--dry-run"),
-            "into models/huggingface/smollm2-135m-instruct",
+            "models fetch smollm2-135m-instruct --dry-run",
+            "models/huggingface/smollm2-135m-instruct",
         ),
-        (("recipe", "--preset", "cpu", "--dry-run", "all"), "smollm2-135m-instruct"),
+        ("recipe --preset cpu --dry-run all", "smollm2-135m-instruct"),
     ],
 )
-def test_the_catalogue_is_found(run, arguments, said):
-    done = run("-m", "workshop_utils", *arguments)
+def test_the_catalogue_is_found(run, words, said):
+    done = run("-m", "workshop_utils", *words.split())
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
 
@@ -149,9 +113,8 @@ def test_what_needs_a_clone_names_the_variable(run, tmp_path):
     done = run("-m", "workshop_utils", "run", "--list")
     assert done.returncode == 1
     assert "WORKSHOP_ROOT" in done.stderr
-    assert run("-m", "workshop_utils", "run", "--list", WORKSHOP_ROOT=str(ROOT)).stdout.startswith(
-        "00_start_here"
-    )
+    listed = run("-m", "workshop_utils", "run", "--list", WORKSHOP_ROOT=str(ROOT)).stdout
+    assert listed.startswith("00_start_here")
 
 
 def test_the_current_folder_is_written_to(run, site, tmp_path):
@@ -164,24 +127,10 @@ def test_the_current_folder_is_written_to(run, site, tmp_path):
 
 def test_the_commit_of_somebody_elses_repository_is_not_recorded(run, site):
     subprocess.run(["git", "init", "-q", str(site)], check=True)
-    subprocess.run(
-        [
-            "git",
-            "-c",
-            "user.name=a",
-            "-c",
-            "user.email=a@b",
-            "commit",
-            "-qm",
-            "theirs",
-            "--allow-empty",
-        ],
-        cwd=site,
-        check=True,
-    )
-    done = run(
-        "-c", "from workshop_utils.training.runs import run_record; print(run_record._commit())"
-    )
+    commit = "git -c user.name=a -c user.email=a@b commit -qm theirs --allow-empty"
+    subprocess.run(commit.split(), cwd=site, check=True)
+    code = "from workshop_utils.training.runs import run_record; print(run_record._commit())"
+    done = run("-c", code)
     assert done.stdout.strip() == "None", done.stderr
     shutil.rmtree(site / ".git")
 
@@ -202,7 +151,6 @@ def test_missing_packages_are_named(run, site):
     import."""
     done = run("-S", "-m", "workshop_utils", "models")
     assert done.returncode == 1
-    assert done.stderr.startswith(
-        "error: No module named 'yaml'. `workshop preflight` says: missing: "
-    )
+    said = "error: No module named 'yaml'. `workshop preflight` says: missing: "
+    assert done.stderr.startswith(said)
     assert "-m pip install -r" in done.stderr and "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 from places import ROOT
 
 PACKAGE = ROOT / "workshop_utils"
-ROOMS = (
+ROOMS = [
     "core",
     "runtime",
     "checkpoints",
@@ -19,7 +19,7 @@ ROOMS = (
     "training",
     "series",
     "cli",
-)
+]
 """From the ground up. A file may import from its own room and from those before it."""
 OWN = ("checkpoints/formats", "checkpoints/verify", "checkpoints/sources", "core", "runtime")
 """What stands on ``core`` alone, if on anything: a reader of checkpoints starts no process and
@@ -36,28 +36,27 @@ def files() -> dict[str, Path]:
     return {module(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 
 
+@cache
 def imported(file: Path) -> set[tuple[int, str]]:
     """(line, module) of every import of this package in ``file``, also inside functions and under
     TYPE_CHECKING."""
-    found = set()
+    modules = set()
     package = module(file) if file.name == "__init__.py" else module(file).rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {(node.lineno, alias.name) for alias in node.names if alias.name in files()}
+            modules |= {(node.lineno, alias.name) for alias in node.names if alias.name in files()}
         elif isinstance(node, ast.ImportFrom):
             above = package.rsplit(".", node.level - 1)[0] if node.level else ""
             base = ".".join(part for part in (above, node.module) if part)
             for alias in node.names:
-                name = next(
-                    (name for name in (f"{base}.{alias.name}", base) if name in files()), None
-                )
-                if name:
-                    found.add((node.lineno, name))
+                whole = f"{base}.{alias.name}"
+                name = whole if whole in files() else base
+                if name in files():
+                    modules.add((node.lineno, name))
                 else:
-                    assert not base.startswith("workshop_utils"), (
-                        f"{file}:{node.lineno} imports {base}.{alias.name}, which is not there"
-                    )
-    return found
+                    gone = f"{file}:{node.lineno} imports {whole}, which is not there"
+                    assert not base.startswith("workshop_utils"), gone
+    return modules
 
 
 def room(name: str) -> str | None:
@@ -74,11 +73,8 @@ def test_every_import_goes_down():
     up = []
     for name, file in files().items():
         for line, other in imported(file):
-            if (
-                (here := room(name))
-                and (there := room(other))
-                and ROOMS.index(there) > ROOMS.index(here)
-            ):
+            here, there = room(name), room(other)
+            if here and there and ROOMS.index(there) > ROOMS.index(here):
                 up.append(f"{file.relative_to(ROOT)}:{line} -> {other}")
     assert not up, "\n".join(up)
 
@@ -92,29 +88,17 @@ def test_the_readers_stand_on_core_alone():
 
 
 def test_there_is_no_circle_of_files():
-    graph = {
-        name: {other for _, other in imported(file)} - {name} for name, file in files().items()
-    }
-    # Importing a module runs the package that it lies in first.
-    for name, others in graph.items():
-        others |= {
-            parent
-            for other in tuple(others)
-            if (parent := other.rpartition(".")[0]) in files() and not name.startswith(parent + ".")
-        } - {name}
+    graph = {}
+    for name, file in files().items():
+        others = {other for _, other in imported(file)}
+        # Importing a module runs the package that it lies in first.
+        parents = {other.rpartition(".")[0] for other in others} & files().keys()
+        outside = {parent for parent in parents if not name.startswith(f"{parent}.")}
+        graph[name] = (others | outside) - {name}
     graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_the_tests_mirror_the_rooms():
-    assert {
-        path.name
-        for path in (ROOT / "tests").iterdir()
-        if path.is_dir() and path.name != "__pycache__"
-    } == {
-        *ROOMS,
-        "samples",
-        "project",
-        "browser",
-        "fuzz",
-        "data",
-    }
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
+    others = {"samples", "project", "browser", "fuzz", "data"}
+    assert folders - {"__pycache__"} == {*ROOMS, *others}

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -15,6 +14,7 @@ from places import ROOT
 
 from workshop_utils.series.execute_notebook import execute, save
 
+SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
 MASKED = [
     ("took 12.3 s, 17 tokens/s", "took 9.01 s, 250 tokens/s"),
     ("/home/ada/clone/models/nemo2/one", "/srv/x/models/nemo2/one"),
@@ -35,77 +35,43 @@ KEPT = [
 
 
 def sanitized(text: str) -> str:
-    for pattern, replacement in get_sanitize_patterns(
-        (ROOT / "tests" / "nbval_sanitize.cfg").read_text()
-    ):
+    for pattern, replacement in get_sanitize_patterns(SANITIZE.read_text()):
         text = re.sub(pattern, replacement, text)
     return text
 
 
-@pytest.mark.parametrize(("one", "other"), MASKED)
-def test_what_differs_from_run_to_run_is_masked(one, other):
-    assert sanitized(one) == sanitized(other)
+@pytest.mark.parametrize(
+    ("first", "second", "same"), [(*pair, pair in MASKED) for pair in MASKED + KEPT]
+)
+def test_only_what_differs_from_run_to_run_is_masked(first, second, same):
+    assert (sanitized(first) == sanitized(second)) == same
 
 
-@pytest.mark.parametrize(("one", "other"), KEPT)
-def test_what_a_learner_reads_is_not_masked(one, other):
-    assert sanitized(one) != sanitized(other)
-
-
-def compare(notebook: Path) -> subprocess.CompletedProcess:
-    """``pytest --nbval`` as ``make test`` calls it."""
-    shutil.copy(ROOT / "conftest.py", notebook.parent)
-    options = [
-        "--nbval",
-        "--nbval-current-env",
-        "--nbval-sanitize-with",
-        str(ROOT / "tests" / "nbval_sanitize.cfg"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(notebook.parent),
-        *options,
-        str(notebook),
-    ]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=notebook.parent)
-
-
-def test_what_the_runner_stores_compares_equal(tmp_path):
-    file = tmp_path / "00_sample.ipynb"
+def test_what_the_runner_stores_compares_equal_and_another_output_is_found(tmp_path):
+    """By ``pytest --nbval`` as ``make test`` calls it."""
+    stored, changed = tmp_path / "00_stored.ipynb", tmp_path / "01_changed.ipynb"
     cells = [
         "from pathlib import Path\ndone = Path('done').exists()\nPath('done').touch()",
         # A progress bar is shown only when there is something to do: as in a download.
-        (
-            "from tqdm.auto import tqdm\nfor _ in tqdm([] if done else [1, 2], disable=done): "
-            "pass\nprint('there')"
-        ),
+        "from tqdm.auto import tqdm\nfor _ in tqdm([] if done else [1, 2], disable=done): pass\n"
+        "print('there')",
         "import time, sys; print('warning', file=sys.stderr); print(f'took {time.time():.2f} s')",
         "import ipywidgets; ipywidgets.IntSlider()",
         "6 * 7",
     ]
-    nbformat.write(new_notebook(cells=[new_code_cell(cell) for cell in cells]), file)
-    done = execute(file)
+    nbformat.write(new_notebook(cells=[new_code_cell(cell) for cell in cells]), stored)
+    done = execute(stored)
     assert done.result == "passed", done.error
-    save(done.notebook, file)
-    result = compare(file)
-    assert result.returncode == 0, result.stdout
-    assert "5 passed" in result.stdout
-
-
-def test_another_output_is_found(tmp_path):
-    file = tmp_path / "00_sample.ipynb"
+    save(done.notebook, stored)
     outputs = [new_output("stream", name="stdout", text="41 layers\n")]
-    nbformat.write(
-        new_notebook(
-            cells=[new_code_cell("print('42 layers')", outputs=outputs, execution_count=1)]
-        ),
-        file,
+    cell = new_code_cell("print('42 layers')", outputs=outputs, execution_count=1)
+    nbformat.write(new_notebook(cells=[cell]), changed)
+    shutil.copy(ROOT / "conftest.py", tmp_path)
+    options = ["--nbval", "--nbval-current-env", "--nbval-sanitize-with", str(SANITIZE)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", "."]
+    compared = subprocess.run(
+        [*command, *options, "."], check=False, capture_output=True, text=True, cwd=tmp_path
     )
-    result = compare(file)
-    assert result.returncode == 1
-    assert "Cell outputs differ" in result.stdout
+    assert compared.returncode == 1
+    assert "1 failed, 5 passed" in compared.stdout, compared.stdout
+    assert "Cell outputs differ" in compared.stdout and "01_changed" in compared.stdout

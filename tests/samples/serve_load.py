@@ -55,11 +55,8 @@ class Trouble(threading.Thread):
 
 def ask(client: openai.OpenAI, model: str, prompt: str, tokens: int) -> str:
     """One greedy answer."""
-    return (
-        client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=tokens)
-        .choices[0]
-        .text
-    )
+    how = {"temperature": 0, "max_tokens": tokens}
+    return client.completions.create(model=model, prompt=prompt, **how).choices[0].text
 
 
 def load(

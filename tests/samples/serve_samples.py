@@ -20,9 +20,8 @@ def write_base(directory: Path) -> Path:
 
     make_tiny_model(directory, max_position_embeddings=32768, initializer_range=0.2)
     state = load_file(directory / "model.safetensors")
-    state["model.embed_tokens.weight"][2] = (
-        0  # the stop token: its logit is 0, and others are above
-    )
+    # The stop token: its logit is 0, and others are above.
+    state["model.embed_tokens.weight"][2] = 0
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -41,15 +40,8 @@ def write_peft(directory: Path, seed: int, **config) -> Path:
             state[f"{stem}.lora_B.weight"] = torch.randn(size, 4, generator=random)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": sorted(sizes),
-        "bias": "none",
-        "base_model_name_or_path": "tiny",
-    }
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+    fields |= {"bias": "none", "base_model_name_or_path": "tiny", "target_modules": sorted(sizes)}
     (directory / "adapter_config.json").write_text(json.dumps(fields | config))
     return directory
 
@@ -58,13 +50,10 @@ def write_nemo(
     directory: Path, seed: int = 7, targets: tuple[str, ...] = export_samples.ALL
 ) -> Path:
     """A random adapter as NeMo writes it: fused, interleaved, alpha twice the rank."""
-    state = {
-        key: value * (1 + seed / 100)
-        for key, value in export_samples.tensors_of(SHAPE, targets).items()
-    }
-    export_samples.write_adapter(
-        directory / "lora.nemo", export_samples.config_of(SHAPE, targets), state
-    )
+    tensors = export_samples.tensors_of(SHAPE, targets)
+    state = {key: value * (1 + seed / 100) for key, value in tensors.items()}
+    config = export_samples.config_of(SHAPE, targets)
+    export_samples.write_adapter(directory / "lora.nemo", config, state)
     return directory
 
 
@@ -78,13 +67,8 @@ def running(service, api_key: str | None = None, **options):
 
     service.load()
     listener = _listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service, api_key, **options),
-            log_level="warning",
-            timeout_graceful_shutdown=2,
-        )
-    )
+    app, quiet = create_app(service, api_key, **options), {"log_level": "warning"}
+    server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, **quiet))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -24,22 +24,16 @@ def scores():
 
 def test_scores_are_bars_with_numbers_and_hatches(capsys):
     axes = plots.plot_scores(scores()).axes[0]
-    assert [text.get_text() for text in axes.get_xticklabels()] == [
-        "base",
-        "majority class",
-        "adapter",
-    ]
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    assert names == ["base", "majority class", "adapter"]
     bars = {container.get_label(): container for container in axes.containers}
     assert list(bars) == ["exact match", "valid JSON", "team", "reply"]
     assert [bar.get_height() for bar in bars["exact match"]] == pytest.approx([0, 50, 90])
-    assert len({bar[0].get_hatch() for bar in bars.values()}) == 4, (
-        "colour is never the only difference"
-    )
+    hatches = {bar[0].get_hatch() for bar in bars.values()}
+    assert len(hatches) == 4, "colour is never the only difference"
     assert "90" in [text.get_text() for text in axes.texts]
-    assert (
-        "0.0% for the base, 90.0% with the adapter (majority class 50.0%)"
-        in capsys.readouterr().out
-    )
+    said = "0.0% for the base, 90.0% with the adapter (majority class 50.0%)"
+    assert said in capsys.readouterr().out
 
 
 def test_scores_of_plain_text(capsys):
@@ -49,49 +43,31 @@ def test_scores_of_plain_text(capsys):
 
 
 def test_training_curves(capsys):
-    events = [
-        {"event": "start", "step": 0},
-        *(
-            {
-                "event": "step",
-                "step": i,
-                "loss": 4 / i,
-                "lr": 1e-4 * i,
-                "tokens_per_second": 100 * i,
-                "memory": i * 10**9,
-            }
-            for i in (1, 2, 3, 4)
-        ),
-        {"event": "validation", "step": 2, "loss": 1.5},
-        {"event": "validation", "step": 4, "loss": 1.25},
-    ]
+    events = [{"event": "start", "step": 0}]
+    for i in (1, 2, 3, 4):
+        more = {"tokens_per_second": 100 * i, "memory": i * 10**9}
+        events.append({"event": "step", "step": i, "loss": 4 / i, "lr": 1e-4 * i, **more})
+    events.append({"event": "validation", "step": 2, "loss": 1.5})
+    events.append({"event": "validation", "step": 4, "loss": 1.25})
     loss, rate, speed, memory = plots.plot_training(events).axes
     assert [list(line.get_ydata()) for line in loss.lines] == [[4, 2, 4 / 3, 1], [1.5, 1.25]]
     assert list(rate.lines[0].get_ydata()) == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
     assert list(speed.lines[0].get_ydata()) == [100, 200, 300, 400]
     assert list(memory.lines[0].get_ydata()) == [1, 2, 3, 4]
-    assert [
-        axis.get_ylabel()
-        for axis in plots.plot_training([{"event": "step", "step": 1, "loss": 1.0}]).axes
-    ] == ["loss"]
-    assert (
-        "4.000 at step 1, 1.000 at step 4; lowest validation loss 1.250 at step 4."
-        in capsys.readouterr().out
-    )
+    said = "4.000 at step 1, 1.000 at step 4; lowest validation loss 1.250 at step 4."
+    assert said in capsys.readouterr().out
+    (only,) = plots.plot_training([{"event": "step", "step": 1, "loss": 1.0}]).axes
+    assert only.get_ylabel() == "loss"
     with pytest.raises(ValueError, match="no training step"):
         plots.plot_training(events[:1])
 
 
 def test_the_curve_of_a_resumed_run_has_each_step_once(capsys):
-    again = [
-        {"event": "step", "step": step, "loss": loss}
-        for step, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.0), (4, 1.0))
-    ]
+    steps = ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.0), (4, 1.0))
+    again = [{"event": "step", "step": step, "loss": loss} for step, loss in steps]
     again.insert(3, {"event": "start", "step": 2})
-    checks = [
-        {"event": "validation", "step": step, "loss": loss} for step, loss in ((2, 3.5), (2, 2.5))
-    ]
-    (axes,) = plots.plot_training(again + checks).axes
+    again += [{"event": "validation", "step": 2, "loss": loss} for loss in (3.5, 2.5)]
+    (axes,) = plots.plot_training(again).axes
     assert [list(line.get_xdata()) for line in axes.lines] == [[1, 2, 3, 4], [2]]
     assert [list(line.get_ydata()) for line in axes.lines] == [[4, 3, 2, 1], [2.5]]
 
@@ -100,10 +76,8 @@ def test_confusion(capsys):
     result = scores()
     axes = plots.plot_confusion(result["majority-class"], "team").axes[0]
     assert [text.get_text() for text in axes.texts] == ["5", "0", "5", "0"]
-    assert (
-        "5 of 10 rows right; most frequent mistake: login answered as billing (5 rows)"
-        in capsys.readouterr().out
-    )
+    said = "5 of 10 rows right; most frequent mistake: login answered as billing (5 rows)"
+    assert said in capsys.readouterr().out
     axes = plots.plot_confusion(result["adapter"], "team").axes[0]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["billing", "login", "no answer"]
     with pytest.raises(ValueError, match="'reply' is no class"):
@@ -114,9 +88,8 @@ def test_shown_with_alternative_text_and_saved(tmp_path, monkeypatch):
     import IPython.display
 
     shown = []
-    monkeypatch.setattr(
-        IPython.display, "display", lambda *args, **options: shown.append((args[0], options))
-    )
+    display = lambda *args, **options: shown.append((args[0], options))  # noqa: E731
+    monkeypatch.setattr(IPython.display, "display", display)
     figure = plots.plot_scores(scores())
     plots.show(figure, "Three groups of bars")
     data, options = shown[0]

@@ -15,7 +15,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from workshop_utils.cli import main
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.series import report
-from workshop_utils.series.execute_notebook import WIDGET, execute, save
+from workshop_utils.series import run_notebooks as module
+from workshop_utils.series.execute_notebook import WIDGET, Execution, execute, save
 from workshop_utils.series.run_notebooks import find_notebooks, run_notebooks, summary
 
 
@@ -29,18 +30,14 @@ def root(tmp_path, monkeypatch):
 
 def notebook(root: Path, name: str, *cells: str) -> Path:
     file = root / "notebooks" / f"{name}.ipynb"
-    nbformat.write(
-        new_notebook(cells=[new_markdown_cell("# One"), *map(new_code_cell, cells)]), file
-    )
+    code = map(new_code_cell, cells)
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# One"), *code]), file)
     return file
 
 
 def stdout(file: Path) -> list[str]:
-    return [
-        "".join(output.get("text", ""))
-        for cell in nbformat.read(file, 4).cells
-        for output in cell.get("outputs", [])
-    ]
+    outputs = [out for cell in nbformat.read(file, 4).cells for out in cell.get("outputs", [])]
+    return ["".join(output.get("text", "")) for output in outputs]
 
 
 def read_report(root: Path) -> dict:
@@ -48,86 +45,51 @@ def read_report(root: Path) -> dict:
 
 
 def test_a_failing_notebook_is_named_and_stops_nothing(root, capsys):
-    notebook(root, "00_first", "print(1 + 1)")
-    broken = notebook(
-        root, "01_broken", "x = 1", "raise ValueError('no such file\\nand more')", "print('never')"
-    )
-    notebook(root, "02_last", "print('still run')")
+    (root / "notebooks" / "00_half.ipynb").write_text('{"cells": [')
+    fails = "raise ValueError('no such file\\nand more')"
+    broken = notebook(root, "01_broken", "x = 1", fails, "print('never')")
+    # One that announces its cause keeps the cause's last line.
+    cause = "raise OSError('`one` failed:\\n  File x, line 1\\nPermissionError: /.cache\\n')"
+    notebook(root, "02_announces", cause)
+    notebook(root, "03_last", "print('still run')")
     before = broken.read_bytes()
     assert main(["run"]) == 1
-    rows = read_report(root)["notebooks"]
-    assert [(row["name"], row["result"]) for row in rows] == [
-        ("00_first", "passed"),
-        ("01_broken", "failed"),
-        ("02_last", "passed"),
+    half, *rows = read_report(root)["notebooks"]
+    assert half.pop("error").startswith("notebooks/00_half.ipynb is not a notebook")
+    named = [(row["name"], row["result"], row.get("error")) for row in rows]
+    assert named == [
+        ("01_broken", "failed", "cell [2]: ValueError: no such file"),
+        ("02_announces", "failed", "cell [1]: OSError: `one` failed: PermissionError: /.cache"),
+        ("03_last", "passed", None),
     ]
-    assert rows[1]["error"] == "cell [2]: ValueError: no such file"
-    assert [set(row) for row in rows] == [
-        {"name", "seconds", "result"},
-        {"name", "seconds", "result", "error"},
-        {"name", "seconds", "result"},
-    ]
+    assert [set(row) for row in (half, rows[-1])] == [{"name", "seconds", "result"}] * 2
     assert "01_broken: cell [2]: ValueError: no such file" in capsys.readouterr().out
-    assert stdout(root / "runs" / "workshop" / "notebooks" / "02_last.ipynb") == ["still run\n"]
+    assert stdout(root / "runs" / "workshop" / "notebooks" / "03_last.ipynb") == ["still run\n"]
     assert broken.read_bytes() == before
 
 
-def test_an_error_that_announces_its_cause_keeps_the_causes_last_line(root):
-    file = notebook(
-        root,
-        "00_announces",
-        "raise OSError('`one` failed:\\n  File x, line 1\\nPermissionError: /.cache\\n')",
-    )
-    assert execute(file).error == "cell [1]: OSError: `one` failed: PermissionError: /.cache"
-
-
-def test_a_file_that_is_no_notebook_fails_alone(root):
-    (root / "notebooks" / "00_half.ipynb").write_text('{"cells": [')
-    notebook(root, "01_whole", "1")
-    first, second = run_notebooks()
-    assert (first.result, second.result) == ("failed", "passed")
-    assert first.error.startswith("notebooks/00_half.ipynb is not a notebook")
-
-
-def test_everything_passed(root, capsys):
+def test_the_kernel_is_this_interpreter_whatever_the_user_has_installed(root, monkeypatch, capsys):
+    other = root / "jupyter" / "kernels" / "python3"
+    other.mkdir(parents=True)
+    words = {"argv": ["/bin/false"], "display_name": "other", "language": "python"}
+    (other / "kernel.json").write_text(json.dumps(words))
+    monkeypatch.setenv("JUPYTER_PATH", str(root / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(root / "jupyter"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     notebook(
         root,
         "00_only",
         "from workshop_utils.series import report\nreport.record_metric('tuned_exact_match', 0.9)",
+        "import os, sys, shutil\n"
+        "print(sys.executable, os.getcwd(), os.environ['WANDB_MODE'], shutil.which('torchrun'))",
     )
     assert main(["run"]) == 0
-    assert read_report(root)["metrics"] == {
-        "base_exact_match": None,
-        "tuned_exact_match": 0.9,
-        "train_seconds": None,
-    }
+    torchrun = Path(sys.executable).parent / "torchrun"
+    said = stdout(root / "runs" / "workshop" / "notebooks" / "00_only.ipynb")[-1]
+    assert said == f"{sys.executable} {root / 'notebooks'} disabled {torchrun}\n"
+    metrics = {"base_exact_match": None, "tuned_exact_match": 0.9, "train_seconds": None}
+    assert read_report(root)["metrics"] == metrics
     assert "tuned_exact_match  90.0%" in capsys.readouterr().out
-
-
-def test_the_kernel_is_this_interpreter_whatever_the_user_has_installed(
-    root, tmp_path, monkeypatch
-):
-    other = tmp_path / "jupyter" / "kernels" / "python3"
-    other.mkdir(parents=True)
-    (other / "kernel.json").write_text(
-        json.dumps({"argv": ["/bin/false"], "display_name": "other", "language": "python"})
-    )
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    file = notebook(
-        root,
-        "00_where",
-        "import os, sys, shutil\nprint(sys.executable, os.getcwd(), os.environ['WANDB_MODE'], "
-        "shutil.which('torchrun'))",
-    )
-    done = execute(file)
-    assert done.result == "passed", done.error
-    expected = (
-        f"{sys.executable} {root / 'notebooks'} disabled "
-        f"{Path(sys.executable).parent / 'torchrun'}\n"
-    )
-    assert done.notebook["cells"][1]["outputs"][0]["text"] == expected
 
 
 def test_a_cell_that_takes_too_long_and_a_kernel_that_dies(root):
@@ -149,36 +111,33 @@ def test_cells_are_counted_and_an_expected_error_is_none(root):
 
 
 def test_outputs_are_saved_without_what_is_volatile(root):
-    good = notebook(
-        root,
-        "00_good",
-        "import sys; print('kept'); print('dropped', file=sys.stderr)",
-        "import ipywidgets; ipywidgets.IntSlider()",
-        "41 + 1",
-    )
+    printed = "import sys; print('kept'); print('dropped', file=sys.stderr)"
+    good = notebook(root, "00_good", printed, "import ipywidgets; ipywidgets.IntSlider()", "41 + 1")
     bad = notebook(root, "01_bad", "print('not stored')", "1 / 0")
     before = bad.read_bytes()
     run_notebooks(save_outputs=True)
     text = good.read_text()
+    saved = json.loads(text)
     assert stdout(good) == ["kept\n", ""]
-    assert json.loads(text)["cells"][3]["outputs"][0]["data"] == {"text/plain": ["42"]}
+    assert saved["cells"][3]["outputs"][0]["data"] == {"text/plain": ["42"]}
     assert WIDGET not in text
-    assert json.loads(text)["metadata"]["language_info"] == {"name": "python"}
-    assert set(json.loads(text)["metadata"]) <= {"kernelspec", "language_info"}
-    assert all(not cell["metadata"] for cell in json.loads(text)["cells"])
+    assert saved["metadata"]["language_info"] == {"name": "python"}
+    assert set(saved["metadata"]) <= {"kernelspec", "language_info"}
+    assert all(not cell["metadata"] for cell in saved["cells"])
     assert bad.read_bytes() == before
-    run_notebooks(save_outputs=True)
+    run_notebooks(["0"], save_outputs=True)
     assert good.read_text() == text, "a second run changes nothing"
 
 
-def test_only_some_and_the_rest_is_skipped(root):
+def test_only_some_and_the_rest_is_skipped(root, monkeypatch):
     for name in ("00_a", "03_b", "10_c"):
         notebook(root, name, "1")
+    passed = Execution(nbformat.read(root / "notebooks" / "00_a.ipynb", 4), 1.0, "passed")
+    monkeypatch.setattr(module, "execute", lambda *_: passed)
     report.record_metric("train_seconds", 12)
     assert [row.result for row in run_notebooks(["3"])] == ["skipped", "passed", "skipped"]
-    assert read_report(root)["metrics"]["train_seconds"] == 12, (
-        "what a run before has measured stays"
-    )
+    kept = read_report(root)["metrics"]["train_seconds"]
+    assert kept == 12, "what a run before has measured stays"
     run_notebooks()
     assert read_report(root)["metrics"]["train_seconds"] is None, "a whole run starts anew"
 
@@ -208,15 +167,11 @@ def test_no_notebooks_at_all(root):
 
 def test_ctrl_c_stops_the_cell_and_what_it_started(root):
     started = root / "started"
-    notebook(
-        root,
-        "00_a",
-        f"import subprocess\nsubprocess.run(['bash', '-c', 'echo $$ > {started}; exec sleep 300'])",
-    )
+    sleep = f"['bash', '-c', 'echo $$ > {started}; exec sleep 300']"
+    notebook(root, "00_a", f"import subprocess\nsubprocess.run({sleep})")
     notebook(root, "01_b", "1")
-    runner = subprocess.Popen(
-        [sys.executable, "-m", "workshop_utils", "run"], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-m", "workshop_utils", "run"]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         wait_until(lambda: started.exists() and started.read_text().strip())
         runner.send_signal(signal.SIGINT)
@@ -229,38 +184,33 @@ def test_ctrl_c_stops_the_cell_and_what_it_started(root):
     wait_until(lambda: not alive(int(started.read_text())))
 
 
-def test_ctrl_c_before_the_first_cell(root):
-    """Whether the libraries are being imported, the kernel is being started, or it is asked whether
-    it is ready."""
+STOP = """\
+import os, signal, sys, jupyter_client
+from workshop_utils.cli import main
+import workshop_utils.series.run_notebooks as module
+def stop(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+start = jupyter_client.AsyncKernelManager.start_kernel
+async def started(self, **words):
+    await start(self, **words)
+    print(self.provisioner.pid, flush=True)
+    stop()
+"""
+
+
+@pytest.mark.parametrize("moment", ["import", "kernel"])
+def test_ctrl_c_before_the_first_cell(root, moment):
     notebook(root, "00_a", "import time\ntime.sleep(300)")
-    for moment in ("nbclient.client", "kernel"):
-        script = (
-            "import os, signal, sys, threading, jupyter_client\n"
-            "from workshop_utils.cli import main\n"
-            "def stop(*_, **__):\n"
-            "    os.kill(os.getpid(), signal.SIGINT)\n"
-        )
-        if moment == "kernel":
-            script += (
-                "start = jupyter_client.AsyncKernelManager.start_kernel\n"
-                "async def started(self, **words):\n"
-                "    await start(self, **words)\n"
-                "    print(self.provisioner.pid, flush=True)\n"
-                "    stop()\n"
-                "jupyter_client.AsyncKernelManager.start_kernel = started\n"
-            )
-        else:
-            script += (
-                "import workshop_utils.series.run_notebooks as module\nmodule.execute = stop\n"
-            )
-        script += "sys.argv[1:] = ['run']\nsys.exit(main())"
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 130 and done.stderr.splitlines() == ["interrupted"], done
-        assert "executed copies" not in done.stdout  # no table of what did not run
-        if moment == "kernel":
-            assert not alive(int(done.stdout.splitlines()[0]))
+    where = {
+        "import": "module.execute = stop\n",
+        "kernel": "jupyter_client.AsyncKernelManager.start_kernel = started\n",
+    }
+    command = [sys.executable, "-c", f"{STOP}{where[moment]}sys.exit(main())", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130 and done.stderr.splitlines() == ["interrupted"], done
+    assert "executed copies" not in done.stdout  # no table of what did not run
+    if moment == "kernel":
+        assert not alive(int(done.stdout.splitlines()[0]))
 
 
 def wait_until(condition, seconds: int = 60) -> None:
@@ -285,9 +235,7 @@ def test_the_report_names_what_is_there(root):
     report.record_metric("base_exact_match", 0)
     made = report.build_report([report.NotebookResult("00_a", 1.5, "passed")])
     assert made["notebooks"] == [{"name": "00_a", "seconds": 1.5, "result": "passed"}]
-    assert made["artifacts"] == {
-        key: "models" if key == "hf_model" else None for key in report.ARTIFACTS
-    }
+    assert made["artifacts"] == dict.fromkeys(report.ARTIFACTS) | {"hf_model": "models"}
     assert made["metrics"]["base_exact_match"] == 0
     assert made["machine"]["cores"] >= 1 and made["machine"]["versions"]["torch"]
     assert "base_exact_match   0.0%" in summary([report.NotebookResult("00_a", 1.5, "passed")])
@@ -316,4 +264,4 @@ def test_saving_is_all_or_nothing(root, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         save(nbformat.read(file, 4), file)
     assert file.read_bytes() == before
-    assert [one.name for one in file.parent.iterdir()] == ["00_a.ipynb"]
+    assert [path.name for path in file.parent.iterdir()] == ["00_a.ipynb"]

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -21,7 +22,7 @@ from serve_samples import held, running, write_base, write_nemo, write_peft
 from workshop_utils.adapters.export import export
 from workshop_utils.inference.generate import generate, load
 from workshop_utils.serving.server.app import create_app
-from workshop_utils.serving.server.service import Limits, Service
+from workshop_utils.serving.server.service import RequestLimits, Service
 
 KEY = "secret-of-the-tests"
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -39,12 +40,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def service(folder):
-    return Service(
-        folder / "tiny",
-        folder / "store",
-        Limits(max_length=20000, max_batch=8, max_queue=8),
-        refresh=3600,
-    )
+    limits = RequestLimits(max_length=20000, max_batch=8, max_queue=8)
+    return Service(folder / "tiny", folder / "store", limits, refresh=3600)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +56,19 @@ def client(url):
         yield made
 
 
+USUAL = {"temperature": 0, "max_tokens": 10}
+
+
 def chat(client, model="tiny", **options):
-    return client.chat.completions.create(
-        model=model, messages=HELLO, **{"temperature": 0, "max_tokens": 10} | options
-    )
+    return client.chat.completions.create(model=model, messages=HELLO, **USUAL | options)
 
 
 def complete(client, prompt="Hello", model="tiny", **options):
-    return client.completions.create(
-        model=model, prompt=prompt, **{"temperature": 0, "max_tokens": 10} | options
-    )
+    return client.completions.create(model=model, prompt=prompt, **USUAL | options)
+
+
+def said(chunks) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 def test_models(client):
@@ -79,37 +79,25 @@ def test_models(client):
 
 
 def test_answers_are_those_of_the_offline_path(client, folder, tmp_path):
-    peft = {
-        "tiny": None,
-        "peft": folder / "store" / "peft",
-        "fused": export(folder / "store/fused/lora.nemo", "hf-peft", tmp_path / "hf"),
-    }
-    wanted = {
+    fused = export(folder / "store/fused/lora.nemo", "hf-peft", tmp_path / "hf")
+    peft = {"tiny": None, "peft": folder / "store" / "peft", "fused": fused}
+    expected = {
         name: generate(*load(folder / "tiny", adapter), [HELLO], 10, progress=False)[0]
         for name, adapter in peft.items()
     }
-    assert {name: chat(client, name).choices[0].message.content for name in MODELS} == wanted
-    assert len(set(wanted.values())) == 3
+    assert {name: chat(client, name).choices[0].message.content for name in MODELS} == expected
+    assert len(set(expected.values())) == 3
 
 
 def test_chat_answer_and_usage(client):
     answer = chat(client)
-    assert (
-        answer.object == "chat.completion"
-        and answer.id.startswith("chatcmpl-")
-        and answer.model == "tiny"
-    )
-    assert (
-        answer.choices[0].message.role == "assistant"
-        and answer.choices[0].finish_reason == "length"
-    )
-    assert (answer.usage.completion_tokens, answer.usage.total_tokens) == (
-        10,
-        answer.usage.prompt_tokens + 10,
-    )
-    assert (
-        chat(client, max_tokens=openai.omit, max_completion_tokens=3).usage.completion_tokens == 3
-    )
+    assert (answer.object, answer.model) == ("chat.completion", "tiny")
+    assert answer.id.startswith("chatcmpl-")
+    choice, usage = answer.choices[0], answer.usage
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
+    assert (usage.completion_tokens, usage.total_tokens) == (10, usage.prompt_tokens + 10)
+    short = chat(client, max_tokens=openai.omit, max_completion_tokens=3)
+    assert short.usage.completion_tokens == 3
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -117,41 +105,25 @@ def test_streams_say_the_same(client, model):
     whole = chat(client, model)
     chunks = list(chat(client, model, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
-        == whole.choices[0].message.content
-    )
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (
-        len(chunks) - 2
-    ) + ["length"]
+    assert said(chunks) == whole.choices[0].message.content
+    ends = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert ends == [None] * (len(chunks) - 2) + ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert {chunk.usage for chunk in chunks[:-1]} == {None}
-    text = complete(client, model=model).choices[0].text
-    assert (
-        "".join(chunk.choices[0].text for chunk in complete(client, model=model, stream=True))
-        == text
-    )
+    streamed = complete(client, model=model, stream=True)
+    text = "".join(chunk.choices[0].text for chunk in streamed)
+    assert text == complete(client, model=model).choices[0].text
 
 
 def test_async_client(url):
     async def ask():
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
-            many = await asyncio.gather(
-                *(
-                    client.chat.completions.create(
-                        model=model, messages=HELLO, temperature=0, max_tokens=10
-                    )
-                    for model in MODELS
-                )
-            )
-            stream = await client.chat.completions.create(
-                model="tiny", messages=HELLO, temperature=0, max_tokens=10, stream=True
-            )
-            return [answer.choices[0].message.content for answer in many], "".join(
-                [chunk.choices[0].delta.content or "" async for chunk in stream]
-            )
+            many = await asyncio.gather(*(chat(client, model) for model in MODELS))
+            stream = await chat(client, stream=True)
+            return many, said([chunk async for chunk in stream])
 
-    texts, streamed = asyncio.run(ask())
+    many, streamed = asyncio.run(ask())
+    texts = [answer.choices[0].message.content for answer in many]
     assert texts[0] == streamed
     assert len(set(texts)) == 3
 
@@ -161,20 +133,16 @@ def test_stop_of_a_stream_is_never_given_out(client):
     stop = whole[5:8]
     for given in (stop, [stop, "never"]):
         answer = complete(client, max_tokens=30, stop=given)
-        assert (answer.choices[0].text, answer.choices[0].finish_reason) == (
-            whole[: whole.index(stop)],
-            "stop",
-        )
+        assert answer.choices[0].text == whole[: whole.index(stop)]
+        assert answer.choices[0].finish_reason == "stop"
     streamed = list(complete(client, max_tokens=30, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole[: whole.index(stop)]
 
 
 def test_n_and_seed(client):
     def texts(**options):
-        return [
-            choice.text
-            for choice in complete(client, **{"temperature": 1, "seed": 3} | options).choices
-        ]
+        answer = complete(client, **{"temperature": 1, "seed": 3} | options)
+        return [choice.text for choice in answer.choices]
 
     three = texts(n=3)
     assert len(set(three)) == 3
@@ -201,25 +169,19 @@ def test_prompts_of_every_form(client, service):
 def test_logprobs_of_both_apis(client):
     content = chat(client, logprobs=True, top_logprobs=3).choices[0].logprobs.content
     assert len(content) == 10
-    assert all(
-        token.logprob == token.top_logprobs[0].logprob <= 0 and len(token.top_logprobs) == 3
-        for token in content
-    )  # greedy
+    for token in content:
+        assert token.logprob == token.top_logprobs[0].logprob <= 0  # greedy
+        assert len(token.top_logprobs) == 3
     streamed = [chunk.choices[0].logprobs for chunk in chat(client, logprobs=True, stream=True)]
-    assert sum(len(one.content) for one in streamed if one) == 10
+    assert sum(len(part.content) for part in streamed if part) == 10
     assert chat(client).choices[0].logprobs is None
     answer = complete(client, logprobs=2).choices[0]
-    assert (
-        len(answer.logprobs.tokens)
-        == len(answer.logprobs.token_logprobs)
-        == len(answer.logprobs.text_offset)
-        == 10
-    )
-    assert all(
-        1 <= len(top) <= 2 for top in answer.logprobs.top_logprobs
-    )  # two tokens may look the same
-    assert "".join(answer.logprobs.tokens) == answer.text or "\ufffd" in answer.text
-    assert answer.logprobs.text_offset[0] == 0
+    told = answer.logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == 10
+    # Two tokens may look the same.
+    assert all(1 <= len(top) <= 2 for top in told.top_logprobs)
+    assert "".join(told.tokens) == answer.text or "\ufffd" in answer.text
+    assert told.text_offset[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -254,25 +216,17 @@ def test_logprobs_of_both_apis(client):
             "context_length_exceeded",
         ),
         ({"max_tokens": 20000}, "messages", "context_length_exceeded"),
-        ({"messages": openai.omit}, "messages", "missing_required_parameter"),
+        ({"messages": None}, "messages", "missing_required_parameter"),
     ],
 )
 def test_refusals_name_the_parameter(url, change, param, code):
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 3} | change
-    status, answer, _ = post(
-        url, {name: value for name, value in body.items() if value is not openai.omit}
-    )
-    assert (status, answer["error"]["param"], answer["error"]["code"], answer["error"]["type"]) == (
-        400,
-        param,
-        code,
-        "invalid_request_error",
-    )
-    assert (
-        param.split(".")[0] in answer["error"]["message"]
-        or code == "context_length_exceeded"
-        or "texts in one request" in answer["error"]["message"]
-    )
+    status, answer, _ = post(url, body)
+    fault = answer["error"]
+    found = status, fault["param"], fault["code"], fault["type"]
+    assert found == (400, param, code, "invalid_request_error")
+    named = (param.split(".")[0], "tokens in all", "texts in one request")
+    assert any(words in fault["message"] for words in named)
 
 
 def test_options_that_ask_for_nothing_are_taken(url):
@@ -285,10 +239,9 @@ def test_options_that_ask_for_nothing_are_taken(url):
         "user": "me",
         "seed": None,
         "stop": None,
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": None}
-        ],
     }
+    part = {"type": "text", "text": "Hello"}
+    neutral["messages"] = [{"role": "user", "content": [part], "name": None}]
     assert post(url, {"model": "tiny", "max_tokens": 2} | neutral)[0] == 200
 
 
@@ -323,26 +276,14 @@ def test_completions_that_are_refused(url, change):
     assert answer["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "unknown",
-        "../store/peft",
-        "peft/../peft",
-        "/etc/passwd",
-        "",
-        "peft\x00",
-        "__base__",
-        "version1",
-    ],
-)
+PATHS = ("../store/peft", "peft/../peft", "/etc/passwd", "", "peft\x00")
+
+
+@pytest.mark.parametrize("name", ["unknown", "__base__", "version1", *PATHS])
 def test_unknown_models(url, name):
     status, answer, _ = post(url, {"model": name, "messages": HELLO})
-    assert (status, answer["error"]["code"], answer["error"]["param"]) == (
-        404,
-        "model_not_found",
-        "model",
-    )
+    fault = answer["error"]
+    assert (status, fault["code"], fault["param"]) == (404, "model_not_found", "model")
 
 
 @pytest.fixture
@@ -354,32 +295,29 @@ def touched(monkeypatch):
         on = False
 
         def take(self, *values) -> None:
-            self.extend(
-                os.fsdecode(value)
-                for value in values
-                if self.on and isinstance(value, (str, bytes, os.PathLike))
-            )
+            kinds = str, bytes, os.PathLike
+            self.extend(os.fsdecode(value) for value in values if isinstance(value, kinds))
 
-    found = Touched()
-    # A hook cannot be taken away again. Those of http.client have the request that the test sends.
-    sys.addaudithook(
-        lambda event, values: (
-            found.on
-            and not event.startswith(("http.client", "socket"))
-            and found.take(event, *values)
-        )
-    )
+    names = Touched()
+
+    def hook(event: str, values: tuple) -> None:
+        # Those of http.client have the request that the test sends.
+        if names.on and not event.startswith(("http.client", "socket")):
+            names.take(event, *values)
+
+    def watched(function):
+        def asked(path, *rest, **more):
+            if names.on:
+                names.take(path)
+            return function(path, *rest, **more)
+
+        return asked
+
+    sys.addaudithook(hook)  # it cannot be taken away again
     for name in ("stat", "lstat", "access", "readlink"):
-        asked = getattr(os, name)
-        monkeypatch.setattr(
-            os,
-            name,
-            lambda path, *rest, asked=asked, **more: (found.take(path), asked(path, *rest, **more))[
-                1
-            ],
-        )
-    yield found
-    found.on = False
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    yield names
+    names.on = False
 
 
 def test_no_word_of_a_request_reaches_the_file_system(url, folder, touched):
@@ -391,34 +329,18 @@ def test_no_word_of_a_request_reaches_the_file_system(url, folder, touched):
     assert {f"/tmp/{word}/stat", f"{word}/open"} <= set(touched)  # it sees what it is to see
     touched.clear()
     headers = {"Authorization": f"Bearer {KEY}"}
-    for name in (
-        word,
-        f"../{word}",
-        f"/etc/{word}",
-        f"{folder}/store/{word}",
-        f"peft/../{word}",
-        f"~/{word}",
-        f"file:///{word}",
-        f"{word}\x00",
-    ):
+    paths = (word, f"../{word}", f"/etc/{word}", f"{folder}/store/{word}", f"peft/../{word}")
+    for name in (*paths, f"~/{word}", f"file:///{word}", f"{word}\x00"):
         assert post(url, {"model": name, "messages": HELLO})[0] == 404
         assert post(url, {"model": name, "prompt": name}, path="/v1/completions")[0] == 404
         assert request(url, "GET", f"/v1/models/{quote(name, safe='')}", None, headers)[0] == 404
         assert request(url, "GET", f"/{quote(name)}", None, headers)[0] == 404
         more = {"stop": name, "user": name, "max_tokens": 2}
+        turns = [{"role": "user", "content": name, "name": word}]
         for model in MODELS:
-            assert post(
-                url,
-                {
-                    "model": model,
-                    "messages": [{"role": "user", "content": name, "name": word}],
-                    **more,
-                },
-            )[0] in (200, 400)
-            assert (
-                post(url, {"model": model, "prompt": name, **more}, path="/v1/completions")[0]
-                == 200
-            )
+            assert post(url, {"model": model, "messages": turns, **more})[0] in (200, 400)
+            body = {"model": model, "prompt": name, **more}
+            assert post(url, body, path="/v1/completions")[0] == 200
     touched.on = False
     assert not [name for name in touched if word in name or str(folder) in name]
 
@@ -440,19 +362,14 @@ def test_key(url):
 
 def test_body_too_large(url):
     assert post(url, b" " * 100_001)[0] == 413
-    status, answer, _ = request(
-        url,
-        "POST",
-        "/v1/completions",
-        iter([b" " * 60_000] * 2),
-        {"Authorization": f"Bearer {KEY}"},
-    )
+    parts, headers = iter([b" " * 60_000] * 2), {"Authorization": f"Bearer {KEY}"}
+    status, answer, _ = request(url, "POST", "/v1/completions", parts, headers)
     assert (status, answer["error"]["code"]) == (413, "request_too_large")
 
 
 def test_busy(client, service):
     with held(service.engine):
-        waiting = [chat_in_thread(client) for _ in range(8)]
+        waiting = [ThreadPoolExecutor(1).submit(chat, client) for _ in range(8)]
         deadline(lambda: len(service.engine._waiting) == 8)
         with pytest.raises(openai.RateLimitError) as refused:
             chat(client)
@@ -474,15 +391,8 @@ def test_loading(folder):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_disconnected_client_stops_its_request(url, service, stream):
-    body = json.dumps(
-        {
-            "model": "peft",
-            "messages": HELLO,
-            "temperature": 0,
-            "max_tokens": 19000,
-            "stream": stream,
-        }
-    )
+    asked = {"model": "peft", "messages": HELLO, "temperature": 0, "max_tokens": 19000}
+    body = json.dumps(asked | {"stream": stream})
     place = urlsplit(url)
     with socket.create_connection((place.hostname, place.port)) as connection:
         head = (
@@ -501,46 +411,21 @@ def test_disconnected_client_stops_its_request(url, service, stream):
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(url):
     def curl(path, *options):
-        command = [
-            "curl",
-            "--silent",
-            "--show-error",
-            "--noproxy",
-            "*",
-            "--max-time",
-            "60",
-            "-H",
-            f"Authorization: Bearer {KEY}",
-            *options,
-            f"{url}{path}",
-        ]
+        command = ["curl", "--silent", "--show-error", "--noproxy", "*", "--max-time", "60", "-H"]
+        command += [f"Authorization: Bearer {KEY}", *options, f"{url}{path}"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     assert [model["id"] for model in json.loads(curl("/v1/models"))["data"]] == [*MODELS]
-    body = json.dumps({"model": "peft", "messages": HELLO, "max_tokens": 5, "temperature": 0})
-    json_type = ("-H", "Content-Type: application/json")
-    text = json.loads(curl("/v1/chat/completions", *json_type, "-d", body))["choices"][0][
-        "message"
-    ]["content"]
-    streamed = curl(
-        "/v1/chat/completions",
-        "--no-buffer",
-        *json_type,
-        "-d",
-        json.dumps(json.loads(body) | {"stream": True}),
-    )
-    events = re.findall(r"^data: (.*)\n\n", streamed, re.MULTILINE)
-    assert events[-1] == "[DONE]"
-    assert (
-        "".join(
-            json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]
-        )
-        == text
-    )
-    assert (
-        "Content-Type: application/json"
-        in json.loads(curl("/v1/chat/completions", "-d", body))["error"]["message"]
-    )
+    body = {"model": "peft", "messages": HELLO, "max_tokens": 5, "temperature": 0}
+    send = "-H", "Content-Type: application/json", "-d"
+    path = "/v1/chat/completions"
+    text = json.loads(curl(path, *send, json.dumps(body)))["choices"][0]["message"]["content"]
+    streamed = curl(path, "--no-buffer", *send, json.dumps(body | {"stream": True}))
+    *events, done = re.findall(r"^data: (.*)\n\n", streamed, re.MULTILINE)
+    deltas = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
+    assert ("".join(deltas), done) == (text, "[DONE]")
+    untyped = json.loads(curl(path, "-d", json.dumps(body)))
+    assert "Content-Type: application/json" in untyped["error"]["message"]
 
 
 def request(url, method, path, body, headers):
@@ -553,19 +438,8 @@ def request(url, method, path, body, headers):
 
 def post(url, body, headers=None, path="/v1/chat/completions"):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return request(
-        url,
-        "POST",
-        path,
-        content,
-        {"Authorization": f"Bearer {KEY}"} if headers is None else headers,
-    )
-
-
-def chat_in_thread(client):
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(1).submit(chat, client)
+    headers = {"Authorization": f"Bearer {KEY}"} if headers is None else headers
+    return request(url, "POST", path, content, headers)
 
 
 def deadline(true, seconds=30):

@@ -15,6 +15,7 @@ from workshop_utils.serving.server.engine import Engine, QueueFull, Row, Unknown
 from workshop_utils.serving.server.sampling import Sampling
 
 GREEDY = Sampling(12, temperature=0)
+ADAPTERS = (None, "one", "two", "fused")
 PROMPTS = ("a", "some words", "a much longer prompt than the others, to need padding")
 
 
@@ -61,7 +62,7 @@ def every_kind() -> list[tuple]:
     return [
         (prompt, adapter, sampling)
         for prompt in PROMPTS
-        for adapter in (None, "one", "two", "fused")
+        for adapter in ADAPTERS
         for sampling in samplings
     ]
 
@@ -78,9 +79,7 @@ def test_same_text_alone_and_in_a_batch(engine):
 def test_one_pass_for_rows_of_different_adapters(engine):
     before = engine.passes
     with held(engine):
-        asked = [
-            Asked(engine, PROMPTS[1], adapter) for adapter in (None, "one", "two", "fused") * 2
-        ]
+        asked = [Asked(engine, PROMPTS[1], adapter) for adapter in ADAPTERS * 2]
     assert all(each.text is not None for each in asked)
     assert engine.passes - before == max(len(each.row.tokens) for each in asked) == 12
     assert engine.widest == 8
@@ -89,10 +88,7 @@ def test_one_pass_for_rows_of_different_adapters(engine):
 def test_eight_at_once_cost_less_than_one_after_the_other(engine):
     """At least 1.5 times the rate, in processor seconds of one thread: what else this machine does
     then changes nothing."""
-    kinds = [
-        (PROMPTS[1], adapter, Sampling(40, temperature=0))
-        for adapter in (None, "one", "two", "fused") * 2
-    ]
+    kinds = [(PROMPTS[1], adapter, Sampling(40, temperature=0)) for adapter in ADAPTERS * 2]
 
     def at_once() -> list[str]:
         with held(engine):
@@ -116,17 +112,17 @@ def test_eight_at_once_cost_less_than_one_after_the_other(engine):
 
 
 def test_joins_while_others_run(engine):
-    long = Sampling(300, temperature=0)
-    wanted = [Asked(engine, PROMPTS[2], "one", long).text, Asked(engine, PROMPTS[0], "two").text]
+    long = Sampling(150, temperature=0)
+    expected = [Asked(engine, PROMPTS[2], "one", long).text, Asked(engine, PROMPTS[0], "two").text]
     before = engine.passes
     first = Asked(engine, PROMPTS[2], "one", long)
     while not first.pieces:
         pass
     second = Asked(engine, PROMPTS[0], "two")
-    assert second.text == wanted[1]
+    assert second.text == expected[1]
     assert not first.done.is_set()  # the short one has left again
-    assert first.text == wanted[0]
-    assert engine.passes - before == 300 + 1  # one more: the second one's prompt
+    assert first.text == expected[0]
+    assert engine.passes - before == 150 + 1  # one more: the second one's prompt
 
 
 def test_logits_of_a_batch_are_those_of_a_row_alone(engine):
@@ -135,16 +131,16 @@ def test_logits_of_a_batch_are_those_of_a_row_alone(engine):
     assert all(each.text is not None for each in alone)
     with held(engine):
         together = [Asked(engine, prompt, "one", with_logprobs) for prompt in PROMPTS]
-    for one, other in zip(alone, together, strict=True):
-        assert one.text == other.text
-        for piece, same in zip(one.pieces, other.pieces, strict=True):
-            assert [token.logprob for token in piece.tokens] == pytest.approx(
-                [token.logprob for token in same.tokens], abs=1e-4
-            )
+    assert [asked.text for asked in alone] == [asked.text for asked in together]
+    first, second = (
+        [token.logprob for asked in group for piece in asked.pieces for token in piece.tokens]
+        for group in (alone, together)
+    )
+    assert first == pytest.approx(second, abs=1e-4)
 
 
 def test_rows_under_way_keep_their_adapter(engine, folder):
-    long = Sampling(200, temperature=0)
+    long = Sampling(60, temperature=0)
     old = Asked(engine, "a", "one", long).text
     running = Asked(engine, "a", "one", long)
     while not running.pieces:
@@ -210,11 +206,8 @@ def test_numbers_that_overflow_end_nothing(engine, folder, scale, temperature):
 
 def test_replaced_adapters_leave_nothing_behind(engine, folder):
     def layers() -> list[tuple]:
-        return [
-            (name, len(module))
-            for name, module in engine._lora.named_modules()
-            if name.endswith(("lora_A", "lora_B"))
-        ]
+        modules = engine._lora.named_modules()
+        return [(name, len(each)) for name, each in modules if name.endswith(("lora_A", "lora_B"))]
 
     before = layers()
     for _ in range(5):
@@ -242,21 +235,17 @@ def test_full_queue(engine):
     assert len({each.text for each in asked}) == 1
 
 
-def test_adapter_of_another_model(engine, folder, tmp_path):
+def test_adapter_of_another_model(engine, folder):
     config, tensors = adapters.read(folder / "one")
     half = next(iter(tensors))
-    with pytest.raises(UnsupportedAdapter, match="another model"):
-        engine.install("x", config, tensors | {half: tensors[half][:, :-1]}).result()
-    with pytest.raises(UnsupportedAdapter, match="no linear layer of the base"):
-        engine.install(
-            "x",
-            config,
-            {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()},
-        ).result()
-    with pytest.raises(UnsupportedAdapter, match="missing"):
-        engine.install(
-            "x", config, {key: value for key, value in tensors.items() if key != half}
-        ).result()
+    others = {key.replace("layers.1", "layers.7"): value for key, value in tensors.items()}
+    for wrong, said in (
+        (tensors | {half: tensors[half][:, :-1]}, "another model"),
+        (others, "no linear layer of the base"),
+        ({key: value for key, value in tensors.items() if key != half}, "missing"),
+    ):
+        with pytest.raises(UnsupportedAdapter, match=said):
+            engine.install("x", config, wrong).result()
     assert "x" not in engine.adapters
     assert Asked(engine, "a", "one").text
 

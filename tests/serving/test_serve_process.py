@@ -32,9 +32,8 @@ def folder(tmp_path_factory):
 def test_background_server(folder, monkeypatch):
     monkeypatch.setenv("OMP_DISPLAY_ENV", "verbose")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    with start(
-        folder / "tiny", folder / "store", api_key="secret", refresh=0.2, max_batch=4
-    ) as server:
+    options = {"api_key": "secret", "refresh": 0.2, "max_batch": 4}
+    with start(folder / "tiny", folder / "store", **options) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret") as client:
             assert [model.id for model in client.models.list()] == ["tiny", "one"]
             write_peft(folder / "store" / "two", 2)
@@ -42,12 +41,8 @@ def test_background_server(folder, monkeypatch):
             while "two" not in [model.id for model in client.models.list()]:
                 assert time.monotonic() < until
                 time.sleep(0.1)
-            assert (
-                client.completions.create(
-                    model="two", prompt="x", max_tokens=3
-                ).usage.completion_tokens
-                == 3
-            )
+            answer = client.completions.create(model="two", prompt="x", max_tokens=3)
+            assert answer.usage.completion_tokens == 3
         command = Path(f"/proc/{server.process.pid}/cmdline").read_text()
     assert server.process.returncode == 0
     log = server.log.read_text()
@@ -70,10 +65,8 @@ def test_ends_with_its_parent(folder):
     parent.kill()
     parent.wait()
     until = time.monotonic() + 10
-    while (
-        os.path.exists(f"/proc/{pid}")
-        and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
-    ):
+    stat = Path(f"/proc/{pid}/stat")
+    while stat.exists() and "Z" not in stat.read_text().split()[2]:
         assert time.monotonic() < until
         time.sleep(0.05)
 
@@ -86,9 +79,8 @@ def test_signals_end_it_gracefully(folder, number):
         start(folder / "tiny", max_length=30000) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
     ):
-        stream = client.completions.create(
-            model="tiny", prompt="x", temperature=0, max_tokens=29000, stream=True
-        )
+        long = {"temperature": 0, "max_tokens": 29000, "stream": True}
+        stream = client.completions.create(model="tiny", prompt="x", **long)
         next(stream)
         server.process.send_signal(number)
         with pytest.raises((openai.APIError, httpx.HTTPError)):
@@ -127,10 +119,8 @@ def test_port_in_use(folder, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--base", str(folder / "tiny"), "--port", port]) == 1
-    assert (
-        f"cannot listen on 127.0.0.1:{port}: Address already in use. Stop the program"
-        in capsys.readouterr().err
-    )
+    said = f"cannot listen on 127.0.0.1:{port}: Address already in use. Stop the program"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["256.1.1.1", "no.such.host.invalid", "8.8.8.8"])
@@ -153,33 +143,27 @@ def test_wrong_bases(folder, tmp_path):
     (tmp_path / "nemo2" / "context" / "model.yaml").write_text("config: {}\n")
     (tmp_path / "nemo2" / "context" / "io.json").write_text("{}")
     write_sharded(tmp_path / "nemo2" / "weights")
-    with pytest.raises(
-        NotACheckpoint, match="NeMo 2.0 directory; .* workshop import .* --to-huggingface"
-    ):
-        Service(tmp_path / "nemo2")
-    with pytest.raises(NotACheckpoint, match="put it into the store"):
-        Service(folder / "store" / "one")
     with pytest.raises(CheckpointError):
         Service(folder)
-    with pytest.raises(NotACheckpoint, match="workshop models fetch"):
-        Service("no-such-model")
-    with pytest.raises(NotACheckpoint, match="mkdir -p"):
-        Service(folder / "tiny", tmp_path / "no-store")
+    for words, said in (
+        ([tmp_path / "nemo2"], "NeMo 2.0 directory; .* workshop import .* --to-huggingface"),
+        ([folder / "store" / "one"], "put it into the store"),
+        (["no-such-model"], "workshop models fetch"),
+        ([folder / "tiny", tmp_path / "no-store"], "mkdir -p"),
+    ):
+        with pytest.raises(NotACheckpoint, match=said):
+            Service(*words)
 
 
 def test_damaged_base_ends_the_server_with_the_reason(folder, tmp_path):
     weights = write_base(tmp_path / "broken") / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 10)
-    with pytest.raises(
-        WorkshopError, match="(?s)the server ended. It wrote:.*error: .*model.safetensors"
-    ):
+    said = "(?s)the server ended. It wrote:.*error: .*model.safetensors"
+    with pytest.raises(WorkshopError, match=said):
         start(tmp_path / "broken")
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["--refresh", "--max-length", "--max-batch", "--max-queue", "--max-body", "--max-rank"],
-)
-def test_limits_are_positive(option, folder, capsys):
-    assert main(["serve", "--base", str(folder / "tiny"), option, "0"]) == 1
-    assert f"{option} is 0" in capsys.readouterr().err
+def test_limits_are_positive(folder, capsys):
+    for name in ("refresh", "max-length", "max-batch", "max-queue", "max-body", "max-rank"):
+        assert main(["serve", "--base", str(folder / "tiny"), f"--{name}", "0"]) == 1
+        assert f"--{name} is 0" in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""The ``workshop`` command. Each sub-command is one module of this package; none of them imports
-torch or NeMo to show help."""
+"""The ``workshop`` command: one module a sub-command; none imports torch or NeMo to show help."""
 
 import argparse
 import errno
@@ -36,46 +35,35 @@ models/, data/, runs/ and workshop.yaml lie in the clone that the package is ins
 when it was installed from a wheel, in the current folder. WORKSHOP_ROOT names another folder.
 """
 
-
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Prose fills the width of the terminal. Indented lines stay lines: one that is too long goes
-    on under its second column."""
+    """Prose fills the terminal; an indented line that is too long goes on under its 2nd column."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = []
         for kept, block in itertools.groupby(
             text.splitlines(), key=lambda line: not line or line[0] == " "
         ):
-            here = list(block)
-            lines += (
-                [self._folded(line, width) for line in here]
-                if kept
-                else [textwrap.fill(" ".join(here), width)]
-            )
+            if kept:
+                lines += [self._folded(line, width) for line in block]
+            else:
+                lines.append(textwrap.fill(" ".join(block), width))
         return "\n".join(lines)
 
     @staticmethod
     def _folded(line: str, width: int) -> str:
         start = re.match(r" *(\S+( \S+)* {2,})?", line)
         command = line.startswith("  workshop ") and not start[1]
-        options = {
-            "subsequent_indent": " " * (start.end() + 4 * command),
-            "break_long_words": False,
-            "break_on_hyphens": False,
-        }
-        return (
-            " \\\n".join(textwrap.wrap(line, width - 2, **options))
-            if command
-            else textwrap.fill(line, width, **options)
-        )
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        options["subsequent_indent"] = " " * (start.end() + 4 * command)
+        parts = textwrap.wrap(line, width - 2 if command else width, **options)
+        return (" \\\n" if command else "\n").join(parts)
 
 
 class _Command(argparse.ArgumentParser):
-    """A parser that offers the right word for a mistyped one. The innermost one is the ``parser``
-    of what it parsed."""
+    """A parser that offers the right word for a mistyped one."""
 
     def __init__(self, *words, **options):
         super().__init__(*words, formatter_class=_Formatter, **options)
@@ -92,11 +80,9 @@ class _Command(argparse.ArgumentParser):
             message += did_you_mean(nearest(wrong[1], re.findall(r"'([^']*)'", wrong[2])))
         elif "are required" in message:
             known = self._option_string_actions
-            message += "".join(
-                self.meant(word)
-                for word in self.words
-                if word.startswith("-") and word.partition("=")[0] not in known
-            )
+            options = [word for word in self.words if word.startswith("-")]
+            unknown = [word for word in options if word.partition("=")[0] not in known]
+            message += "".join(map(self.meant, unknown))
         super().error(message)
 
     def meant(self, word: str) -> str:
@@ -105,8 +91,7 @@ class _Command(argparse.ArgumentParser):
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """The words of a command that hands ``key=value`` on. Raises WorkshopError for an option among
-    them."""
+    """The words ``key=value`` that a command hands on; WorkshopError for an option among them."""
     for word in args.rest:
         if word.startswith("-"):
             raise WorkshopError(
@@ -122,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in sorted(pkgutil.iter_modules(__path__), key=lambda module: module.name):
-        importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
+        if module.name != "options":
+            importlib.import_module(f"{__name__}.{module.name}").add_parser(commands)
     return parser
 
 
@@ -169,13 +155,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except ModuleNotFoundError as error:
         from workshop_utils.series.preflight import packages
 
-        incomplete = packages()
-        if incomplete.status != "FAIL":
+        check = packages()
+        if check.status != "FAIL":
             raise
-        print(
-            f"error: {error}. `workshop preflight` says: {incomplete.found}. {incomplete.fix}",
-            file=sys.stderr,
-        )
+        said = f"{error}. `workshop preflight` says: {check.found}. {check.fix}"
+        print(f"error: {said}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: nothing is wrong. Keep Python from
@@ -183,16 +167,12 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        if (
-            error.errno is None or interrupt.has_come()
-        ):  # of a library, with words of its own; the interrupt's are said by `main`
+        # Without a number it is of a library, with words of its own; `main` says the interrupt.
+        if error.errno is None or interrupt.has_come():
             raise
         place = f"{terminal.lines(paths.shown(str(error.filename)))}: " if error.filename else ""
-        advice = (
-            " Use a folder that is yours, or change its owner or mode."
-            if error.errno in _NOT_ALLOWED
-            else ""
-        )
+        advice = " Use a folder that is yours, or change its owner or mode."
+        advice = advice if error.errno in _NOT_ALLOWED else ""
         print(f"error: {place}{error.strerror}.{advice}", file=sys.stderr)
         if error.errno == errno.ENOSPC:
             sys.stdout = None  # it may be what is full, and Python flushes it at exit

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.cli import options
 from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
@@ -59,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-rank", type=int, metavar="N", help="the largest rank that the server allows"
     )
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 

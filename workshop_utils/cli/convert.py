@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from workshop_utils.checkpoints.convert import DTYPES, FORMATS
+from workshop_utils.cli import options
 from workshop_utils.core.paths import shown
 
 DESCRIPTION = """\
@@ -54,9 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="convert the weights (default: as they are)"
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing checkpoint at DST"
-    )
+    options.add_overwrite(parser, "an existing checkpoint at DST")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument(
         "--trust",

@@ -1,6 +1,9 @@
 """``workshop evaluate``: base, two baselines and adapter on the test set."""
 
+import re
 from pathlib import Path
+
+from workshop_utils.cli import options
 
 HELP = """\
 Score the base model and an adapter on held-out rows.
@@ -18,48 +21,23 @@ into WORKSHOP_API_KEY:
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser(
-        "evaluate", help="base and adapter on the test set", description=HELP
-    )
-    parser.add_argument(
-        "--adapter",
-        type=Path,
-        help="a PEFT directory or a .nemo (without one only the base and its baselines)",
-    )
-    parser.add_argument(
-        "--model",
-        help="a Hugging Face model directory, or a name from `workshop models` (default: the "
-        "chosen model)",
-    )
-    parser.add_argument(
-        "--url", help="evaluate what the server at this address holds, through the API of OpenAI"
-    )
-    parser.add_argument(
-        "--model-id", metavar="ID", help="with --url: the base's or the adapter's id in /v1/models"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="test rows, JSON Lines (default: the workshop's test set)"
-    )
-    parser.add_argument(
-        "--train",
-        type=Path,
-        help="training rows, for the two baselines (default: train.jsonl beside --data)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        help="directory of answers, scores and plot (default: runs/evaluation/ADAPTER)",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of model and adapter finds: it is only "
-        "printed",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the scores as JSON and nothing else"
-    )
+    short = "base and adapter on the test set"
+    parser = subparsers.add_parser("evaluate", help=short, description=HELP)
+    add = parser.add_argument
+    adapter = "a PEFT directory or a .nemo (without one only the base and its baselines)"
+    add("--adapter", type=Path, help=adapter)
+    options.add_model(parser)
+    add("--url", help="evaluate what the server at this address holds, through the API of OpenAI")
+    own = "with --url: the base's or the adapter's id in /v1/models"
+    add("--model-id", metavar="ID", help=own)
+    add("--data", type=Path, help="test rows, JSON Lines (default: the workshop's test set)")
+    train = "training rows, for the two baselines (default: train.jsonl beside --data)"
+    add("--train", type=Path, help=train)
+    out = "directory of answers, scores and plot (default: runs/evaluation/ADAPTER)"
+    add("--out", type=Path, help=out)
+    add("--limit", type=int, metavar="N", help="only the first N rows")
+    options.add_trust(parser, "model and adapter")
+    options.add_json(parser, "print the scores as JSON and nothing else")
     parser.set_defaults(run=run)
 
 
@@ -74,45 +52,30 @@ def run(args) -> int:
     from workshop_utils.core.errors import DataError
     from workshop_utils.inference.evaluate import evaluate, evaluate_served
     from workshop_utils.inference.generate import model_directory
+    from workshop_utils.series.plots import plot_scores, save
 
     if args.limit is not None and args.limit < 1:
         raise DataError(f"--limit is {args.limit}; it has to be at least 1.")
     _check_served(args)
     test, train = _data_files(args.data, args.train)
-    name = f"served-{_as_directory(args.model_id)}" if args.url else _name(args.adapter)
-    out = args.out or paths.runs_dir() / "evaluation" / (
-        name if args.limit is None else f"{name}-first-{args.limit}"
-    )
+    name = _name(args) if args.limit is None else f"{_name(args)}-first-{args.limit}"
+    out = args.out or paths.runs_dir() / "evaluation" / name
     # With --json standard output holds one JSON document; everything else goes to standard error.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         if args.url:
             result = evaluate_served(args.url, args.model_id, test, out, limit=args.limit)
         else:
-            result = evaluate(
-                model_directory(args.model),
-                args.adapter,
-                test,
-                train,
-                out,
-                limit=args.limit,
-                trust=args.trust,
-            )
+            model, how = model_directory(args.model), {"limit": args.limit, "trust": args.trust}
+            result = evaluate(model, args.adapter, test, train, out, **how)
         print(result)
-
-        from workshop_utils.series.plots import plot_scores, save
-
         print(f"plot: {paths.shown(save(plot_scores(result.scores), out / 'scores.png'))}")
         print(f"answers and scores: {paths.shown(out)}")
     if args.json:
-        print(
-            json.dumps(
-                {
-                    name: asdict(scores) | {"seconds": result.seconds[name]}
-                    for name, scores in result.scores.items()
-                },
-                indent=2,
-            )
-        )
+        scores = {
+            name: asdict(scores) | {"seconds": result.seconds[name]}
+            for name, scores in result.scores.items()
+        }
+        print(json.dumps(scores, indent=2))
     return 0
 
 
@@ -146,17 +109,12 @@ def _check_served(args) -> None:
         raise WorkshopError(f"--url is {args.url!r}; it has to begin with http:// or https://.")
 
 
-def _as_directory(model_id: str) -> str:
-    """A model's id, such as meta/llama-3.1-8b-instruct, as one name of a directory."""
-    import re
-
-    return re.sub(r"[^\w.-]", "-", model_id).lstrip(".")
-
-
-def _name(adapter: Path | None) -> str:
-    """The adapter's name; a PEFT directory of `workshop export` is named after the one it lies
-    in."""
-    if adapter is None:
+def _name(args) -> str:
+    """Of the directory: the served model's id without its slashes, or that of the adapter, where a
+    PEFT directory of `workshop export` is named after the one it lies in."""
+    if args.url:
+        return "served-" + re.sub(r"[^\w.-]", "-", args.model_id).lstrip(".")
+    if args.adapter is None:
         return "base"
-    path = adapter.resolve()
+    path = args.adapter.resolve()
     return path.parent.name if path.name == "hf-peft" else path.name.removesuffix(".nemo")

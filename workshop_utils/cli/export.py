@@ -2,6 +2,7 @@
 
 import argparse
 
+from workshop_utils.cli import options
 from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
@@ -78,22 +79,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--name",
         help="name of the adapter; a server shows it as the model's id (default: the file's)",
     )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace an export of another adapter that is already there",
-    )
+    options.add_overwrite(parser, "an export of another adapter that is already there")
     parser.add_argument(
         "--check",
         default=True,
         action=argparse.BooleanOptionalAction,
         help="judge the export before it gets its name",
     )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of the adapter finds: it is only printed",
-    )
+    options.add_trust(parser, "the adapter")
     parser.set_defaults(run=run)
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from workshop_utils.cli import options
+
 HELP = """\
 Fine-tune with NeMo's script path: torchrun and megatron_gpt_finetuning.
 
@@ -50,11 +52,7 @@ def add_parser(subparsers) -> None:
         action="store_true",
         help="train anew although an identical run has finished or can be continued",
     )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of the checkpoint finds: it is only printed",
-    )
+    options.add_trust(parser, "the checkpoint")
     parser.set_defaults(run=run, takes_overrides=True)
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from workshop_utils.cli import options
+
 HELP = """\
 Answer prompts with the base model, and with the adapter beside it.
 
@@ -15,30 +17,17 @@ Greedy, in batches, through transformers and PEFT, each prompt in the model's ow
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser(
-        "generate", help="answers of the base and the adapter, side by side", description=HELP
-    )
-    parser.add_argument("prompt", nargs="*", help="what to ask")
-    parser.add_argument(
-        "--file",
-        type=Path,
-        help="more prompts: JSON Lines as for training, or one prompt a line in any other file",
-    )
-    parser.add_argument(
-        "--model",
-        help="a Hugging Face model directory, or a name from `workshop models` (default: the "
-        "chosen model)",
-    )
-    parser.add_argument("--adapter", type=Path, help="a PEFT directory or a .nemo")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)"
-    )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of model and adapter finds: it is only "
-        "printed",
-    )
+    short = "answers of the base and the adapter, side by side"
+    parser = subparsers.add_parser("generate", help=short, description=HELP)
+    add = parser.add_argument
+    add("prompt", nargs="*", help="what to ask")
+    file = "more prompts: JSON Lines as for training, or one prompt a line in any other file"
+    add("--file", type=Path, help=file)
+    options.add_model(parser)
+    add("--adapter", type=Path, help="a PEFT directory or a .nemo")
+    longest = "longest answer (default: 64)"
+    add("--max-new-tokens", type=int, default=64, metavar="N", help=longest)
+    options.add_trust(parser, "model and adapter")
     parser.set_defaults(run=run)
 
 
@@ -46,33 +35,26 @@ def run(args) -> int:
     """Load, answer, print."""
     from workshop_utils.core.chat_data import lines, prompt_turns, read_rows
     from workshop_utils.core.errors import DataError
-    from workshop_utils.inference.generate import model_directory
+    from workshop_utils.inference.generate import as_peft, generate, load, model_directory
 
-    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    prompts, conversations = list(args.prompt), []
     if args.file and args.file.suffix == ".jsonl":
-        conversations += [prompt_turns(row["messages"]) for row in read_rows(args.file)]
+        conversations = [prompt_turns(row["messages"]) for row in read_rows(args.file)]
     elif args.file:
-        conversations += [
-            [{"role": "user", "content": line.strip()}] for line in lines(args.file) if line.strip()
-        ]
+        prompts += [line.strip() for line in lines(args.file) if line.strip()]
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    conversations = asked + conversations
     if not conversations:
         raise DataError("nothing to answer: give a prompt, or --file with one prompt a line.")
     if args.max_new_tokens < 1:
         raise DataError(f"--max-new-tokens is {args.max_new_tokens}; it has to be at least 1.")
     directory = model_directory(args.model)
-
-    from workshop_utils.inference.generate import as_peft, generate, load
-
-    adapter = args.adapter and as_peft(
-        args.adapter, args.trust
-    )  # what is wrong with it is said before the base answers
+    # What is wrong with the adapter is said before the base answers.
+    adapter = args.adapter and as_peft(args.adapter, args.trust)
     answers = {
-        "base": generate(*load(directory, trust=args.trust), conversations, args.max_new_tokens)
+        name: generate(*load(directory, peft, args.trust), conversations, args.max_new_tokens)
+        for name, peft in {"base": None, **({"adapter": adapter} if adapter else {})}.items()
     }
-    if adapter:
-        answers["adapter"] = generate(
-            *load(directory, adapter, args.trust), conversations, args.max_new_tokens
-        )
     for number, turns in enumerate(conversations):
         print(f"\nprompt:  {turns[-1]['content']}")
         for name, texts in answers.items():

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from workshop_utils.cli import options
+
 HELP = """\
 Convert a Hugging Face model (Llama, Mistral, Mixtral, Qwen 2.5, Qwen 3, Nemotron) to a NeMo 2.0
 distributed checkpoint with NeMo's importer. Example: workshop import smollm2-135m-instruct
@@ -24,12 +26,8 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--to-huggingface", action="store_true", help="the other way: MODEL is a NeMo 2.0 directory"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of MODEL finds",
-    )
+    options.add_overwrite(parser, "an existing checkpoint")
+    options.add_trust(parser, "MODEL")
     parser.set_defaults(run=run)
 
 

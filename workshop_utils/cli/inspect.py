@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.cli import options
 from workshop_utils.core import terminal
 from workshop_utils.core.errors import NotACheckpoint, WorkshopError
 from workshop_utils.core.paths import shown
@@ -52,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--shards", action="store_true", help="the shard map: megabytes of every layer in each file"
     )
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from workshop_utils.cli import options
 from workshop_utils.core import paths
 
 DESCRIPTION = """\
@@ -69,11 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="nim1",
         help="NIM 1.x reads .nemo and PEFT, 2.x PEFT (default: nim1)",
     )
-    action.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of the adapter finds: it is only printed",
-    )
+    options.add_trust(action, "the adapter")
     action.set_defaults(run=_stage)
 
     action = actions.add_parser("run", help="start a NIM and wait until it serves")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from workshop_utils.cli import options
+
 HELP = """\
 Answer the rows of a file with NeMo's script path: torchrun and megatron_gpt_generate.
 
@@ -25,11 +27,7 @@ def add_parser(subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, help="where the predictions go (default: runs/predictions/)"
     )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of base and adapter finds",
-    )
+    options.add_trust(parser, "base and adapter")
     parser.set_defaults(run=run, takes_overrides=True)
 
 

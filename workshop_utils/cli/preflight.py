@@ -11,13 +11,9 @@ to do. Exits with 1 if a check failed.
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``preflight`` to the ``workshop`` command."""
-    parser = subparsers.add_parser(
-        "preflight",
-        help="check this machine before anything long starts",
-        description=DESCRIPTION,
-        epilog="example:\n  workshop preflight",
-    )
-    parser.set_defaults(run=run)
+    words = {"description": DESCRIPTION, "epilog": "example:\n  workshop preflight"}
+    short = "check this machine before anything long starts"
+    subparsers.add_parser("preflight", help=short, **words).set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,10 +22,8 @@ def run(args: argparse.Namespace) -> int:
     from workshop_utils.series.preflight import preflight
 
     checks = preflight()
-    print(
-        *(terminal.folded(line, 7) for check in checks for line in str(check).splitlines()),
-        sep="\n",
-    )
+    for line in "\n".join(map(str, checks)).splitlines():
+        print(terminal.folded(line, 7))
     failed = sum(check.status == "FAIL" for check in checks)
     print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nready")
     return 1 if failed else 0

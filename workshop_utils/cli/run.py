@@ -3,6 +3,8 @@
 import argparse
 import re
 
+from workshop_utils.cli import options
+
 DESCRIPTION = """\
 Run the notebooks in order, without a browser, and end with a table: notebook, time, result. This is
 what `make workshop` does after it has made the environment.
@@ -22,28 +24,15 @@ examples:
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add ``run`` to the ``workshop`` command."""
-    parser = subparsers.add_parser(
-        "run",
-        help="run all notebooks, or some, and report what they made",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NN",
-        help="numbers or names of the notebooks to run, with commas or spaces between them",
-    )
-    parser.add_argument(
-        "--save-outputs",
-        action="store_true",
-        help="store the outputs of those that pass in notebooks/",
-    )
-    parser.add_argument(
-        "--list", "--dry-run", dest="list", action="store_true", help="say what would run, and stop"
-    )
+    words = {"description": DESCRIPTION, "epilog": EXAMPLES}
+    short = "run all notebooks, or some, and report what they made"
+    parser = subparsers.add_parser("run", help=short, **words)
+    only = "numbers or names of the notebooks to run, with commas or spaces between them"
+    add = parser.add_argument
+    add("--only", nargs="+", action="extend", default=[], metavar="NN", help=only)
+    options.flag(parser, "--save-outputs", "store the outputs of those that pass in notebooks/")
+    would = "say what would run, and stop"
+    add("--list", "--dry-run", dest="list", action="store_true", help=would)
     parser.set_defaults(run=run)
 
 

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from workshop_utils.cli import options
+
 DESCRIPTION = """\
 Serve a base model and the adapters of a store, with the routes of NIM and the API of OpenAI. For
 learning and testing: production is NIM or vLLM. What you write against this server runs against
@@ -28,86 +30,38 @@ examples:
 
 def add_parser(subparsers) -> None:
     """Register the command."""
-    parser = subparsers.add_parser(
-        "serve",
-        help="a NIM-like server on this machine, for learning and testing",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
-    parser.add_argument(
-        "--base",
-        required=True,
-        help="a Hugging Face model directory, or a name from `workshop models`",
-    )
+    words = {"description": DESCRIPTION, "epilog": EXAMPLES}
+    short = "a NIM-like server on this machine, for learning and testing"
+    parser = subparsers.add_parser("serve", help=short, **words)
+    add = parser.add_argument
+    base = "a Hugging Face model directory, or a name from `workshop models`"
+    add("--base", required=True, help=base)
     store = parser.add_mutually_exclusive_group()
-    store.add_argument(
-        "--store",
-        type=Path,
-        metavar="DIR",
-        help="the directory of the adapters (default: runs/store)",
-    )
-    store.add_argument("--no-store", action="store_true", help="serve only the base")
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: 127.0.0.1, this machine only)",
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, help="port (default: 8000; 0: any free one)"
-    )
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="key that clients have to send; better in the environment: WORKSHOP_API_KEY "
-        "(default: none)",
-    )
-    parser.add_argument(
-        "--refresh",
-        type=float,
-        default=5,
-        metavar="SECONDS",
-        help="how often to look at the store (default: 5)",
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="tokens of prompt and answer together (default: 2048)",
-    )
-    parser.add_argument(
-        "--max-batch",
-        type=int,
-        default=16,
-        metavar="N",
-        help="texts generated at once (default: 16)",
-    )
-    parser.add_argument(
-        "--max-queue",
-        type=int,
-        default=64,
-        metavar="N",
-        help="texts that may wait; more are refused with 429 (default: 64)",
-    )
-    parser.add_argument(
-        "--max-body",
-        type=int,
-        default=1 << 20,
-        metavar="BYTES",
-        help="largest request (default: 1 MiB)",
-    )
-    parser.add_argument(
-        "--max-rank",
-        type=int,
-        metavar="N",
-        help="largest rank of an adapter, as NIM_MAX_LORA_RANK of a NIM (default: any)",
-    )
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="go on in spite of what the verification of base and adapters finds: it is only "
-        "printed",
-    )
+    place = "the directory of the adapters (default: runs/store)"
+    store.add_argument("--store", type=Path, metavar="DIR", help=place)
+    options.flag(store, "--no-store", "serve only the base")
+    host = "address to listen on (default: 127.0.0.1, this machine only)"
+    add("--host", default="127.0.0.1", help=host)
+    add("--port", type=int, default=8000, help="port (default: 8000; 0: any free one)")
+    key = "key that clients have to send; better in the environment: WORKSHOP_API_KEY "
+    add("--api-key", metavar="KEY", help=f"{key}(default: none)")
+    rank = "largest rank of an adapter, as NIM_MAX_LORA_RANK of a NIM (default: any)"
+    for name, kind, default, unit, text in (
+        ("--refresh", float, 5, "SECONDS", "how often to look at the store (default: 5)"),
+        ("--max-length", int, 2048, "N", "tokens of prompt and answer together (default: 2048)"),
+        ("--max-batch", int, 16, "N", "texts generated at once (default: 16)"),
+        (
+            "--max-queue",
+            int,
+            64,
+            "N",
+            "texts that may wait; more are refused with 429 (default: 64)",
+        ),
+        ("--max-body", int, 1 << 20, "BYTES", "largest request (default: 1 MiB)"),
+        ("--max-rank", int, None, "N", rank),
+    ):
+        add(name, type=kind, default=default, metavar=unit, help=text)
+    options.add_trust(parser, "base and adapters")
     parser.set_defaults(run=run)
 
 
@@ -133,19 +87,13 @@ def run(args) -> int:
             "anybody there can use this server.",
             file=sys.stderr,
         )
-    limits = server.Limits(
+    limits = server.RequestLimits(
         args.max_length, args.max_batch, args.max_queue, args.max_body, args.max_rank
     )
-    service = server.Service(
-        args.base,
-        None if args.no_store else args.store or _own_store(),
-        limits,
-        args.refresh,
-        args.trust,
-    )
+    store = None if args.no_store else args.store or _own_store()
+    service = server.Service(args.base, store, limits, args.refresh, args.trust)
     # Read when torch is loaded. Threads that spin while they wait take the processor from the
-    # clients, which often run on this machine,
-    # too; benchmarks/waiting_threads.json says what that costs where nothing else runs.
+    # clients, which often run on this machine; benchmarks/waiting_threads.json has the cost.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     server.run(service, args.host, args.port, key)
     return 0

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.cli import options
 from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
@@ -54,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "path", metavar="PATH", type=Path, help="a checkpoint of any format: a directory or a file"
     )
     parser.add_argument("--deep", action="store_true", help="read every value, too")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, for programs")
+    options.add_json(parser)
     manifests = parser.add_mutually_exclusive_group()
     manifests.add_argument(
         "--manifest", metavar="FILE", type=Path, help="the manifest that the files have to match"

@@ -21,14 +21,8 @@ ROLES = ("system", "user", "assistant")
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file as ``{"messages": [{"role", "content"}, ...]}``, the last
-    message being the answer.
-
-    Rows ``{"input": str, "output": str}`` become a user and an assistant message.
-
-    Raises:
-        DataError: names the file, the line and the field that is wrong.
-    """
+    """The rows of a JSON Lines file as ``{"messages": [...]}``, the last one the answer; rows
+    ``{"input": str, "output": str}`` become two messages. DataError names file, line and field."""
     rows = [
         _checked_row(line, f"{paths.shown(path)}, line {number}")
         for number, line in enumerate(lines(path), 1)
@@ -40,26 +34,21 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def lines(path: Path) -> list[str]:
-    """The lines of a text file, ended by newlines alone. Raises :class:`DataError` where it is no
-    readable file of UTF-8 text."""
-    path = Path(path)
+    """The lines of a text file, ended by newlines alone; DataError where it is no UTF-8 text."""
+    path, name = Path(path), paths.shown(path)
     if not path.is_file():
-        raise DataError(
-            f"{paths.shown(path)} {'is not a file' if path.exists() else 'does not exist'}."
-        )
+        raise DataError(f"{name} {'is not a file' if path.exists() else 'does not exist'}.")
     try:
         return path.read_bytes().decode().split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{paths.shown(path)} is not UTF-8 text ({error.reason} at byte {error.start})."
-        ) from None
+        where = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{name} is not UTF-8 text ({where}).") from None
     except OSError as error:
-        raise DataError(f"{paths.shown(path)} cannot be read: {error.strerror}.") from None
+        raise DataError(f"{name} cannot be read: {error.strerror}.") from None
 
 
 def json_object(line: str, where: str) -> dict:
-    """The object in ``line``. Raises :class:`DataError`, beginning with ``where``, if there is
-    none, or one that no tokenizer takes."""
+    """The object in ``line``; DataError where there is none, or one no tokenizer takes."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -82,33 +71,23 @@ def _checked_row(line: str, where: str) -> dict:
     row = json_object(line, where)
     if "messages" not in row:
         if not {"input", "output"} <= row.keys():
-            raise DataError(
-                f"{where}: needs `messages`, or `input` and `output`; it has "
-                f"{', '.join(sorted(row)) or 'nothing'}."
-            )
-        row = {
-            "messages": [
-                {"role": "user", "content": row["input"]},
-                {"role": "assistant", "content": row["output"]},
-            ]
-        }
+            has = ", ".join(sorted(row)) or "nothing"
+            raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {has}.")
+        asked = {"role": "user", "content": row["input"]}
+        row = {"messages": [asked, {"role": "assistant", "content": row["output"]}]}
     check_messages(row["messages"], where)
     return row
 
 
 def check_messages(messages: object, where: str) -> None:
-    """Raise :class:`DataError` unless ``messages`` is a conversation that ends with the assistant's
-    answer; ``where`` begins the message."""
+    """Raise DataError unless ``messages`` is a conversation that ends with an answer."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(
             f"{where}: `messages` has to be a list of at least a user and an assistant message."
         )
     for position, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in ROLES
-            or not isinstance(message.get("content"), str)
-        ):
+        turn = message if isinstance(message, dict) else {}
+        if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             raise DataError(
                 f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a "
                 "`content` that is a text."
@@ -131,8 +110,7 @@ def render_prompt(tokenizer: ChatTokenizer, messages: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A file ready for NeMo: its path, rows, and token counts (prompt, answer and stop token
-    together)."""
+    """A file for NeMo; tokens are those of prompt, answer and stop token together."""
 
     path: Path
     rows: int
@@ -142,13 +120,10 @@ class Rendered:
 
 def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
     """Render ``source`` into ``target``, one ``{"input", "output"}`` a line, and count tokens."""
-    rows = read_rows(source)
     lengths, lines = [], []
-    for row in rows:
-        prompt, answer = (
-            render_prompt(tokenizer, row["messages"]),
-            row["messages"][-1]["content"].strip(),
-        )
+    for row in read_rows(source):
+        prompt = render_prompt(tokenizer, row["messages"])
+        answer = row["messages"][-1]["content"].strip()
         lengths.append(len(tokenizer.encode(prompt + answer)) + 1)
         lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
     paths.write_text(target, "\n".join(lines) + "\n")
@@ -156,21 +131,16 @@ def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendere
     # would point into the old text.
     for stale in target.parent.glob(f"{target.name}.idx.*"):
         stale.unlink()
-    return Rendered(target, len(rows), sum(lengths) / len(lengths), max(lengths))
+    return Rendered(target, len(lines), sum(lengths) / len(lengths), max(lengths))
 
 
 def make_tickets() -> Path:
-    """The folder of the workshop's data set, generated if it is not there. Raises
-    :class:`DataError` where that fails."""
+    """The folder of the workshop's data set, generated where it is not there."""
     folder = paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         script = paths.repository_file("data/make_tickets.py")
-        done = subprocess.run(
-            [sys.executable, str(script), "--out", str(folder)],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, str(script), "--out", str(folder)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise DataError(

@@ -1,10 +1,7 @@
-"""A model's tokenizer and chat template without transformers or torch: ``tokenizers`` and Jinja2
-answer in milliseconds.
+"""A model's tokenizer and chat template without transformers or torch, in milliseconds.
 
-Renders as transformers 4.51 documents it
-(https://huggingface.co/docs/transformers/chat_templating): an immutable sandbox with
-``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables. A test compares both on the
-same conversations.
+Renders as https://huggingface.co/docs/transformers/chat_templating says (4.51): an immutable
+sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables.
 """
 
 import json
@@ -16,13 +13,11 @@ from workshop_utils.core.errors import DataError
 
 
 class ChatTokenizer:
-    """``tokenizer.json`` and the chat template of a Hugging Face directory.
-
-    Raises:
-        DataError: the directory lacks one of them.
-    """
+    """``tokenizer.json`` and the chat template of a Hugging Face directory; DataError without."""
 
     def __init__(self, directory: Path):
+        import jinja2
+
         self.directory = Path(directory)
         config = self._json("tokenizer_config.json")
         template = self.directory / "chat_template.jinja"
@@ -36,52 +31,40 @@ class ChatTokenizer:
             )
         self._json("tokenizer.json")
         self._tokenizer = read_tokenizer(self.directory / "tokenizer.json")
-        self._template = self._compiled()
-        tokens = {key: value for key, value in config.items() if key.endswith("_token")}
-        self.special_tokens = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in tokens.items()
-            if value is not None
-        }
-
-    def _compiled(self):
-        import jinja2
-
         try:
-            return _environment().from_string(self.chat_template)
+            self._template = _environment().from_string(self.chat_template)
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template of {paths.shown(self.directory)} is broken at line "
                 f"{error.lineno}: {error.message}"
             ) from None
+        self.special_tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in config.items()
+            if key.endswith("_token") and value is not None
+        }
 
     def _json(self, name: str) -> dict:
+        file = self.directory / name
         try:
-            return json.loads((self.directory / name).read_text(encoding="utf-8"))
+            return json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(
                 f"{paths.shown(self.directory)} has no {name}: give the directory of a Hugging "
                 "Face tokenizer."
             ) from None
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{paths.shown(self.directory / name)} is not JSON ({error.msg} at line "
-                f"{error.lineno})."
-            ) from None
+            where = f"{error.msg} at line {error.lineno}"
+            raise DataError(f"{paths.shown(file)} is not JSON ({where}).") from None
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The conversation as text; with ``add_generation_prompt`` it ends where the assistant's
-        answer begins."""
+        """The conversation as text; where asked, it ends where the next answer begins."""
         import jinja2
 
         try:
-            return self._template.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
+            words = self.special_tokens | {"tools": None, "documents": None}
+            words |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+            return self._template.render(words)
         except jinja2.TemplateError as error:
             raise DataError(
                 f"the chat template of {paths.shown(self.directory)} refuses the conversation: "
@@ -94,43 +77,35 @@ class ChatTokenizer:
 
     def count(self, texts: list[str]) -> list[int]:
         """Number of tokens of each of ``texts``, as :meth:`encode` has them; on all cores."""
-        return [
-            len(found.ids)
-            for found in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(encoding.ids) for encoding in encoded]
 
 
 def read_tokenizer(file: Path):
-    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``. Raises :class:`DataError` when it is
-    none."""
+    """The ``tokenizers.Tokenizer`` of a ``tokenizer.json``; DataError when it is none."""
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:
-        raise DataError(
-            f"{paths.shown(file)} is no tokenizer: {error}. Get the model again."
-        ) from None
+        said = f"{paths.shown(file)} is no tokenizer: {error}. Get the model again."
+        raise DataError(said) from None
 
 
 def _environment():
+    import jinja2
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message):
-        """What templates call to refuse a conversation. Raises :class:`jinja2.TemplateError`."""
-        import jinja2
-
+    def raise_exception(message):  # what templates call to refuse a conversation
         raise jinja2.TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, **options
-    )
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-    }
+    def to_json(value, **options) -> str:
+        return json.dumps(value, ensure_ascii=False, **options)
+
+    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols]}
+    environment = ImmutableSandboxedEnvironment(**how)
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment

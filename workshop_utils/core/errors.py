@@ -13,8 +13,7 @@ class WorkshopError(Exception):
 
 
 class CheckpointError(WorkshopError):
-    """Something is wrong with a checkpoint. ``tensor`` names what is affected, where it is one
-    tensor."""
+    """Something is wrong with a checkpoint, or with its ``tensor``."""
 
     def __init__(self, message: str, tensor: str | None = None) -> None:
         super().__init__(message)
@@ -28,8 +27,7 @@ class NotACheckpoint(CheckpointError):
 
 
 class UnsafeCheckpoint(CheckpointError):
-    """The file would run code or write outside its directory if it were loaded. Nothing of it was
-    executed."""
+    """It would run code or write elsewhere if it were loaded. Nothing was executed."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -37,18 +35,15 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class UnsupportedCheckpoint(CheckpointError):
-    """A sound checkpoint of a kind that this command cannot take. The message names the field and
-    what can take it."""
+    """Sound, but of a kind that this command cannot take. The message says what can."""
 
 
 class FetchError(WorkshopError):
-    """A model could not be downloaded. The message says from where, why, and whether a new start
-    resumes."""
+    """A model could not be downloaded: from where, why, and whether a new start resumes."""
 
 
 class GatedModel(FetchError):
-    """The licence of a model has to be accepted, or a key is missing. The message says what and
-    where."""
+    """The licence of a model has to be accepted, or a key is missing."""
 
 
 class DataError(WorkshopError):
@@ -56,8 +51,7 @@ class DataError(WorkshopError):
 
 
 class TrainingFailed(WorkshopError):
-    """The training process ended with an error; the message holds its cause and the path of the
-    log."""
+    """The training process ended with an error: its cause, and the path of the log."""
 
 
 class GenerationFailed(WorkshopError):
@@ -65,8 +59,7 @@ class GenerationFailed(WorkshopError):
 
 
 class UnsupportedAdapter(WorkshopError):
-    """A sound adapter of a kind that the chosen reader, or this workshop, cannot take. The message
-    names what can."""
+    """A sound adapter that the chosen reader, or this workshop, cannot take."""
 
 
 class OutputExists(WorkshopError):
@@ -74,15 +67,12 @@ class OutputExists(WorkshopError):
 
 
 class ConformanceFailed(WorkshopError):
-    """A file that was just written breaks a rule of its reader; it was not kept. The message names
-    the rule and the key."""
+    """What was just written breaks a rule of its reader; it was not kept."""
 
 
 class WaitedTooLong(WorkshopError):
-    """Another process did not finish in time. The message says which one, what it does, and what to
-    do."""
+    """Another process did not finish in time: which one, what it does, and what to do."""
 
 
 class NimFailed(WorkshopError):
-    """A NIM could not be started, or did not become ready. The message says what is missing, or
-    what its log names."""
+    """A NIM could not be started, or did not become ready: what is missing, or its log says."""

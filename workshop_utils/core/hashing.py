@@ -1,5 +1,4 @@
-"""Digests that tell one file from another: of the whole, or of a bounded sample where weights are
-too large to read each time."""
+"""Digests of a whole file, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
 import os
@@ -16,38 +15,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha256_of_text(text: str) -> str:
+    """Hex digest of ``text`` in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sampled(path: Path) -> str:
-    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its
-    last.
+    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly over it.
 
     Training changes whole tensors, so other weights of the same shape have another digest. A change
     between two pieces is not seen.
     """
     size = path.stat().st_size
-    found = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
         if size <= PIECES * PIECE:
-            found.update(stream.read())
+            digest.update(stream.read())
         else:
             for number in range(PIECES):
                 stream.seek((size - PIECE) * number // (PIECES - 1))
-                found.update(stream.read(PIECE))
-    return found.hexdigest()
+                digest.update(stream.read(PIECE))
+    return digest.hexdigest()
 
 
 def of_contents(path: Path) -> dict[str, str]:
-    """:func:`sampled` of the file ``path``, or of each file in the directory ``path`` by its name
-    below it, wherever ``path`` lies. Links to files count as the files; what is not there has no
-    entry. Raises OSError for what cannot be read.
-    """
+    """Name below ``path`` -> :func:`sampled` of each file there ("" for ``path`` itself, a file).
+    Links count as files; what is not there has no entry; OSError for what cannot be read."""
     if path.is_file():
         return {"": sampled(path)}
-    files = [
-        Path(folder, name) for folder, _, names in os.walk(path, onerror=_fail) for name in names
-    ]
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    walk = os.walk(path, onerror=fail)
+    files = [Path(folder, name) for folder, _, names in walk for name in names]
     return {str(file.relative_to(path)): sampled(file) for file in sorted(files) if file.is_file()}
-
-
-def _fail(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error

@@ -1,8 +1,7 @@
 """Caches and settings in the workshop's own folder where the home cannot be written to: a container
 that runs as a stranger to it, a home on a read-only file system, no home at all.
 
-    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run a program of others
-    (JupyterLab) with such places
+    python -m workshop_utils.core.home COMMAND [ARGUMENT...]     run JupyterLab with such places
 """
 
 import atexit
@@ -20,17 +19,11 @@ starts."""
 
 
 def places() -> dict[str, Path]:
-    """Variable -> the place that the libraries write to, which the variable names or, unset, the
-    home and the XDG variables give."""
+    """Variable -> the place where libraries write, by that variable, the XDG ones or the home."""
     home = Path(os.path.expanduser("~"))
-    xdg = {
-        "XDG_CACHE_HOME": ".cache",
-        "XDG_CONFIG_HOME": ".config",
-        "XDG_DATA_HOME": ".local/share",
-    }
-    cache, config, data = (
-        Path(os.environ.get(name) or home / place) for name, place in xdg.items()
-    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    data = Path(os.environ.get("XDG_DATA_HOME") or home / ".local/share")
     usual = {
         "XDG_CACHE_HOME": cache,
         "HF_HOME": cache / "huggingface",
@@ -51,12 +44,10 @@ def stand_in() -> Path:
 
 
 def use_writable_places() -> None:
-    """Set, in this process and those that it starts, each variable of :func:`places` whose place
-    cannot be written to, to one below :func:`stand_in`, and HOME where it is no directory that can
-    be entered.
+    """Set each variable of :func:`places` whose place cannot be written to, to one below
+    :func:`stand_in`, and HOME where it is no directory that can be entered.
 
-    What a person has set stays, and so does everything where the home can be written to.
-    ``~/.config`` is not moved: pip and others only read there.
+    What a person has set stays. ``~/.config`` is not moved: pip and others only read there.
     """
     home = Path(os.path.expanduser("~"))  # stays "~" for a user that the system does not know
     homeless = not (home.is_absolute() and os.path.isdir(home) and os.access(home, os.X_OK))
@@ -67,7 +58,11 @@ def use_writable_places() -> None:
     ]
     if not (homeless or shut):
         return
-    folder = _made(stand_in())
+    if can_be_written(folder := stand_in()):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    else:  # one that goes with this process
+        folder = Path(tempfile.mkdtemp(prefix="workshop-home-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if homeless:
         os.environ["HOME"] = str(folder)
     os.environ.update({variable: str(folder / variable.lower()) for variable in shut})
@@ -79,17 +74,6 @@ def can_be_written(place: Path) -> bool:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
-
-
-def _made(folder: Path) -> Path:
-    """``folder``, or a temporary one that goes with this process where the workshop cannot be
-    written to either."""
-    if can_be_written(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return folder
-    temporary = Path(tempfile.mkdtemp(prefix="workshop-home-"))
-    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-    return temporary
 
 
 if __name__ == "__main__":

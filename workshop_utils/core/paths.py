@@ -18,18 +18,13 @@ _naming = threading.Lock()
 
 
 def in_clone() -> bool:
-    """Whether this package lies in its repository. A wheel carries the files that its commands read
-    of it (see setup.py)."""
+    """Whether this package lies in its repository; a wheel carries some of its files (setup.py)."""
     return not _SHIPPED.is_dir()
 
 
 def root() -> Path:
-    """Where ``models/``, ``data/`` and ``runs/`` lie: ``WORKSHOP_ROOT`` when set, else the clone
-    that holds this package.
-
-    A package that was installed from a wheel has no clone, and nothing may be written beside it:
-    then it is the current folder.
-    """
+    """Where ``models/``, ``data/`` and ``runs/`` lie: WORKSHOP_ROOT, else the clone that holds this
+    package, else (installed from a wheel) the current folder."""
     chosen = os.environ.get("WORKSHOP_ROOT")
     if chosen:
         return Path(chosen).resolve()
@@ -37,20 +32,18 @@ def root() -> Path:
 
 
 def repository_file(name: str) -> Path:
-    """A file of the repository that the commands read, such as ``models/manifest.yaml``: that of
-    the root where it has one."""
+    """A file such as ``models/manifest.yaml``: the root's own where it has one."""
     own = root() / name
     return own if own.exists() else (_PACKAGE.parent if in_clone() else _SHIPPED) / name
 
 
 def models_dir() -> Path:
-    """``models/``: one folder a format, one folder a model in it. The manifest beside them is in
-    git, weights never are."""
+    """``models/``: one folder a format, one folder a model in it."""
     return root() / "models"
 
 
 def data_dir() -> Path:
-    """``data/``: generators (in git) and the data sets they write (not in git)."""
+    """``data/``: generators, and the data sets they write."""
     return root() / "data"
 
 
@@ -60,89 +53,79 @@ def runs_dir() -> Path:
 
 
 def adapter_store() -> Path:
-    """``runs/store/``: the adapters that a NIM, or the server of this workshop, serves, one
-    directory each."""
+    """``runs/store/``: the adapters that a server holds, one directory each."""
     return runs_dir() / "store"
 
 
 def huggingface_model(name: str) -> Path:
-    """Hugging Face model directory of the model called ``name``. The folder's name is the model's
-    id when it is served."""
+    """Hugging Face model directory; its name is the model's id when it is served."""
     return models_dir() / "huggingface" / name
 
 
 def nemo2_checkpoint(name: str) -> Path:
-    """NeMo 2.0 distributed checkpoint (``context/`` and ``weights/``) of the model called
-    ``name``."""
+    """NeMo 2.0 distributed checkpoint (``context/`` and ``weights/``)."""
     return models_dir() / "nemo2" / name
 
 
 def bridged_checkpoint(name: str) -> Path:
-    """The view of :func:`nemo2_checkpoint` that the script path can load (see
-    :mod:`workshop_utils.checkpoints.convert.bridge`)."""
+    """The view of :func:`nemo2_checkpoint` that the script path can load."""
     return models_dir() / "bridged" / name
 
 
 def shown(path: Path | str) -> str:
-    """``path`` relative to :func:`root` where it lies inside, else as it is; for messages, reports
-    and outputs."""
+    """``path`` relative to :func:`root` where it lies inside; for messages, reports and outputs."""
     path = Path(os.path.abspath(path))
     return str(path.relative_to(root())) if path.is_relative_to(root()) else str(path)
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory beside ``target`` that takes its name when the block ends
-    without an error.
+    """Yield an empty directory beside ``target`` that takes its name at an end without an error.
 
-    An existing ``target`` is replaced only then; after an error nothing of it has changed and the
-    temporary is gone. The umask decides who may read what is in it, whoever wrote it; files that
-    have other names too (hard links) keep their modes.
+    An existing ``target`` is replaced only then. The umask decides who may read what is in it,
+    whoever wrote it; files that have other names too (hard links) keep their modes.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_directory(f".{target.name}.", target.parent, suffix=".partial") as made:
-        yield made
-        _set_modes(made)
+    with temporary_directory(f".{target.name}.", target.parent, suffix=".partial") as part:
+        yield part
+        _set_modes(part)
         with _naming:
             if target.is_symlink() or target.is_file():
                 target.unlink()
             elif target.exists():
-                _replace_directory(target, made)
+                _replace_directory(target, part)
                 return
-            os.replace(made, target)
+            os.replace(part, target)
 
 
 @contextlib.contextmanager
 def temporary_directory(
     prefix: str, parent: Path | None = None, suffix: str = ""
 ) -> Iterator[Path]:
-    """Yield an empty directory in ``parent`` (default: the system's place for them) that is gone
-    after the block, and after Ctrl-C."""
-    made = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
-    _unfinished.add(made)
+    """Yield an empty directory that is gone after the block, and after Ctrl-C."""
+    part = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+    _unfinished.add(part)
     try:
-        yield made
+        yield part
     finally:
-        shutil.rmtree(made, ignore_errors=True)
-        _unfinished.discard(made)
+        shutil.rmtree(part, ignore_errors=True)
+        _unfinished.discard(part)
 
 
 def remove_unfinished() -> None:
-    """Remove what this process is writing and has not given its name yet. For its end: nothing can
-    be finished afterwards."""
+    """At the end of this process: remove what has not got its name yet."""
     _naming.acquire(timeout=1)
-    for made in list(_unfinished):
-        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
+    for part in list(_unfinished):
+        shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
-def _replace_directory(target: Path, made: Path) -> None:
-    """Two renames, since a directory with something in it cannot be renamed over; the first is
-    taken back if the second fails."""
+def _replace_directory(target: Path, part: Path) -> None:
+    """A directory cannot be renamed over a full one: two renames, or none."""
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     try:
         os.replace(target, old / "was")
-        os.replace(made, target)
+        os.replace(part, target)
     finally:
         if not target.exists():
             os.replace(old / "was", target)
@@ -151,24 +134,23 @@ def _replace_directory(target: Path, made: Path) -> None:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target`` that takes its name when the block ends without an
-    error."""
+    """Yield a temporary path beside ``target`` that takes its name at an end without an error."""
     target = Path(target)
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     os.close(handle)
-    made = Path(name)
-    _unfinished.add(made)
+    part = Path(name)
+    _unfinished.add(part)
     try:
-        yield made
-        made.chmod(new_file_mode())
+        yield part
+        part.chmod(new_file_mode())
         with _naming:
-            os.replace(made, target)
+            os.replace(part, target)
     finally:
-        made.unlink(missing_ok=True)
-        _unfinished.discard(made)
+        part.unlink(missing_ok=True)
+        _unfinished.discard(part)
 
 
 def write_text(target: Path, text: str) -> Path:

@@ -1,5 +1,4 @@
-"""Progress bars that fit where they are shown: live in a notebook and on a terminal, a line for
-each tenth in a file or a pipe."""
+"""Progress bars: live in a notebook and on a terminal, a line for each tenth elsewhere."""
 
 from __future__ import annotations
 
@@ -11,16 +10,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_OF_LIBRARIES = (
-    "TQDM_DISABLE",
-    "HF_HUB_DISABLE_PROGRESS_BARS",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS",
-)
-
 
 def progress_bar(over: Iterable | None = None, shown: bool = True, **options) -> tqdm:
-    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's. Nothing is
-    shown without ``shown``."""
+    """A bar of tqdm ``over`` an iterable, or to be updated; ``options`` are tqdm's."""
     return progress_bar_class()(over, disable=not shown, **options)
 
 
@@ -28,17 +20,17 @@ def progress_bar_class() -> type[tqdm]:
     """The class of tqdm that suits this process."""
     from tqdm import auto, notebook
 
-    return (
-        auto.tqdm
-        if issubclass(auto.tqdm, notebook.tqdm_notebook) or sys.stderr.isatty()
-        else _lines()
-    )
+    live = issubclass(auto.tqdm, notebook.tqdm_notebook) or sys.stderr.isatty()
+    return auto.tqdm if live else _lines()
 
 
 def quiet_libraries(environment: MutableMapping[str, str]) -> None:
-    """Switch off the bars that libraries draw, which know nothing of lines, unless a person has
-    said otherwise. Before they are imported."""
-    for name in _OF_LIBRARIES:
+    """Switch off the bars of libraries not yet imported, unless a person has said otherwise."""
+    for name in (
+        "TQDM_DISABLE",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    ):
         environment.setdefault(name, "1")
 
 
@@ -52,28 +44,22 @@ def _lines() -> type[tqdm]:
         said: tuple | None = None
 
         def __init__(self, *words, **options):
-            super().__init__(
-                *words, **options | {"gui": True}
-            )  # tqdm's word for: it is displayed by `display` below
+            # "gui" is tqdm's word for: it is displayed by `display` below.
+            super().__init__(*words, **options | {"gui": True})
             if not self.disable and self.delay <= 0:
                 self.display()
 
         def display(self, *_, **__) -> bool:
-            """Print a line if there is something new to say."""
             news = self.desc, self.total and int(10 * self.n / self.total)
             if news != self.said:
                 self.said = news
-                form = (
-                    "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-                    if self.total
-                    else "..."
-                )
+                form = "{percentage:.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+                form = form if self.total else "..."
                 text = self.format_meter(**self.format_dict | {"prefix": "", "bar_format": form})
                 print(f"{self.desc.removesuffix(': ')}: {text}", file=self.fp, flush=True)
             return True
 
         def close(self) -> None:
-            """Say the last, where something was said before."""
             if not self.disable and self.said:
                 self.display()
             super().close()

@@ -1,5 +1,4 @@
-"""The one place where a person chooses model, device and data: ``workshop.yaml``, or environment
-variables that win over it."""
+"""Where a person chooses model, device and data: ``workshop.yaml``, or the environment."""
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -24,21 +23,15 @@ class Settings:
 
 def load_settings() -> Settings:
     """Defaults, overridden by ``workshop.yaml``, overridden by WORKSHOP_MODEL, WORKSHOP_DEVICE and
-    WORKSHOP_DATA.
-
-    Raises:
-        WorkshopError: the file is not a mapping of these three names.
-    """
+    WORKSHOP_DATA."""
     file = paths.root() / "workshop.yaml"
     chosen = {}
     if file.exists():
         try:
             chosen = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
-            raise WorkshopError(
-                f"workshop.yaml is not YAML: {error}. Put it right, or delete it to go back to "
-                "the defaults."
-            ) from None
+            fix = "Put it right, or delete it to go back to the defaults."
+            raise WorkshopError(f"workshop.yaml is not YAML: {error}. {fix}") from None
     names = [field.name for field in fields(Settings)]
     if not isinstance(chosen, dict) or not set(chosen) <= set(names):
         raise WorkshopError(f"workshop.yaml may hold {', '.join(names)}, and nothing else.")

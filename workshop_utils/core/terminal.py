@@ -1,9 +1,9 @@
-"""Text on a terminal: names and values of a stranger's checkpoint may hold what it would obey, and
-lines may be longer than it is wide."""
+"""Text on a terminal, which would obey what a stranger's checkpoint may hold."""
 
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 
 
 def one_line(text: str) -> str:
@@ -28,20 +28,22 @@ def width() -> int:
 
 
 def folded(line: str, indent: int) -> str:
-    """``line``, on as many lines as :func:`width` asks for, all but the first ``indent`` columns to
-    the right. Words stay whole."""
+    """``line`` as wide as the terminal, all but the first line ``indent`` columns to the right."""
     if len(line) <= width():
         return line
-    return textwrap.fill(
-        line,
-        width(),
-        subsequent_indent=" " * indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line, width(), subsequent_indent=" " * indent, **whole_words)
 
 
 def plain(text: str, longest: int) -> str:
     """``text`` for a message: shortened, and without what a terminal would obey."""
     shortened = text if len(text) <= longest else f"{text[:longest]}..."
     return shortened if shortened.isascii() and shortened.isprintable() else ascii(shortened)[1:-1]
+
+
+def columns(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """``rows`` of cells as lines, the first ``left`` columns flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if at < left else str.rjust for at in range(len(widths))]
+    lines = [[side(*cell) for side, *cell in zip(sides, row, widths, strict=True)] for row in rows]
+    return ["  ".join(line).rstrip() for line in lines]

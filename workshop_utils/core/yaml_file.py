@@ -10,8 +10,7 @@ from workshop_utils.core.errors import WorkshopError
 
 
 class _Loader(yaml.SafeLoader):
-    """Builds plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 itself wants
-    1.0e-4."""
+    """Plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 wants 1.0e-4."""
 
 
 _Loader.add_implicit_resolver(
@@ -20,12 +19,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(path: Path | str) -> dict[str, Any]:
-    """The mapping in the YAML file at ``path``; an empty file is an empty one.
-
-    Raises:
-        WorkshopError: the file cannot be read, is no text, no YAML, or holds something else than a
-            mapping of names.
-    """
+    """The mapping in a YAML file; an empty file is an empty one. WorkshopError for others."""
     path = Path(path)
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -37,11 +31,9 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise WorkshopError(
-            f"{path}{where}: is not YAML that can be read here "
-            f"({getattr(error, 'problem', None) or error})."
-        ) from None
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        problem = getattr(error, "problem", None) or error
+        raise WorkshopError(f"{where}: is not YAML that can be read here ({problem}).") from None
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -1,5 +1,4 @@
-"""Ask a model that a server holds: this workshop's, a NIM, vLLM, or any other with the API of
-OpenAI."""
+"""Ask a model that a server holds: any with the API of OpenAI, such as this workshop's or a NIM."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ of your own)."""
 
 @dataclass(frozen=True)
 class Timing:
-    """One streamed answer, measured by the client. ``first`` and ``total`` are seconds from the
-    request on; ``tokens`` are new ones."""
+    """A streamed answer: seconds from the request to its first and last token, new ``tokens``."""
 
     text: str
     first: float
@@ -41,19 +39,13 @@ class Timing:
 
 
 def connect(url: str | None = None, api_key: str | None = None) -> OpenAI:
-    """A client of the server at ``url`` (with or without ``/v1``); both default to the environment.
-    A busy server is asked again."""
+    """A client of the server at ``url``, by default the environment's; it asks a busy one again."""
     from openai import DefaultHttpxClient, OpenAI
 
     url = (url or os.environ.get(URL) or "http://127.0.0.1:8000").rstrip("/").removesuffix("/v1")
     key = api_key or os.environ.get(KEY) or "none"
-    return OpenAI(
-        base_url=f"{url}/v1",
-        api_key=key,
-        max_retries=3,
-        timeout=600,
-        http_client=DefaultHttpxClient(trust_env="127.0.0.1" not in url),
-    )
+    http = DefaultHttpxClient(trust_env="127.0.0.1" not in url)
+    return OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=3, timeout=600, http_client=http)
 
 
 def answers(
@@ -64,18 +56,10 @@ def answers(
     concurrency: int = 16,
     progress: bool = True,
 ) -> list[str]:
-    """The most probable answer to each conversation, as
-    :func:`workshop_utils.inference.generate.generate` gives it, in the order given.
-
-    ``concurrency`` requests are under way at a time.
-
-    Raises:
-        GenerationFailed: the server cannot be reached, refuses the key, does not have ``model``, or
-            refuses a conversation.
-    """
+    """The most probable answer to each conversation, as ``generate`` gives it, in the order given,
+    ``concurrency`` requests at a time. GenerationFailed says what a server refuses."""
 
     def ask(turns: list[dict]) -> str:
-        """The answer to one conversation."""
         answer = client.chat.completions.create(
             model=model, messages=prompt_turns(turns), max_tokens=max_new_tokens, temperature=0
         )
@@ -89,14 +73,10 @@ def answers(
 def stream(client: OpenAI, model: str, turns: list[dict], max_new_tokens: int = 64) -> Timing:
     """Stream the most probable answer and measure it. Errors as :func:`answers`."""
     began, first, text, tokens = time.perf_counter(), 0.0, "", 0
+    how = {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     with explained(client, model):
         for event in client.chat.completions.create(
-            model=model,
-            messages=turns,
-            max_tokens=max_new_tokens,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
+            model=model, messages=turns, max_tokens=max_new_tokens, **how
         ):
             piece = event.choices[0].delta.content if event.choices else None
             if piece:
@@ -124,8 +104,9 @@ def explained(client: OpenAI, model: str) -> Iterator[None]:
             f"{where} refuses the key: {_said(error)} Give the server's key in {KEY}."
         ) from error
     except openai.NotFoundError as error:
+        served = _served(client)
         raise GenerationFailed(
-            f"{where} has no model {model!r}: {_said(error)} {_served(client)}"
+            f"{where} has no model {model!r}: {_said(error)} {served}"
         ) from error
     except openai.APIStatusError as error:
         raise GenerationFailed(f"{where} answered {error.status_code}: {_said(error)}") from error

@@ -1,5 +1,4 @@
-"""Score a base model and an adapter on held-out rows, beside two baselines that give the gain a
-meaning.
+"""Score a base model and an adapter on held-out rows, beside two baselines.
 
 Variants: the plain base; the base that sees the schema and five examples in its prompt; the
 majority class of the training data; the base with the adapter. All metrics are exact and need no
@@ -8,7 +7,6 @@ torch; a finished variant is kept and used again while nothing that it depends o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -18,28 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats.summary import Kind
-from workshop_utils.checkpoints.verify.verify import require_sound
-from workshop_utils.core import paths
+from workshop_utils.core import paths, terminal
 from workshop_utils.core.chat_data import prompt_turns, read_rows
 from workshop_utils.core.errors import NotACheckpoint
-from workshop_utils.core.hashing import sha256
+from workshop_utils.core.hashing import sha256, sha256_of_text
 from workshop_utils.core.settings import SEED
 from workshop_utils.inference.metrics import exact_match
 
-BASE, FEW_SHOT, MAJORITY, ADAPTER = VARIANTS = (
-    "base",
-    "base-few-shot",
-    "majority-class",
-    "adapter",
-)
+BASE, FEW_SHOT, MAJORITY, ADAPTER = "base", "base-few-shot", "majority-class", "adapter"
+VARIANTS = BASE, FEW_SHOT, MAJORITY, ADAPTER
 SERVED = "served"
-TITLES = {
-    BASE: "base",
-    FEW_SHOT: "base + 5 examples",
-    MAJORITY: "majority class",
-    ADAPTER: "adapter",
-}
+_TITLES = ("base", "base + 5 examples", "majority class", "adapter")
+TITLES = dict(zip(VARIANTS, _TITLES, strict=True))
 EXAMPLES = 5
 MAX_CLASSES = 12
 """A field with at most so many values among the labels counts as a class; others (a reply) are free
@@ -56,8 +44,7 @@ class Scores:
         valid_json: the answer is a JSON object; None when the labels are not JSON objects.
         fields: for each field of the labels, how often the answer has the same value.
         confusion: for each field that is a class: label -> answer -> rows. Answers that no label
-            has count as "other",
-            answers without the field as "no answer".
+            has count as "other", answers without the field as "no answer".
     """
 
     rows: int
@@ -69,8 +56,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores and wall time (seconds, loading included) of each variant, and the directory that
-    holds its answers."""
+    """Scores and seconds (loading included) of each variant; ``directory`` holds its answers."""
 
     directory: Path
     scores: dict[str, Scores]
@@ -79,73 +65,58 @@ class Evaluation:
     def predictions(self, variant: str) -> list[dict[str, str]]:
         """The rows of one variant, in the order of the test file: ``input`` (last user turn),
         ``label``, ``prediction``."""
-        with _predictions_file(self.directory, variant).open(
-            encoding="utf-8", newline="\n"
-        ) as lines:
-            return [json.loads(line) for line in lines]
+        text = _predictions_file(self.directory, variant).read_text("utf-8")
+        return [json.loads(line) for line in text.split("\n")[:-1]]
 
     def __str__(self) -> str:
         return table(self.scores)
 
 
 def score(predictions: Sequence[str], labels: Sequence[str]) -> Scores:
-    """Compare ``predictions`` with ``labels`` one by one.
-
-    Raises:
-        ValueError: the two have different lengths, or none.
-    """
+    """Compare ``predictions`` with ``labels`` one by one; ValueError for other lengths, or none."""
     if len(predictions) != len(labels) or not labels:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels")
     rows = len(labels)
     exact = sum(exact_match(predictions, labels)) / rows
-    wanted = _objects(labels)
-    if None in wanted:
+    expected = _objects(labels)
+    if None in expected:
         return Scores(rows, exact, None, {}, {})
     given = _objects(predictions)
-    pairs = list(zip(given, wanted, strict=True))
-    names = list(dict.fromkeys(name for label in wanted for name in label))
-    correct = {
-        name: sum(_same(answer, label, name) for answer, label in pairs) / rows for name in names
-    }
-    confusion = {name: _confusion(name, pairs) for name in _class_fields(wanted)}
-    return Scores(
-        rows, exact, sum(answer is not None for answer in given) / rows, correct, confusion
-    )
+    pairs = list(zip(given, expected, strict=True))
+    valid = sum(answer is not None for answer in given) / rows
+    names = dict.fromkeys(name for label in expected for name in label)
+    right = {name: sum(_same(*pair, name) for pair in pairs) / rows for name in names}
+    confusion = {name: _confusion(name, pairs) for name in _class_fields(expected)}
+    return Scores(rows, exact, valid, right, confusion)
 
 
 def majority_class(train_rows: Sequence[dict], test_rows: Sequence[dict]) -> list[str]:
-    """The same answer to every test row: the commonest value of each field, or the commonest whole
-    answer if not JSON."""
+    """The commonest value of each field, or whole answer if not JSON, for every test row."""
     answers = [label_of(row) for row in train_rows]
     labels = _objects(answers)
     if None in labels:
         best = Counter(answers).most_common(1)[0][0]
     else:
-        names = dict.fromkeys(name for label in labels for name in label)
-        commonest = {
-            name: Counter(json.dumps(label[name]) for label in labels if name in label).most_common(
-                1
-            )[0][0]
-            for name in names
-        }
-        best = json.dumps(
-            {name: json.loads(value) for name, value in commonest.items()}, ensure_ascii=False
-        )
+        values: dict[str, Counter] = {}
+        for label in labels:
+            for name, value in label.items():
+                values.setdefault(name, Counter())[json.dumps(value)] += 1
+        commonest = {name: json.loads(count.most_common(1)[0][0]) for name, count in values.items()}
+        best = json.dumps(commonest, ensure_ascii=False)
     return [best] * len(test_rows)
 
 
 def few_shot_prefix(train_rows: Sequence[dict], seed: int = SEED) -> list[dict]:
-    """Turns to put before a question: a sentence that states the schema, then :data:`EXAMPLES`
-    training rows with different labels.
+    """Turns to put before a question: a sentence that states the schema, in the first user turn
+    since not every chat template takes a system message, and :data:`EXAMPLES` training rows: drawn
+    at random, then chosen one at a time so that each adds as many classes not seen yet as there
+    are."""
 
-    The sentence opens the first user turn, since not every chat template takes a system message.
-    Rows are drawn at random, then chosen one at a time so that each adds as many classes not seen
-    yet as there are.
-    """
-    rows = [
-        row for row in train_rows if sum(turn["role"] == "user" for turn in row["messages"]) == 1
-    ] or list(train_rows)
-    random.Random(seed).shuffle(rows := list(rows))
+    def asks_once(row: dict) -> bool:
+        return [turn["role"] for turn in row["messages"]].count("user") == 1
+
+    rows = list(filter(asks_once, train_rows)) or list(train_rows)
+    random.Random(seed).shuffle(rows)
     labels = _objects([label_of(row) for row in train_rows])
     classes = {} if None in labels else _class_fields(labels)
     chosen: list[dict] = []
@@ -167,11 +138,9 @@ def schema_sentence(labels: Sequence[dict | None], classes: Mapping[str, Sequenc
     if None in labels:
         return "Answer in the form of these examples."
     names = dict.fromkeys(name for label in labels for name in label)
-    told = [
-        f'"{name}" ({"one of " + ", ".join(classes[name]) if name in classes else "text"})'
-        for name in names
-    ]
-    return f"Answer with one line of JSON and nothing else. Its fields: {'; '.join(told)}."
+    kinds = {name: f"one of {', '.join(values)}" for name, values in classes.items()}
+    fields = [f'"{name}" ({kinds.get(name, "text")})' for name in names]
+    return f"Answer with one line of JSON and nothing else. Its fields: {'; '.join(fields)}."
 
 
 def label_of(row: dict) -> str:
@@ -192,12 +161,11 @@ def evaluate(
     progress: bool = True,
     trust: bool = False,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with each variant, score it, and keep answers and scores in
-    ``out_dir``.
+    """Answer every row of ``test_file`` with each variant, score it, and keep both in ``out_dir``.
 
     ``out_dir/VARIANT/predictions.jsonl`` and ``out_dir/scores.json`` are written when a variant is
-    complete, so an interrupted call goes on with the next variant. A variant is used again when
-    model, adapter, files and settings have the same contents.
+    complete, so an interrupted call goes on with the next. A variant is used again when model,
+    adapter, files and settings have the same contents.
 
     Args:
         hf_model: Hugging Face model directory.
@@ -208,30 +176,16 @@ def evaluate(
         trust: what is found wrong with model or adapter is printed and not raised.
 
     Raises:
-        CheckpointError: model or adapter is unsafe or damaged.
-        DataError: a file is missing, or a row is not what it should be.
-        NotACheckpoint: ``hf_model`` is no model directory.
-        WorkshopError: the adapter cannot be read (see
-            :func:`workshop_utils.adapters.export.export`).
+        CheckpointError, DataError: model, adapter, or a file is missing or not what it should be.
     """
-    from workshop_utils.inference.generate import as_peft
+    from workshop_utils.inference import generate
     from workshop_utils.runtime.device import choose_device
 
-    hf_model, out_dir = Path(hf_model), Path(out_dir)
-    if not (hf_model / "config.json").is_file():
-        raise NotACheckpoint(
-            f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face "
-            "model."
-        )
-    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
+    hf_model, out_dir = generate.sound_model(hf_model, trust), Path(out_dir)
     test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
-    peft = as_peft(adapter, trust) if adapter is not None else None
-    answering = {
-        "model": _digest(hf_model),
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "dtype": choose_device().dtype,
-    }
+    peft = generate.as_peft(adapter, trust) if adapter is not None else None
+    answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens}
+    answering |= {"batch_size": batch_size, "dtype": choose_device().dtype}
     data = {"test": _digest(Path(test_file)), "rows": len(test)}
     learnt = {"train": _digest(Path(train_file))}
     inputs = {
@@ -241,18 +195,25 @@ def evaluate(
     }
     if peft:
         inputs[ADAPTER] = answering | data | {"adapter": _digest(peft)}
-    wanted = [variant for variant in variants or VARIANTS if variant in inputs]
+    chosen = [variant for variant in variants or VARIANTS if variant in inputs]
     entries = {name: entry for name, entry in _read_entries(out_dir).items() if name in inputs}
-    answer = _Answers(hf_model, max_new_tokens, batch_size, progress, trust)
-    for variant in wanted:
+    questions, loaded = [row["messages"] for row in test], None
+    for variant in chosen:
         if _is_current(entries.get(variant), inputs[variant], out_dir, variant):
             continue
         began = time.perf_counter()
         if variant == MAJORITY:
             predictions = majority_class(train, test)
         else:
+            with_adapter = peft if variant == ADAPTER else None
+            if loaded is None or loaded[0] != with_adapter:
+                loaded = None  # frees the model before the next one is read
+                loaded = with_adapter, generate.load(hf_model, with_adapter, trust)
             prefix = few_shot_prefix(train) if variant == FEW_SHOT else None
-            predictions = answer(test, peft if variant == ADAPTER else None, prefix)
+            how = {"prefix": prefix, "progress": progress}
+            predictions = generate.generate(
+                *loaded[1], questions, max_new_tokens, batch_size, **how
+            )
         seconds = time.perf_counter() - began
         written = _write_predictions(out_dir, variant, test, predictions)
         entries[variant] = {
@@ -261,13 +222,11 @@ def evaluate(
             "seconds": round(seconds, 2),
             **asdict(score(predictions, [label_of(row) for row in test])),
         }
-        paths.write_text(
-            out_dir / "scores.json", json.dumps({"variants": entries}, indent=2) + "\n"
-        )
+        _write_entries(out_dir, entries)
     return Evaluation(
         out_dir,
-        {name: _scores(entries[name]) for name in wanted},
-        {name: entries[name]["seconds"] for name in wanted},
+        {name: _scores(entries[name]) for name in chosen},
+        {name: entries[name]["seconds"] for name in chosen},
     )
 
 
@@ -281,93 +240,38 @@ def evaluate_served(
     api_key: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Answer every row of ``test_file`` with the model ``model_id`` of the server at ``url``, and
-    score it as :func:`evaluate` does.
+    """Score the model ``model_id`` of the server at ``url`` as :func:`evaluate` does.
 
-    Prompts and scores are the same, so the figures of a served adapter are those of the adapter,
-    but for ties that another precision or another order of additions decides. Nothing is reused:
-    what a server holds can change. ``url`` and ``api_key`` default to the environment
-    (:mod:`workshop_utils.inference.client`).
-
-    Raises:
-        GenerationFailed: see :func:`workshop_utils.inference.client.answers`.
-        DataError: the file is missing, or a row is not what it should be.
+    The figures of a served adapter are those of the adapter, but for ties that another precision or
+    another order of additions decides. Nothing is reused: what a server holds can change. ``url``
+    and ``api_key`` default to the environment (:mod:`workshop_utils.inference.client`).
     """
     from workshop_utils.inference.client import answers, connect
 
     test, out_dir = read_rows(Path(test_file))[:limit], Path(out_dir)
     began = time.perf_counter()
     client = connect(url, api_key)
-    predictions = answers(
-        client, model_id, [row["messages"] for row in test], max_new_tokens, progress=progress
-    )
-    seconds, scores = (
-        time.perf_counter() - began,
-        score(predictions, [label_of(row) for row in test]),
-    )
+    questions = [row["messages"] for row in test]
+    predictions = answers(client, model_id, questions, max_new_tokens, progress=progress)
+    seconds = time.perf_counter() - began
+    scores = score(predictions, [label_of(row) for row in test])
     _write_predictions(out_dir, SERVED, test, predictions)
-    entry = {
-        "url": str(client.base_url),
-        "model": model_id,
-        "seconds": round(seconds, 2),
-        **asdict(scores),
-    }
-    paths.write_text(
-        out_dir / "scores.json", json.dumps({"variants": {SERVED: entry}}, indent=2) + "\n"
-    )
+    entry = {"url": str(client.base_url), "model": model_id, "seconds": round(seconds, 2)}
+    entry |= asdict(scores)
+    _write_entries(out_dir, {SERVED: entry})
     return Evaluation(out_dir, {SERVED: scores}, {SERVED: seconds})
 
 
 def table(scores: Mapping[str, Scores]) -> str:
     """The scores as a text table, one line a variant, rates in per cent."""
     fields = list(dict.fromkeys(name for entry in scores.values() for name in entry.fields))
-    head = ["variant", "rows", "exact match", "valid JSON", *fields]
-    lines = [head]
+    lines = [["variant", "rows", "exact match", "valid JSON", *fields]]
     for variant, entry in scores.items():
         rates = [entry.exact_match, entry.valid_json, *(entry.fields.get(name) for name in fields)]
-        lines.append(
-            [
-                TITLES.get(variant, variant),
-                str(entry.rows),
-                *("-" if rate is None else f"{rate:.1%}" for rate in rates),
-            ]
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rows = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
-
-
-class _Answers:
-    """Generates answers; keeps the model in memory while the adapter stays the same."""
-
-    def __init__(
-        self, hf_model: Path, max_new_tokens: int, batch_size: int, progress: bool, trust: bool
-    ):
-        self.hf_model, self.trust = hf_model, trust
-        self.options = {
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "progress": progress,
-        }
-        self.loaded: tuple | None = None
-
-    def __call__(
-        self, rows: Sequence[dict], adapter: Path | None, prefix: list[dict] | None
-    ) -> list[str]:
-        from workshop_utils.inference import generate
-
-        if self.loaded is None or self.loaded[0] != adapter:
-            self.loaded = None  # frees the model before the next one is read
-            self.loaded = (adapter, *generate.load(self.hf_model, adapter, self.trust))
-        return generate.generate(
-            *self.loaded[1:], [row["messages"] for row in rows], prefix=prefix, **self.options
-        )
+        shown = ("-" if rate is None else f"{rate:.1%}" for rate in rates)
+        lines.append([TITLES.get(variant, variant), str(entry.rows), *shown])
+    head, *rows = terminal.columns(lines, left=1)
+    return "\n".join([head, "-" * len(head), *rows])
 
 
 def _predictions_file(out_dir: Path, variant: str) -> Path:
@@ -377,22 +281,20 @@ def _predictions_file(out_dir: Path, variant: str) -> Path:
 def _write_predictions(
     out_dir: Path, variant: str, rows: Sequence[dict], predictions: Sequence[str]
 ) -> Path:
-    lines = [
-        json.dumps(
-            {
-                "input": prompt_turns(row["messages"])[-1]["content"],
-                "label": label_of(row),
-                "prediction": text,
-            }
-        )
-        for row, text in zip(rows, predictions, strict=True)
-    ]
+    lines = []
+    for row, text in zip(rows, predictions, strict=True):
+        asked = prompt_turns(row["messages"])[-1]["content"]
+        lines.append(json.dumps({"input": asked, "label": label_of(row), "prediction": text}))
     return paths.write_text(_predictions_file(out_dir, variant), "\n".join(lines) + "\n")
 
 
+def _write_entries(out_dir: Path, entries: Mapping[str, dict]) -> None:
+    text = json.dumps({"variants": entries}, indent=2)
+    paths.write_text(out_dir / "scores.json", text + "\n")
+
+
 def _read_entries(out_dir: Path) -> dict[str, dict]:
-    """The finished variants in ``scores.json``; none if it is missing or not what this module
-    writes."""
+    """The finished variants in ``scores.json``; none where this module did not write it."""
     try:
         entries = json.loads((out_dir / "scores.json").read_text("utf-8"))["variants"]
         return {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
@@ -416,35 +318,30 @@ def _scores(entry: Mapping[str, Any]) -> Scores:
 
 
 def _digest(path: Path) -> str:
-    """sha256 of a file, or over the names and sha256 of the files in a directory that decide what a
-    model answers."""
+    """sha256 of a file, or of the files of a directory that decide what a model answers."""
     if path.is_file():
         return sha256(path)
     if not path.is_dir():
         raise NotACheckpoint(f"{paths.shown(path)} does not exist.")
     kinds = (".json", ".safetensors", ".bin", ".model", ".jinja")
     files = sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
-    return hashlib.sha256(
-        "".join(f"{file.name} {_digest(file)}\n" for file in files).encode()
-    ).hexdigest()
+    return sha256_of_text("".join(f"{file.name} {_digest(file)}\n" for file in files))
 
 
 def _objects(texts: Sequence[str]) -> list[dict | None]:
     """Each text as the JSON object it is, else None."""
-    return [_object(text) for text in texts]
-
-
-def _object(text: str) -> dict | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+    values = []
+    for text in texts:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+        values.append(value if isinstance(value, dict) else None)
+    return values
 
 
 def _same(answer: dict | None, label: dict, name: str) -> bool:
-    """Same value and same JSON type: true is not 1. A field that the label leaves out has to be
-    left out."""
+    """Same value and JSON type: true is not 1. What the label leaves out has to be left out."""
     if answer is None or name not in answer or name not in label:
         return answer is not None and name not in answer and name not in label
     return json.dumps(answer[name], sort_keys=True) == json.dumps(label[name], sort_keys=True)
@@ -458,14 +355,14 @@ def _class_fields(labels: Sequence[dict]) -> dict[str, list[str]]:
         for name, value in label.items():
             values.setdefault(name, set()).add(value if isinstance(value, str) else None)
     return {
-        name: sorted(found)
-        for name, found in values.items()
-        if None not in found and len(found) <= MAX_CLASSES and len(found) < len(labels)
+        name: sorted(texts)
+        for name, texts in values.items()
+        if None not in texts and len(texts) <= MAX_CLASSES and len(texts) < len(labels)
     }
 
 
 def _classes_of(row: dict, classes: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    label = _object(label_of(row)) or {}
+    label = _objects([label_of(row)])[0] or {}
     return [(name, label[name]) for name in classes if name in label]
 
 

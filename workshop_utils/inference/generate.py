@@ -1,8 +1,7 @@
 """Greedy answers of a Hugging Face model, with or without a PEFT adapter, in batches.
 
-model, tokenizer = load("models/huggingface/smollm2-135m-instruct",
-adapter="runs/exports/NAME/hf-peft")
-generate(model, tokenizer, [[{"role": "user", "content": "Hello"}]])    # ["Hello! How can I help?"]
+loaded = load("models/huggingface/NAME", adapter="runs/exports/NAME/hf-peft")
+generate(*loaded, [[{"role": "user", "content": "Hello"}]])    # ["Hello! How can I help?"]
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ the answer and not shown."""
 
 
 def model_directory(model: Path | str | None = None) -> Path:
-    """``model`` if it is a directory, else the fetched model of that name; without one, that of the
-    settings.
+    """A directory, a fetched model's, or that of the settings; NotACheckpoint for others."""
+    return _with_config(sources.directory(chosen_model().name if model is None else model))
 
-    Raises:
-        NotACheckpoint, WorkshopError: it is neither; see
-            :func:`workshop_utils.checkpoints.sources.directory`.
-    """
-    found = sources.directory(chosen_model().name if model is None else model)
-    if not (found / "config.json").is_file():
+
+def sound_model(directory: Path | str, trust: bool = False) -> Path:
+    """``directory``. Raises NotACheckpoint where it is no Hugging Face model directory, and
+    CheckpointError where that is unsafe or damaged; with ``trust`` the latter is only printed."""
+    require_sound(_with_config(Path(directory)), trust, (Kind.HUGGINGFACE,))
+    return Path(directory)
+
+
+def _with_config(directory: Path) -> Path:
+    if not (directory / "config.json").is_file():
         raise NotACheckpoint(
-            f"{paths.shown(found)} has no config.json: give the directory of a Hugging Face model."
+            f"{paths.shown(directory)} has no config.json: give the directory of a Hugging Face "
+            "model."
         )
-    return found
+    return directory
 
 
 def as_peft(adapter: Path | str, trust: bool = False) -> Path:
-    """The PEFT directory of ``adapter``: itself, or the export of a ``.nemo`` (made on first use,
-    then reused); verified first.
-
-    Raises:
-        CheckpointError: it is unsafe or damaged; with ``trust`` that is only printed.
-        WorkshopError: see :func:`workshop_utils.adapters.export.export`.
-    """
+    """The PEFT directory of ``adapter``, verified first: itself, or the export of a ``.nemo`` (made
+    on first use, then reused). CheckpointError where it is unsafe or damaged."""
     adapter = Path(adapter)
     if (adapter / "adapter_config.json").is_file():
         require_sound(adapter, trust, (Kind.PEFT,))
@@ -77,26 +76,18 @@ def load(
         trust: what is found wrong with either is printed and not raised.
 
     Raises:
-        CheckpointError: one of the two is unsafe or damaged.
-        NotACheckpoint: ``hf_model`` is no Hugging Face model directory, or has no chat template.
+        CheckpointError: one of the two is missing, unsafe or damaged, or has no chat template.
     """
-    hf_model = Path(hf_model)
-    if not (hf_model / "config.json").is_file():
-        raise NotACheckpoint(
-            f"{paths.shown(hf_model)} has no config.json: give the directory of a Hugging Face "
-            "model."
-        )
-    require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
-    peft = (
-        None if adapter is None else as_peft(adapter, trust)
-    )  # what is wrong with it is said before anything is loaded
+    hf_model = sound_model(hf_model, trust)
+    # What is wrong with the adapter is said before anything is loaded.
+    peft = None if adapter is None else as_peft(adapter, trust)
     if (hf_model / "tokenizer.json").is_file():
-        read_tokenizer(
-            hf_model / "tokenizer.json"
-        )  # transformers fails at a broken one without naming it
+        # transformers fails at a broken one without naming it.
+        read_tokenizer(hf_model / "tokenizer.json")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    # Without trust_remote_code said, transformers asks the user when the model brings code along.
     tokenizer = AutoTokenizer.from_pretrained(
         hf_model, padding_side="left", trust_remote_code=False
     )
@@ -107,9 +98,14 @@ def load(
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    gpu = choose_device().kind == "gpu"
-    # Said, because transformers asks the user otherwise when the model brings code along.
-    dtype = torch.bfloat16 if gpu else torch.float32
+    if choose_device().kind == "gpu":
+        return _read(hf_model, peft, torch.bfloat16).to("cuda"), tokenizer
+    return _read(hf_model, peft, torch.float32), tokenizer
+
+
+def _read(hf_model: Path, peft: Path | None, dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(
         hf_model, torch_dtype=dtype, trust_remote_code=False
     )
@@ -117,7 +113,7 @@ def load(
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, peft)
-    return model.to("cuda" if gpu else "cpu").eval(), tokenizer
+    return model.eval()
 
 
 def generate(
@@ -133,15 +129,10 @@ def generate(
 
     Conversations of similar length share a batch. The tokens that all prompts begin with (a system
     prompt, ``prefix``) go through the model once; every batch starts from a copy of their keys and
-    values.
-
-    Args:
-        conversations: see :data:`Messages`.
-        prefix: turns that come before those of every conversation, for instance worked examples; a
-            conversation's own
-            system message stays in front of them.
+    values. ``prefix``: turns before those of every conversation, behind its own system message.
     """
     import torch
+    from transformers import DynamicCache
 
     if not conversations:
         return []
@@ -149,37 +140,34 @@ def generate(
     shared = common_start(prompts)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), row))
     answers = [""] * len(prompts)
-    with (
-        torch.inference_mode(),
-        progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress) as bar,
-    ):
-        cache = _prefill(model, prompts[0][:shared]) if shared else None
+    bar = progress_bar(total=len(prompts), unit="row", desc="generate", shown=progress)
+    with torch.inference_mode(), bar:
+        cache = None
+        if shared:
+            start = torch.tensor([prompts[0][:shared]], device=model.device)
+            how = {"use_cache": True, "logits_to_keep": 1}
+            cache = model(input_ids=start, past_key_values=DynamicCache(), **how).past_key_values
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            tokens = _greedy(
-                model, tokenizer, [prompts[row] for row in rows], shared, cache, max_new_tokens
-            )
-            for row, text in zip(
-                rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True
-            ):
+            batch = [prompts[row] for row in rows]
+            tokens = _greedy(model, tokenizer, batch, shared, cache, max_new_tokens)
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            for row, text in zip(rows, texts, strict=True):
                 answers[row] = text
             bar.update(len(rows))
     return answers
 
 
 def with_prefix(prefix: Messages, turns: Messages) -> Messages:
-    """``prefix`` and then what ``turns`` ask; a system message of ``turns`` keeps the first
-    place."""
+    """``prefix``, then what ``turns`` ask; a system message of theirs stays first."""
     asked = prompt_turns(turns)
     system = [turn for turn in asked[:1] if turn["role"] == "system"]
     return system + list(prefix) + asked[len(system) :]
 
 
 def common_start(prompts: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all prompts share, at least one token of each prompt left over.
-
-    Compared as tokens, because the text of a prefix need not end where a token does.
-    """
+    """How many leading tokens all prompts share, at least one of each left over. Compared as
+    tokens: the text of a prefix need not end where a token does."""
     # The first and the last in sorted order differ earliest.
     first, last = min(prompts), max(prompts)
     limit = min(len(prompt) for prompt in prompts) - 1
@@ -190,17 +178,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[i
     """Token ids of the conversation up to where the answer begins."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
-
-
-def _prefill(model: PreTrainedModel, ids: list[int]) -> Cache:
-    """Keys and values of ``ids`` for a batch of one."""
-    import torch
-    from transformers import DynamicCache
-
-    inputs = torch.tensor([ids], device=model.device)
-    return model(
-        input_ids=inputs, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-    ).past_key_values
 
 
 def _greedy(
@@ -223,22 +200,16 @@ def _greedy(
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        rest = len(prompt) - shared
-        for at, values in (
-            (slice(0, shared), prompt[:shared]),
-            (slice(width - rest, width), prompt[shared:]),
-        ):
-            ids[row, at], mask[row, at] = torch.tensor(values, dtype=ids.dtype), 1
+        tokens, rest = torch.tensor(prompt), len(prompt) - shared
+        ids[row, :shared], mask[row, :shared] = tokens[:shared], 1
+        ids[row, width - rest :], mask[row, width - rest :] = tokens[shared:], 1
     if cache is not None:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(len(prompts))
     stop = model.generation_config.eos_token_id
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if stop is None else stop,
-    )
+    stop = tokenizer.eos_token_id if stop is None else stop
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": stop}
+    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, **tokens)
     output = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
@@ -249,15 +220,19 @@ def _greedy(
     return output[:, width:]
 
 
-def logits(model: PreTrainedModel, token_ids: Sequence[Sequence[int]]):
+def logits(
+    model: PreTrainedModel | Path, token_ids: Sequence[Sequence[int]], adapter: Path | None = None
+):
     """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch,
-    sequence]`` without padding."""
+    sequence]`` without padding.
+
+    ``model`` may be a directory: it is read in fp32 on the CPU, with the PEFT ``adapter`` in it,
+    whatever the weights are in.
+    """
     import torch
 
+    if isinstance(model, Path):
+        model = _read(model, adapter, torch.float32)
+    ids = torch.tensor(token_ids, device=model.device)
     with torch.inference_mode():
-        return (
-            model(input_ids=torch.tensor(token_ids, device=model.device))
-            .logits.float()
-            .cpu()
-            .numpy()
-        )
+        return model(input_ids=ids).logits.float().cpu().numpy()

@@ -27,16 +27,11 @@ from workshop_utils.runtime.processes import run_job
 if TYPE_CHECKING:
     import numpy
 
-_LOG_LINES = 25
-
 
 @dataclass(frozen=True)
 class NemoAnswers:
-    """What NeMo answered. ``logits`` is fp32 ``[batch, sequence, vocabulary]``, or None if no token
-    ids were given.
-
-    ``new_tokens`` were made in ``seconds``, loading apart.
-    """
+    """``logits``: fp32 ``[batch, sequence, vocabulary]``, None without token ids; ``new_tokens``
+    were made in ``seconds``, loading apart."""
 
     texts: list[str]
     logits: numpy.ndarray | None
@@ -47,15 +42,9 @@ class NemoAnswers:
 class NemoModel:
     """A bridged checkpoint, with an adapter or without, loaded by NeMo in this process, in fp32.
 
-    Args:
-        bridged: directory that ``workshop bridge`` made.
-        adapter: the ``.nemo`` that NeMo wrote, rows of q, k and v interleaved.
-        trust: what is found wrong with either is printed and not raised.
-
-    Raises:
-        NotACheckpoint: ``bridged`` is no such directory, or ``adapter`` no LoRA adapter.
-        CheckpointError: one of the two is unsafe or damaged. NeMo has not seen it then.
-        UnsupportedAdapter: the adapter was exported for another reader.
+    ``adapter`` is a ``.nemo`` as NeMo writes it, rows of q, k and v interleaved: UnsupportedAdapter
+    for another. CheckpointError says what is wrong with either (``trust``: only printed) before
+    NeMo sees it.
     """
 
     def __init__(self, bridged: Path | str, adapter: Path | str | None = None, trust: bool = False):
@@ -68,13 +57,8 @@ class NemoModel:
         from nemo.collections.nlp.parts.nlp_overrides import NLPDDPStrategy
         from omegaconf import open_dict
 
-        trainer = Trainer(
-            accelerator=choose_device().kind,
-            devices=1,
-            strategy=NLPDDPStrategy(),
-            logger=False,
-            enable_checkpointing=False,
-        )
+        alone = {"devices": 1, "logger": False, "enable_checkpointing": False}
+        trainer = Trainer(accelerator=choose_device().kind, strategy=NLPDDPStrategy(), **alone)
         config = MegatronGPTSFTModel.restore_from(str(bridged), return_config=True)
         with open_dict(config):
             config.target = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
@@ -91,39 +75,23 @@ class NemoModel:
         self.new_tokens = 0
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int = 48) -> list[str]:
-        """Greedy answers to ``prompts`` (text as the chat template renders it), in one batch, up to
-        the stop token."""
+        """Greedy answers to rendered ``prompts``, in one batch, up to the stop token."""
         from nemo.collections.nlp.modules.common.text_generation_strategy import (
             GPTModelTextGenerationStrategy,
         )
 
-        output = self.model.generate(
-            list(prompts),
-            {"min_length": 0, "max_length": max_new_tokens},
-            {
-                "use_greedy": True,
-                "temperature": 1.0,
-                "top_k": 0,
-                "top_p": 1.0,
-                "repetition_penalty": 1.0,
-                "add_BOS": False,
-                "all_probs": False,
-                "compute_logprob": False,
-                "end_strings": [self.tokenizer.eos_token],
-            },
-            # Named, because NeMo's search for the right one imports its multimodal models, which
-            # need torchvision.
-            strategy=GPTModelTextGenerationStrategy(self.model),
-        )
-        answers = []
+        length = {"min_length": 0, "max_length": max_new_tokens}
+        sampling = {"use_greedy": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        sampling |= {"repetition_penalty": 1.0, "end_strings": [self.tokenizer.eos_token]}
+        sampling |= {"add_BOS": False, "all_probs": False, "compute_logprob": False}
+        # NeMo's search for a strategy imports its multimodal models, which need torchvision.
+        strategy = GPTModelTextGenerationStrategy(self.model)
+        output = self.model.generate(list(prompts), length, sampling, strategy=strategy)
+        answers, stop = [], self.tokenizer.eos_token_id
         for prompt, ids in zip(prompts, output["token_ids"], strict=True):
             # NeMo goes on with a short prompt until the longest one has its tokens.
             new = ids[len(self.model.tokenizer.text_to_ids(prompt)) :][:max_new_tokens]
-            new = (
-                new[: new.index(self.tokenizer.eos_token_id) + 1]
-                if self.tokenizer.eos_token_id in new
-                else new
-            )
+            new = new[: new.index(stop) + 1] if stop in new else new
             self.new_tokens += len(new)
             answers.append(self.tokenizer.decode(new, skip_special_tokens=True))
         return answers
@@ -136,14 +104,10 @@ class NemoModel:
         ids = torch.tensor(token_ids, device=next(self.model.parameters()).device)
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         with torch.inference_mode():
-            # Without a mask Megatron-Core's attention is causal. Rows that only pad the vocabulary
-            # are cut off.
-            return (
-                self.model.model(ids, positions, None)
-                .float()
-                .cpu()
-                .numpy()[..., : self.model.cfg.get("override_vocab_size")]
-            )
+            # Without a mask Megatron-Core's attention is causal.
+            logits = self.model.model(ids, positions, None).float().cpu().numpy()
+        # Rows that only pad the vocabulary are cut off.
+        return logits[..., : self.model.cfg.get("override_vocab_size")]
 
 
 def ask_nemo(
@@ -156,28 +120,27 @@ def ask_nemo(
 ) -> NemoAnswers:
     """Load once, in a process of its own, answer ``prompts``, and give the logits of ``token_ids``.
 
-    Takes about half a minute on two cores before the first token, most of it NeMo's import.
-
-    Raises:
-        CheckpointError, UnsupportedAdapter: see :class:`NemoModel`.
-        GenerationFailed: NeMo failed; the message ends with what it wrote last.
+    Takes about half a minute on two cores before the first token, most of it NeMo's import. The
+    message of a GenerationFailed ends with what NeMo wrote last.
     """
+    import numpy
+
     _check(Path(bridged), adapter, trust)
+    rows = [] if token_ids is None else token_ids
     with tempfile.TemporaryDirectory(prefix="workshop-nemo-") as name:
         folder = Path(name)
         job = {
             "bridged": str(Path(bridged).resolve()),
             "adapter": adapter and str(Path(adapter).resolve()),
             "prompts": list(prompts),
-            "token_ids": [
-                [int(token) for token in row] for row in ([] if token_ids is None else token_ids)
-            ],
+            "token_ids": [[int(token) for token in row] for row in rows],
             "max_new_tokens": max_new_tokens,
             "trust": trust,
         }
         run_job("workshop_utils.inference.nemo1_engine", folder, job, bridged)
         answers = json.loads((folder / "answers.json").read_text())
-        return NemoAnswers(**answers, logits=_read_array(folder / "logits.npy"))
+        array = folder / "logits.npy"
+        return NemoAnswers(**answers, logits=numpy.load(array) if array.exists() else None)
 
 
 def nemo_logits(
@@ -194,27 +157,16 @@ def _check(bridged: Path, adapter: Path | str | None, trust: bool) -> None:
             "bridge`."
         )
     if adapter is not None:
-        _check_adapter(adapter, trust)
+        from workshop_utils.adapters.read import read_adapter
+
+        require_sound(adapter, trust, (Kind.NEMO1_ARCHIVE_ADAPTER,))
+        if (order := read_adapter(adapter).qkv_order) != "interleaved":
+            raise UnsupportedAdapter(
+                f"{paths.shown(adapter)} has its rows in the order {order!r}, for another reader; "
+                "NeMo would load it and answer wrongly. Give the .nemo that the training wrote, or "
+                "one exported with --reader nemo."
+            )
     require_sound(bridged, trust, (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY))
-
-
-def _check_adapter(adapter: Path | str, trust: bool) -> None:
-    from workshop_utils.adapters.read import read_adapter
-
-    require_sound(adapter, trust, (Kind.NEMO1_ARCHIVE_ADAPTER,))
-    found = read_adapter(adapter)
-    if found.qkv_order != "interleaved":
-        raise UnsupportedAdapter(
-            f"{paths.shown(adapter)} has its rows in the order {found.qkv_order!r}, for another "
-            "reader; NeMo would load it and answer wrongly. Give the .nemo that the training "
-            "wrote, or one exported with --reader nemo."
-        )
-
-
-def _read_array(file: Path) -> numpy.ndarray | None:
-    import numpy
-
-    return numpy.load(file) if file.exists() else None
 
 
 def _work(folder: Path) -> None:
@@ -225,11 +177,8 @@ def _work(folder: Path) -> None:
     model = NemoModel(job["bridged"], job["adapter"], job["trust"])
     began = time.perf_counter()
     texts = model.generate(job["prompts"], job["max_new_tokens"]) if job["prompts"] else []
-    answers = {
-        "texts": texts,
-        "new_tokens": model.new_tokens,
-        "seconds": time.perf_counter() - began,
-    }
+    seconds = time.perf_counter() - began
+    answers = {"texts": texts, "new_tokens": model.new_tokens, "seconds": seconds}
     if job["token_ids"]:
         numpy.save(folder / "logits.npy", model.logits(job["token_ids"]))
     (folder / "answers.json").write_text(json.dumps(answers))

@@ -1,8 +1,5 @@
-"""The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it.
-
-``python -m workshop_utils.series.lock`` (or ``make lock``) writes ``environment.yml`` anew after
-the lock was changed.
-"""
+"""The lock file, ``requirements.txt``, and the ``environment.yml`` that repeats it:
+``python -m workshop_utils.series.lock`` (``make lock``) writes it anew."""
 
 import re
 from pathlib import Path
@@ -31,28 +28,18 @@ def lock_file() -> Path:
 
 
 def read_lock(file: Path) -> dict[str, str]:
-    """Name (lower case, dashes) → version of every line of ``file``.
-
-    Raises:
-        WorkshopError: a line is no ``name==version``, or a name stands twice.
-    """
+    """Name (lower case, dashes) → version; WorkshopError for a line that is no pin, or a second."""
     pins: dict[str, str] = {}
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
-        line = line.strip()
+        line, where = line.strip(), f"{paths.shown(file)}, line {number}"
         if not line or line.startswith("#"):
             continue
         pin = _PIN.fullmatch(line)
         if pin is None:
-            raise WorkshopError(
-                f"{paths.shown(file)}, line {number}: {line!r} is not a pin. Write it as "
-                "name==version."
-            )
+            raise WorkshopError(f"{where}: {line!r} is not a pin. Write it as name==version.")
         name = normalised(pin["name"])
         if name in pins:
-            raise WorkshopError(
-                f"{paths.shown(file)}, line {number}: {name} is pinned twice. Keep one of the "
-                "lines."
-            )
+            raise WorkshopError(f"{where}: {name} is pinned twice. Keep one of the lines.")
         pins[name] = pin["version"]
     return pins
 
@@ -64,22 +51,10 @@ def normalised(name: str) -> str:
 
 def environment_yaml(pins: dict[str, str]) -> str:
     """The text of ``environment.yml`` for these pins."""
-    return _ENVIRONMENT.format(
-        pins="\n".join(f"      - {name}=={version}" for name, version in pins.items())
-    )
-
-
-def main() -> None:
-    """Write ``environment.yml`` from the lock."""
-    print(
-        "wrote",
-        paths.shown(
-            paths.write_text(
-                paths.root() / "environment.yml", environment_yaml(read_lock(lock_file()))
-            )
-        ),
-    )
+    lines = "\n".join(f"      - {name}=={version}" for name, version in pins.items())
+    return _ENVIRONMENT.format(pins=lines)
 
 
 if __name__ == "__main__":
-    main()
+    target = paths.root() / "environment.yml"
+    print("wrote", paths.shown(paths.write_text(target, environment_yaml(read_lock(lock_file())))))

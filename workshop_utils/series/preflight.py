@@ -1,5 +1,4 @@
-"""Is this machine ready? One check a line, each with what to do when it fails. Takes a second;
-torch is not imported."""
+"""Is this machine ready? One check a line, each with what to do. Imports no torch."""
 
 import os
 import platform
@@ -27,8 +26,7 @@ MEMORY_NEEDED = 6 * GIB
 
 @dataclass(frozen=True)
 class Check:
-    """``status`` is OK, WARN (it works, but mind this) or FAIL; ``fix`` is a sentence, empty when
-    the status is OK."""
+    """``status``: OK, WARN (it works, but mind this) or FAIL; ``fix`` is empty when it is OK."""
 
     status: str
     name: str
@@ -47,137 +45,86 @@ def preflight() -> list[Check]:
 
 def system() -> Check:
     """Linux on x86-64; other processors may lack wheels, other systems lack NeMo."""
-    found = f"{platform.system()} {platform.machine()}"
+    status, fix = "OK", ""
     if platform.system() != "Linux":
-        return Check(
-            "FAIL",
-            "system",
-            found,
-            "NeMo runs on Linux only. Use a Linux machine, WSL 2 on Windows, or a Linux container.",
-        )
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return Check(
-            "WARN",
-            "system",
-            found,
-            "The pinned packages were tried on x86-64 only; here some may have to be compiled.",
-        )
-    return Check("OK", "system", found)
+        status, fix = "FAIL", "NeMo runs on Linux only. Use a Linux machine, WSL 2 on Windows, "
+        fix += "or a Linux container."
+    elif platform.machine() not in ("x86_64", "AMD64"):
+        status, fix = "WARN", "The pinned packages were tried on x86-64 only; here some may have "
+        fix += "to be compiled."
+    return Check(status, "system", f"{platform.system()} {platform.machine()}", fix)
 
 
 def python() -> Check:
     """Python 3.11, the version that the pinned packages are for."""
-    found = platform.python_version()
-    if sys.version_info[:2] != (3, 11):
-        return Check(
-            "FAIL",
-            "Python",
-            found,
-            "Install Python 3.11, then run: make clean && make workshop PYTHON=python3.11",
-        )
-    return Check("OK", "Python", found)
+    fix = "Install Python 3.11, then run: make clean && make workshop PYTHON=python3.11"
+    status, fix = ("OK", "") if sys.version_info[:2] == (3, 11) else ("FAIL", fix)
+    return Check(status, "Python", platform.python_version(), fix)
 
 
 def cores() -> Check:
     """Two cores or more."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    fix = (
-        ""
-        if count > 1
-        else "It works with one core, but takes about twice the times given in the README."
-    )
-    return Check("WARN" if fix else "OK", "cores", str(count), fix)
+    known = hasattr(os, "sched_getaffinity")
+    count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    fix = "It works with one core, but takes about twice the times given in the README."
+    status, fix = ("OK", "") if count > 1 else ("WARN", fix)
+    return Check(status, "cores", str(count), fix)
 
 
 def memory() -> Check:
     """Six GiB, as far as a container's limit allows."""
     limit = memory_limit()
-    found = f"{limit / GIB:.1f} GiB"
-    if limit < MEMORY_NEEDED * 0.95:
-        return Check(
-            "WARN",
-            "memory",
-            found,
-            f"Training may be killed: it wants {MEMORY_NEEDED / GIB:.0f} GiB. Close other "
-            "programs.",
-        )
-    return Check("OK", "memory", found)
+    fix = f"Training may be killed: it wants {MEMORY_NEEDED / GIB:.0f} GiB. Close other programs."
+    status, fix = ("WARN", fix) if limit < MEMORY_NEEDED * 0.95 else ("OK", "")
+    return Check(status, "memory", f"{limit / GIB:.1f} GiB", fix)
 
 
 def disk() -> Check:
     """Room where models and runs go, which must be writable."""
     root = paths.root()
     free = shutil.disk_usage(root).free
-    found = f"{free / GIB:.1f} GiB free"
     if not os.access(root, os.W_OK):
-        return Check(
-            "FAIL",
-            "disk",
-            f"{root} cannot be written to",
-            "Work in a folder of your own, or set WORKSHOP_ROOT to one.",
-        )
+        fix = "Work in a folder of your own, or set WORKSHOP_ROOT to one."
+        return Check("FAIL", "disk", f"{root} cannot be written to", fix)
+    status, fix = "OK", ""
     if free < DISK_NEEDED:
-        fix = (
-            f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. Free some space "
-            f"where {root} lies."
-        )
-        return Check("FAIL" if free < DISK_LEAST else "WARN", "disk", found, fix)
-    return Check("OK", "disk", found)
+        status = "FAIL" if free < DISK_LEAST else "WARN"
+        fix = f"A first run wants {DISK_NEEDED / GIB:.0f} GiB for models and runs. "
+        fix += f"Free some space where {root} lies."
+    return Check(status, "disk", f"{free / GIB:.1f} GiB free", fix)
 
 
 def home() -> Check:
     """Places for caches and settings, which NeMo and JupyterLab write to as soon as they start."""
     use_writable_places()
-    shut = [
-        f"{variable} ({place})" for variable, place in places().items() if not can_be_written(place)
-    ]
+    shut = [f"{name} ({place})" for name, place in places().items() if not can_be_written(place)]
     if shut:
-        return Check(
-            "FAIL",
-            "home",
-            f"cannot be written to: {_some(shut)}",
-            "Set that to a folder of your own, or unset it.",
-        )
+        fix = "Set that to a folder of your own, or unset it."
+        return Check("FAIL", "home", f"cannot be written to: {_some(shut)}", fix)
     folder = Path(os.environ.get(MOVED, stand_in()))
-    moved = [
-        variable
-        for variable in ("HOME", *places())
-        if Path(os.environ.get(variable, "")).is_relative_to(folder)
-    ]
-    if moved:
-        lasting = (
-            paths.shown(folder) if folder == stand_in() else "a folder that goes with each command"
-        )
-        found = f"cannot be written to; {lasting} takes its place for {_some(moved)}"
-        return Check(
-            "WARN",
-            "home",
-            found,
-            "To have caches and settings in a place of your own, set HOME to a folder that is "
-            "yours.",
-        )
-    return Check("OK", "home", "can be written to")
+    names = ("HOME", *places())
+    moved = [name for name in names if Path(os.environ.get(name, "")).is_relative_to(folder)]
+    if not moved:
+        return Check("OK", "home", "can be written to")
+    lasting = folder == stand_in()
+    where = paths.shown(folder) if lasting else "a folder that goes with each command"
+    fix = "To have caches and settings in a place of your own, set HOME to a folder that is yours."
+    says = f"cannot be written to; {where} takes its place for {_some(moved)}"
+    return Check("WARN", "home", says, fix)
 
 
 def packages() -> Check:
-    """Every package of the lock in its version. torch's build (+cpu, +cu128) may differ, the
-    version may not."""
+    """Every package of the lock in its version; torch's build (+cpu, +cu128) may differ."""
     if not lock_file().is_file():
-        return Check(
-            "FAIL",
-            "packages",
-            f"no {lock_file()}",
-            "Run this in a clone of the repository, or set WORKSHOP_ROOT to one.",
-        )
+        fix = "Run this in a clone of the repository, or set WORKSHOP_ROOT to one."
+        return Check("FAIL", "packages", f"no {lock_file()}", fix)
     try:
         pins = read_lock(lock_file())
     except WorkshopError as error:
         return Check("FAIL", "packages", "the lock cannot be read", str(error))
     installed = {
-        normalised(one.metadata["Name"]): one.version.split("+")[0]
-        for one in metadata.distributions()
+        normalised(package.metadata["Name"]): package.version.split("+")[0]
+        for package in metadata.distributions()
     }
     missing = sorted(set(pins) - set(installed))
     if missing:
@@ -188,10 +135,8 @@ def packages() -> Check:
         if installed[name] != version
     ]
     if other:
-        fix = (
-            "Nothing else was tried. For the pinned versions: "
-            f"{'make clean && ' if paths.in_clone() else ''}{_install()}"
-        )
+        clean = "make clean && " if paths.in_clone() else ""
+        fix = f"Nothing else was tried. For the pinned versions: {clean}{_install()}"
         return Check("WARN", "packages", _some(other), fix)
     return Check("OK", "packages", f"{len(pins)} as pinned")
 
@@ -200,7 +145,7 @@ def kernel() -> Check:
     """The kernel that runs the notebooks."""
     if util.find_spec("ipykernel") is None:
         return Check("FAIL", "Jupyter kernel", "ipykernel is missing", f"Run: {_install()}")
-    return Check("OK", "Jupyter kernel", shown_interpreter())
+    return Check("OK", "Jupyter kernel", paths.shown(sys.executable))
 
 
 def device() -> Check:
@@ -210,23 +155,13 @@ def device() -> Check:
     except WorkshopError as error:
         return Check("FAIL", "device", "not usable", str(error))
     if chosen.kind == "cpu" and "CPU build" in chosen.reason:
-        return Check(
-            "WARN",
-            "device",
-            str(chosen),
-            "For the GPU, install the CUDA build of torch from your package index.",
-        )
+        fix = "For the GPU, install the CUDA build of torch from your package index."
+        return Check("WARN", "device", str(chosen), fix)
     return Check("OK", "device", str(chosen))
 
 
-def shown_interpreter() -> str:
-    """The running interpreter, relative to the repository where it lies inside."""
-    return paths.shown(sys.executable)
-
-
 def memory_limit(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may use: the machine's memory, or less where a container (cgroup v1 or v2)
-    says so."""
+    """Bytes this process may use: the machine's, or less in a container (cgroup v1 or v2)."""
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         text = file.read_text().strip() if file.is_file() else "max"

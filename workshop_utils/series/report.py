@@ -7,28 +7,21 @@ built from it.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.runtime.machine import describe_machine
 
-ARTIFACTS = (
-    "hf_model",
-    "nemo2_checkpoint",
-    "bridged_checkpoint",
-    "nemo_adapter",
-    "peft_adapter",
-    "test_set",
-)
+ARTIFACTS = ("hf_model", "nemo2_checkpoint", "bridged_checkpoint", "nemo_adapter", "peft_adapter")
+ARTIFACTS += ("test_set",)
 METRICS = ("base_exact_match", "tuned_exact_match", "train_seconds")
 
 
 @dataclass(frozen=True)
 class NotebookResult:
-    """``result`` is passed, failed or skipped; ``error`` names the cell and the first error of one
-    that failed."""
+    """``result``: passed, failed or skipped; ``error``: the cell and its first error."""
 
     name: str
     seconds: float
@@ -48,12 +41,8 @@ def record_artifact(key: str, path: Path) -> Path:
 
 
 def record_metric(key: str, value: float) -> float:
-    """Note a measured figure (see :data:`METRICS`; rates are fractions, times seconds); returns
-    ``value``.
-
-    Raises:
-        ValueError: not a finite number, or a rate outside 0 to 1.
-    """
+    """Note a measured figure (see :data:`METRICS`) and return it; ValueError for what is no time in
+    seconds, or no rate as a fraction."""
     value = float(value)
     if not math.isfinite(value) or value < 0 or (key.endswith("_match") and value > 1):
         raise ValueError(f"{key} is {value}; rates are fractions from 0 to 1, times are seconds")
@@ -63,14 +52,14 @@ def record_metric(key: str, value: float) -> float:
 
 def read_results() -> dict:
     """What has been noted so far: ``{"artifacts": {...}, "metrics": {...}}``."""
+    file = _results_file()
     try:
-        noted = json.loads(_results_file().read_text(encoding="utf-8"))
+        noted = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         noted = {}
     except json.JSONDecodeError as error:
-        raise WorkshopError(
-            f"{paths.shown(_results_file())} is not JSON ({error}). Delete it and run again."
-        ) from None
+        said = f"{paths.shown(file)} is not JSON ({error}). Delete it and run again."
+        raise WorkshopError(said) from None
     return {"artifacts": noted.get("artifacts", {}), "metrics": noted.get("metrics", {})}
 
 
@@ -80,20 +69,18 @@ def forget_results() -> None:
 
 
 def build_report(notebooks: Sequence[NotebookResult]) -> dict:
-    """The report: every key is there, and is null while nothing was made or measured (or what was
-    made is gone)."""
+    """Every key is there, and is null while nothing was made or measured, or that is gone."""
     noted = read_results()
-    made = {
-        key: place
-        for key in ARTIFACTS
-        if (place := noted["artifacts"].get(key)) and (paths.root() / place).exists()
-    }
+    places = {key: noted["artifacts"].get(key) for key in ARTIFACTS}
+    for key, place in places.items():
+        if place and not (paths.root() / place).exists():
+            places[key] = None
     rows = [
-        {key: value for key, value in asdict(row).items() if value is not None} for row in notebooks
+        {key: value for key, value in vars(row).items() if value is not None} for row in notebooks
     ]
     return {
         "notebooks": rows,
-        "artifacts": {key: made.get(key) for key in ARTIFACTS},
+        "artifacts": places,
         "metrics": {key: noted["metrics"].get(key) for key in METRICS},
         "machine": describe_machine(),
     }

@@ -11,22 +11,16 @@ def settings_form():
     import ipywidgets
 
     settings = load_settings()
-    model = ipywidgets.Dropdown(
-        options=list(catalogue()), value=settings.model, description="Model"
-    )
-    device = ipywidgets.Dropdown(
-        options=["auto", "cpu", "gpu"], value=settings.device, description="Device"
-    )
+    menu, devices = ipywidgets.Dropdown, ["auto", "cpu", "gpu"]
+    model = menu(options=list(catalogue()), value=settings.model, description="Model")
+    device = menu(options=devices, value=settings.device, description="Device")
     button = ipywidgets.Button(description="Save", icon="check")
     answer = ipywidgets.HTML()
 
     def save(_):
-        """Save what the form says, and answer so."""
         save_settings(replace(settings, model=model.value, device=device.value))
-        answer.value = (
-            f"Saved: {model.value} on {device.value}. Restart the kernels of open notebooks to "
-            "use it."
-        )
+        saved = f"Saved: {model.value} on {device.value}."
+        answer.value = f"{saved} Restart the kernels of open notebooks to use it."
 
     button.on_click(save)
     return ipywidgets.VBox([model, device, button, answer])

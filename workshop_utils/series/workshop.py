@@ -2,8 +2,7 @@
 made when it is missing.
 
     ws = open_workshop()        # prints what was chosen and why
-    ws.nemo2_checkpoint()       # a path; fetched, converted, ... first if an earlier notebook has
-    not done so
+    ws.nemo2_checkpoint()       # a path; fetched and converted first, if no earlier notebook has
 
 Every step records its artifact for the report of ``make workshop``.
 """
@@ -32,15 +31,13 @@ class Workshop:
     device: Device
 
     def hf_model(self) -> Path:
-        """Hugging Face directory of the model; for a model that comes as NeMo 2.0, exported from
-        there by NeMo."""
+        """Hugging Face directory; of a model that comes as NeMo 2.0, exported by NeMo."""
         target = paths.huggingface_model(self.model.name)
         if self.model.format == "huggingface":
             sources.fetch(self.model.name)
         elif not target.exists():
-            run_quietly(
-                "import", "--to-huggingface", str(self.nemo2_checkpoint()), "--out", str(target)
-            )
+            source = str(self.nemo2_checkpoint())
+            run_quietly("import", "--to-huggingface", source, "--out", str(target))
         return record_artifact("hf_model", target)
 
     def nemo2_checkpoint(self) -> Path:
@@ -59,21 +56,18 @@ class Workshop:
         return record_artifact("bridged_checkpoint", bridge(self.nemo2_checkpoint()))
 
     def data_files(self) -> dict[str, Path]:
-        """``train``, ``validation`` and ``test`` files: the tickets, or what ``data`` in the
-        settings names."""
+        """``train``, ``validation`` and ``test``: the tickets, or what the settings name."""
         if self.settings.data:
             train = Path(self.settings.data).resolve()
-            files = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
-            return {"train": train} | {
-                name: file if file.exists() else train for name, file in files.items()
-            }
+            beside = {name: train.with_name(f"{name}.jsonl") for name in ("validation", "test")}
+            files = {name: file if file.exists() else train for name, file in beside.items()}
+            return {"train": train, **files}
         folder = make_tickets()
         record_artifact("test_set", folder / "test.jsonl")
         return {name: folder / f"{name}.jsonl" for name in ("train", "validation", "test")}
 
     def plan(self, *overrides: str):
-        """The training run of the series, with ``overrides`` on top (see
-        :func:`workshop_utils.training.script.make_plan`)."""
+        """The training run of the series, with ``overrides`` on top."""
         from workshop_utils.training.script import make_plan
 
         files = self.data_files()
@@ -81,19 +75,14 @@ class Workshop:
         return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
-        """The run's overrides for any ``base``, loadable or not, and another run directory; always
-        from the beginning."""
-        place = (
-            f"exp_manager.exp_dir={run_dir.parent}",
-            f"exp_manager.name={run_dir.name}",
-            "exp_manager.resume_if_exists=false",
-        )
+        """The run's overrides for any ``base``, another run directory, and a fresh start."""
+        place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}"
+        place += ("exp_manager.resume_if_exists=false",)
         settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:
-        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished
-        before."""
+        """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished."""
         from workshop_utils.training import script
 
         plan = self.plan(*overrides)
@@ -105,22 +94,15 @@ class Workshop:
         """``nemo`` (TensorRT-LLM's order) and ``hf-peft``, made from :meth:`adapter`."""
         from workshop_utils.adapters.export import export
 
-        adapter = self.adapter()
-        made = {
-            form: export(adapter, form, base_model=self.model.name, overwrite=True)
-            for form in ("nemo", "hf-peft")
-        }
-        record_artifact("nemo_adapter", made["nemo"])
-        record_artifact("peft_adapter", made["hf-peft"])
-        return made
+        adapter, exports = self.adapter(), {}
+        for form, artifact in (("nemo", "nemo_adapter"), ("hf-peft", "peft_adapter")):
+            exports[form] = export(adapter, form, base_model=self.model.name, overwrite=True)
+            record_artifact(artifact, exports[form])
+        return exports
 
 
 def open_workshop(show: bool = True) -> Workshop:
-    """Read the settings, prepare this process for NeMo, and print model, device and seed.
-
-    Raises:
-        WorkshopError: the settings name an unknown model or device.
-    """
+    """Read the settings, prepare this process for NeMo, and print model, device and seed."""
     from workshop_utils.runtime import nemo_cpu
 
     settings = load_settings()

@@ -9,6 +9,7 @@ padding and positions are counted over the mask.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -17,14 +18,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
-from workshop_utils.serving.server.sampling import (
-    Piece,
-    Sampling,
-    Text,
-    choose,
-    described,
-    generator,
-)
+from workshop_utils.serving.server import sampling
+from workshop_utils.serving.server.sampling import Piece, Sampling, Text
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +40,7 @@ class QueueFull(WorkshopError):
 
 @dataclass(eq=False)
 class Row:
-    """One text being generated. ``emit`` is called in the engine's thread with each :class:`Piece`;
-    setting ``cancelled`` ends it."""
+    """A text being generated. ``emit`` gets its pieces, in the engine's thread."""
 
     prompt: list[int]
     sampling: Sampling
@@ -61,14 +55,13 @@ class _Progress:
 
     def __init__(self, row: Row, tokenizer: PreTrainedTokenizerBase):
         self.row, self.text = row, Text(tokenizer, row.sampling.stop)
-        self.random = generator(row.sampling.seed)
+        self.random = sampling.generator(row.sampling.seed)
         self.pending: list = []
         self.done = False
 
 
 class Engine:
-    """Runs ``model`` in a thread of its own. ``passes`` counts forward passes, ``widest`` the most
-    rows in one."""
+    """Runs ``model`` in a thread of its own; ``passes`` and ``widest`` batch are counted."""
 
     def __init__(
         self,
@@ -84,9 +77,8 @@ class Engine:
         stop = tokenizer.eos_token_id if stop is None else stop
         self._stop_ids = set(stop if isinstance(stop, list) else [stop])
         self._changed = threading.Condition()
-        self._served: dict[
-            str, str
-        ] = {}  # name -> PEFT's name for the version that new requests get
+        # Name -> PEFT's name for the version that new requests get.
+        self._served: dict[str, str] = {}
         self._retired: set[str] = set()
         self._versions = 0
         self._waiting: list[Row] = []
@@ -106,8 +98,7 @@ class Engine:
             return sorted(self._served)
 
     def submit(self, rows: Sequence[Row], adapter: str | None) -> None:
-        """Queue ``rows``, all or none, for ``adapter`` (None: the base). They keep the version that
-        is served now.
+        """Queue ``rows``, all or none, for ``adapter`` (None: the base), in the version served now.
 
         Raises:
             UnknownModel: no such adapter.
@@ -117,10 +108,8 @@ class Engine:
             if adapter is not None and adapter not in self._served:
                 raise UnknownModel(adapter)
             if len(self._waiting) + len(rows) > self.max_queue or self._closing:
-                raise QueueFull(
-                    f"{len(self._waiting)} requests are waiting; the most is {self.max_queue}. "
-                    "Try again later."
-                )
+                waiting = f"{len(self._waiting)} requests are waiting"
+                raise QueueFull(f"{waiting}; the most is {self.max_queue}. Try again later.")
             for row in rows:
                 row.adapter = _BASE if adapter is None else self._served[adapter]
             self._waiting += rows
@@ -129,11 +118,8 @@ class Engine:
     def install(
         self, name: str, config: dict[str, Any], tensors: dict[str, torch.Tensor]
     ) -> Future:
-        """Serve a PEFT adapter as ``name``, in place of an older one; rows under way keep the older
-        one.
-
-        The future's exception is :class:`UnsupportedAdapter` when it does not fit the base.
-        """
+        """Serve a PEFT adapter as ``name``; rows under way keep an older one. The future's
+        exception is UnsupportedAdapter when it does not fit the base."""
         return self._job(lambda: self._install(name, config, tensors))
 
     def remove(self, name: str) -> Future:
@@ -141,12 +127,10 @@ class Engine:
         return self._job(lambda: self._retire(name))
 
     def close(self, grace: float = 0) -> None:
-        """End the thread, and wait for it; what is under way after ``grace`` seconds ends with an
-        error."""
+        """End the thread, and wait; what is unfinished after ``grace`` seconds gets an error."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or not (self._waiting or self._running), grace
-            )
+            done = lambda: self._closing or not (self._waiting or self._running)  # noqa: E731
+            self._changed.wait_for(done, grace)
             self._closing = True
             self._changed.notify_all()
         wait([self.thread])
@@ -179,8 +163,7 @@ class Engine:
                     future.set_exception(WorkshopError("the server is stopping."))
 
     def _wait(self) -> bool:
-        """Sleep until there is something to do, and do what is not a forward pass; False at the
-        end."""
+        """Sleep until there is something to do; do what is no forward pass; False at the end."""
         with self._changed:
             if not self._running:
                 self._changed.notify_all()  # to :meth:`close`
@@ -199,8 +182,7 @@ class Engine:
         return not self._closing
 
     def _step(self) -> None:
-        """One forward pass: over the prompts of rows that join, or over the last token of each
-        running row."""
+        """One forward pass: over the prompts of rows that join, or each running row's last."""
         self._keep([at for at, each in enumerate(self._running) if not each.row.cancelled])
         with self._changed:
             count = self.max_batch - len(self._running)
@@ -234,15 +216,15 @@ class Engine:
             self._cache, self._mask = cache, mask
             return logits
         longest = max(self._mask.shape[1], width)
-        self._mask = torch.cat([_left_padded(each, longest, 1) for each in (self._mask, mask)])
-        for old, fresh in (
-            (self._cache.key_cache, cache.key_cache),
-            (self._cache.value_cache, cache.value_cache),
-        ):
-            for layer, values in enumerate(fresh):
-                old[layer] = torch.cat(
-                    [_left_padded(each, longest, 2) for each in (old[layer], values)]
-                )
+
+        def joined(old: torch.Tensor, new: torch.Tensor, dimension: int) -> torch.Tensor:
+            return torch.cat([_left_padded(each, longest, dimension) for each in (old, new)])
+
+        self._mask = joined(self._mask, mask, 1)
+        for name in ("key_cache", "value_cache"):
+            layers = getattr(self._cache, name)
+            for layer, values in enumerate(getattr(cache, name)):
+                layers[layer] = joined(layers[layer], values, 2)
         return logits
 
     def _continue(self) -> torch.Tensor:
@@ -251,18 +233,10 @@ class Engine:
 
         ids = torch.tensor([[each.row.tokens[-1]] for each in self._running])
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        return self._forward(
-            self._running, ids, self._mask, self._mask.sum(1, keepdim=True) - 1, self._cache
-        )
+        positions = self._mask.sum(1, keepdim=True) - 1
+        return self._forward(self._running, ids, self._mask, positions, self._cache)
 
-    def _forward(
-        self,
-        rows: list[_Progress],
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache,
-    ) -> torch.Tensor:
+    def _forward(self, rows: list[_Progress], ids, mask, positions, cache) -> torch.Tensor:
         device = self.model.device
         mixed = {"adapter_names": [each.row.adapter for each in rows]} if self._lora else {}
         output = (self._lora or self.model)(
@@ -281,14 +255,14 @@ class Engine:
     def _advance(self, each: _Progress, logits: torch.Tensor) -> None:
         """Choose the next token of one row and say what is new."""
         row, text = each.row, each.text
-        token = choose(logits, row.sampling, each.random)
-        each.pending.append(described(logits, token, row.sampling, self.tokenizer, len(text.text)))
-        row.tokens.append(token)
-        ended = token in self._stop_ids
-        stopped = text.update(row.tokens) or ended
-        finish = (
-            "stop" if stopped else "length" if len(row.tokens) >= row.sampling.max_tokens else None
+        token = sampling.choose(logits, row.sampling, each.random)
+        each.pending.append(
+            sampling.described(logits, token, row.sampling, self.tokenizer, len(text.text))
         )
+        row.tokens.append(token)
+        stopped = text.update(row.tokens) or token in self._stop_ids
+        full = len(row.tokens) >= row.sampling.max_tokens
+        finish = "stop" if stopped else "length" if full else None
         new = text.take(last=finish is not None)
         if new or finish:
             row.emit(Piece(new, each.pending, finish))
@@ -318,19 +292,19 @@ class Engine:
         self._check_fits(tensors)
         self._versions += 1
         version = f"version{self._versions}"  # PEFT takes no dots in names
+        config, lean = LoraConfig(**config), {"low_cpu_mem_usage": True}
         if self._lora:
-            self._lora.add_adapter(version, LoraConfig(**config), low_cpu_mem_usage=True)
+            self._lora.add_adapter(version, config, **lean)
         else:
-            self._lora = get_peft_model(
-                self.model, LoraConfig(**config), version, low_cpu_mem_usage=True
-            )
-        loaded = set_peft_model_state_dict(self._lora, tensors, version, low_cpu_mem_usage=True)
+            self._lora = get_peft_model(self.model, config, version, **lean)
+        loaded = set_peft_model_state_dict(self._lora, tensors, version, **lean)
         missing = [key for key in loaded.missing_keys if version in key]
-        if missing or loaded.unexpected_keys:
+        unexpected = loaded.unexpected_keys
+        if missing or unexpected:
             self._retired.add(version)
             raise UnsupportedAdapter(
-                f"{len(missing)} of its tensors are missing and {len(loaded.unexpected_keys)} "
-                f"fit nowhere; the first is {[*missing, *loaded.unexpected_keys][0]}."
+                f"{len(missing)} of its tensors are missing and {len(unexpected)} fit nowhere; "
+                f"the first is {[*missing, *unexpected][0]}."
             )
         self._lora.to(self.model.device).eval()
         self._retire(name, version)
@@ -338,14 +312,10 @@ class Engine:
     def _check_fits(self, tensors: dict[str, torch.Tensor]) -> None:
         """Every tensor is a half for a linear layer of the base, and has its size."""
         for key, tensor in tensors.items():
-            match = _HALF.fullmatch(key)
-            try:
-                layer = self.model.get_submodule(match[1]) if match else None
-            except AttributeError:
-                layer = None
-            size = getattr(
-                layer, "in_features" if match and match[2] == "A" else "out_features", None
-            )
+            size, match = None, _HALF.fullmatch(key)
+            with contextlib.suppress(AttributeError, TypeError):
+                layer = self.model.get_submodule(match[1])
+                size = layer.in_features if match[2] == "A" else layer.out_features
             if size is None:
                 raise UnsupportedAdapter(
                     f"{key} belongs to no linear layer of the base: it is an adapter of another "
@@ -368,21 +338,16 @@ class Engine:
     def _delete_retired(self) -> None:
         """Free the versions that no row needs any more."""
         with self._changed:
-            used = {row.adapter for row in self._waiting} | {
-                each.row.adapter for each in self._running
-            }
+            rows = [*self._waiting, *(each.row for each in self._running)]
+            used = {row.adapter for row in rows}
             unused, self._retired = self._retired - used, self._retired & used
         if self._lora and unused >= self._lora.peft_config.keys():
             self.model, self._lora = self._lora.unload(), None  # PEFT cannot do without any adapter
             return
         for version in unused:
-            if (
-                self._lora.active_adapter == version
-            ):  # else PEFT chooses another one, with a warning
-                self._lora.set_adapter(
-                    next(name for name in self._lora.peft_config if name not in unused),
-                    inference_mode=True,
-                )
+            if self._lora.active_adapter == version:  # PEFT would choose another, with a warning
+                kept = next(name for name in self._lora.peft_config if name not in unused)
+                self._lora.set_adapter(kept, inference_mode=True)
             self._lora.delete_adapter(version)
 
 

@@ -3,11 +3,16 @@ not served is refused by name."""
 
 from __future__ import annotations
 
-import time
-import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from workshop_utils.serving.server.sampling import Sampling, Token
 
@@ -40,8 +45,7 @@ class _Strict(BaseModel):
         return {
             name: value
             for name, value in data.items()
-            if value is not None
-            and not (name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name])
+            if value is not None and (name, value) not in _WITHOUT_EFFECT.items()
         }
 
 
@@ -52,6 +56,14 @@ def _encodable(text: str) -> str:
 
 
 _Text = Annotated[str, AfterValidator(_encodable)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_Stops = Annotated[
+    list[_Stop],
+    Field(max_length=4),
+    BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop),
+]
+_Count = Annotated[int, Field(ge=1)]
+_Id = Annotated[int, Field(ge=0)]
 
 
 class TextPart(_Strict):
@@ -69,12 +81,9 @@ class Message(_Strict):
 
     def as_turn(self) -> dict[str, str]:
         """As chat templates take it."""
-        content = (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
-        return {"role": self.role, "content": content}
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": self.role, "content": text}
 
 
 class StreamOptions(_Strict):
@@ -85,12 +94,12 @@ class StreamOptions(_Strict):
 
 class _Request(_Strict):
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: _Count | None = None
     temperature: float = Field(1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
     n: int = Field(1, ge=1, le=16)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | list[str] = Field([], max_length=1000)
+    stop: _Stops = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str = ""
@@ -99,29 +108,20 @@ class _Request(_Strict):
     def _consistent(self):
         if self.stream_options and not self.stream:
             raise ValueError("stream_options: only together with stream: true")
-        if len(self.stops) > 4 or "" in self.stops or max(map(len, self.stops), default=0) > 1000:
-            raise ValueError("stop: at most 4 strings of 1 to 1000 characters")
         return self
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The texts that end an answer, one or several alike."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
     def sampling(self, room: int, index: int) -> Sampling:
-        """For choice ``index``, with at most ``room`` tokens. Each choice of a seeded request has a
-        seed of its own."""
+        """For choice ``index``, which has a seed of its own, with at most ``room`` tokens."""
         seed = None if self.seed is None else self.seed + index
-        return Sampling(
-            self.limit or room, self.temperature, self.top_p, seed, self.stops, self.alternatives
-        )
+        most, stop = self.limit or room, tuple(self.stop)
+        return Sampling(most, self.temperature, self.top_p, seed, stop, self.alternatives)
 
 
 class ChatRequest(_Request):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: _Count | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -143,12 +143,8 @@ class ChatRequest(_Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-_Id = Annotated[int, Field(ge=0)]
-
-
 class CompletionRequest(_Request):
-    """``POST /v1/completions``. ``prompt`` is text, a list of texts, a list of token ids, or a list
-    of such lists."""
+    """``POST /v1/completions``; ``prompt``: a text, its token ids, or a list of either."""
 
     prompt: _Text | list[_Text] | list[_Id] | list[list[_Id]]
     echo: bool = False
@@ -165,7 +161,7 @@ class CompletionRequest(_Request):
         return self
 
     @property
-    def limit(self) -> int | None:
+    def limit(self) -> int:
         """Most tokens of an answer: 16 where none are named, as in the OpenAI API."""
         return self.max_tokens or 16
 
@@ -180,57 +176,43 @@ class CompletionRequest(_Request):
         return self.prompt if several else [self.prompt]
 
 
+def _choice(index: int, finish: str | None, logprobs: dict | None, **content: Any) -> dict:
+    return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+
+
 class Chat:
-    """The shape of a chat's answers."""
+    """The shape of a chat's answers. ``tokens`` None: without log probabilities."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     @staticmethod
     def choice(index: int, text: str, tokens: list[Token] | None, finish: str | None) -> dict:
-        """The whole answer ``index``. ``tokens`` None: without log probabilities."""
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": Chat.logprobs(tokens),
-            "finish_reason": finish,
-        }
+        """The whole answer ``index``."""
+        message = {"role": "assistant", "content": text}
+        return _choice(index, finish, Chat.logprobs(tokens), message=message)
 
     @staticmethod
     def chunk(index: int, text: str | None, tokens: list[Token] | None, finish: str | None) -> dict:
         """``text`` None: the first one, which names the role."""
-        delta = (
-            {"role": "assistant", "content": ""}
-            if text is None
-            else {"content": text}
-            if text
-            else {}
-        )
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": Chat.logprobs(tokens),
-            "finish_reason": finish,
-        }
+        first = {"role": "assistant", "content": ""}
+        delta = first if text is None else {"content": text} if text else {}
+        return _choice(index, finish, Chat.logprobs(tokens), delta=delta)
 
     @staticmethod
     def logprobs(tokens: list[Token] | None) -> dict | None:
-        """The log probability of each token, its alternatives and its bytes; None where none are
-        asked for."""
+        """The log probability of each token, its alternatives and its bytes."""
 
-        def one(text: str, logprob: float) -> dict:
-            """A token. Half of a character has no bytes of its own."""
-            return {
-                "token": text,
-                "logprob": logprob,
-                "bytes": None if "\ufffd" in text else list(text.encode()),
-            }
+        def entry(text: str, logprob: float) -> dict:
+            # Half of a character has no bytes of its own.
+            code = None if "\ufffd" in text else list(text.encode())
+            return {"token": text, "logprob": logprob, "bytes": code}
 
         if tokens is None:
             return None
         return {
             "content": [
-                one(token.text, token.logprob)
-                | {"top_logprobs": [one(*each) for each in token.top]}
+                entry(token.text, token.logprob)
+                | {"top_logprobs": [entry(*each) for each in token.top]}
                 for token in tokens
             ],
             "refusal": None,
@@ -238,70 +220,24 @@ class Chat:
 
 
 class Completion:
-    """The shape of a completion's answers."""
+    """The shape of a completion's answers, as :class:`Chat`."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl-"
 
     @staticmethod
     def choice(index: int, text: str, tokens: list[Token] | None, finish: str | None) -> dict:
-        """The answer ``index``, whole or a part of it. ``tokens`` None: without log
-        probabilities."""
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": Completion.logprobs(tokens),
-            "finish_reason": finish,
-        }
+        """The answer ``index``, whole or a part of it; log probabilities as four lists."""
+        logprobs = (
+            tokens
+            if tokens is None
+            else {
+                "tokens": [token.text for token in tokens],
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [dict(token.top) for token in tokens],
+                "text_offset": [token.offset for token in tokens],
+            }
+        )
+        return _choice(index, finish, logprobs, text=text)
 
     chunk = choice
-
-    @staticmethod
-    def logprobs(tokens: list[Token] | None) -> dict | None:
-        """The tokens, their log probabilities, alternatives and places in the text, as four lists;
-        None where none are asked for."""
-        if tokens is None:
-            return None
-        return {
-            "tokens": [token.text for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.top) for token in tokens],
-            "text_offset": [token.offset for token in tokens],
-        }
-
-
-class Envelope:
-    """What all events of one answer share."""
-
-    def __init__(self, form: type[Chat | Completion], model: str):
-        self.form, self._common = (
-            form,
-            {"id": f"{form.prefix}{uuid.uuid4().hex}", "created": int(time.time()), "model": model},
-        )
-
-    def whole(self, choices: list[dict], usage: dict) -> dict:
-        """The answer to a request without a stream."""
-        return {**self._common, "object": self.form.kind, "choices": choices, "usage": usage}
-
-    def event(self, choices: list[dict], **more: Any) -> dict:
-        """One event of a stream; ``more`` holds the usage of the last one."""
-        return {**self._common, "object": self.form.chunk_kind, "choices": choices, **more}
-
-
-def usage(prompt: int, completion: int) -> dict[str, int]:
-    """Counts of tokens; a stop token counts, as in vLLM."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
-
-
-def error(
-    message: str,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: str | None = None,
-) -> dict:
-    """The body of an answer that is none."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -12,14 +12,11 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.runtime import orphans
-from workshop_utils.serving.server.service import Limits, Service
-
-if TYPE_CHECKING:
-    pass
+from workshop_utils.serving.server.service import RequestLimits, Service
 
 API_KEY = "WORKSHOP_API_KEY"
 _LISTENING = "listening on "
@@ -30,11 +27,7 @@ _GRACE = 5
 def run(
     service: Service, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed.
-
-    Raises:
-        WorkshopError: the address cannot be had, or the base not be loaded.
-    """
+    """Serve until Ctrl-C or SIGTERM. Port 0: any free one, which is printed."""
     listener = _listen(host, port)
     import signal
 
@@ -45,21 +38,24 @@ def run(
     app = create_app(service, api_key, service.limits.max_body)
 
     class Server(uvicorn.Server):
-        """Closes the service when it stops."""
-
         async def shutdown(self, sockets=None) -> None:
-            """End the engine while there are clients to hear of it, then the connections."""
+            # The engine first, while there are clients to hear of it.
             await asyncio.to_thread(service.close, _GRACE)
             await super().shutdown(sockets)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE))
-    print(
-        f"{_LISTENING}http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}  "
-        "(/v1/health/ready says when the model is loaded)",
-        flush=True,
-    )
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    print(f"{_LISTENING}{url}  (/v1/health/ready says when the model is loaded)", flush=True)
+
+    def end(_: Future) -> None:
+        service.ready, server.should_exit = False, True
+
+    def end_if_useless(loaded: Future) -> None:
+        """Without a model, or once the engine has ended."""
+        end(loaded) if loaded.exception() else service.engine.thread.add_done_callback(end)
+
     loading = ThreadPoolExecutor(1).submit(service.load)
-    loading.add_done_callback(lambda done: _stop_after_failure(done, server, service))
+    loading.add_done_callback(end_if_useless)
     # uvicorn hands the signal on when it has stopped. That is the wanted end, not an error.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -72,24 +68,10 @@ def run(
         os._exit(0)  # Python would wait for the thread that loads
 
 
-def _stop_after_failure(done: Future, server, service: Service) -> None:
-    """A server without a model, or whose engine has ended, is of no use."""
-
-    def end(_: Future) -> None:
-        """Answer no more requests, and have uvicorn stop."""
-        service.ready, server.should_exit = False, True
-
-    if done.exception():
-        end(done)
-    else:
-        service.engine.thread.add_done_callback(end)
-
-
 def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=128
-        )
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0].rstrip(".")
         raise WorkshopError(
@@ -100,8 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 @dataclass
 class Handle:
-    """A server in the background. ``url`` is ``http://HOST:PORT``; clients of OpenAI want
-    ``f"{url}/v1"``. Ends with this process."""
+    """A server in the background, which ends with this process; ``url`` is without ``/v1``."""
 
     url: str
     log: Path
@@ -135,76 +116,43 @@ def start(
     trust: bool = False,
     **limits: int,
 ) -> Handle:
-    """Serve ``base`` and the adapters of ``store`` from a process in the background, and return
-    when it is ready.
+    """Serve ``base`` and the adapters of ``store`` in the background; returns when it is ready.
 
-    Args:
-        port: 0 for any free one.
-        limits: fields of :class:`Limits`.
-
-    Raises:
-        WorkshopError: it did not get ready; the message ends with what it wrote last.
+    ``port`` 0 is any free one; ``limits`` are fields of :class:`RequestLimits`. The message of a
+    WorkshopError ends with what the server wrote last.
     """
-    Service(base, store, Limits(**limits))  # what is wrong with these is said here, at once
-    options = {
-        "base": base,
-        "store": store or None,
-        "host": host,
-        "port": port,
-        "refresh": refresh,
-        **limits,
-    }
-    words = [
-        f"--{name.replace('_', '-')}={value}"
-        for name, value in options.items()
-        if value is not None
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "serve",
-        *words,
-        *([] if store else ["--no-store"]),
-        *(["--trust"] if trust else []),
-    ]
-    environment = (
-        os.environ | {orphans.VARIABLE: str(os.getpid())} | ({API_KEY: api_key} if api_key else {})
-    )
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="workshop-serve-", suffix=".log", delete=False
-    ) as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    log = Path(output.name)
-    handle = Handle("", log, process)
+    Service(base, store, RequestLimits(**limits))  # what is wrong with these is said here, at once
+    options = {"base": base, "store": store or None, "host": host, "port": port}
+    options |= {"refresh": refresh, **limits}
+    command = [sys.executable, "-m", "workshop_utils", "serve"]
+    for name, value in options.items():
+        if value is not None:
+            command.append(f"--{name.replace('_', '-')}={value}")
+    command += [] if store else ["--no-store"]
+    command += ["--trust"] if trust else []
+    environment = os.environ | {orphans.VARIABLE: str(os.getpid())}
+    environment |= {API_KEY: api_key} if api_key else {}
+    handle, name = tempfile.mkstemp(prefix="workshop-serve-", suffix=".log")
+    with open(handle, "wb") as output:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment, **streams)
+    server, ready = Handle("", Path(name), process), False
     until = time.monotonic() + timeout
-    ready = False
     try:
         while time.monotonic() < until and process.poll() is None:
-            lines = log.read_text(errors="replace").splitlines()
-            handle.url = next(
-                (
-                    line.removeprefix(_LISTENING).split()[0]
-                    for line in lines
-                    if line.startswith(_LISTENING)
-                ),
-                "",
-            )
-            ready = bool(handle.url) and _answers(f"{handle.url}/v1/health/ready")
+            for line in server.log.read_text(errors="replace").splitlines():
+                if line.startswith(_LISTENING):
+                    server.url = line.removeprefix(_LISTENING).split()[0]
+            ready = bool(server.url) and _answers(f"{server.url}/v1/health/ready")
             if ready:
-                return handle
+                return server
             time.sleep(0.2)
     finally:
         if not ready:  # also when a cell is interrupted
-            handle.stop()
+            server.stop()
     why = f"did not get ready in {timeout:g} s" if time.monotonic() >= until else "ended"
-    raise WorkshopError(f"the server {why}. It wrote:\n{log.read_text(errors='replace')[-2000:]}")
+    said = server.log.read_text(errors="replace")[-2000:]
+    raise WorkshopError(f"the server {why}. It wrote:\n{said}")
 
 
 def _answers(url: str) -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """What the server takes on. ``max_length``: tokens of prompt and answer together;
     ``max_batch``: texts at once in one batch, and in one request; ``max_queue``: texts that wait;
     ``max_body``: bytes of a request; ``max_rank``: rank of an adapter (None: any)."""
@@ -30,19 +30,14 @@ class Limits:
 
 
 class Service:
-    """A base and the adapters of a store. Loading happens in :meth:`load`, in a thread of its own;
-    :attr:`ready` says when it is done.
-
-    Raises:
-        NotACheckpoint: ``base`` is no Hugging Face model directory, or ``store`` no directory; the
-            message says what to do.
-    """
+    """A base and the adapters of a store. :meth:`load` runs in a thread of its own; :attr:`ready`
+    says when it is done. NotACheckpoint where ``base`` is no model, or ``store`` no directory."""
 
     def __init__(
         self,
         base: Path | str,
         store: Path | str | None = None,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         refresh: float = 5,
         trust: bool = False,
     ):
@@ -52,10 +47,9 @@ class Service:
                 f"{shown(self.store)} is no directory: make it (mkdir -p), and put each adapter "
                 "in a directory of its own there."
             )
-        # As the directory is called here, which may be a link: one into the cache of Hugging Face
-        # leads to a hash.
+        # As the directory is called here: a link into the cache of Hugging Face leads to a hash.
         self.name = Path(os.path.abspath(self.base)).name
-        self.limits, self._refresh, self._trust = limits or Limits(), refresh, trust
+        self.limits, self._refresh, self._trust = limits or RequestLimits(), refresh, trust
         self.max_length, self.max_batch = self.limits.max_length, self.limits.max_batch
         self.engine: Engine | None = None
         self.ready = self._closed = False
@@ -63,39 +57,29 @@ class Service:
         self._created = int(time.time())
 
     def load(self) -> None:
-        """Load the base and the adapters. Errors as
-        :func:`workshop_utils.inference.generate.load`."""
+        """Load the base and the adapters."""
         from workshop_utils.inference.generate import load
         from workshop_utils.serving.server.adapters import Store
         from workshop_utils.serving.server.engine import Engine
 
         model, self._tokenizer = load(self.base, trust=self._trust)
-        self.max_length = min(
-            self.limits.max_length,
-            getattr(model.config, "max_position_embeddings", None) or self.limits.max_length,
-        )
+        longest = getattr(model.config, "max_position_embeddings", None) or self.max_length
+        self.max_length = min(self.max_length, longest)
         self._vocabulary = model.get_input_embeddings().num_embeddings
         self.engine = Engine(model, self._tokenizer, self.max_batch, self.limits.max_queue)
         if self._closed:
             self.engine.close()
             return
         if self.store:
-            self._store = Store(
-                self.store,
-                self.engine,
-                self.name,
-                self._trust,
-                self.limits.max_rank,
-                say=lambda line: print(line, flush=True),
-            )
+            of_store = self.store, self.engine, self.name, self._trust, self.limits.max_rank
+            self._store = Store(*of_store, say=lambda line: print(line, flush=True))
             self._store.refresh()
             threading.Thread(target=self._store.watch, args=(self._refresh,), daemon=True).start()
         self.ready = not self._closed
         print(f"ready: {', '.join([self.name, *self.engine.adapters])}", flush=True)
 
     def close(self, grace: float = 0) -> None:
-        """Take on nothing new, and stop the engine; what is under way after ``grace`` seconds ends
-        with an error."""
+        """Take on nothing new, and stop the engine (see :meth:`Engine.close`)."""
         self.ready, self._closed = False, True
         if self._store:
             self._store.stop()
@@ -104,17 +88,10 @@ class Service:
 
     def models(self) -> list[dict]:
         """The base and every adapter, as ``/v1/models`` lists them."""
-        about = {
-            "object": "model",
-            "created": self._created,
-            "owned_by": "workshop",
-            "root": self.name,
-            "max_model_len": self.max_length,
-        }
-        return [
-            about | {"id": self.name, "parent": None},
-            *(about | {"id": name, "parent": self.name} for name in self.engine.adapters),
-        ]
+        about = {"object": "model", "created": self._created, "owned_by": "workshop"}
+        about |= {"root": self.name, "max_model_len": self.max_length}
+        adapters = [about | {"id": name, "parent": self.name} for name in self.engine.adapters]
+        return [about | {"id": self.name, "parent": None}, *adapters]
 
     def chat_prompt(self, turns: list[dict]) -> list[int]:
         """Token ids of a conversation. Raises ``ValueError`` when the chat template refuses it."""
@@ -125,9 +102,8 @@ class Service:
         try:
             return prompt_ids(self._tokenizer, turns)
         except jinja2.TemplateError as error:
-            raise ValueError(
-                f"The model's chat template refuses the conversation: {error}"
-            ) from None
+            said = f"The model's chat template refuses the conversation: {error}"
+            raise ValueError(said) from None
 
     def prompt(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt. Raises ``ValueError`` when it is empty or no id of this model."""
@@ -145,8 +121,7 @@ class Service:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def submit(self, rows: list[Row], model: str) -> None:
-        """See :meth:`workshop_utils.serving.server.engine.Engine.submit`; ``model`` is the base's
-        id or an adapter's name."""
+        """As ``Engine.submit``; ``model`` is the base's id or an adapter's name."""
         self.engine.submit(rows, None if model == self.name else model)
 
 

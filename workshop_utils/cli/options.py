@@ -1,0 +1,32 @@
+"""Options that several commands have, written once."""
+
+import argparse
+
+
+def flag(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """An option without a value; ``text`` is its help."""
+    parser.add_argument(name, action="store_true", help=text)
+
+
+def add_trust(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--trust``; ``what`` is verified otherwise."""
+    findings = f"what the verification of {what} finds"
+    flag(parser, "--trust", f"go on in spite of {findings}: it is only printed")
+
+
+def add_json(
+    parser: argparse.ArgumentParser, text: str = "all of it as JSON, for programs"
+) -> None:
+    """``--json``."""
+    flag(parser, "--json", text)
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--overwrite``; ``what`` is replaced."""
+    flag(parser, "--overwrite", f"replace {what}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """``--model``, as :func:`workshop_utils.inference.generate.model_directory` takes it."""
+    places = "a Hugging Face model directory, or a name from `workshop models`"
+    parser.add_argument("--model", help=f"{places} (default: the chosen model)")
