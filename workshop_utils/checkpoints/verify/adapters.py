@@ -1,6 +1,7 @@
 """Rules for LoRA adapters: both halves, one rank, every layer, shapes that fit the base. Names and
 shapes only, no values."""
 
+import itertools
 import os
 import re
 from collections import Counter
@@ -79,9 +80,7 @@ def faults(
         if layer >= 0 and layer not in layers:
             text = f"a tensor for layer {layer}, but {stated} has {len(layers)} layers"
             yield Code.LAYERS, text, name(layer, module, "A")
-    for layer, module in (
-        (layer, module) for layer in sorted(layers) for module in sorted(modules)
-    ):
+    for layer, module in itertools.product(sorted(layers), sorted(modules)):
         if (layer, module) not in places:
             text = f"layer {layer} has no adapter for {module.rpartition('*.')[2]}"
             yield Code.MISSING_TENSOR, text, name(layer, module, "A")
@@ -94,11 +93,8 @@ def check_nemo1(report: Report, config: dict[str, Any], tensors: Iterable[Tensor
     if not sane_layers(report, where, size(config, "num_layers", 0)):
         return
     if (scheme := section(config, "peft").get("peft_scheme")) in OTHER_SCHEMES:
-        report.unknown(
-            f"whether the tensors fit the configuration: peft_scheme is {scheme}; the rules of "
-            "lora are known here",
-            Code.SCHEME,
-        )
+        what = f"peft_scheme is {scheme}; the rules of lora are known here"
+        report.unknown(f"whether the tensors fit the configuration: {what}", Code.SCHEME)
         return
     try:
         read_layout(report.path, config, {tensor.name: tensor for tensor in tensors}, report.add)
@@ -135,10 +131,9 @@ def check_nemo2(
     known = fields and sane_layers(report, report.where, count)
     expected = layout(dict(fields), fields["vocab_size"] or 0) if known else {}
     if type(rank) is not int:
-        ranks = Counter(
-            halves["A"].shape[-2:-1] for halves in places.values() if "A" in halves
-        ).most_common(1)
-        rank = ranks[0][0][0] if ranks and ranks[0][0] else None
+        first = [halves["A"].shape for halves in places.values() if "A" in halves]
+        ranks = Counter(shape[-2] for shape in first if len(shape) > 1)
+        rank = max(ranks, key=ranks.get, default=None)
 
     def shapes(layer: int, module: str) -> tuple[Shape, Shape]:
         stack = (count if known else None,) if layer < 0 and names.is_stacked(module) else ()
@@ -153,11 +148,8 @@ def check_nemo2(
         "every adapter has both halves, all have one rank, and every layer has them"
     )
     if not expected:
-        report.unknown(
-            "whether the adapter's shapes fit its base: the architecture is not one that is "
-            "known here",
-            Code.ARCHITECTURE,
-        )
+        text = "the architecture is not one that is known here"
+        report.unknown(f"whether the adapter's shapes fit its base: {text}", Code.ARCHITECTURE)
 
 
 def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, Any]) -> None:
@@ -174,11 +166,8 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
             )
         )
     if kind != "LORA":
-        report.unknown(
-            f"whether the tensors fit {stated}: peft_type is {kind!r}; the rules of LORA are "
-            "known here",
-            Code.SCHEME,
-        )
+        what = f"peft_type is {kind!r}; the rules of LORA are known here"
+        report.unknown(f"whether the tensors fit {stated}: {what}", Code.SCHEME)
         return
     places: dict[Place, dict[str, Tensor]] = {}
     modules: dict[str, Tensor] = {}
@@ -189,13 +178,9 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
             places.setdefault(place, {})[match[2]] = tensor
             modules.setdefault(match[1], tensor)
         if not tensor.name.startswith("base_model.model."):
-            report.tensor(
-                tensor.name,
-                "does not begin with base_model.model. PEFT would leave this part of the adapter "
-                "out.",
-                Code.PREFIX,
-                source="peft/utils/save_and_load.py",
-            )
+            text = "does not begin with base_model.model. PEFT would leave this part out."
+            source = "peft/utils/save_and_load.py"
+            report.tensor(tensor.name, text, Code.PREFIX, source=source)
     if isinstance(targets, list):
         named = {str(target) for target in targets}
 
@@ -213,11 +198,8 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
     there = {layer for layer, _ in places if layer >= 0}
     every: Collection[int] | None = None
     if (picked := config.get("layers_to_transform")) not in (None, []):
-        every = {
-            layer
-            for layer in (picked if isinstance(picked, list) else [picked])
-            if type(layer) is int
-        }
+        picks = picked if isinstance(picked, list) else [picked]
+        every = {layer for layer in picks if type(layer) is int}
         if there != every:
             text = (
                 f"{where}: {stated} has layers_to_transform = {str(picked)[:60]}, but the tensors "
@@ -250,7 +232,6 @@ def _report(
     """Report :data:`faults`; without ``layers`` of all up to the last that any tensor has."""
     if not places:
         report.damaged(f"{report.where} holds no LoRA matrices.", code=Code.MISSING_TENSOR)
-    last = max((layer for layer, _ in places), default=-1)
 
     def name(layer: int, module: str, half: str) -> str:
         """That of the tensor, or of one that is missing: as of its other half, or of the same
@@ -267,7 +248,8 @@ def _report(
             like = start + ends["AB".index(half)] + rest
         return names.family(like).replace("*", str(layer), 1) if layer >= 0 else like
 
-    for code, text, tensor in faults(places, layers or range(last + 1), shapes, name, stated):
+    layers = layers or range(max((layer for layer, _ in places), default=-1) + 1)
+    for code, text, tensor in faults(places, layers, shapes, name, stated):
         report.damaged(f"{report.where}: {text}.", tensor or None, code)
 
 
@@ -279,7 +261,6 @@ def base_note(report: Report, base: str | None) -> None:
 
 
 def _peft_rank(module: str, config: Mapping[str, Any]) -> int | None:
-    """The rank that is stated for ``module``; None where that cannot be told."""
     try:
         rank = of_pattern(config, "rank_pattern", module, size(config, "r"))
     except UnsupportedAdapter:

@@ -31,19 +31,14 @@ def check_backend(report: Report, weights: Path) -> None:
             continue
         if backend not in known:
             names = " or ".join(f"{name} {version}" for name, version in known)
-            report.damaged(
-                f"{file}: the {half} backend is {backend[0]!r} {backend[1]!r}; known are {names}.",
-                code=Code.BACKEND,
-                file=file,
-            )
+            said = f"{backend[0]!r} {backend[1]!r}; known are {names}"
+            text = f"{file}: the {half} backend is {said}."
+            report.damaged(text, code=Code.BACKEND, file=file)
     report.checked.append("metadata.json names a known backend and version")
     if (weights / "integrity.json").is_file():
-        report.unknown(
-            "whether the files have the digests in integrity.json, which Megatron-Core wrote: "
-            "they are not compared here",
-            Code.ORIGIN,
-            file=shown(weights / "integrity.json"),
-        )
+        text = "which Megatron-Core wrote: they are not compared here"
+        text = f"whether the files have the digests in integrity.json, {text}"
+        report.unknown(text, Code.ORIGIN, file=shown(weights / "integrity.json"))
 
 
 def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> None:
@@ -75,13 +70,9 @@ def check_tokenizer(report: Report, context: Path, model: Mapping[str, Any]) -> 
     elif folder.is_file() or (folder.is_dir() and tokenizer_files.is_one(folder)):
         report.checked.append("the tokenizer is there")
     elif folder.exists() or name.startswith(".") or "/" not in name:
-        report.damaged(
-            f"{shown(folder)} is missing or holds no tokenizer; {source} names it. Copy the "
-            "checkpoint again.",
-            code=Code.TOKENIZER,
-            file=shown(folder),
-            source=source,
-        )
+        text = f"is missing or holds no tokenizer; {source} names it. Copy the checkpoint again."
+        file = shown(folder)
+        report.damaged(f"{file} {text}", code=Code.TOKENIZER, file=file, source=source)
     else:
         text = f"the tokenizer is {name} on the Hub; it is not part of the checkpoint."
         report.note(text, Code.TOKENIZER)

@@ -19,30 +19,26 @@ SHARING = (".ckpt", ".bin", ".pt", ".pth")
 
 
 class Range(NamedTuple):
-    """Bytes ``[start, start + length)`` of a file and what they hold: a chunk of a tensor, or an
-    object that is none."""
+    """Bytes ``[start, end)`` of a file and what they hold: a chunk of a tensor, or an object that
+    is none."""
 
     file: str
     start: int
-    length: int
+    end: int
     name: str
     tensor: Tensor | None = None
     chunk: Chunk | None = None
 
     @property
-    def end(self) -> int:
-        return self.start + self.length
-
-    @property
     def holds(self) -> str:
-        """What they hold, with the layer."""
+        """With the layer."""
         return layers.place(self.tensor, self.chunk) if self.tensor else self.name
 
 
 def ranges(tensors: Iterable[Tensor]) -> list[Range]:
     """The ranges of all chunks whose place is known."""
     return [
-        Range(chunk.file, chunk.start, chunk.length, tensor.name, tensor, chunk)
+        Range(chunk.file, chunk.start, chunk.start + chunk.length, tensor.name, tensor, chunk)
         for tensor in tensors
         for chunk in tensor.chunks
         if chunk.length or not tensor.nbytes
@@ -66,12 +62,9 @@ def check_files(
             _check_file(report, path, sizes[file], parts, data_starts.get(file))
             continue
         names = list(dict.fromkeys(part.name for part in parts))
-        report.damaged(
-            f"{path} is missing; it holds {some(names)}. Copy the checkpoint again, all of it.",
-            names[0] if len(names) == 1 else None,
-            Code.MISSING_FILE,
-            file=path,
-        )
+        text = f"{path} is missing; it holds {some(names)}. Copy the checkpoint again, all of it."
+        only = names[0] if len(names) == 1 else None
+        report.damaged(text, only, Code.MISSING_FILE, file=path)
     report.checked.append(
         "every file that is named exists, is as long as its byte ranges need, and no two of them "
         "overlap"
@@ -85,14 +78,10 @@ def _check_file(
     last, end = None, data_start or 0
     for part in parts:
         if part.end > size:
-            report.damaged(
-                f"{file} has {size:,} bytes but {part.holds} ends at byte {part.end:,}: the file "
-                "is cut off. Copy the checkpoint again.",
-                part.name,
-                Code.CUT_OFF,
-                file=file,
-            )
-        if last and part.start < end and part.length:
+            text = f"{file} has {size:,} bytes but {part.holds} ends at byte {part.end:,}: the file"
+            text += " is cut off. Copy the checkpoint again."
+            report.damaged(text, part.name, Code.CUT_OFF, file=file)
+        if last and part.start < end and part.start < part.end:
             text = (
                 f"{file}: the bytes of {part.holds} [{part.start:,}, {part.end:,}) overlap those "
                 f"of {last.holds} [{last.start:,}, {last.end:,})."
@@ -102,13 +91,8 @@ def _check_file(
             elif part[1:3] != last[1:3]:
                 report.note(text, Code.OVERLAP, file=file)
         if data_start is not None and part.start > end:
-            report.damaged(
-                f"{file}: bytes [{end:,}, {part.start:,}), before {part.holds}, belong to no "
-                "tensor.",
-                part.name,
-                Code.NOBODYS_BYTES,
-                file=file,
-            )
+            text = f"{file}: bytes [{end:,}, {part.start:,}), before {part.holds}, belong to none."
+            report.damaged(text, part.name, Code.NOBODYS_BYTES, file=file)
         if part.end > end:
             last, end = part, part.end
     rest = size - end
@@ -129,26 +113,20 @@ def check_chunks(report: Report, tensors: Iterable[Tensor]) -> None:
             if layers.is_stacked(tensor.name) and tensor.shape:
                 at = f", {layers.spans(range(*fault.part[0]) for fault in bad)}{at}"
             more = f" (and so on in {len(bad)} places)" if len(bad) > 1 else ""
-            report.damaged(
-                f"{report.where}: not whole is {tensor.name}{at} of {list(tensor.shape)}{more}.",
-                tensor.name,
-                Code.NOT_WHOLE,
-            )
+            text = f"not whole is {tensor.name}{at} of {list(tensor.shape)}{more}."
+            report.damaged(f"{report.where}: {text}", tensor.name, Code.NOT_WHOLE)
         for chunk in tensor.chunks if tensor.dtype in DTYPE_BYTES else ():
             needed = math.prod(chunk.shape) * DTYPE_BYTES[tensor.dtype]
             # Length 0 with elements: the reader could not tell where the bytes are.
             most = needed + PACKED_SLACK if tensor.packed else needed
             if chunk.length and not needed <= chunk.length <= most:
-                file = f"{report.where}/{chunk.file}"
-                report.damaged(
+                file, little = f"{report.where}/{chunk.file}", " and a little" * tensor.packed
+                text = (
                     f"{file}: {layers.place(tensor, chunk)} has {chunk.length:,} bytes; "
-                    f"{list(chunk.shape)} of {tensor.dtype} needs {needed:,}"
-                    f"{' and a little' if tensor.packed else ''}. Its shape or dtype is wrong, or "
-                    "its place.",
-                    tensor.name,
-                    Code.LENGTH,
-                    file=file,
+                    f"{list(chunk.shape)} of {tensor.dtype} needs {needed:,}{little}. Its shape or "
+                    "dtype is wrong, or its place."
                 )
+                report.damaged(text, tensor.name, Code.LENGTH, file=file)
     report.checked.append("the chunks of every tensor cover its shape exactly once")
     report.checked.append("every chunk has as many bytes as its elements need")
 

@@ -38,20 +38,17 @@ class Report:
     @property
     def refused(self) -> list[Finding]:
         """What is wrong."""
-        return self._of(Severity.REFUSED)
+        return [item for item in self.findings if item.severity is Severity.REFUSED]
 
     @property
     def notes(self) -> list[Finding]:
         """What is odd but harms nothing."""
-        return self._of(Severity.NOTE)
+        return [item for item in self.findings if item.severity is Severity.NOTE]
 
     @property
     def not_known(self) -> list[Finding]:
         """What could not be checked from what is there."""
-        return self._of(Severity.NOT_KNOWN)
-
-    def _of(self, severity: Severity) -> list[Finding]:
-        return [finding for finding in self._by_message.values() if finding.severity is severity]
+        return [item for item in self.findings if item.severity is Severity.NOT_KNOWN]
 
     @property
     def sound(self) -> bool:
@@ -63,28 +60,21 @@ class Report:
         """The most serious of what is refused: what is unsafe before what is damaged, that before
         what is not supported."""
         last = (Code.UNSUPPORTED, Code.NOT_A_CHECKPOINT)
-        return min(
-            self.refused,
-            key=lambda finding: (finding.code is not Code.UNSAFE, finding.code in last),
-            default=None,
-        )
+        ranked = ((item.code is not Code.UNSAFE, item.code in last, item) for item in self.refused)
+        return min(ranked, key=lambda entry: entry[:2], default=[None])[-1]
 
     @property
     def verdict(self) -> str:
         """All of it in one line."""
-
-        def count(number: int, what: str) -> str:
-            return f"{number} {what}{'' if number == 1 else 's'}"
-
+        gaps, refused = len(self.not_known), len(self.refused)
         if self.sound:
-            gaps = len(self.not_known)
-            rest = f"; {count(gaps, 'thing')} cannot be told" if gaps else ""
+            rest = f"; {gaps} thing{'s' * (gaps > 1)} cannot be told" if gaps else ""
             return f"sound: {shown(self.path)}, {len(self.checked)} checks passed{rest}"
         unsafe = "UNSAFE" if self.worst.code is Code.UNSAFE else "unsound"
-        return f"{unsafe}: {shown(self.path)}, {count(len(self.refused), 'finding')}"
+        return f"{unsafe}: {shown(self.path)}, {refused} finding{'s' * (refused > 1)}"
 
     def keep(self, finding: Finding) -> None:
-        """Keep ``finding``, once."""
+        """Once."""
         self._by_message.setdefault(finding.message, finding)
 
     def add(self, fault: CheckpointError) -> None:
@@ -97,7 +87,7 @@ class Report:
         self.keep(Finding(code, Severity.REFUSED, message, tensor, **more))
 
     def tensor(self, name: str, text: str, code: Code, **more: Any) -> None:
-        """Something is wrong with the tensor ``name``: what the sentence ``text`` says of it."""
+        """What ``text`` says of the tensor ``name`` is wrong."""
         self.damaged(f"{self.where}: {name} {text}", name, code, **more)
 
     def note(self, message: str, code: Code, **more: Any) -> None:

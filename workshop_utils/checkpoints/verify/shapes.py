@@ -28,8 +28,7 @@ feed-forward network in every layer."""
 
 
 def sane_layers(report: Report, config: str, count: int) -> bool:
-    """Whether ``count``, the layers that the file ``config`` states, is a number that a model can
-    have."""
+    """Whether a model can have ``count`` layers, as the file ``config`` states."""
     if count > _MOST_LAYERS:
         report.damaged(f"{config} states {count:,} layers.", code=Code.LAYERS, file=config)
     return count <= _MOST_LAYERS
@@ -53,14 +52,8 @@ def check_megatron(
     named = {_PREFIX.sub("", tensor.name): tensor for tensor in tensors}
     tensor_parallel, stages = parallel
     config += "" if stage is None else f" for stage {stage}"
-    rows = next(
-        (
-            named[name].shape[0]
-            for name in (EMBEDDING, OUTPUT)
-            if name in named and named[name].shape
-        ),
-        0,
-    )
+    tables = [named[name].shape for name in (EMBEDDING, OUTPUT) if name in named]
+    rows = next((shape[0] for shape in tables if shape), 0)
     expected = layout(dict(fields), rows * tensor_parallel or fields["vocab_size"] or 0)
     seen: dict[str, set[int]] = {}
     for name, tensor in named.items():
@@ -75,9 +68,8 @@ def check_megatron(
         shape = list(weight.shape[len(place) :])
         if weight.split is not None:
             axis = weight.split + weight.stacked - len(place)
-            shape[axis] = (
-                shape[axis] // tensor_parallel if not shape[axis] % tensor_parallel else -1
-            )
+            slice_, rest = divmod(shape[axis], tensor_parallel)
+            shape[axis] = -1 if rest else slice_
         _compare(report, tensor, tuple(shape), config)
         every = range(weight.shape[0] if weight.stacked else 1)
         seen.setdefault(kind, set()).update(place[:1] or every)
@@ -89,16 +81,12 @@ def check_megatron(
         count, uneven = divmod(weight.shape[0], stages) if weight.stacked else (1, 0)
         every = seen.get(kind, set()) if uneven else set(range(count))
         _complete(report, kind, every, seen.get(kind, set()), config)
-    if (
-        stage is None
-        and fields["vocab_size"]
-        and EMBEDDING in named
-        and rows < fields["vocab_size"]
-    ):
+    if stage is not None:
+        return
+    if EMBEDDING in named and rows < (fields["vocab_size"] or 0):
         text = f"has {rows:,} rows, but {config} states a vocabulary of {fields['vocab_size']:,}."
         report.tensor(named[EMBEDDING].name, text, Code.SHAPE, source=config)
-    if stage is None:
-        report.checked.append(_ALL_THERE.format(config))
+    report.checked.append(_ALL_THERE.format(config))
 
 
 def _compare(report: Report, tensor: Tensor, shape: tuple[int, ...], config: str) -> None:

@@ -40,10 +40,10 @@ def faults(tensor: Tensor) -> list[Fault]:
         tuple((at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True))
         for chunk in tensor.chunks
     ]
-    if outside := [
-        box for box in boxes if any(b > d for (_, b), (_, d) in zip(box, whole, strict=True))
-    ]:
-        return [Fault(box, None) for box in outside]
+    ends = ((box, zip(box, tensor.shape, strict=True)) for box in boxes)
+    outside = [Fault(box, None) for box, sides in ends if any(b > size for (_, b), size in sides)]
+    if outside:
+        return outside
     weights = _Weights()
     found = []
     for part in _bad_parts(weights, boxes, whole, 0, _MOST_SLICES if len(whole) > 1 else 1):

@@ -113,7 +113,7 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         tensors = list(index.tensors.values())
         report.objects = index.objects
         held = [
-            places.Range(item.file, item.start, item.length, item.name)
+            places.Range(item.file, item.start, item.start + item.length, item.name)
             for item in index.objects.values()
         ]
         pickles.check_objects(report, checkpoint)
@@ -165,12 +165,9 @@ def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     if io.is_file():
         companions.check_targets(report, io, read_json(io))
     else:
-        report.damaged(
-            f"{shown(io)} is missing; NeMo 2.0 builds the model from it. Copy the checkpoint "
-            "again.",
-            code=Code.MISSING_FILE,
-            file=shown(io),
-        )
+        why = "NeMo 2.0 builds the model from it. Copy the checkpoint again."
+        message = f"{shown(io)} is missing; {why}"
+        report.damaged(message, code=Code.MISSING_FILE, file=shown(io))
     companions.check_tokenizer(report, context, model)
     config = shown(context / "model.yaml")
     fields = _fields(report, lambda: gpt_config.read_fields(model, config))
@@ -223,8 +220,7 @@ def _check_state(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
 
 
 def _fields(report: Report, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """The fields of the architecture, or None where the family is not known or a field is faulty,
-    which the report then says."""
+    """None where the family is not known or a field is faulty, which the report then says."""
     try:
         return read()
     except UnsupportedCheckpoint as error:
