@@ -40,8 +40,7 @@ def checkpoint(originals, tmp_path, monkeypatch, request):
 
 @pytest.fixture
 def gpu(originals, tmp_path, monkeypatch):
-    """The one as a GPU writes it: bfloat16, not tied, objects and optimizer state beside the
-    weights."""
+    """The one as a GPU writes it: bfloat16, not tied, with objects and optimizer state."""
     monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
     return Path(shutil.copytree(originals / "gpu", tmp_path / "gpu"))
 
@@ -57,23 +56,14 @@ def test_a_genuine_checkpoint_is_sound(checkpoint):
     assert any("every number is finite" in check for check in report.checked)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        UnsafeCheckpoint("a"),
-        DamagedCheckpoint("a", "t"),
-        UnsupportedCheckpoint("a"),
-        NotACheckpoint("a"),
-        DamagedCheckpoint("a", "t", Code.SHAPE),
-    ],
-)
-def test_a_finding_is_made_of_an_error_and_raised_again(error):
-    finding = Finding.of(error)
-    assert finding.severity is Severity.REFUSED
-    assert finding.where == error.tensor
-    again = finding.error()
-    assert (type(again), again.args, again.tensor) == (type(error), error.args, error.tensor)
-    assert Finding.of(again) == finding
+def test_a_finding_is_made_of_an_error_and_raised_again():
+    kinds = UnsafeCheckpoint, DamagedCheckpoint, UnsupportedCheckpoint, NotACheckpoint
+    for error in [kind("a", "t") for kind in kinds] + [DamagedCheckpoint("a", "t", Code.SHAPE)]:
+        finding = Finding.of(error)
+        again = finding.error()
+        assert (finding.severity, finding.where) == (Severity.REFUSED, "t")
+        assert (type(again), again.args, again.tensor) == (type(error), error.args, "t")
+        assert Finding.of(again) == finding
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp"])
@@ -111,25 +101,26 @@ def test_swapped_shards(checkpoint):
     assert len({finding.tensor for finding in verify(checkpoint, deep=True).refused}) > 3
 
 
-def chunks(change):
-    """A change to the chunks of FC1 in the index, ``second`` that of layer 1."""
+def in_index(change):
+    """Apply ``change`` to FC1's entry in the index, and its chunk of layer 1."""
 
-    def apply(checkpoint):
-        def rewritten(index):
-            entry = index.state_dict_metadata[FC1]
-            second = next(chunk for chunk in entry.chunks if chunk.offsets[0] == 1)
-            change(entry, second)
+    def rewritten(index):
+        entry = index.state_dict_metadata[FC1]
+        change(entry, next(chunk for chunk in entry.chunks if chunk.offsets[0] == 1))
 
-        rewrite_index(checkpoint, rewritten)
-
-    return apply
+    return lambda checkpoint: rewrite_index(checkpoint, rewritten)
 
 
-def dtype(name, new):
-    def change(index):
-        index.state_dict_metadata[name].properties.dtype = new
+def resized(size):
+    return in_index(lambda _, second: setattr(second, "sizes", torch.Size(size(second.sizes))))
 
-    return lambda checkpoint: rewrite_index(checkpoint, change)
+
+def dtype(new):
+    return in_index(lambda entry, _: setattr(entry.properties, "dtype", new))
+
+
+def without(name):
+    return lambda path: rewrite_index(path, lambda index: index.state_dict_metadata.pop(name))
 
 
 def overlap(checkpoint):
@@ -144,56 +135,35 @@ def overlap(checkpoint):
     rewrite_index(checkpoint, change)
 
 
-def without(name):
-    return lambda checkpoint: rewrite_index(
-        checkpoint, lambda index: index.state_dict_metadata.pop(name)
-    )
-
-
+NO_CHUNK = "layer 1: no chunk covers [1, "
 INDEX = {
-    "overlap": (overlap, Code.OVERLAP, FC2, (f"{FC2}, layer 0", f"{FC2}, layer 1")),
-    "a chunk is gone": (
-        chunks(lambda entry, second: entry.chunks.remove(second)),
-        Code.NOT_WHOLE,
-        FC1,
-        ("layer 1: no chunk covers [1, ",),
+    "overlap": (overlap, Code.OVERLAP, FC2, f"{FC2}, layer 0", f"{FC2}, layer 1"),
+    "gap": (in_index(lambda a, chunk: a.chunks.remove(chunk)), Code.NOT_WHOLE, FC1, NO_CHUNK),
+    "twice": (
+        in_index(lambda a, chunk: setattr(a, "chunks", [chunk, chunk])),
+        *(Code.DAMAGED, FC1, "(1, 0, 0) has no place", "of its own"),
     ),
-    "a chunk is there twice": (
-        chunks(lambda entry, second: setattr(entry, "chunks", [second, second])),
-        Code.DAMAGED,
-        FC1,
-        ("(1, 0, 0) has no place", "of its own"),
-    ),
-    "a chunk is too small": (
-        chunks(lambda _, s: setattr(s, "sizes", torch.Size((1, s.sizes[1] - 1, s.sizes[2])))),
-        Code.NOT_WHOLE,
-        FC1,
-        ("layer 1: no chunk covers [1, ",),
-    ),
-    "a chunk sticks out": (
-        chunks(lambda _, second: setattr(second, "sizes", torch.Size((2, *second.sizes[1:])))),
-        Code.NOT_WHOLE,
-        FC1,
-        ("outside the shape",),
-    ),
-    "dtype": (dtype(FC1, torch.float32), Code.LENGTH, FC1, ("layer 0", "of float32 needs")),
-    "another dtype": (dtype(FC1, torch.int8), Code.LENGTH, FC1, ("of int8 needs",)),
-    "tensor": (without(FC2), Code.MISSING_TENSOR, FC2.removeprefix("module."), ("model.yaml",)),
+    "small": (resized(lambda s: (1, s[1] - 1, s[2])), Code.NOT_WHOLE, FC1, NO_CHUNK),
+    "large": (resized(lambda s: (2, *s[1:])), Code.NOT_WHOLE, FC1, "outside the shape"),
+    "float32": (dtype(torch.float32), Code.LENGTH, FC1, "layer 0", "of float32 needs"),
+    "int8": (dtype(torch.int8), Code.LENGTH, FC1, "of int8 needs"),
+    "tensor": (without(FC2), Code.MISSING_TENSOR, FC2.removeprefix("module."), "model.yaml"),
 }
 
 
-@pytest.mark.parametrize(("change", "code", "where", "words"), INDEX.values(), ids=INDEX)
-def test_an_index_that_is_wrong(gpu, change, code, where, words):
+@pytest.mark.parametrize("damage", INDEX)
+def test_an_index_that_is_wrong(gpu, damage):
+    change, *finding = INDEX[damage]
     change(gpu)
     report = verify(gpu)
-    assert has(report, code, where, *words)
-    assert {finding.tensor for finding in report.refused} == {where}
+    assert has(report, *finding), report.findings
+    assert {item.tensor for item in report.refused} == {finding[1]}
 
 
 def test_a_dtype_of_the_same_size(gpu):
-    dtype(FC2, torch.float16)(gpu)
-    assert has(verify(gpu), Code.DTYPE, FC2, "float16", "most weights are bfloat16")
-    assert has(verify(gpu, deep=True), Code.CONTENT, FC2, "of bfloat16", "index says", "layer 1")
+    dtype(torch.float16)(gpu)
+    assert has(verify(gpu), Code.DTYPE, FC1, "float16", "most weights are bfloat16")
+    assert has(verify(gpu, deep=True), Code.CONTENT, FC1, "of bfloat16", "index says", "layer 1")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -235,21 +205,23 @@ def test_a_shard_of_the_same_size_from_another_save(checkpoint):
 
 
 CONFIGURATIONS = [
-    ({"num_layers": 3}, Code.SHAPE, FC1, ("[2, ", "has to be [3, ")),
-    ({"num_layers": 10**12}, Code.LAYERS, "model.yaml", ("states 1,000,000,000,000 layers",)),
-    ({"hidden_size": 64}, Code.SHAPE, NORM, ("[32]", "has to be [64]", "model.yaml")),
-    ({"ffn_hidden_size": 96}, Code.SHAPE, FC2, ("has to be [2, 32, 96]",)),
-    ({"num_query_groups": 4}, Code.SHAPE, QKV, ("has to be [2, 144, 32]",)),
-    ({"kv_channels": 8}, Code.SHAPE, PROJ, ("has to be [2, 32, 32]",)),
-    ({"vocab_size": 1000}, Code.SHAPE, EMBEDDING, ("384 rows", "a vocabulary of 1,000")),
-    ({"num_attention_heads": "four"}, Code.DAMAGED, None, ("num_attention_heads",)),
+    ("num_layers", 3, Code.SHAPE, FC1, "[2, ", "has to be [3, "),
+    ("num_layers", 10**12, Code.LAYERS, "model.yaml", "states 1,000,000,000,000 layers"),
+    ("hidden_size", 64, Code.SHAPE, NORM, "[32]", "has to be [64]", "model.yaml"),
+    ("ffn_hidden_size", 96, Code.SHAPE, FC2, "has to be [2, 32, 96]"),
+    ("num_query_groups", 4, Code.SHAPE, QKV, "has to be [2, 144, 32]"),
+    ("kv_channels", 8, Code.SHAPE, PROJ, "has to be [2, 32, 32]"),
+    ("vocab_size", 1000, Code.SHAPE, EMBEDDING, "384 rows", "a vocabulary of 1,000"),
+    ("num_attention_heads", "four", Code.DAMAGED, None, "num_attention_heads"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "code", "where", "words"), CONFIGURATIONS)
-def test_a_configuration_that_disagrees(checkpoint, fields, code, where, words):
-    configure(checkpoint, **fields)
-    assert has(verify(checkpoint), code, where, *words)
+def test_a_configuration_that_disagrees(checkpoint):
+    for field, value, *finding in CONFIGURATIONS:
+        before = (checkpoint / "context" / "model.yaml").read_text()
+        configure(checkpoint, **{field: value})
+        assert has(verify(checkpoint), *finding), field
+        (checkpoint / "context" / "model.yaml").write_text(before)
 
 
 def test_a_model_that_is_not_tied_needs_its_output_layer(gpu):
