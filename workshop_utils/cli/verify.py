@@ -28,7 +28,7 @@ seconds for any size. torch is not needed, and nothing that a file contains is r
   --manifest FILE     compare with such a manifest: the only way to tell that no file comes from
                       another save
 
-What is damaged is named to the tensor and layer. "Cannot be told" is what nothing in the checkpoint
+What is damaged is named to the tensor and layer. "Not known" is what nothing in the checkpoint
 could prove. Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
 """
 
@@ -129,7 +129,7 @@ def _lines(report: "Report") -> Iterator[str]:
     for note in report.notes:
         yield f"note: {note}"
     for gap in report.not_known:
-        yield f"cannot be told: {gap}"
+        yield f"not known: {gap}"
     refused = report.refused
     for finding in refused[:_SHOWN]:
         yield f"{'UNSAFE' if finding.code is Code.UNSAFE else 'FINDING'}: {finding}"

@@ -17,7 +17,7 @@ from workshop_utils.checkpoints.verify import layers as names
 from workshop_utils.checkpoints.verify.places import some
 from workshop_utils.checkpoints.verify.report import Report
 from workshop_utils.checkpoints.verify.shapes import sane_layers
-from workshop_utils.core.errors import CheckpointError, UnsafeCheckpoint, UnsupportedAdapter
+from workshop_utils.core.errors import CheckpointError, UnsupportedAdapter
 from workshop_utils.core.paths import shown
 
 OTHER_SCHEMES = ("adapter", "ia3", "ptuning")
@@ -158,13 +158,11 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
     where, stated = report.where, "adapter_config.json"
     kind, targets = config.get("peft_type"), config.get("target_modules")
     if config.get("megatron_core") not in (None, "megatron.core"):
-        report.add(
-            UnsafeCheckpoint(
-                f"{where}: {stated} names the module {config['megatron_core']!r} as "
-                "megatron_core, which PEFT would import. Nothing was executed. The only genuine "
-                "one is megatron.core."
-            )
+        text = (
+            f"{where}: {stated} names the module {config['megatron_core']!r} as megatron_core, "
+            "which PEFT would import. Nothing was executed. The only genuine one is megatron.core."
         )
+        report.damaged(text, code=Code.UNSAFE, file=stated)
     if kind != "LORA":
         what = f"peft_type is {kind!r}; the rules of LORA are known here"
         report.unknown(f"whether the tensors fit {stated}: {what}", Code.SCHEME)

@@ -8,7 +8,7 @@ from typing import Any
 from workshop_utils.checkpoints.formats import nemo2, safe_text, tokenizer_files
 from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.verify.report import Report
-from workshop_utils.core.errors import CheckpointError, UnsafeCheckpoint
+from workshop_utils.core.errors import CheckpointError
 from workshop_utils.core.paths import shown
 
 _BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
@@ -45,13 +45,12 @@ def check_targets(report: Report, file: Path | str, tree: Mapping[str, Any]) -> 
     """Nothing that ``tree``, the content of ``file``, names for import is outside what a genuine
     checkpoint of NeMo names."""
     for place, value in safe_text.foreign_targets(tree):
-        report.add(
-            UnsafeCheckpoint(
-                f"{shown(file)}: {place} names {value!r}, which is not on the list of what a "
-                "model of NeMo needs and what does no harm; loading it would import, call or "
-                "unpickle that. Nothing was executed. Load it only if you know why it is there."
-            )
+        text = (
+            f"{shown(file)}: {place} names {value!r}, which is not on the list of what a model of "
+            "NeMo needs and what does no harm; loading it would import, call or unpickle that. "
+            "Nothing was executed. Load it only if you know why it is there."
         )
+        report.damaged(text, code=Code.UNSAFE, file=shown(file))
     report.checked.append(
         f"{Path(file).name} names only classes and functions on the list of those that do no harm"
     )

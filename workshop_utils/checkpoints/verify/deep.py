@@ -5,7 +5,7 @@ import dataclasses
 import io
 import itertools
 import zlib
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from workshop_utils.checkpoints.formats import torch_archive, values
 from workshop_utils.checkpoints.formats.findings import Code, Finding
@@ -29,24 +29,24 @@ def check(
     """Read the chunks of ``tensors`` file by file; memory stays near twice the largest chunk."""
     work = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks if chunk.length]
     work.sort(key=lambda item: (item[1].file, item[1].start))
-    hidden = sum(
-        bool(tensor.nbytes) and not any(chunk.length for chunk in tensor.chunks)
-        for tensor in tensors
-    )
-    unread: set[str] = set()
     total = sum(chunk.length for _, chunk in work)
-    with progress_bar(
-        total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress
-    ) as bar:
+    unread: set[str] = set()
+    options = {"unit": "B", "unit_scale": True, "desc": "verify --deep", "shown": progress}
+    with progress_bar(total=total, **options) as bar:
         for file, held in itertools.groupby(work, key=lambda item: item[1].file):
+            where = f"{shown(checkpoint.path)}: {file}"
             try:
                 with values.open_part(checkpoint, file) as part:
                     for tensor, chunk in held:
-                        _check_chunk(report, checkpoint, part, tensor, chunk, unread)
+                        part.seek(chunk.start)
+                        content = part.read(chunk.length)
+                        try:
+                            _check_chunk(report, where, content, tensor, chunk)
+                        except UnsupportedCheckpoint:
+                            unread.add(tensor.dtype)
                         bar.update(chunk.length)
             except (OSError, EOFError, zlib.error) as error:
-                text = f"{shown(checkpoint.path)}: {file} cannot be read: {error}."
-                report.damaged(text, file=file)
+                report.damaged(f"{where} cannot be read: {error}.", file=file)
             except CheckpointError as error:
                 report.add(error)
     report.checked.append(
@@ -56,56 +56,39 @@ def check(
     if unread:
         kinds = ", ".join(sorted(unread))
         report.unknown(f"whether the values of quantised tensors ({kinds}) make sense", Code.VALUES)
+    hidden = [t for t in tensors if t.nbytes and not any(chunk.length for chunk in t.chunks)]
     if hidden:
-        report.unknown(
-            f"whether the values of {hidden} tensors are finite: their bytes could not be told",
-            Code.VALUES,
-        )
+        text = f"whether the values of {len(hidden)} tensors are finite"
+        report.unknown(f"{text}: their bytes could not be told", Code.VALUES)
 
 
-def _check_chunk(
-    report: Report,
-    checkpoint: Checkpoint,
-    part: IO[bytes],
-    tensor: Tensor,
-    chunk: Chunk,
-    unread: set[str],
-) -> None:
-    """The dtype of a chunk whose values cannot be read is added to ``unread``."""
-    where = f"{shown(checkpoint.path)}: {chunk.file}"
-    part.seek(chunk.start)
-    content = part.read(chunk.length)
+def _check_chunk(report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk) -> None:
+    """Raises :class:`UnsupportedCheckpoint` for a dtype whose values cannot be read."""
+    place = layers.place(tensor, chunk)
     try:
+        # The archive of a chunk states dtype and shape itself: they have to be those of the index.
         if tensor.packed:
-            _check_archive(report, where, content, tensor, chunk)
+            saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
+            text = ""
+            if not isinstance(saved, torch_archive.SavedTensor):
+                text = f"a {type(saved).__name__}, not a tensor"
+            elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
+                text = (
+                    f"{list(saved.shape)} of {saved.dtype}, but the index says "
+                    f"{list(chunk.shape)} of {tensor.dtype}. The file may be from another save"
+                )
+            if text:
+                text = f"{where}: {place} holds {text}."
+                report.damaged(text, tensor.name, Code.CONTENT, file=chunk.file)
         numbers = values.parse_chunk(content, tensor, chunk, where)
     except UnsupportedCheckpoint:
-        unread.add(tensor.dtype)
+        raise
     except CheckpointError as error:
         # Readers of archives do not know which tensor theirs is.
         finding = Finding.of(error)
         report.keep(dataclasses.replace(finding, tensor=error.tensor or tensor.name))
     else:
         _check_finite(report, where, numbers, tensor, chunk)
-
-
-def _check_archive(
-    report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk
-) -> None:
-    """The ``torch.save`` archive of a chunk states dtype and shape itself: they have to be those of
-    the index."""
-    place = layers.place(tensor, chunk)
-    saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
-    if not isinstance(saved, torch_archive.SavedTensor):
-        text = f"{where}: {place} holds a {type(saved).__name__}, not a tensor."
-    elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
-        text = (
-            f"{where}: {place} holds {list(saved.shape)} of {saved.dtype}, but the index says "
-            f"{list(chunk.shape)} of {tensor.dtype}. The file may be from another save."
-        )
-    else:
-        return
-    report.damaged(text, tensor.name, Code.CONTENT, file=chunk.file)
 
 
 def _check_finite(

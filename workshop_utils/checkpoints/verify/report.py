@@ -68,7 +68,7 @@ class Report:
         """All of it in one line."""
         gaps, refused = len(self.not_known), len(self.refused)
         if self.sound:
-            rest = f"; {gaps} thing{'s' * (gaps > 1)} cannot be told" if gaps else ""
+            rest = f"; {gaps} thing{'s' * (gaps > 1)} not known" if gaps else ""
             return f"sound: {shown(self.path)}, {len(self.checked)} checks passed{rest}"
         unsafe = "UNSAFE" if self.worst.code is Code.UNSAFE else "unsound"
         return f"{unsafe}: {shown(self.path)}, {refused} finding{'s' * (refused > 1)}"
@@ -84,6 +84,7 @@ class Report:
     def damaged(
         self, message: str, tensor: str | None = None, code: Code = Code.DAMAGED, **more: Any
     ) -> None:
+        """Refused, be it for being unsafe."""
         self.keep(Finding(code, Severity.REFUSED, message, tensor, **more))
 
     def tensor(self, name: str, text: str, code: Code, **more: Any) -> None:

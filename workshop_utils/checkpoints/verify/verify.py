@@ -187,7 +187,7 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     path, tensors, parallel = checkpoint.path, checkpoint.tensors, checkpoint.parallel
     config = nemo1.read_config(Files(path))
     described = f"{shown(path)}:{nemo_archive.CONFIG}"
-    companions.check_targets(report, described, config)
+    companions.check_targets(report, f"{path}:{nemo_archive.CONFIG}", config)
     if path.is_file():
         report.checked.append(
             "the archive holds only files, each once, and no name leads out of it"
