@@ -293,6 +293,8 @@ def test_damaged_adapters_of_the_script_path(lora, damage):
 
 def test_every_fault_of_an_adapter_is_named(lora):
     assert verify(lora(), deep=True).sound
+    unsafe = lora(lambda config, _: config.update(optim={"_target_": "os.system"}))
+    assert verify(unsafe).worst.message.startswith("lora.nemo:model_config.yaml: optim._target_")
 
     def change(config, state):
         smaller(config, state)

@@ -91,7 +91,8 @@ def _check_file(
             elif part[1:3] != last[1:3]:
                 report.note(text, Code.OVERLAP, file=file)
         if data_start is not None and part.start > end:
-            text = f"{file}: bytes [{end:,}, {part.start:,}), before {part.holds}, belong to none."
+            where = f"[{end:,}, {part.start:,}), before {part.holds},"
+            text = f"{file}: bytes {where} belong to no tensor."
             report.damaged(text, part.name, Code.NOBODYS_BYTES, file=file)
         if part.end > end:
             last, end = part, part.end
