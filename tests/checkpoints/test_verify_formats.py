@@ -15,7 +15,6 @@ import torch
 import yaml
 from checkpoint_samples import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, write_context
 from damage import Evil, has, rewrite
-from safetensors.torch import load_file, save_file
 
 from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.verify.verify import verify
@@ -43,7 +42,17 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def model(models, root):
-    return lambda form: Path(shutil.copytree(models / form, root / form))
+    def copy(form: str, change=lambda path: None) -> Path:
+        path = Path(shutil.copytree(models / form, root / form))
+        change(path)
+        return path
+
+    return copy
+
+
+@pytest.fixture
+def whole(model):
+    return lambda change: model("whole", change)
 
 
 def header_of(file: Path) -> tuple[dict, bytes]:
@@ -53,64 +62,50 @@ def header_of(file: Path) -> tuple[dict, bytes]:
     return json.loads(content[8:end]), content[end:]
 
 
-def rewrite_header(path: Path, change=lambda header: None, more: bytes = b"") -> None:
+def in_header(change=lambda header: None, more: bytes = b""):
     """Apply ``change`` to the header, and put ``more`` after the data."""
-    header, data = header_of(path / "model.safetensors")
-    change(header)
-    new = json.dumps(header).encode()
-    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + data + more)
 
+    def apply(path):
+        header, data = header_of(path / SAFE)
+        change(header)
+        new = json.dumps(header).encode()
+        (path / SAFE).write_bytes(struct.pack("<Q", len(new)) + new + data + more)
 
-def rewrite_state(file: Path, change) -> None:
-    state = load_file(file)
-    change(state)
-    save_file(state, file, {"format": "pt"})
+    return apply
 
 
 def configured(**fields):
     return lambda path: rewrite(path / "config.json", lambda config: config.update(fields))
 
 
-DOWN = "model.layers.{}.mlp.down_proj.weight"
+def half(path):
+    rewrite(path / SAFE, lambda state: state.update({SECOND: state[SECOND].half()}))
+
+
+SAFE, DOWN = "model.safetensors", "model.layers.{}.mlp.down_proj.weight"
 FIRST, SECOND, EVERY = (DOWN.format(layer) for layer in (0, 1, "*"))
+
+
+def without(*words):
+    return lambda *given: [
+        given[-1].pop(key) for key in list(given[-1]) if all(word in key for word in words)
+    ]
 
 
 def same_place(header):
     header[SECOND]["data_offsets"] = header[FIRST]["data_offsets"]
 
 
-#: damage to the model in one file -> code, where, words
-WHOLE = {
-    "bytes of nobody": (
-        lambda path: rewrite_header(path, lambda header: header.pop(SECOND)),
-        [
-            (Code.NOBODYS_BYTES, "model.safetensors", "bytes ["),
-            (Code.MISSING_TENSOR, EVERY, "is missing in layer 1"),
-        ],
-    ),
-    "bytes at the end": (
-        lambda path: rewrite_header(path, more=b"1234"),
-        [(Code.NOBODYS_BYTES, "model.safetensors", "the last 4 bytes")],
-    ),
-    "overlap": (
-        lambda path: rewrite_header(path, same_place),
-        [(Code.OVERLAP, "model.safetensors", FIRST, SECOND)],
-    ),
-    "shape": (
-        configured(intermediate_size=256),
-        [(Code.SHAPE, SECOND, "[64, 128]", "has to be [64, 256]")],
-    ),
-    "layer": (
-        configured(num_hidden_layers=3),
-        [(Code.MISSING_TENSOR, EVERY, "is missing in layer 2", "3 layers")],
-    ),
-    "dtype": (
-        lambda path: rewrite_state(
-            path / "model.safetensors", lambda state: state.update({SECOND: state[SECOND].half()})
-        ),
-        [(Code.DTYPE, SECOND, "is float16; in the other layers it is float32")],
-    ),
-}
+#: fixture, damage -> code, where, words
+DAMAGE = [
+    ("whole", in_header(without(SECOND)), Code.NOBODYS_BYTES, SAFE, "bytes ["),
+    ("whole", in_header(without(SECOND)), Code.MISSING_TENSOR, EVERY, "is missing in layer 1"),
+    ("whole", in_header(more=b"1234"), Code.NOBODYS_BYTES, SAFE, "the last 4 bytes"),
+    ("whole", in_header(same_place), Code.OVERLAP, SAFE, FIRST, SECOND),
+    ("whole", configured(intermediate_size=256), Code.SHAPE, SECOND, "has to be [64, 256]"),
+    ("whole", configured(num_hidden_layers=3), Code.MISSING_TENSOR, EVERY, "in layer 2"),
+    ("whole", half, Code.DTYPE, SECOND, "is float16; in the other layers it is float32"),
+]
 
 
 @pytest.mark.parametrize("form", ["whole", "parts", "bin"])
@@ -119,20 +114,8 @@ def test_genuine_hugging_face_models_are_sound(model, form):
     assert [finding.code for finding in report.findings] == [Code.ORIGIN]
 
 
-@pytest.mark.parametrize("damage", WHOLE)
-def test_damaged_models(model, damage):
-    path = model("whole")
-    change, expected = WHOLE[damage]
-    change(path)
-    report = verify(path)
-    for code, where, *words in expected:
-        assert has(report, code, where, *words), report.findings
-    if damage == "dtype":
-        assert len(report.refused) == 1
-
-
 def test_a_truncated_safetensors_file(model):
-    file = model("whole") / "model.safetensors"
+    file = model("whole") / SAFE
     header, _ = header_of(file)
     header.pop("__metadata__", None)
     last = max(header, key=lambda name: header[name]["data_offsets"])
@@ -146,10 +129,7 @@ def test_a_nan_in_one_layer(model, form):
         state[SECOND][5, 7] = float("nan")
 
     path = model(form)
-    if form == "whole":
-        rewrite_state(path / "model.safetensors", change)
-    else:
-        rewrite(path / "pytorch_model.bin", change)
+    rewrite(path / (SAFE if form == "whole" else "pytorch_model.bin"), change)
     assert verify(path).sound
     report = verify(path, deep=True)
     assert len(report.refused) == 1
@@ -192,15 +172,23 @@ def test_a_bin_that_would_run_code(model):
 def peft(root):
     from peft import LoraConfig, get_peft_model
 
-    base = adapters.tiny_llama(adapters.GQA)
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(base, config)
+    adapted = get_peft_model(adapters.tiny_llama(adapters.GQA), config)
     adapted.peft_config["default"].base_model_name_or_path = "somebody/a-model"
     # Without the look for the base on the Hub, which takes a while to give up.
     adapted.save_pretrained(root / "peft", save_embedding_layers=False)
-    return root / "peft"
+
+    def change_it(change=lambda config, state: None) -> Path:
+        file = root / "peft" / "adapter_model.safetensors"
+        rewrite(
+            root / "peft" / "adapter_config.json",
+            lambda config: rewrite(file, lambda state: change(config, state)),
+        )
+        return root / "peft"
+
+    return change_it
 
 
 HALF = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
@@ -208,40 +196,42 @@ A, B = HALF.format("A"), HALF.format("B")
 BARE = A.removeprefix("base_model.model.")
 
 
-def without(*words):
-    return lambda state: [state.pop(key) for key in list(state) if all(w in key for w in words)]
+def stated(**fields):
+    return lambda config, state: config.update(fields)
 
 
-#: change to the configuration, to the tensors -> code, where, words
-PEFT = {
-    "half": ({}, without(B), Code.HALF, B, "is missing"),
-    "rank": ({}, lambda s: s.update({A: torch.zeros(3, 32)}), Code.SHAPE, A, "[3, 32]", "r = 4"),
-    "layer": ({}, without("layers.1.self_attn"), Code.MISSING_TENSOR, A, "layer 1 has no"),
-    "prefix": ({}, lambda s: s.update({BARE: s.pop(A)}), Code.PREFIX, BARE, "base_model.model."),
-    "module": ({}, without("down_proj"), Code.TARGETS, None, "names the module down_proj"),
-    "nothing": ({}, lambda s: [s.update(x=s.pop(key)) for key in list(s)], Code.MISSING_TENSOR),
-    "rank of the configuration": ({"r": 8}, None, Code.SHAPE, A, "r = 8"),
-    "targets": ({"target_modules": ["q_proj"]}, None, Code.TARGETS, None, "down_proj", "not name"),
-    "layers": ({"layers_to_transform": [5]}, None, Code.LAYERS, None, "for the layers 0, 1"),
-    "core": ({"megatron_core": "os"}, None, Code.UNSAFE, None, "'os' as megatron_core"),
-    "kind": ({"peft_type": "LOHA"}, None, Code.SCHEME, None, "peft_type is 'LOHA'"),
-}
+def unprefixed(_, state):
+    state[BARE] = state.pop(A)
 
 
-@pytest.mark.parametrize("damage", PEFT)
-def test_damaged_peft_adapters(peft, damage):
-    fields, change, *finding = PEFT[damage]
-    rewrite(peft / "adapter_config.json", lambda config: config.update(fields))
-    if change:
-        rewrite_state(peft / "adapter_model.safetensors", change)
-    assert has(verify(peft), *finding), verify(peft).findings
+def narrow(_, state):
+    state[A] = torch.zeros(3, 32)
+
+
+def no_lora(_, state):
+    for number, name in enumerate(list(state)):
+        state[f"base_model.model.{number}"] = state.pop(name)
+
+
+DAMAGE += [
+    ("peft", without(B), Code.HALF, B, "is missing"),
+    ("peft", narrow, Code.SHAPE, A, "[3, 32]", "r = 4"),
+    ("peft", without("layers.1.self_attn"), Code.MISSING_TENSOR, A, "layer 1 has no adapter"),
+    ("peft", unprefixed, Code.PREFIX, BARE, "base_model.model."),
+    ("peft", without("down_proj"), Code.TARGETS, None, "names the module down_proj"),
+    ("peft", no_lora, Code.MISSING_TENSOR, None, "holds no LoRA matrices"),
+    ("peft", stated(r=8), Code.SHAPE, A, "r = 8"),
+    ("peft", stated(target_modules=["q_proj"]), Code.TARGETS, None, "down_proj", "not name"),
+    ("peft", stated(layers_to_transform=[5]), Code.LAYERS, None, "for the layers 0, 1"),
+    ("peft", stated(megatron_core="os"), Code.UNSAFE, None, "'os' as megatron_core"),
+    ("peft", stated(peft_type="LOHA"), Code.SCHEME, None, "peft_type is 'LOHA'"),
+]
 
 
 def test_a_genuine_peft_adapter_is_sound(peft):
-    assert verify(peft, deep=True).sound
-    pattern = {"r": 8, "rank_pattern": {"q_proj": 4, "layers.0.mlp.down_proj": 4}}
-    rewrite(peft / "adapter_config.json", lambda config: config.update(pattern))
-    assert {finding.tensor for finding in verify(peft).refused} == {
+    assert verify(peft(), deep=True).sound
+    pattern = {"q_proj": 4, "layers.0.mlp.down_proj": 4}
+    assert {item.tensor for item in verify(peft(stated(r=8, rank_pattern=pattern))).refused} == {
         f"base_model.model.model.layers.1.mlp.down_proj.lora_{half}.weight" for half in "AB"
     }
 
@@ -273,28 +263,20 @@ def smaller(config, state):
     state[NEMO1_OUT] = torch.zeros(64, 3)
 
 
-NEMO1 = {
-    "half": (lambda _, state: state.pop(NEMO1_OUT), OUT, "has no linear_out.weight"),
-    "rank": (smaller, OUT, "[64, 3]", "[64, 4]"),
-    "features": (lambda config, _: config.update(hidden_size=48), IN, "asks for [4, 48]"),
-    "layer": (lambda config, _: config.update(num_layers=3), None, "layer 2 has no adapter for"),
-    "layers": (lambda config, _: config.update(num_layers=10**12), None, "1,000,000,000,000"),
-    "stated rank": (tuned(adapter_dim=8), OUT, "asks for [64, 8]"),
-    "targets": (tuned(target_modules=["mlp_fc1"]), None, "target_modules names mlp_fc1"),
-}
-
-
-@pytest.mark.parametrize("damage", NEMO1)
-def test_damaged_adapters_of_the_script_path(lora, damage):
-    change, where, *words = NEMO1[damage]
-    code = Code.LAYERS if damage == "layers" else Code.DAMAGED
-    assert has(verify(lora(change)), code, where, *words), verify(lora(change)).findings
+DAMAGE += [
+    ("lora", without(NEMO1_OUT), Code.DAMAGED, OUT, "has no linear_out.weight"),
+    ("lora", smaller, Code.DAMAGED, OUT, "[64, 3]", "[64, 4]"),
+    ("lora", stated(hidden_size=48), Code.DAMAGED, IN, "asks for [4, 48]"),
+    ("lora", stated(num_layers=3), Code.DAMAGED, None, "layer 2 has no adapter for mlp_fc1"),
+    ("lora", stated(num_layers=10**12), Code.LAYERS, None, "states 1,000,000,000,000 layers"),
+    ("lora", stated(optim={"_target_": "os.system"}), Code.UNSAFE, "lora.nemo:model_config.yaml"),
+    ("lora", tuned(adapter_dim=8), Code.DAMAGED, OUT, "asks for [64, 8]"),
+    ("lora", tuned(target_modules=["mlp_fc1"]), Code.DAMAGED, None, "names mlp_fc1"),
+]
 
 
 def test_every_fault_of_an_adapter_is_named(lora):
     assert verify(lora(), deep=True).sound
-    unsafe = lora(lambda config, _: config.update(optim={"_target_": "os.system"}))
-    assert verify(unsafe).worst.message.startswith("lora.nemo:model_config.yaml: optim._target_")
 
     def change(config, state):
         smaller(config, state)
@@ -359,20 +341,24 @@ def replaced(*shape):
     return lambda state: state.update({QKV_IN: torch.zeros(shape)})
 
 
-NEMO2 = {
-    "half": (without(QKV_OUT), Code.HALF, QKV_OUT, "is missing"),
-    "rank": (replaced(2, 3, 32), Code.SHAPE, QKV_IN, "[2, 3, 32]", "asks for [2, 4, 32]"),
-    "features": (replaced(2, 4, 31), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
-    "layers": (replaced(1, 4, 32), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
-    "axes": (replaced(4), Code.SHAPE, QKV_IN, "is [4]"),
-    "foreign": (lambda s: s.update({NORM: torch.zeros(32)}), Code.FOREIGN_TENSOR, NORM),
-}
+def with_norm(state):
+    state[NORM] = torch.zeros(32)
 
 
-@pytest.mark.parametrize("damage", NEMO2)
-def test_damaged_nemo2_adapters(nemo2_adapter, damage):
-    change, *finding = NEMO2[damage]
-    report = verify(nemo2_adapter(change))
+DAMAGE += [
+    ("nemo2_adapter", without(QKV_OUT), Code.HALF, QKV_OUT, "is missing"),
+    ("nemo2_adapter", replaced(2, 3, 32), Code.SHAPE, QKV_IN, "[2, 3, 32]", "for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(2, 4, 31), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(1, 4, 32), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(4), Code.SHAPE, QKV_IN, "is [4]"),
+    ("nemo2_adapter", with_norm, Code.FOREIGN_TENSOR, NORM, "belongs to no adapter"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: f"{damage[0]} {damage[2]}")
+def test_damage(request, damage):
+    fixture, change, *finding = damage
+    report = verify(request.getfixturevalue(fixture)(change))
     assert has(report, *finding), report.findings
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.findings import Code
@@ -30,16 +31,20 @@ def has(report: Report, code: Code, where: str | None = None, *words: str) -> bo
 
 
 def rewrite(path: Path, change) -> None:
-    """Apply ``change`` to the content of a JSON or YAML file, or of one that torch saved."""
-    if path.suffix not in (".json", ".yaml"):
+    """Apply ``change`` to the content of a JSON, YAML or safetensors file, or of one that torch
+    saved."""
+    if path.suffix in (".json", ".yaml"):
+        content = yaml.safe_load(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content))
+    elif path.suffix == ".safetensors":
+        content = load_file(path)
+        change(content)
+        save_file(content, path, {"format": "pt"})
+    else:
         content = torch.load(path, weights_only=True)
         change(content)
         torch.save(content, path)
-        return
-    form = json if path.suffix == ".json" else yaml
-    content = json.loads(path.read_text()) if form is json else yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content) if form is json else yaml.safe_dump(content))
 
 
 def rewrite_index(checkpoint: Path, change) -> None:
