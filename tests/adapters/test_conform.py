@@ -365,11 +365,15 @@ PEFT_FAULTS = {
         without("layers.0.self_attn.q_proj.lora_B"),
         "q_proj.lora_B.weight is missing",
     ),
-    "missing layer": ({}, without("layers.0.mlp.down_proj"), "is missing in layer 0"),
+    "missing layer": (
+        {},
+        without("layers.0.mlp.down_proj"),
+        "layer 0 has no adapter for mlp.down_proj",
+    ),
     "wrong layers": (
         {},
         lambda s: {key.replace("layers.0", "layers.7"): value for key, value in s.items()},
-        "missing in layer",
+        "has no adapter for",
     ),
     "wrong rank": ({"r": 8}, None, "r = 8"),
     "another module": ({"target_modules": ["q_proj"]}, None, "does not name in target_modules"),
@@ -442,7 +446,7 @@ PEFT_FAULTS = {
     "a picked layer is missing": (
         {"layers_to_transform": [0, 1]},
         without("layers.0.mlp.down_proj"),
-        "is missing in layer 0",
+        "layer 0 has no adapter for mlp.down_proj",
     ),
     "alpha without end": ({"lora_alpha": 1e300}, None, "lora_alpha is a positive number"),
     "pattern that is none": (

@@ -286,6 +286,7 @@ def test_a_bridged_view(root, originals):
     assert found.format == "bridged view of a NeMo 2.0 directory"
     assert found.architecture == source.architecture
     assert (found.parameters, found.dtype) == (source.parameters, "bfloat16")
+    assert found.view_of == "models/nemo2/gpu"
     assert found.notes == ("a view of the NeMo 2.0 checkpoint models/nemo2/gpu",)
     (checkpoint / "weights" / "__0_0.distcp").unlink()
     with pytest.raises(DamagedCheckpoint, match="__0_0"):

@@ -139,6 +139,7 @@ def test_names_that_a_configuration_would_import_are_noted(root):
 def test_zarr(root):
     found = identify(root / "zarr")
     assert found.format == "NeMo 2.0 directory (zarr)"
+    assert found.storage == "zarr"
     assert any("zarr is deprecated" in note for note in found.notes)
     check_model(found, "module.", scaled=True)
     name = "output_layer.weight"
@@ -168,6 +169,7 @@ def test_zarr_of_nemo1(root, packed):
         with tarfile.open(root / "a.nemo", "w") as archive:
             archive.add(directory, "./")
     found = identify(root / "a.nemo" if packed else directory)
+    assert found.storage == "zarr"
     assert any("zarr is deprecated" in note for note in found.notes)
     name = "mlp.linear_fc1.weight"
     tensor = next(

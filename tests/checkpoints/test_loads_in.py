@@ -66,7 +66,7 @@ CASES = {
         Kind.NEMO1_ARCHIVE_ADAPTER,
         {"adapter": LORA, "made_for": "TensorRT-LLM's .nemo reader"},
     ),
-    "view": (Kind.BRIDGED_VIEW, {"notes": ("a view of the NeMo 2.0 checkpoint models/nemo2/a",)}),
+    "view": (Kind.BRIDGED_VIEW, {"view_of": "models/nemo2/a"}),
     "lightning": (Kind.LIGHTNING, {}),
     "lightning of nemo": (Kind.LIGHTNING, {"detail": "of NeMo 1"}),
     "megatron-lm": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"}),

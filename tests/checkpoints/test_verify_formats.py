@@ -1,7 +1,6 @@
-"""Damage to Hugging Face models, PEFT and NeMo adapters, .nemo archives and GGUF files is found and
+"""Damage to Hugging Face models, adapters, .nemo archives, GGUF and Lightning files is found and
 named."""
 
-import io
 import json
 import os
 import shutil
@@ -15,10 +14,10 @@ import tiny_model
 import torch
 import yaml
 from checkpoint_samples import FFN, GROUPS, HEAD_DIM, HEADS, HIDDEN, LAYERS, write_context
-from safetensors.torch import load_file, save_file
+from damage import Evil, has, rewrite
 
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.verify.verify import verify
-from workshop_utils.core.errors import UnsafeCheckpoint
 
 
 @pytest.fixture
@@ -43,135 +42,113 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def model(models, root):
-    return lambda form: Path(shutil.copytree(models / form, root / form))
+    def copy(form: str, change=lambda path: None) -> Path:
+        path = Path(shutil.copytree(models / form, root / form))
+        change(path)
+        return path
+
+    return copy
 
 
-def found(report, tensor: str | None, *words: str) -> bool:
-    named = [finding for finding in report.findings if tensor is None or finding.tensor == tensor]
-    return any(all(word in str(finding) for word in words) for finding in named)
+@pytest.fixture
+def whole(model):
+    return lambda change: model("whole", change)
 
 
-def rewrite_json(path: Path, change) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def rewrite_header(file: Path, change, more: bytes = b"") -> None:
-    """Apply ``change`` to the header of a safetensors file, and put ``more`` after its data."""
+def header_of(file: Path) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and what follows it."""
     content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    new = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :] + more)
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8:end]), content[end:]
 
 
-DOWN = "model.layers.1.mlp.down_proj.weight"
+def in_header(change=lambda header: None, more: bytes = b""):
+    """Apply ``change`` to the header, and put ``more`` after the data."""
+
+    def apply(path):
+        header, data = header_of(path / SAFE)
+        change(header)
+        new = json.dumps(header).encode()
+        (path / SAFE).write_bytes(struct.pack("<Q", len(new)) + new + data + more)
+
+    return apply
+
+
+def configured(**fields):
+    return lambda path: rewrite(path / "config.json", lambda config: config.update(fields))
+
+
+def half(path):
+    rewrite(path / SAFE, lambda state: state.update({SECOND: state[SECOND].half()}))
+
+
+SAFE, DOWN = "model.safetensors", "model.layers.{}.mlp.down_proj.weight"
+FIRST, SECOND, EVERY = (DOWN.format(layer) for layer in (0, 1, "*"))
+
+
+def without(*words):
+    return lambda *given: [
+        given[-1].pop(key) for key in list(given[-1]) if all(word in key for word in words)
+    ]
+
+
+def same_place(header):
+    header[SECOND]["data_offsets"] = header[FIRST]["data_offsets"]
+
+
+#: fixture, damage -> code, where, words
+DAMAGE = [
+    ("whole", in_header(without(SECOND)), Code.NOBODYS_BYTES, SAFE, "bytes ["),
+    ("whole", in_header(without(SECOND)), Code.MISSING_TENSOR, EVERY, "is missing in layer 1"),
+    ("whole", in_header(more=b"1234"), Code.NOBODYS_BYTES, SAFE, "the last 4 bytes"),
+    ("whole", in_header(same_place), Code.OVERLAP, SAFE, FIRST, SECOND),
+    ("whole", configured(intermediate_size=256), Code.SHAPE, SECOND, "has to be [64, 256]"),
+    ("whole", configured(num_hidden_layers=3), Code.MISSING_TENSOR, EVERY, "in layer 2"),
+    ("whole", half, Code.DTYPE, SECOND, "is float16; in the other layers it is float32"),
+]
 
 
 @pytest.mark.parametrize("form", ["whole", "parts", "bin"])
 def test_genuine_hugging_face_models_are_sound(model, form):
     report = verify(model(form), deep=True)
-    assert report.findings == []
-    assert report.notes == []
+    assert [finding.code for finding in report.findings] == [Code.ORIGIN]
 
 
 def test_a_truncated_safetensors_file(model):
-    path = model("whole")
-    file = path / "model.safetensors"
+    file = model("whole") / SAFE
+    header, _ = header_of(file)
+    header.pop("__metadata__", None)
+    last = max(header, key=lambda name: header[name]["data_offsets"])
     os.truncate(file, file.stat().st_size - 100)
-    report = verify(path)
-    last = max(
-        json.loads(
-            file.read_bytes()[8 : 8 + struct.unpack("<Q", file.read_bytes()[:8])[0]]
-        ).items(),
-        key=lambda item: item[1].get("data_offsets", [0, 0])[1],
-    )[0]
-    assert found(report, last, "cut off")
-
-
-def test_bytes_that_belong_to_no_tensor(model):
-    path = model("whole")
-    rewrite_header(path / "model.safetensors", lambda header: header.pop(DOWN))
-    report = verify(path)
-    assert found(report, None, "model.safetensors: bytes [", "belong to no tensor")
-    assert found(report, "model.layers.*.mlp.down_proj.weight", "is missing in layer 1")
-    path = shutil.copytree(path, path.with_name("more"))
-    rewrite_header(path / "model.safetensors", lambda header: None, more=b"1234")
-    assert found(verify(path), None, "the last 4 bytes belong to no tensor")
-
-
-def test_overlapping_ranges_of_safetensors(model):
-    path = model("whole")
-
-    def change(header):
-        header[DOWN]["data_offsets"] = header["model.layers.0.mlp.down_proj.weight"]["data_offsets"]
-
-    rewrite_header(path / "model.safetensors", change)
-    report = verify(path)
-    assert any(
-        "overlap" in str(finding)
-        and DOWN in str(finding)
-        and "layers.0.mlp.down_proj" in str(finding)
-        for finding in report.findings
-    )
-
-
-def test_a_shape_that_the_configuration_contradicts(model):
-    path = model("whole")
-    rewrite_json(path / "config.json", lambda config: config.update(intermediate_size=256))
-    assert found(verify(path), DOWN, "[64, 128]", "has to be [64, 256]")
-    rewrite_json(
-        path / "config.json",
-        lambda config: config.update(intermediate_size=128, num_hidden_layers=3),
-    )
-    assert found(
-        verify(path), "model.layers.*.mlp.down_proj.weight", "is missing in layer 2", "3 layers"
-    )
-
-
-def test_one_layer_of_another_dtype(model):
-    path = model("whole")
-    state = load_file(path / "model.safetensors")
-    state[DOWN] = state[DOWN].half()
-    save_file(state, path / "model.safetensors")
-    report = verify(path)
-    assert [finding.tensor for finding in report.findings] == [DOWN]
-    assert found(report, DOWN, "is float16; in the other layers it is float32")
+    assert has(verify(file.parent), Code.DAMAGED, last, "cut off")
 
 
 @pytest.mark.parametrize("form", ["whole", "bin"])
 def test_a_nan_in_one_layer(model, form):
+    def change(state):
+        state[SECOND][5, 7] = float("nan")
+
     path = model(form)
-    file = path / ("model.safetensors" if form == "whole" else "pytorch_model.bin")
-    state = load_file(file) if form == "whole" else torch.load(file, weights_only=True)
-    state[DOWN][5, 7] = float("nan")
-    save_file(state, file) if form == "whole" else torch.save(state, file)
-    assert verify(path).findings == []
+    rewrite(path / (SAFE if form == "whole" else "pytorch_model.bin"), change)
+    assert verify(path).sound
     report = verify(path, deep=True)
-    assert [finding.tensor for finding in report.findings] == [DOWN]
-    assert found(report, DOWN, "nan at [5, 7]")
+    assert len(report.refused) == 1
+    assert has(report, Code.NOT_FINITE, SECOND, "nan at [5, 7]")
 
 
-def test_a_missing_part(model):
-    path = model("parts")
-    parts = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
-    (path / parts[DOWN]).unlink()
-    assert found(verify(path), None, parts[DOWN], "is missing")
-
-
-def test_an_index_that_disagrees_with_the_parts(model):
+def test_parts_and_an_index_that_disagree(model):
     path = model("parts")
     index = path / "model.safetensors.index.json"
     parts = json.loads(index.read_text())["weight_map"]
-    other = next(part for part in parts.values() if part != parts[DOWN])
-    rewrite_json(index, lambda content: content["weight_map"].update({DOWN: other}))
+    own, other = parts[SECOND], next(part for part in parts.values() if part != parts[SECOND])
+    rewrite(index, lambda content: content["weight_map"].update({SECOND: other}))
     report = verify(path)
-    assert found(report, DOWN, f"is in {other}, and it is not")
-    assert found(report, DOWN, f"{parts[DOWN]} holds {DOWN}", f"has in {other}")
-    rewrite_json(index, lambda content: content["weight_map"].pop(DOWN))
-    assert found(verify(path), DOWN, f"{parts[DOWN]} holds {DOWN}", "has nowhere")
+    assert has(report, Code.DAMAGED, SECOND, f"is in {other}, and it is not")
+    assert has(report, Code.INDEX, SECOND, f"{own} holds {SECOND}", f"has in {other}")
+    rewrite(index, lambda content: content["weight_map"].pop(SECOND))
+    assert has(verify(path), Code.INDEX, SECOND, f"{own} holds {SECOND}", "has nowhere")
+    (path / own).rename(path / "elsewhere")
+    assert has(verify(path), Code.DAMAGED, None, own, "is missing")
 
 
 def test_two_parts_swapped(model):
@@ -180,100 +157,83 @@ def test_two_parts_swapped(model):
     content = first.read_bytes()
     first.write_bytes(second.read_bytes())
     second.write_bytes(content)
-    assert found(verify(path), None, "says that", "and it is not")
+    assert has(verify(path), Code.DAMAGED, None, "says that", "and it is not")
 
 
 def test_a_bin_that_would_run_code(model):
-    class Evil:
-        def __reduce__(self):
-            return exec, ("raise SystemExit('executed')",)
-
     path = model("bin")
     torch.save({"a": Evil()}, path / "pytorch_model.bin")
-    report = verify(path)
-    assert isinstance(report.worst, UnsafeCheckpoint)
-    assert "exec" in str(report.worst)
+    worst = verify(path).worst
+    assert worst.code is Code.UNSAFE
+    assert "exec" in worst.message
 
 
 @pytest.fixture
 def peft(root):
     from peft import LoraConfig, get_peft_model
 
-    base = adapters.tiny_llama(adapters.GQA)
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
     )
-    adapted = get_peft_model(base, config)
+    adapted = get_peft_model(adapters.tiny_llama(adapters.GQA), config)
     adapted.peft_config["default"].base_model_name_or_path = "somebody/a-model"
     # Without the look for the base on the Hub, which takes a while to give up.
     adapted.save_pretrained(root / "peft", save_embedding_layers=False)
-    return root / "peft"
+
+    def change_it(change=lambda config, state: None) -> Path:
+        file = root / "peft" / "adapter_model.safetensors"
+        rewrite(
+            root / "peft" / "adapter_config.json",
+            lambda config: rewrite(file, lambda state: change(config, state)),
+        )
+        return root / "peft"
+
+    return change_it
 
 
 HALF = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
+A, B = HALF.format("A"), HALF.format("B")
+BARE = A.removeprefix("base_model.model.")
+
+
+def stated(**fields):
+    return lambda config, state: config.update(fields)
+
+
+def unprefixed(_, state):
+    state[BARE] = state.pop(A)
+
+
+def narrow(_, state):
+    state[A] = torch.zeros(3, 32)
+
+
+def no_lora(_, state):
+    for number, name in enumerate(list(state)):
+        state[f"base_model.model.{number}"] = state.pop(name)
+
+
+DAMAGE += [
+    ("peft", without(B), Code.HALF, B, "is missing"),
+    ("peft", narrow, Code.SHAPE, A, "[3, 32]", "r = 4"),
+    ("peft", without("layers.1.self_attn"), Code.MISSING_TENSOR, A, "layer 1 has no adapter"),
+    ("peft", unprefixed, Code.PREFIX, BARE, "base_model.model."),
+    ("peft", without("down_proj"), Code.TARGETS, None, "names the module down_proj"),
+    ("peft", no_lora, Code.MISSING_TENSOR, None, "holds no LoRA matrices"),
+    ("peft", stated(r=8), Code.SHAPE, A, "r = 8"),
+    ("peft", stated(target_modules=["q_proj"]), Code.TARGETS, None, "down_proj", "not name"),
+    ("peft", stated(layers_to_transform=[5]), Code.LAYERS, None, "for the layers 0, 1"),
+    ("peft", stated(megatron_core="os"), Code.UNSAFE, None, "'os' as megatron_core"),
+    ("peft", stated(peft_type="LOHA"), Code.SCHEME, None, "peft_type is 'LOHA'"),
+]
 
 
 def test_a_genuine_peft_adapter_is_sound(peft):
-    assert verify(peft, deep=True).findings == []
-
-
-def rewrite_state(path: Path, change) -> None:
-    state = load_file(path)
-    change(state)
-    save_file(state, path, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "tensor", "words"),
-    [
-        (
-            lambda state: state.pop(HALF.format("B")),
-            HALF.format("B"),
-            ("is missing; the other half",),
-        ),
-        (
-            lambda state: state.update({HALF.format("A"): torch.zeros(3, 32)}),
-            HALF.format("A"),
-            ("[3, 32]", "r = 4"),
-        ),
-        (
-            lambda state: [state.pop(HALF.format(half)) for half in "AB"],
-            HALF.format("A").replace(".1.", ".*."),
-            ("is missing in layer 1",),
-        ),
-        (
-            lambda state: state.update({HALF.format("A")[17:]: state.pop(HALF.format("A"))}),
-            HALF.format("A")[17:],
-            ("base_model.model",),
-        ),
-        (
-            lambda state: [state.pop(key) for key in list(state) if "down_proj" in key],
-            None,
-            ("names the module down_proj",),
-        ),
-    ],
-)
-def test_damaged_peft_adapters(peft, change, tensor, words):
-    rewrite_state(peft / "adapter_model.safetensors", change)
-    assert found(verify(peft), tensor, *words)
-
-
-def test_a_peft_configuration_that_disagrees(peft):
-    rewrite_json(peft / "adapter_config.json", lambda config: config.update(r=8))
-    assert found(verify(peft), HALF.format("A"), "r = 8")
-    rewrite_json(
-        peft / "adapter_config.json",
-        lambda config: config.update(rank_pattern={"q_proj": 4, "layers.0.mlp.down_proj": 4}),
-    )
-    named = {finding.tensor for finding in verify(peft).findings}
-    assert named == {
+    assert verify(peft(), deep=True).sound
+    pattern = {"q_proj": 4, "layers.0.mlp.down_proj": 4}
+    assert {item.tensor for item in verify(peft(stated(r=8, rank_pattern=pattern))).refused} == {
         f"base_model.model.model.layers.1.mlp.down_proj.lora_{half}.weight" for half in "AB"
     }
-    rewrite_json(
-        peft / "adapter_config.json",
-        lambda config: config.update(r=4, rank_pattern={}, target_modules=["q_proj"]),
-    )
-    assert found(verify(peft), None, "down_proj", "does not name in target_modules")
 
 
 @pytest.fixture
@@ -282,112 +242,68 @@ def lora(root):
     configuration and tensors."""
 
     def write(change=lambda config, state: None) -> Path:
-        config, state = (
-            adapters.config_of(adapters.GQA, adapters.ALL),
-            adapters.tensors_of(adapters.GQA, adapters.ALL),
-        )
+        config = adapters.config_of(adapters.GQA, adapters.ALL)
+        state = adapters.tensors_of(adapters.GQA, adapters.ALL)
         change(config, state)
         return adapters.write_adapter(root / "lora.nemo", config, state)
 
     return write
 
 
-def test_a_genuine_adapter_of_the_script_path_is_sound(lora):
-    assert verify(lora(), deep=True).findings == []
-
-
 OUT = "layers.1.self_attention.adapter_layer.lora_kqv_adapter.linear_out.weight"
+IN = OUT.replace("linear_out", "linear_in")
+NEMO1_OUT = f"model.decoder.{OUT}"
 
 
-@pytest.mark.parametrize(
-    ("change", "tensor", "words"),
-    [
-        (
-            lambda config, state: state.pop(f"model.decoder.{OUT}"),
-            OUT,
-            ("layer 1, attention_qkv has no linear_out.weight",),
-        ),
-        (
-            lambda config, state: state.update({f"model.decoder.{OUT}": torch.zeros(64, 3)}),
-            OUT,
-            ("[64, 3]", "[64, 4]"),
-        ),
-        (
-            lambda config, state: config.update(hidden_size=48),
-            OUT.replace("out", "in"),
-            ("asks for [4, 48]",),
-        ),
-        (
-            lambda config, state: config.update(num_layers=3),
-            None,
-            ("layer 2 has no adapter for mlp_fc1",),
-        ),
-        (
-            lambda config, state: config.update(num_layers=10**12),
-            None,
-            ("states 1,000,000,000,000 layers",),
-        ),
-        (
-            lambda config, state: config["peft"]["lora_tuning"].update(adapter_dim=8),
-            OUT,
-            ("asks for [64, 8]",),
-        ),
-        (
-            lambda config, state: config["peft"]["lora_tuning"].update(target_modules=["mlp_fc1"]),
-            None,
-            ("target_modules names mlp_fc1",),
-        ),
-    ],
-)
-def test_damaged_adapters_of_the_script_path(lora, change, tensor, words):
-    assert found(verify(lora(change)), tensor, *words)
+def tuned(**fields):
+    return lambda config, state: config["peft"]["lora_tuning"].update(fields)
+
+
+def smaller(config, state):
+    state[NEMO1_OUT] = torch.zeros(64, 3)
+
+
+DAMAGE += [
+    ("lora", without(NEMO1_OUT), Code.DAMAGED, OUT, "has no linear_out.weight"),
+    ("lora", smaller, Code.DAMAGED, OUT, "[64, 3]", "[64, 4]"),
+    ("lora", stated(hidden_size=48), Code.DAMAGED, IN, "asks for [4, 48]"),
+    ("lora", stated(num_layers=3), Code.DAMAGED, None, "layer 2 has no adapter for mlp_fc1"),
+    ("lora", stated(num_layers=10**12), Code.LAYERS, None, "states 1,000,000,000,000 layers"),
+    ("lora", stated(optim={"_target_": "os.system"}), Code.UNSAFE, "lora.nemo:model_config.yaml"),
+    ("lora", tuned(adapter_dim=8), Code.DAMAGED, OUT, "asks for [64, 8]"),
+    ("lora", tuned(target_modules=["mlp_fc1"]), Code.DAMAGED, None, "names mlp_fc1"),
+]
 
 
 def test_every_fault_of_an_adapter_is_named(lora):
-    def change(config, state):
-        for layer in range(2):
-            state.pop(
-                f"model.decoder.layers.{layer}.mlp.adapter_layer.lora_4htoh_adapter.linear_in.weight"
-            )
-        state[f"model.decoder.{OUT}"] = torch.zeros(64, 3)
+    assert verify(lora(), deep=True).sound
 
-    assert len(verify(lora(change)).findings) == 3
+    def change(config, state):
+        smaller(config, state)
+        without("lora_4htoh_adapter.linear_in")(state)
+
+    assert len(verify(lora(change)).refused) == 3
 
 
 def test_parts_of_ranks_in_an_archive(root):
     config = adapters.config_of(adapters.GQA, adapters.ALL) | {"tensor_model_parallel_size": 2}
-    parts = [adapters.saved(adapters.tensors_of(adapters.GQA, adapters.ALL)) for _ in range(2)]
+    state = adapters.tensors_of(adapters.GQA, adapters.ALL)
     members = {"model_config.yaml": yaml.safe_dump(config).encode()}
-    members |= {f"mp_rank_{rank:02}/model_weights.ckpt": part for rank, part in enumerate(parts)}
-    path = adapters.write_tar(root / "parts.nemo", members)
-    assert verify(path).findings == []
-    lacking = adapters.tensors_of(adapters.GQA, adapters.ALL)
-    lacking.pop(f"model.decoder.{OUT}")
-    path = adapters.write_tar(
-        root / "half.nemo", members | {"mp_rank_01/model_weights.ckpt": adapters.saved(lacking)}
-    )
-    assert found(verify(path), f"model.decoder.{OUT}", "mp_rank_01/model_weights.ckpt has no")
-    members.pop("mp_rank_01/model_weights.ckpt")
-    assert found(
-        verify(adapters.write_tar(root / "one.nemo", members)),
-        None,
-        "lacks the part of tensor-parallel rank 1",
-    )
-
-
-def base_tensors() -> dict[str, tuple[int, int]]:
-    """Module -> (out, in) of the tiny Llama of checkpoint_samples."""
-    return {
-        "self_attention.linear_qkv": ((HEADS + 2 * GROUPS) * HEAD_DIM, HIDDEN),
-        "mlp.linear_fc1": (2 * FFN, HIDDEN),
-        "mlp.linear_fc2": (HIDDEN, FFN),
-    }
+    part = "mp_rank_{:02}/model_weights.ckpt".format
+    members |= {part(rank): adapters.saved(state) for rank in (0, 1)}
+    assert verify(adapters.write_tar(root / "parts.nemo", members)).sound
+    state.pop(NEMO1_OUT)
+    path = adapters.write_tar(root / "half.nemo", members | {part(1): adapters.saved(state)})
+    assert has(verify(path), Code.RANKS, NEMO1_OUT, f"{part(1)} has no")
+    members.pop(part(1))
+    path = adapters.write_tar(root / "one.nemo", members)
+    assert has(verify(path), Code.DAMAGED, None, "lacks the part of tensor-parallel rank 1")
 
 
 @pytest.fixture
 def nemo2_adapter(root):
-    """A NeMo 2.0 adapter directory, written by torch.distributed.checkpoint; called with a change
-    to its tensors."""
+    """An adapter of the tiny Llama of checkpoint_samples, written by torch.distributed.checkpoint;
+    called with a change to its tensors."""
 
     def write(change=lambda state: None) -> Path:
         import torch.distributed.checkpoint as dcp
@@ -396,18 +312,18 @@ def nemo2_adapter(root):
         shutil.rmtree(path, ignore_errors=True)
         write_context(path, "plain")
         state = {}
-        for module, (rows, columns) in base_tensors().items():
+        for module, rows, columns in (
+            ("self_attention.linear_qkv", (HEADS + 2 * GROUPS) * HEAD_DIM, HIDDEN),
+            ("mlp.linear_fc1", 2 * FFN, HIDDEN),
+            ("mlp.linear_fc2", HIDDEN, FFN),
+        ):
             stem = f"module.decoder.layers.{module}.adapter"
             state[f"{stem}.linear_in.weight"] = torch.randn(LAYERS, 4, columns)
             state[f"{stem}.linear_out.weight"] = torch.randn(LAYERS, rows, 4)
         change(state)
         dcp.save(state, checkpoint_id=path / "weights", no_dist=True)
-        backend = {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        }
+        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        backend |= {"common_backend": "torch", "common_backend_version": 1}
         (path / "weights" / "metadata.json").write_text(json.dumps(backend))
         torch.save({}, path / "weights" / "common.pt")
         (path / "weights" / "adapter_metadata.json").write_text('{"model_ckpt_path": "/gone/base"}')
@@ -416,92 +332,64 @@ def nemo2_adapter(root):
     return write
 
 
+QKV = "module.decoder.layers.self_attention.linear_qkv.adapter.linear_{}.weight"
+QKV_IN, QKV_OUT = QKV.format("in"), QKV.format("out")
+NORM = "module.decoder.final_layernorm.weight"
+
+
+def replaced(*shape):
+    return lambda state: state.update({QKV_IN: torch.zeros(shape)})
+
+
+def with_norm(state):
+    state[NORM] = torch.zeros(32)
+
+
+DAMAGE += [
+    ("nemo2_adapter", without(QKV_OUT), Code.HALF, QKV_OUT, "is missing"),
+    ("nemo2_adapter", replaced(2, 3, 32), Code.SHAPE, QKV_IN, "[2, 3, 32]", "for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(2, 4, 31), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(1, 4, 32), Code.SHAPE, QKV_IN, "asks for [2, 4, 32]"),
+    ("nemo2_adapter", replaced(4), Code.SHAPE, QKV_IN, "is [4]"),
+    ("nemo2_adapter", with_norm, Code.FOREIGN_TENSOR, NORM, "belongs to no adapter"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: f"{damage[0]} {damage[2]}")
+def test_damage(request, damage):
+    fixture, change, *finding = damage
+    report = verify(request.getfixturevalue(fixture)(change))
+    assert has(report, *finding), report.findings
+
+
 def test_a_nemo2_adapter(nemo2_adapter):
     report = verify(nemo2_adapter(), deep=True)
-    assert report.findings == []
-    assert report.notes == ["the base model is recorded as /gone/base, which is not here."]
+    assert report.sound
+    assert [finding.code for finding in report.notes] == [Code.BASE]
+    assert report.notes[0].message == "the base model is recorded as /gone/base, which is not here."
 
 
-QKV = "module.decoder.layers.self_attention.linear_qkv.adapter.linear_{}.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "tensor", "words"),
-    [
-        (
-            lambda state: state.pop(QKV.format("out")),
-            QKV.format("out"),
-            ("is missing; the other half",),
-        ),
-        (
-            lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}),
-            QKV.format("out"),
-            ("its base asks for [2, 96, 3]",),
-        ),
-        (
-            lambda state: state.update({QKV.format("in"): torch.zeros(2, 3, 32)}),
-            QKV.format("in"),
-            ("rank 3", "4"),
-        ),
-        (
-            lambda state: state.update({QKV.format("in"): torch.zeros(1, 4, 32)}),
-            QKV.format("in"),
-            ("not the 2 layers",),
-        ),
-        (
-            lambda state: state.update({"module.decoder.final_layernorm.weight": torch.zeros(32)}),
-            "module.decoder.final_layernorm.weight",
-            ("belongs to no adapter",),
-        ),
-    ],
-)
-def test_damaged_nemo2_adapters(nemo2_adapter, change, tensor, words):
-    assert found(verify(nemo2_adapter(change)), tensor, *words)
-
-
-@pytest.fixture
-def gguf(root):
-    tiny_gguf.write_gguf(root / "tiny.gguf")
-    return root / "tiny.gguf"
-
-
-def test_a_gguf(gguf):
-    report = verify(gguf, deep=True)
-    assert report.findings == []
-    size = gguf.stat().st_size
-    os.truncate(gguf, size - 200)
-    assert found(verify(gguf), None, "cut off")
+def test_a_gguf(root):
+    file = root / "tiny.gguf"
+    tiny_gguf.write_gguf(file)
+    assert verify(file, deep=True).sound
+    os.truncate(file, file.stat().st_size - 200)
+    assert has(verify(file), Code.DAMAGED, None, "cut off")
 
 
 def test_a_lightning_checkpoint(root):
-    state = {f"layers.{layer}.weight": torch.randn(3, 4) for layer in range(2)}
-    content = {
-        "state_dict": state,
-        "epoch": 1,
-        "global_step": 7,
-        "pytorch-lightning_version": "2.4.0",
-        "loops": {},
-        "callbacks": {},
-    }
-    torch.save(content, root / "a.ckpt")
-    assert verify(root / "a.ckpt", deep=True).findings == []
-    state["layers.1.weight"][2, 1] = float("inf")
-    torch.save(content, root / "a.ckpt")
-    assert found(verify(root / "a.ckpt", deep=True), None, "inf at [2, 1]")
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    (root / "a.ckpt").write_bytes(buffer.getvalue()[:-50])
-    assert verify(root / "a.ckpt").findings
-
-
-def test_tied_tensors_of_torch_save_may_share_their_bytes(root, models):
-    """Weights that are tied are stored once by torch.save."""
-    weight = torch.randn(3, 4)
-    torch.save(
-        {"state_dict": {"a": weight, "b": weight}, "pytorch-lightning_version": "2.4.0"},
-        root / "tied.ckpt",
-    )
-    assert verify(root / "tied.ckpt", deep=True).findings == []
+    file = root / "a.ckpt"
+    # Tied weights are stored once by torch.save, and may share their bytes.
+    shared = torch.randn(3, 4)
+    state = {"layers.0.weight": torch.randn(3, 4), "a": shared, "b": shared}
+    content = {"state_dict": state, "pytorch-lightning_version": "2.4.0", "epoch": 1}
+    torch.save(content, file)
+    assert verify(file, deep=True).sound
+    state["layers.0.weight"][2, 1] = float("inf")
+    torch.save(content, file)
+    assert has(verify(file, deep=True), Code.NOT_FINITE, "layers.0.weight", "inf at [2, 1]")
+    os.truncate(file, file.stat().st_size - 50)
+    assert not verify(file).sound
 
 
 @pytest.mark.parametrize("scheme", ["ia3", "adapter", "ptuning"])
@@ -509,14 +397,10 @@ def test_an_adapter_of_another_kind_than_lora_is_sound(root, scheme):
     """Its own rules are not known here, and that is said."""
     config = adapters.config_of(adapters.GQA)
     config["peft"]["peft_scheme"] = scheme
-    file = adapters.write_adapter(
-        root / "a.nemo",
-        config,
-        {f"model.decoder.layers.{n}.adapter_layer.{scheme}.weight": torch.ones(4) for n in (0, 1)},
-    )
-    report = verify(file)
+    state = {
+        f"model.decoder.layers.{layer}.adapter_layer.{scheme}.weight": torch.ones(4)
+        for layer in (0, 1)
+    }
+    report = verify(adapters.write_adapter(root / "a.nemo", config, state))
     assert report.sound
-    assert any(
-        f"peft_scheme is {scheme}; the rules of lora are known here" in line
-        for line in report.untold
-    )
+    assert has(report, Code.SCHEME, None, f"peft_scheme is {scheme}")

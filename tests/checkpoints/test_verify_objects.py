@@ -10,16 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from damage import Evil
 
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.verify.verify import verify
-from workshop_utils.core.errors import UnsafeCheckpoint
 
 NAME = "decoder.layers.self_attention.linear_qkv._extra_state"
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
 
 
 def saved(value) -> bytes:
@@ -61,49 +57,43 @@ SOUND = {
     "bytes of a pickle": as_tensor(pickle.dumps({"recipe": None})),
 }
 HOSTILE = {
-    "value": saved(Evil()),
-    "buffer with an archive": saved(io.BytesIO(saved(Evil()))),
-    "buffer with a pickle": saved(io.BytesIO(pickle.dumps(Evil()))),
-    "buffer with a pickle of protocol 0": saved(io.BytesIO(pickle.dumps(Evil(), protocol=0))),
-    "bytes of a pickle": saved(as_tensor(pickle.dumps(Evil()))),
+    "value": Evil(),
+    "buffer with an archive": io.BytesIO(saved(Evil())),
+    "buffer with a pickle": io.BytesIO(pickle.dumps(Evil())),
+    "buffer with a pickle of protocol 0": io.BytesIO(pickle.dumps(Evil(), protocol=0)),
+    "bytes of a pickle": as_tensor(pickle.dumps(Evil())),
 }
 
 
 @pytest.mark.parametrize("way", HOSTILE)
 def test_an_object_that_would_run(gpu, way):
-    name = replace_object(gpu / "weights", HOSTILE[way])
-    [finding] = verify(gpu).findings
-    assert isinstance(finding, UnsafeCheckpoint)
-    assert name in str(finding)
-    assert "exec(" in str(finding)
+    name = replace_object(gpu / "weights", saved(HOSTILE[way]))
+    [finding] = verify(gpu).refused
+    assert finding.code is Code.UNSAFE
+    assert name in finding.message
+    assert "exec(" in finding.message
 
 
 @pytest.mark.parametrize("way", SOUND)
 def test_genuine_objects(gpu, way):
     replace_object(gpu / "weights", saved(SOUND[way]))
-    assert verify(gpu).findings == []
+    assert verify(gpu).sound
 
 
 @pytest.mark.parametrize("part", ["common.pt", "object", None])
 def test_in_a_nemo_archive(gpu, tmp_path, part):
     shutil.move(gpu / "weights", gpu / "model_weights")
-    config = {
-        "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"  # noqa: E501
-    }
-    (gpu / "model_config.yaml").write_text(yaml.safe_dump(config))
+    target = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel"
+    (gpu / "model_config.yaml").write_text(yaml.safe_dump({"target": target}))
     if part == "common.pt":
         torch.save({"a": Evil()}, gpu / "model_weights" / "common.pt")
     elif part:
-        replace_object(gpu / "model_weights", HOSTILE["value"])
+        replace_object(gpu / "model_weights", saved(HOSTILE["value"]))
     with tarfile.open(tmp_path / "a.nemo", "w") as archive:
         for name in ("model_config.yaml", "model_weights"):
             archive.add(gpu / name, name)
-    unsafe = [
-        str(finding)
-        for finding in verify(tmp_path / "a.nemo").findings
-        if isinstance(finding, UnsafeCheckpoint)
-    ]
+    findings = verify(tmp_path / "a.nemo").findings
+    unsafe = [finding.message for finding in findings if finding.code is Code.UNSAFE]
     assert len(unsafe) == bool(part)
-    assert all(
-        ("exec(" in finding and "model_weights" in finding) or NAME in finding for finding in unsafe
-    )
+    for message in unsafe:
+        assert ("exec(" in message and "model_weights" in message) or NAME in message

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import parallel_samples
 import pytest
-import torch
 import yaml
+from damage import has, rewrite
 
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.verify.verify import verify
 
 
@@ -28,68 +29,56 @@ def ranks(samples, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ranks", "lm", "iter"])
 def test_what_megatron_wrote_is_sound(samples, name):
-    assert verify(samples / name, deep=True).findings == []
+    assert verify(samples / name, deep=True).sound
 
 
 QKV = "model.decoder.layers.1.self_attention.linear_qkv.weight"
+FC2, NORM = "decoder.layers.mlp.linear_fc2.weight", "decoder.final_layernorm.weight"
+STAGE_1 = [f"tp_rank_{rank:02}_pp_rank_001/model_weights.ckpt" for rank in (0, 1)]
 
 
-def rewrite(ranks: Path, names: list[str], change) -> None:
-    for name in names:
-        file = ranks / name / "model_weights.ckpt"
-        state = torch.load(file, weights_only=True)
-        change(state)
-        torch.save(state, file)
+def layer_1(state):
+    for name in [name for name in state if ".layers.1." in name]:
+        state.pop(name)
 
 
-def found(report, tensor: str, *words: str) -> bool:
-    return any(
-        finding.tensor == tensor and all(word in str(finding) for word in words)
-        for finding in report.findings
-    )
-
-
-STAGE_1 = ["tp_rank_00_pp_rank_001", "tp_rank_01_pp_rank_001"]
-
-
-def test_a_tensor_that_one_rank_lacks(ranks):
-    rewrite(ranks, STAGE_1[1:], lambda state: state.pop(QKV))
-    assert found(verify(ranks), QKV, "tp_rank_01_pp_rank_001/model_weights.ckpt has no")
-
-
-def test_slices_of_different_shapes(ranks):
-    rewrite(ranks, STAGE_1[1:], lambda state: state.update({QKV: state[QKV][:-1].clone()}))
-    assert found(
-        verify(ranks),
-        QKV,
-        "is [47, 32]",
-        "in tp_rank_01_pp_rank_001/model_weights.ckpt, but [48, 32]",
-    )
-
-
-def test_slices_that_the_configuration_contradicts(ranks):
-    rewrite(ranks, STAGE_1, lambda state: state.update({QKV: state[QKV].repeat(2, 1)}))
-    assert found(verify(ranks), QKV, "is [96, 32] in stage 1, but has to be [48, 32]")
-
-
-def test_a_layer_that_a_stage_lacks(ranks):
-    rewrite(
-        ranks,
+#: the ranks of stage 1 that are damaged, the damage -> code, tensor, words
+DAMAGE = {
+    "a tensor of one rank": (
+        STAGE_1[1:],
+        lambda state: state.pop(QKV),
+        (Code.RANKS, QKV, f"{STAGE_1[1]} has no"),
+    ),
+    "a shape of one rank": (
+        STAGE_1[1:],
+        lambda state: state.update({QKV: state[QKV][:-1].clone()}),
+        (Code.RANKS, QKV, "is [47, 32]", f"in {STAGE_1[1]}, but [48, 32]"),
+    ),
+    "slices against the configuration": (
         STAGE_1,
-        lambda state: [state.pop(name) for name in list(state) if ".layers.1." in name],
-    )
-    assert found(verify(ranks), "decoder.layers.mlp.linear_fc2.weight", "layer 1 of stage 1")
+        lambda state: state.update({QKV: state[QKV].repeat(2, 1)}),
+        (Code.SHAPE, QKV, "is [96, 32]", "for stage 1 it has to be [48, 32]"),
+    ),
+    "a layer": (STAGE_1, layer_1, (Code.MISSING_TENSOR, FC2, "missing in layer 1", "for stage 1")),
+    "the final norm": (
+        STAGE_1,
+        lambda state: state.pop(f"model.{NORM}"),
+        (Code.MISSING_TENSOR, NORM, "is missing; model_config.yaml for stage 1"),
+    ),
+}
 
 
-def test_a_stage_without_the_final_norm(ranks):
-    rewrite(ranks, STAGE_1, lambda state: state.pop("model.decoder.final_layernorm.weight"))
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_parts(ranks, damage):
+    files, change, finding = DAMAGE[damage]
+    for file in files:
+        rewrite(ranks / file, change)
     report = verify(ranks)
-    assert [finding.tensor for finding in report.findings] == ["decoder.final_layernorm.weight"]
+    assert has(report, *finding), report.findings
+    assert len(report.refused) == 1 or damage == "a layer"
 
 
 def test_a_part_that_is_missing(ranks):
-    shutil.rmtree(ranks / STAGE_1[0])
-    assert any(
-        "tensor-parallel rank 0, pipeline-parallel rank 1" in str(finding)
-        for finding in verify(ranks).findings
-    )
+    shutil.rmtree((ranks / STAGE_1[0]).parent)
+    words = "tensor-parallel rank 0, pipeline-parallel rank 1"
+    assert has(verify(ranks), Code.DAMAGED, None, words)

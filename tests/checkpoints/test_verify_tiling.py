@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,16 +19,12 @@ def faults(shape, boxes) -> list[str]:
     return [str(fault) for fault in tiling.faults(tensor(shape, boxes))]
 
 
-def counts(found: Tensor) -> dict[tuple[int, ...], int]:
+def counts(whole: Tensor) -> dict[tuple[int, ...], int]:
     """Element -> number of chunks that hold it, by writing all of them down."""
-    cells = dict.fromkeys(itertools.product(*map(range, found.shape)), 0)
-    for chunk in found.chunks:
-        for cell in itertools.product(
-            *(
-                range(start, start + size)
-                for start, size in zip(chunk.offsets, chunk.shape, strict=True)
-            )
-        ):
+    cells = dict.fromkeys(itertools.product(*map(range, whole.shape)), 0)
+    for chunk in whole.chunks:
+        sides = zip(chunk.offsets, chunk.shape, strict=True)
+        for cell in itertools.product(*(range(start, start + size) for start, size in sides)):
             cells[cell] += 1
     return cells
 
@@ -45,12 +40,8 @@ def tilings(draw):
         cut = draw(st.integers(0, sizes[axis]))
         for start, size in ((0, cut), (cut, sizes[axis] - cut)):
             if size:
-                boxes.append(
-                    (
-                        [*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]],
-                        [*sizes[:axis], size, *sizes[axis + 1 :]],
-                    )
-                )
+                at = [*offsets[:axis], offsets[axis] + start, *offsets[axis + 1 :]]
+                boxes.append((at, [*sizes[:axis], size, *sizes[axis + 1 :]]))
     for change in draw(st.lists(st.sampled_from(["drop", "double", "move", "swap"]), max_size=3)):
         if not boxes:
             break
@@ -68,16 +59,11 @@ def tilings(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(tilings())
-def test_against_a_count_of_every_element(found):
-    cells = counts(found)
-    assert (tiling.faults(found) == []) == all(count == 1 for count in cells.values())
-
-
-@settings(max_examples=200, deadline=None)
-@given(tilings())
-def test_the_place_that_is_named_is_a_faulty_one(found):
-    cells = counts(found)
-    for fault in tiling.faults(found):
+def test_against_a_count_of_every_element(whole):
+    """Whether there is a fault, and that its place is a faulty one."""
+    cells = counts(whole)
+    assert (tiling.faults(whole) == []) == all(count == 1 for count in cells.values())
+    for fault in tiling.faults(whole):
         inside = {cells[cell] for cell in itertools.product(*(range(*part) for part in fault.part))}
         assert inside == {fault.chunks} != {1}
 
@@ -90,12 +76,9 @@ def test_the_layers_that_are_damaged_are_named():
         if (layer, column) != (17, 4)
     ]
     boxes[5] = boxes[4]
-    found = faults((40, 6, 8), boxes)
-    assert found == ["[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [17, 0:6, 4:8]"] or found == [
-        "[2, 0:6, 0:4] is in 2 chunks",
-        "no chunk covers [2, 0:6, 4:8]",
-        "no chunk covers [17, 0:6, 4:8]",
-    ]
+    named = faults((40, 6, 8), boxes)
+    assert {"[2, 0:6, 0:4] is in 2 chunks", "no chunk covers [17, 0:6, 4:8]"} <= set(named)
+    assert set(named[1:-1]) <= {"no chunk covers [2, 0:6, 4:8]"}
 
 
 def test_a_chunk_that_sticks_out():
@@ -107,17 +90,11 @@ def test_a_chunk_that_sticks_out():
 def test_the_sizes_that_cancel_out():
     """A gap and an overlap of the same size: the number of elements alone would not tell."""
     boxes = [((0, 0), (1, 4)), ((0, 0), (1, 4))]
-    found = tensor((2, 4), boxes)
-    assert sum(math.prod(chunk.shape) for chunk in found.chunks) == found.elements
+    assert sum(math.prod(sizes) for _, sizes in boxes) == 2 * 4
     assert faults((2, 4), boxes) == ["[0, 0:4] is in 2 chunks", "no chunk covers [1, 0:4]"]
 
 
-@pytest.mark.parametrize(
-    ("shape", "boxes"), [((), [((), ())]), ((0, 3), []), ((0, 3), [((0, 0), (0, 3))])]
-)
-def test_scalars_and_empty_tensors(shape, boxes):
-    assert faults(shape, boxes) == []
-
-
-def test_nothing_of_a_scalar():
+def test_scalars_and_empty_tensors():
+    for shape, boxes in (((), [((), ())]), ((0, 3), []), ((0, 3), [((0, 0), (0, 3))])):
+        assert faults(shape, boxes) == []
     assert faults((), []) == ["no chunk covers []"]

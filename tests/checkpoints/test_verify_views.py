@@ -3,6 +3,7 @@
 import json
 import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 import checkpoint_samples as samples
 import numpy
@@ -10,6 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
+from workshop_utils.checkpoints.formats.tensor import whole
 from workshop_utils.checkpoints.verify import tree
 from workshop_utils.checkpoints.verify.shard_map import shard_map
 from workshop_utils.series import plots
@@ -37,21 +40,19 @@ def numbered(tmp_path):
 
 
 def test_layers_that_are_numbered(numbered):
-    found = shard_map(numbered)
-    assert found.cells == {
-        "a.safetensors": {0: 32, 1: 32, None: 8},
-        "b.safetensors": {1: 32, None: 4},
-    }
-    assert (found.layers, found.mixed) == ((0, 1), [1])
-    assert found.finding == "1 of 2 layers have weights in more than one of the 2 files."
+    shards = shard_map(numbered)
+    first, second = {0: 32, 1: 32, None: 8}, {1: 32, None: 4}
+    assert shards.cells == {"a.safetensors": first, "b.safetensors": second}
+    assert (shards.layers, shards.mixed) == ((0, 1), [1])
+    assert shards.finding == "1 of 2 layers have weights in more than one of the 2 files."
 
 
 def test_layers_that_are_stacked(originals):
-    found = shard_map(identify(originals / "plain"))
+    shards = shard_map(identify(originals / "plain"))
     of_a_layer = sum(4 * math.prod(shape) for shape in samples.LAYER_SHAPES.values())
-    assert found.layers == tuple(range(samples.LAYERS))
-    for layer in found.layers:
-        assert sum(cells.get(layer, 0) for cells in found.cells.values()) == of_a_layer
+    assert shards.layers == tuple(range(samples.LAYERS))
+    for layer in shards.layers:
+        assert sum(cells.get(layer, 0) for cells in shards.cells.values()) == of_a_layer
 
 
 def test_the_tree_adds_up(numbered):
@@ -63,33 +64,21 @@ def test_the_tree_adds_up(numbered):
 
 
 def test_the_html_is_whole_and_escapes_names(numbered):
-    class Checker(HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.open_tags = []
-
-        def handle_starttag(self, tag, attrs):
-            self.open_tags.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.open_tags.pop() == tag
-
-    checker = Checker()
+    open_tags, closed = [], []
+    checker = HTMLParser()
+    checker.handle_starttag = lambda tag, attrs: open_tags.append(tag)
+    checker.handle_endtag = lambda tag: closed.append((open_tags.pop(), tag))
     checker.feed(tree.Tree(numbered)._repr_html_())
-    assert checker.open_tags == []
+    assert open_tags == []
+    assert closed and all(opened == tag for opened, tag in closed)
     assert "&lt;b&gt;" in tree.as_html(numbered)
     assert "<b>" not in tree.as_html(numbered)
 
 
 def test_a_very_deep_name_is_cut():
-    from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
-    from workshop_utils.checkpoints.formats.tensor import whole
-
     deep = whole(".".join(["a"] * 50_000), (1,), "float32", "f", 0, 4)
-    from pathlib import Path
-
-    found = Checkpoint(Path("x"), Kind.HUGGINGFACE, None, None, 4, (deep,), None, None, ())
-    assert len(tree.as_text(found).splitlines()) == tree.MAX_DEPTH + 2
+    checkpoint = Checkpoint(Path("x"), Kind.HUGGINGFACE, None, None, 4, (deep,), None, None)
+    assert len(tree.as_text(checkpoint).splitlines()) == tree.MAX_DEPTH + 2
 
 
 def test_the_figures(numbered, originals, capsys):

@@ -35,7 +35,6 @@ examples:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``inspect`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "inspect",
         help="what a checkpoint is and what can load it",
@@ -58,31 +57,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the description of ``args.path``; 0 for a checkpoint, 2 otherwise."""
+    """0 for a checkpoint, 2 otherwise."""
     from workshop_utils.checkpoints.formats.identify import identify
 
     try:
-        found = identify(args.path)
+        checkpoint = identify(args.path)
     except WorkshopError as error:
         print(f"error: {terminal.one_line(str(error))}", file=sys.stderr)
         return NotACheckpoint.exit_code
     if args.json:
         import json
 
-        print(json.dumps(as_dict(found), indent=2))
+        print(json.dumps(as_dict(checkpoint), indent=2))
         return 0
-    for name, value in lines(found):
+    for name, value in lines(checkpoint):
         print(terminal.folded(f"{name:<14}{terminal.one_line(value)}", 14))
-    for wanted, listing in ((args.tensors, tensor_lines), (args.shards, shard_lines)):
-        if wanted:
-            print("", *map(terminal.one_line, listing(found)), sep="\n")
+    for chosen, listing in ((args.tensors, tensor_lines), (args.shards, shard_lines)):
+        if chosen:
+            print("", *map(terminal.one_line, listing(checkpoint)), sep="\n")
     return 0
 
 
-def tensor_lines(found: "Checkpoint") -> Iterator[str]:
+def tensor_lines(checkpoint: "Checkpoint") -> Iterator[str]:
     """A line for each tensor, and one for each of its pieces: file, first byte, bytes, and where
     the piece begins in the tensor."""
-    for tensor in found.tensors:
+    for tensor in checkpoint.tensors:
         yield f"{tensor.name}  {tensor.dtype}  {list(tensor.shape)}  {tensor.nbytes:,} bytes"
         for chunk in tensor.chunks:
             at = f"  at {list(chunk.offsets)}" if len(tensor.chunks) > 1 else ""
@@ -92,131 +91,100 @@ def tensor_lines(found: "Checkpoint") -> Iterator[str]:
             )
 
 
-def shard_lines(found: "Checkpoint") -> Iterator[str]:
+def shard_lines(checkpoint: "Checkpoint") -> Iterator[str]:
     """A table: one line for each layer, one column for each file, in megabytes; then the
     finding."""
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
-    found_map = shard_map(found)
-    width = max([len(file) for file in found_map.files] + [8])
-    yield "MB by layer".ljust(14) + "  ".join(file.rjust(width) for file in found_map.files)
-    for layer in (None, *found_map.layers):
-        cells = [found_map.cells[file].get(layer, 0) for file in found_map.files]
-        name = "outside" if layer is None else f"layer {layer}"
-        yield name.ljust(14) + "  ".join(
-            (f"{size / 1e6:.2f}" if size else "-").rjust(width) for size in cells
-        )
-    yield found_map.finding
+    shards = shard_map(checkpoint)
+    width = max([len(file) for file in shards.files] + [8])
+    yield "MB by layer".ljust(14) + "  ".join(file.rjust(width) for file in shards.files)
+    for layer in (None, *shards.layers):
+        sizes = (shards.cells[file].get(layer, 0) for file in shards.files)
+        cells = ((f"{size / 1e6:.2f}" if size else "-").rjust(width) for size in sizes)
+        yield ("outside" if layer is None else f"layer {layer}").ljust(14) + "  ".join(cells)
+    yield shards.finding
 
 
-def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
+def lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
     """(name, value) of each line of the description; what is not known is left out."""
-    yield "path", shown(found.path)
-    yield "format", found.format
-    if found.version:
-        yield "version", found.version
-    if found.parallel != (1, 1):
-        yield (
-            "written by",
-            (
-                f"{found.parallel[0]} tensor-parallel x {found.parallel[1]} pipeline-parallel "
-                "ranks, not merged"
-            ),
-        )
-    if sizes := found.architecture:
+    yield "path", shown(checkpoint.path)
+    yield "format", checkpoint.format
+    if checkpoint.version:
+        yield "version", checkpoint.version
+    if checkpoint.parallel != (1, 1):
+        tensor, pipeline = checkpoint.parallel
+        text = f"{tensor} tensor-parallel x {pipeline} pipeline-parallel ranks, not merged"
+        yield "written by", text
+    if sizes := checkpoint.architecture:
+        family = f"{sizes.family}: " if sizes.family else ""
         experts = f", {sizes.experts} experts in each layer" if sizes.experts else ""
         yield (
             "architecture",
-            (
-                f"{sizes.family + ': ' if sizes.family else ''}{sizes.layers} layers, hidden "
-                f"{sizes.hidden}, FFN {sizes.ffn}{experts}"
-            ),
+            f"{family}{sizes.layers} layers, hidden {sizes.hidden}, FFN {sizes.ffn}{experts}",
         )
+        normalised = ", queries and keys normalised" if sizes.qk_norm else ""
         yield (
             "attention",
-            (
-                f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value "
-                f"groups{', queries and keys normalised' if sizes.qk_norm else ''}"
-            ),
+            f"{sizes.heads} heads of {sizes.head_dim}, {sizes.groups} key/value groups{normalised}",
         )
         if sizes.vocabulary:
-            yield (
-                "vocabulary",
-                f"{sizes.vocabulary:,} rows, {'tied' if sizes.tied else 'not tied'} to the output",
-            )
-        scaling = (
-            f", scaled: {', '.join(f'{k} {v}' for k, v in sizes.rope_scaling.items())}"
-            if sizes.rope_scaling
-            else ""
-        )
-        yield "rope", f"base {sizes.rope_base:g}{scaling}"
-    if found.parameters is not None:
-        yield "parameters", f"{found.parameters:,} in {len(found.tensors)} tensors, {found.dtype}"
-    yield "bytes", f"{found.nbytes:,}"
-    if found.tokenizer:
-        yield "tokenizer", found.tokenizer
-    if adapter := found.adapter:
-        stated = (
-            ("rank", adapter.rank),
-            ("alpha", adapter.alpha),
-            ("on", ", ".join(adapter.targets)),
-        )
-        yield (
-            "adapter",
-            ", ".join([adapter.variant, *(f"{name} {value}" for name, value in stated if value)]),
-        )
+            tied = "tied" if sizes.tied else "not tied"
+            yield "vocabulary", f"{sizes.vocabulary:,} rows, {tied} to the output"
+        scaling = ", ".join(f"{key} {value}" for key, value in (sizes.rope_scaling or {}).items())
+        yield "rope", f"base {sizes.rope_base:g}{', scaled: ' if scaling else ''}{scaling}"
+    if checkpoint.parameters is not None:
+        count = f"{checkpoint.parameters:,} in {len(checkpoint.tensors)} tensors"
+        yield "parameters", f"{count}, {checkpoint.dtype}"
+    yield "bytes", f"{checkpoint.nbytes:,}"
+    if checkpoint.tokenizer:
+        yield "tokenizer", checkpoint.tokenizer
+    if adapter := checkpoint.adapter:
+        stated = {"rank": adapter.rank, "alpha": adapter.alpha, "on": ", ".join(adapter.targets)}
+        facts = (f"{name} {value}" for name, value in stated.items() if value)
+        yield "adapter", ", ".join([adapter.variant, *facts])
         here = {True: " (is here)", False: " (no longer there)", None: ""}[adapter.base_is_here]
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
-    for number, note in enumerate(found.notes):
+    for number, note in enumerate(checkpoint.notes):
         yield "" if number else "note", note
-    yield from reader_lines(found)
+    yield from reader_lines(checkpoint)
 
 
-def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
+def reader_lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
     """What can load it, as it is and after a command, and what cannot; readers with the same answer
     share a line."""
     from workshop_utils.checkpoints.verify.loads_in import loads_in
 
-    titles = {"yes": "loads in", "after": "loads after", "no": "not in"}
     shared: dict[tuple[str, str], list[str]] = {}
-    for reader in loads_in(found):
+    for reader in loads_in(checkpoint):
         shared.setdefault((reader.answer, reader.how), []).append(reader.name)
-    for answer, title in titles.items():
-        entries = [
-            (names, how) for (its_answer, how), names in shared.items() if its_answer == answer
-        ]
-        for number, (names, how) in enumerate(entries):
-            who = ", ".join(names)
-            yield (
-                "" if number else title,
-                f"{how}  [{who}]" if answer == "after" else f"{who}: {how}",
-            )
+    for answer, title in {"yes": "loads in", "after": "loads after", "no": "not in"}.items():
+        for (its_answer, how), names in shared.items():
+            if its_answer == answer:
+                who = ", ".join(names)
+                yield title, f"{how}  [{who}]" if answer == "after" else f"{who}: {how}"
+                title = ""
 
 
-def as_dict(found: "Checkpoint") -> dict[str, Any]:
+def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
     from workshop_utils.checkpoints.verify.loads_in import loads_in
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
-    shards = shard_map(found)
-    plain = dataclasses.asdict(found)
+    plain = dataclasses.asdict(checkpoint)
+    for entry, tensor in zip(plain["tensors"], checkpoint.tensors, strict=True):
+        entry["bytes"] = tensor.nbytes
     return plain | {
-        "path": shown(found.path),
-        "kind": found.kind.name.lower(),
-        "format": found.format,
-        "parameters": found.parameters,
-        "loads_in": [dataclasses.asdict(reader) for reader in loads_in(found)],
-        "dtype": found.dtype,
-        "tensors": [
-            entry | {"bytes": tensor.nbytes}
-            for entry, tensor in zip(plain["tensors"], found.tensors, strict=True)
-        ],
+        "path": shown(checkpoint.path),
+        "kind": checkpoint.kind.name.lower(),
+        "format": checkpoint.format,
+        "parameters": checkpoint.parameters,
+        "loads_in": [dataclasses.asdict(reader) for reader in loads_in(checkpoint)],
+        "dtype": checkpoint.dtype,
         "shards": {
-            file: {
-                "outside" if layer is None else str(layer): size for layer, size in cells.items()
-            }
-            for file, cells in shards.cells.items()
+            file: {"outside" if layer is None else str(layer): size for layer, size in held.items()}
+            for file, held in shard_map(checkpoint).cells.items()
         },
     }

@@ -1,6 +1,7 @@
 """``workshop verify``: is this checkpoint whole, and safe to load?"""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ seconds for any size. torch is not needed, and nothing that a file contains is r
   --manifest FILE     compare with such a manifest: the only way to tell that no file comes from
                       another save
 
-What is damaged is named to the tensor and layer. "Cannot be told" is what nothing in the checkpoint
+What is damaged is named to the tensor and layer. "Not known" is what nothing in the checkpoint
 could prove. Exit status: 0 sound, 1 unsound, 2 not a checkpoint.
 """
 
@@ -44,7 +45,6 @@ _SHOWN = 200
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``verify`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "verify",
         help="is a checkpoint whole, and safe to load?",
@@ -72,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found, the verdict last; 0 sound, 1 unsound."""
+    """0 sound, 1 unsound."""
     from workshop_utils.checkpoints.verify import manifest
     from workshop_utils.checkpoints.verify.verify import verify
 
@@ -85,56 +85,54 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        print(
-            json.dumps(
-                as_dict(report) | {"manifest_written": shown(written) if written else None},
-                indent=2,
-            )
-        )
-    else:
-        _print(report)
-        if written:
-            _say("manifest", shown(written))
-        elif args.write_manifest is not None:
-            print("manifest: not written, since the checkpoint is not sound")
-        print(terminal.one_line(report.verdict))
+        answer = as_dict(report) | {"manifest_written": shown(written) if written else None}
+        print(json.dumps(answer, indent=2))
+        return 0 if report.sound else 1
+    for line in _lines(report):
+        print(terminal.one_line(line))
+    if written:
+        print(f"manifest: {terminal.one_line(shown(written))}")
+    elif args.write_manifest is not None:
+        print("manifest: not written, since the checkpoint is not sound")
+    print(terminal.one_line(report.verdict))
     return 0 if report.sound else 1
 
 
 def as_dict(report: "Report") -> dict[str, Any]:
-    """The report as plain values."""
-    found = report.checkpoint
+    """The report as plain values. ``findings`` are what is refused; ``remarks`` hold ``notes`` and
+    ``untold`` (what is not known) once more, with their codes."""
+    import dataclasses
+
+    checkpoint = report.checkpoint
     return {
         "path": shown(report.path),
-        "format": found.format if found else None,
+        "format": checkpoint.format if checkpoint else None,
         "sound": report.sound,
         "verdict": report.verdict,
         "findings": [
-            {"kind": type(finding).__name__, "message": str(finding), "tensor": finding.tensor}
-            for finding in report.findings
+            {"kind": type(finding.error()).__name__} | dataclasses.asdict(finding)
+            for finding in report.refused
         ],
         "checked": report.checked,
-        "untold": report.untold,
-        "notes": report.notes,
+        "untold": [finding.message for finding in report.not_known],
+        "notes": [finding.message for finding in report.notes],
+        "remarks": [dataclasses.asdict(finding) for finding in report.notes + report.not_known],
     }
 
 
-def _print(report: "Report") -> None:
-    from workshop_utils.core.errors import UnsafeCheckpoint
+def _lines(report: "Report") -> Iterator[str]:
+    from workshop_utils.checkpoints.formats.findings import Code
 
     if report.checkpoint:
-        _say("format", report.checkpoint.format)
+        yield f"format: {report.checkpoint.format}"
     for check in report.checked if report.sound else ():
-        _say("ok", check)
+        yield f"ok: {check}"
     for note in report.notes:
-        _say("note", note)
-    for gap in report.untold:
-        _say("cannot be told", gap)
-    for finding in report.findings[:_SHOWN]:
-        _say("UNSAFE" if isinstance(finding, UnsafeCheckpoint) else "FINDING", str(finding))
-    if len(report.findings) > _SHOWN:
-        print(f"and {len(report.findings) - _SHOWN:,} more findings; --json lists them all")
-
-
-def _say(title: str, text: str) -> None:
-    print(f"{title}: {terminal.one_line(text)}")
+        yield f"note: {note}"
+    for gap in report.not_known:
+        yield f"not known: {gap}"
+    refused = report.refused
+    for finding in refused[:_SHOWN]:
+        yield f"{'UNSAFE' if finding.code is Code.UNSAFE else 'FINDING'}: {finding}"
+    if len(refused) > _SHOWN:
+        yield f"and {len(refused) - _SHOWN:,} more findings; --json lists them all"

@@ -13,11 +13,13 @@ class WorkshopError(Exception):
 
 
 class CheckpointError(WorkshopError):
-    """Something is wrong with a checkpoint, or with its ``tensor``."""
+    """Something is wrong with a checkpoint. ``tensor`` names what is affected, where it is one
+    tensor; ``code`` is that of :class:`.formats.findings.Code`, where the class says too little."""
 
-    def __init__(self, message: str, tensor: str | None = None) -> None:
+    def __init__(self, message: str, tensor: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.tensor = tensor
+        self.code = code
 
 
 class NotACheckpoint(CheckpointError):

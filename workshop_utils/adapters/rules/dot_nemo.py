@@ -57,7 +57,7 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
             "fetch it again from where it was made; do not load it",
         )
         return
-    fault = first([str(finding) for finding in report.findings])
+    fault = first([str(finding) for finding in report.refused])
     if not found.check(
         "it can be read, and nothing in it runs code",
         fault,

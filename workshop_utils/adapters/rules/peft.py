@@ -20,12 +20,12 @@ from workshop_utils.adapters.rules.rules import (
 )
 from workshop_utils.checkpoints.formats import huggingface
 from workshop_utils.checkpoints.formats.architecture import number, size
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Checkpoint
 from workshop_utils.checkpoints.verify.adapters import check_peft
 from workshop_utils.checkpoints.verify.report import Report
-from workshop_utils.core.errors import CheckpointError, UnsafeCheckpoint
-from workshop_utils.core.paths import shown
+from workshop_utils.core.errors import CheckpointError
 
 PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -45,11 +45,11 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     try:
         config = read_json(path / _CONFIG)
         checkpoint = huggingface.describe_peft(path, readable.add)
-        check_peft(report, shown(path), checkpoint.tensors, config)
+        check_peft(report, checkpoint.tensors, config)
     except CheckpointError as error:
         readable.add(error)
-    unsafe = [fault for fault in report.findings if isinstance(fault, UnsafeCheckpoint)]
-    faults = [str(fault) for fault in (*unsafe, *readable.findings)]
+    unsafe = [fault for fault in report.refused if fault.code is Code.UNSAFE]
+    faults = [str(fault) for fault in (*unsafe, *readable.refused)]
     fix = (
         "do not load it: its author wants something run"
         if unsafe
@@ -68,7 +68,7 @@ def check(found: Judgement, path: Path, max_rank: int | None) -> None:
     _check_keys(found, checkpoint, config, again)
     # Halves, ranks, layers and the two-way agreement with target_modules are the doctor's.
     rest = _odd_fields(found, config)
-    rest += [str(fault) for fault in report.findings if PREFIX + " PEFT would" not in str(fault)]
+    rest += [str(fault) for fault in report.refused if fault.code is not Code.PREFIX]
     found.check(
         "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules "
         "names just these",

@@ -125,6 +125,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         adapter=_adapter(run, tensors),
         notes=notes,
         version=_version(name, backend.get("sharded_backend_version"), state),
+        storage=name,
     )
 
 
@@ -245,6 +246,7 @@ def _of_nemo1(
         adapter=None,
         notes=tuple(lightning.notes(state)),
         version=f"Lightning {state[lightning.VERSION]}",
+        storage=backend,
     )
 
 
@@ -300,5 +302,6 @@ def _describe_ranks(
         adapter=None,
         notes=(note, *_state_notes(state)),
         version=_version("torch", None, state),
+        storage="torch",
         parallel=sizes,
     )

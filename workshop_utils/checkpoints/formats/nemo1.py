@@ -68,7 +68,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     sizes, config = files.sizes(), read_config(files)
     ranks = rank_files(sizes)
     tensors, parallel, notes = _tensors(files, sizes, ranks, config, report)
-    view = _view(path) if path.is_dir() and (path / VIEW).is_file() else None
+    view = _view_of(path) if path.is_dir() and (path / VIEW).is_file() else None
     adapter = None if view else _adapter(config, tensors, parallel)
     ours = section(config, "workshop")
     made_for = ours.get("reader")
@@ -91,11 +91,13 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         tensors=tensors,
         tokenizer=_tokenizer(config),
         adapter=adapter,
-        notes=((view,) if view else ()) + notes,
+        notes=((f"a view of the NeMo 2.0 checkpoint {view}",) if view else ()) + notes,
         version=f"NeMo {version}" if isinstance(version, str) else None,
         folder="" if files.are_members or ranks else SHARDED,
         parallel=parallel,
         made_for=str(made_for) if made_for else None,
+        storage=_storage(sizes),
+        view_of=view,
     )
 
 
@@ -132,7 +134,7 @@ def _tensors(
                 (),
             )
     sharded = files.below(SHARDED)
-    if f"{SHARDED}/{torch_dist.INDEX}" in sizes:
+    if _storage(sizes) == "torch_dist":
         found = sharded.read_index(report).tensors.values()
         return (
             tuple(
@@ -141,7 +143,7 @@ def _tensors(
             (1, 1),
             (),
         )
-    if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in sizes):
+    if _storage(sizes) == "zarr":
         found = zarr_directory.read(sharded.sizes(), sharded.read, sharded.where(), report).values()
         return tuple(_moved(tensor, files) for tensor in found), (1, 1), (zarr_directory.WAY_OUT,)
     if not ranks:
@@ -240,11 +242,15 @@ def _adapter(
     )
 
 
-def _view(path: Path) -> str:
-    return (
-        "a view of the NeMo 2.0 checkpoint "
-        f"{shown(path / str(read_json(path / VIEW).get('view_of')))}"
-    )
+def _view_of(path: Path) -> str:
+    return shown(path / str(read_json(path / VIEW).get("view_of")))
+
+
+def _storage(sizes: Mapping[str, int]) -> str:
+    if WEIGHTS not in sizes and f"{SHARDED}/{torch_dist.INDEX}" in sizes:
+        return "torch_dist"
+    zarr = any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in sizes)
+    return "zarr" if zarr and WEIGHTS not in sizes else "torch"
 
 
 def _tokenizer(config: Mapping[str, Any]) -> str | None:

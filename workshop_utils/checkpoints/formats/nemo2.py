@@ -138,6 +138,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         notes=notes,
         version=f"{backend} {found.backend.get('sharded_backend_version')}",
         folder="weights",
+        storage=backend,
     )
 
 

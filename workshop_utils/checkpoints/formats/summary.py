@@ -46,8 +46,9 @@ class Checkpoint:
     ``detail`` is the backend or family inside the ``kind``, ``version`` that of the format or of
     its writer. ``nbytes`` are the files of the weights, which lie in ``path / folder``.
     ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
-    merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names.
-    ``notes`` say what else to know.
+    merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names,
+    ``storage`` how Megatron-Core stores the weights (torch_dist, torch or zarr), ``view_of`` the
+    checkpoint whose weights a view shows. ``notes`` are sentences on what else to know.
     """
 
     path: Path
@@ -63,6 +64,8 @@ class Checkpoint:
     folder: str = ""
     parallel: tuple[int, int] = (1, 1)
     made_for: str | None = None
+    storage: str | None = None
+    view_of: str | None = None
 
     @property
     def format(self) -> str:
@@ -71,7 +74,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int | None:
-        """Number of weights; tied embeddings count once, as they are stored."""
+        """Tied embeddings count once, as they are stored."""
         return sum(tensor.elements for tensor in self.tensors) if self.tensors else None
 
     @property

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from workshop_utils.checkpoints.formats import restricted_pickle
-from workshop_utils.checkpoints.formats.findings import Report, stop
+from workshop_utils.checkpoints.formats.findings import Code, Report, stop
 from workshop_utils.checkpoints.formats.pickle_machine import without_collector
 from workshop_utils.checkpoints.formats.restricted_pickle import MAX_DIMENSIONS
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES, Chunk, Tensor
@@ -170,12 +170,15 @@ def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> Damage
     only = names[0] if len(names) == 1 else None
     if size is None:
         return DamagedCheckpoint(
-            f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.", only
+            f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.",
+            only,
+            Code.MISSING_FILE,
         )
     return DamagedCheckpoint(
         f"{path} has {size:,} bytes but {held} end{'s' if only else ''} at byte "
         f"{max(ends.values()):,}: the file is cut off. Copy the checkpoint again.",
         only,
+        Code.CUT_OFF,
     )
 
 

@@ -1,2 +1,1 @@
-"""The checkpoint doctor: what is in a checkpoint, is it whole, is it safe, what can load it.
-Nothing here imports torch or NeMo."""
+"""Is a checkpoint whole, is it safe, what can load it? Nothing here imports torch or NeMo."""

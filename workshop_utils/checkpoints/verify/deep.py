@@ -1,12 +1,14 @@
 """Read every value of a checkpoint once: is each chunk what the index says it is, and is every
 number finite?"""
 
+import dataclasses
 import io
 import itertools
 import zlib
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from workshop_utils.checkpoints.formats import torch_archive, values
+from workshop_utils.checkpoints.formats.findings import Code, Finding
 from workshop_utils.checkpoints.formats.summary import Checkpoint
 from workshop_utils.checkpoints.formats.tensor import Chunk, Tensor
 from workshop_utils.checkpoints.verify import layers
@@ -26,25 +28,25 @@ def check(
 ) -> None:
     """Read the chunks of ``tensors`` file by file; memory stays near twice the largest chunk."""
     work = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks if chunk.length]
-    work.sort(key=lambda one: (one[1].file, one[1].start))
-    hidden = sum(
-        1
-        for tensor in tensors
-        if tensor.nbytes and not any(chunk.length for chunk in tensor.chunks)
-    )
-    unread: set[str] = set()
+    work.sort(key=lambda item: (item[1].file, item[1].start))
     total = sum(chunk.length for _, chunk in work)
-    with progress_bar(
-        total=total, unit="B", unit_scale=True, desc="verify --deep", shown=progress
-    ) as bar:
-        for file, held in itertools.groupby(work, key=lambda one: one[1].file):
+    unread: set[str] = set()
+    options = {"unit": "B", "unit_scale": True, "desc": "verify --deep", "shown": progress}
+    with progress_bar(total=total, **options) as bar:
+        for file, held in itertools.groupby(work, key=lambda item: item[1].file):
+            where = f"{shown(checkpoint.path)}: {file}"
             try:
                 with values.open_part(checkpoint, file) as part:
                     for tensor, chunk in held:
-                        _check_chunk(report, checkpoint, part, tensor, chunk, unread)
+                        part.seek(chunk.start)
+                        content = part.read(chunk.length)
+                        try:
+                            _check_chunk(report, where, content, tensor, chunk)
+                        except UnsupportedCheckpoint:
+                            unread.add(tensor.dtype)
                         bar.update(chunk.length)
             except (OSError, EOFError, zlib.error) as error:
-                report.damaged(f"{shown(checkpoint.path)}: {file} cannot be read: {error}.")
+                report.damaged(f"{where} cannot be read: {error}.", file=file)
             except CheckpointError as error:
                 report.add(error)
     report.checked.append(
@@ -52,58 +54,41 @@ def check(
         "and every number is finite"
     )
     if unread:
-        report.untold.append(
-            f"whether the values of quantised tensors ({', '.join(sorted(unread))}) make sense"
-        )
+        kinds = ", ".join(sorted(unread))
+        report.unknown(f"whether the values of quantised tensors ({kinds}) make sense", Code.VALUES)
+    hidden = [t for t in tensors if t.nbytes and not any(chunk.length for chunk in t.chunks)]
     if hidden:
-        report.untold.append(
-            f"whether the values of {hidden} tensors are finite: their bytes could not be told"
-        )
+        text = f"whether the values of {len(hidden)} tensors are finite"
+        report.unknown(f"{text}: their bytes could not be told", Code.VALUES)
 
 
-def _check_chunk(
-    report: Report,
-    checkpoint: Checkpoint,
-    part: IO[bytes],
-    tensor: Tensor,
-    chunk: Chunk,
-    unread: set[str],
-) -> None:
-    """Judge the bytes of one chunk; the dtype of one whose values cannot be read is added to
-    ``unread``."""
-    where = f"{shown(checkpoint.path)}: {chunk.file}"
-    part.seek(chunk.start)
-    content = part.read(chunk.length)
+def _check_chunk(report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk) -> None:
+    """Raises :class:`UnsupportedCheckpoint` for a dtype whose values cannot be read."""
+    place = layers.place(tensor, chunk)
     try:
+        # The archive of a chunk states dtype and shape itself: they have to be those of the index.
         if tensor.packed:
-            _check_archive(report, where, content, tensor, chunk)
+            saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
+            text = ""
+            if not isinstance(saved, torch_archive.SavedTensor):
+                text = f"a {type(saved).__name__}, not a tensor"
+            elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
+                text = (
+                    f"{list(saved.shape)} of {saved.dtype}, but the index says "
+                    f"{list(chunk.shape)} of {tensor.dtype}. The file may be from another save"
+                )
+            if text:
+                text = f"{where}: {place} holds {text}."
+                report.damaged(text, tensor.name, Code.CONTENT, file=chunk.file)
         numbers = values.parse_chunk(content, tensor, chunk, where)
     except UnsupportedCheckpoint:
-        unread.add(tensor.dtype)
+        raise
     except CheckpointError as error:
         # Readers of archives do not know which tensor theirs is.
-        report.add(type(error)(str(error), error.tensor or tensor.name))
+        finding = Finding.of(error)
+        report.keep(dataclasses.replace(finding, tensor=error.tensor or tensor.name))
     else:
         _check_finite(report, where, numbers, tensor, chunk)
-
-
-def _check_archive(
-    report: Report, where: str, content: bytes, tensor: Tensor, chunk: Chunk
-) -> None:
-    """The ``torch.save`` archive of a chunk states dtype and shape itself: they have to be those of
-    the index."""
-    place = layers.place(tensor, chunk)
-    saved = torch_archive.read_state(io.BytesIO(content), f"{where}, {place}")
-    if not isinstance(saved, torch_archive.SavedTensor):
-        report.damaged(
-            f"{where}: {place} holds a {type(saved).__name__}, not a tensor.", tensor.name
-        )
-    elif (saved.dtype, saved.shape) != (tensor.dtype, chunk.shape):
-        report.damaged(
-            f"{where}: {place} holds {list(saved.shape)} of {saved.dtype}, but the index says "
-            f"{list(chunk.shape)} of {tensor.dtype}. The file may be from another save.",
-            tensor.name,
-        )
 
 
 def _check_finite(
@@ -123,15 +108,13 @@ def _check_finite(
             first = start + int(finite.argmin()) if first is None else first
     if first is None:
         return
-    place = [
-        int(inside) + offset
-        for inside, offset in zip(
-            numpy.unravel_index(first, numbers.shape), chunk.offsets, strict=True
-        )
-    ]
+    inside = numpy.unravel_index(first, numbers.shape)
+    place = [int(at) + offset for at, offset in zip(inside, chunk.offsets, strict=True)]
     report.damaged(
         f"{where}: {layers.place(tensor, chunk)} has {bad:,} values of {flat.size:,} in this "
         f"chunk that are not finite; the first is {flat[first]} at {place}. The training "
         "diverged, or the file is damaged.",
         tensor.name,
+        Code.NOT_FINITE,
+        file=chunk.file,
     )

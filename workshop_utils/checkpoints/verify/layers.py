@@ -11,9 +11,9 @@ _STACKED = re.compile(r"(?:^|\.)layers\.(?!\d)")
 
 
 def number(name: str) -> int | None:
-    """The number of the layer in a tensor's name: ``model.layers.7.mlp.up_proj.weight`` -> 7."""
-    found = _NUMBERED.search(name)
-    return int(found[1]) if found else None
+    """``model.layers.7.mlp.up_proj.weight`` -> 7."""
+    match = _NUMBERED.search(name)
+    return int(match[1]) if match else None
 
 
 def is_stacked(name: str) -> bool:
@@ -23,14 +23,13 @@ def is_stacked(name: str) -> bool:
 
 
 def family(name: str) -> str:
-    """The name without the layer's number: what the tensors of one kind have in common."""
-    found = _NUMBERED.search(name)
-    return f"{name[: found.start(1)]}*{name[found.end(1) :]}" if found else name
+    """What the tensors of all layers have in common: ``model.layers.*.mlp.up_proj.weight``."""
+    match = _NUMBERED.search(name)
+    return f"{name[: match.start(1)]}*{name[match.end(1) :]}" if match else name
 
 
 def without_number(name: str) -> str:
-    """The name as if the layer had no number: ``model.layers.7.mlp.up_proj.weight`` ->
-    ``model.layers.mlp.up_proj.weight``."""
+    """``model.layers.7.mlp.up_proj.weight`` -> ``model.layers.mlp.up_proj.weight``."""
     return family(name).replace(".*", "", 1)
 
 
@@ -42,10 +41,11 @@ def place(tensor: Tensor, chunk: Chunk) -> str:
     return f"{tensor.name}, {spans([range(chunk.offsets[0], chunk.offsets[0] + chunk.shape[0])])}"
 
 
-def spans(parts: Iterable[range]) -> str:
+def spans(parts: Iterable[range | int]) -> str:
     """Layers in words, neighbours together: ``layer 3``, ``layers 0-2, 7``."""
     merged: list[range] = []
-    for part in sorted(parts, key=lambda part: part.start):
+    ranges = (part if isinstance(part, range) else range(part, part + 1) for part in parts)
+    for part in sorted(ranges, key=lambda part: part.start):
         if merged and part.start <= merged[-1].stop:
             merged[-1] = range(merged[-1].start, max(part.stop, merged[-1].stop))
         else:

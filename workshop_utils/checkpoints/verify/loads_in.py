@@ -327,10 +327,7 @@ def _nemo1_adapter(checkpoint: Checkpoint) -> Answers:
 
 
 def _view(checkpoint: Checkpoint) -> Answers:
-    shows = next(note for note in checkpoint.notes if note.startswith("a view of ")).rpartition(
-        " "
-    )[2]
-    return _all("after", f"inspect {shows}, which it is a view of") | {
+    return _all("after", f"inspect {checkpoint.view_of}, which it is a view of") | {
         SCRIPT: ("yes", _finetune(_quoted(checkpoint.path)))
     }
 

@@ -24,7 +24,7 @@ from workshop_utils.core.progress import progress_bar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_FORMAT = "workshop manifest"
+_FORMAT = {"format": "workshop manifest", "version": 1}
 _BLOCK = 4 * 1024**2
 
 
@@ -53,18 +53,15 @@ def write(checkpoint: Path, target: Path | None = None, progress: bool = False) 
     Every byte of the checkpoint is read. Links count as what they lead to.
     """
     target = Path(target) if target else default_path(checkpoint)
-    found = _files(checkpoint, target)
-    described = {
-        "format": _FORMAT,
-        "version": 1,
-        "checkpoint": Path(os.path.abspath(checkpoint)).name,
-    }
-    with _bar(sum(file.stat().st_size for file in found.values()), progress) as bar:
-        files = {
+    files = _files(checkpoint, target)
+    name = Path(os.path.abspath(checkpoint)).name
+    with _bar(sum(file.stat().st_size for file in files.values()), progress) as bar:
+        entries = {
             name: {"bytes": file.stat().st_size, "sha256": _sha256(file, bar)}
-            for name, file in found.items()
+            for name, file in files.items()
         }
-    return paths.write_text(target, json.dumps(described | {"files": files}, indent=1) + "\n")
+    content = _FORMAT | {"checkpoint": name, "files": entries}
+    return paths.write_text(target, json.dumps(content, indent=1) + "\n")
 
 
 def compare(checkpoint: Path, manifest: Path, progress: bool = False) -> Differences:
@@ -73,42 +70,31 @@ def compare(checkpoint: Path, manifest: Path, progress: bool = False) -> Differe
 
     Raises :class:`DamagedCheckpoint` when ``manifest`` is missing or no manifest.
     """
-    wanted = _read(Path(manifest))
-    found = _files(checkpoint, Path(manifest))
-    same_size = {
-        name
-        for name in found.keys() & wanted.keys()
-        if found[name].stat().st_size == wanted[name]["bytes"]
-    }
-    result = Differences(
-        missing=sorted(wanted.keys() - found.keys()), new=sorted(found.keys() - wanted.keys())
+    expected = _read(Path(manifest))
+    files = _files(checkpoint, Path(manifest))
+    both = sorted(files.keys() & expected.keys())
+    same_size = [name for name in both if files[name].stat().st_size == expected[name]["bytes"]]
+    with _bar(sum(expected[name]["bytes"] for name in same_size), progress) as bar:
+        same = {name for name in same_size if _sha256(files[name], bar) == expected[name]["sha256"]}
+    return Differences(
+        changed=[name for name in both if name not in same],
+        missing=sorted(expected.keys() - files.keys()),
+        new=sorted(files.keys() - expected.keys()),
     )
-    with _bar(sum(wanted[name]["bytes"] for name in same_size), progress) as bar:
-        for name in sorted(found.keys() & wanted.keys()):
-            if name not in same_size or _sha256(found[name], bar) != wanted[name]["sha256"]:
-                result.changed.append(name)
-    return result
 
 
 def _read(manifest: Path) -> dict[str, dict[str, Any]]:
-    described = read_json(manifest)
-    files = described.get("files")
-    if (
-        described.get("format") != _FORMAT
-        or described.get("version") != 1
-        or not isinstance(files, dict)
-        or not files
-    ):
+    content = read_json(manifest)
+    files = content.get("files")
+    known = all(content.get(key) == value for key, value in _FORMAT.items())
+    if not known or not isinstance(files, dict) or not files:
         raise DamagedCheckpoint(
             f"{shown(manifest)} is no manifest of version 1: `workshop verify PATH "
             "--write-manifest` writes one."
         )
     for name, entry in files.items():
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
+        sizes = entry if isinstance(entry, dict) else {}
+        if type(sizes.get("bytes")) is not int or not isinstance(sizes.get("sha256"), str):
             raise DamagedCheckpoint(
                 f"{shown(manifest)}: the entry {name!r} has no bytes and sha256."
             )
@@ -121,7 +107,7 @@ def _files(checkpoint: Path, manifest: Path) -> dict[str, Path]:
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():
         return {checkpoint.name: checkpoint}
-    found, seen = {}, set()
+    files, seen = {}, set()
     for folder, folders, names in os.walk(checkpoint, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
@@ -129,11 +115,10 @@ def _files(checkpoint: Path, manifest: Path) -> dict[str, Path]:
             folders.clear()
             continue
         seen.add(real)
-        for name in names:
-            file = Path(folder, name)
+        for file in (Path(folder, name) for name in names):
             if file.is_file() and not (manifest.exists() and file.samefile(manifest)):
-                found[file.relative_to(checkpoint).as_posix()] = file
-    return dict(sorted(found.items()))
+                files[file.relative_to(checkpoint).as_posix()] = file
+    return dict(sorted(files.items()))
 
 
 def _sha256(file: Path, bar: "tqdm") -> str:

@@ -10,8 +10,7 @@ from workshop_utils.checkpoints.verify import layers
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Bytes of elements by file and layer: ``cells[file][layer]``; the layer None stands for what
-    is outside the layers."""
+    """Bytes by file and layer: ``cells[file][layer]``; None is what is outside the layers."""
 
     files: tuple[str, ...]
     layers: tuple[int, ...]
@@ -20,11 +19,8 @@ class ShardMap:
     @property
     def mixed(self) -> list[int]:
         """Layers whose weights lie in more than one file."""
-        return [
-            layer
-            for layer in self.layers
-            if sum(layer in self.cells[file] for file in self.files) > 1
-        ]
+        held = self.cells.values()
+        return [layer for layer in self.layers if sum(layer in cells for cells in held) > 1]
 
     @property
     def finding(self) -> str:
@@ -42,24 +38,21 @@ class ShardMap:
 
 
 def shard_map(checkpoint: Checkpoint) -> ShardMap:
-    """The map of ``checkpoint``, from its index alone."""
     cells: dict[str, dict[int | None, int]] = {}
     for tensor in checkpoint.tensors:
         for chunk in tensor.chunks:
             held = cells.setdefault(chunk.file, {})
             for layer, elements in _layers(tensor, chunk):
                 held[layer] = held.get(layer, 0) + elements * DTYPE_BYTES.get(tensor.dtype, 0)
-    found = sorted({layer for held in cells.values() for layer in held if layer is not None})
-    return ShardMap(tuple(sorted(cells)), tuple(found), cells)
+    numbers = sorted({layer for held in cells.values() for layer in held if layer is not None})
+    return ShardMap(tuple(sorted(cells)), tuple(numbers), cells)
 
 
 def _layers(tensor: Tensor, chunk: Chunk) -> list[tuple[int | None, int]]:
     """(layer, elements) of ``chunk``. NeMo 2.0 stacks all layers on the first axis, the other
     formats number them in the name."""
     elements = math.prod(chunk.shape)
-    if (numbered := layers.number(tensor.name)) is not None:
-        return [(numbered, elements)]
     if layers.is_stacked(tensor.name) and chunk.shape:
         first, count = chunk.offsets[0], chunk.shape[0]
         return [(layer, elements // count) for layer in range(first, first + count)]
-    return [(None, elements)]
+    return [(layers.number(tensor.name), elements)]

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from workshop_utils.checkpoints.formats.tensor import Chunk, Tensor
+from workshop_utils.checkpoints.formats.tensor import Tensor
 
 Box = tuple[tuple[int, int], ...]
 """A part of a tensor: ``(start, stop)`` on each axis."""
@@ -21,13 +21,11 @@ class Fault(NamedTuple):
     chunks: int | None
 
     def __str__(self) -> str:
+        sizes = (str(a) if b == a + 1 else f"{a}:{b}" for a, b in self.part)
+        index = f"[{', '.join(sizes)}]"
         if self.chunks is None:
-            return f"a chunk covers {_shown(self.part)}, outside the shape"
-        return (
-            f"{_shown(self.part)} is in {self.chunks} chunks"
-            if self.chunks
-            else f"no chunk covers {_shown(self.part)}"
-        )
+            return f"a chunk covers {index}, outside the shape"
+        return f"{index} is in {self.chunks} chunks" if self.chunks else f"no chunk covers {index}"
 
 
 def faults(tensor: Tensor) -> list[Fault]:
@@ -38,14 +36,14 @@ def faults(tensor: Tensor) -> list[Fault]:
     gives one fault.
     """
     whole = tuple((0, size) for size in tensor.shape)
-    boxes = [_box(chunk) for chunk in tensor.chunks]
-    outside = [
-        box
-        for box in boxes
-        if any(stop > size for (_, stop), size in zip(box, tensor.shape, strict=True))
+    boxes = [
+        tuple((at, at + size) for at, size in zip(chunk.offsets, chunk.shape, strict=True))
+        for chunk in tensor.chunks
     ]
+    ends = ((box, zip(box, tensor.shape, strict=True)) for box in boxes)
+    outside = [Fault(box, None) for box, sides in ends if any(b > size for (_, b), size in sides)]
     if outside:
-        return [Fault(box, None) for box in outside]
+        return outside
     weights = _Weights()
     found = []
     for part in _bad_parts(weights, boxes, whole, 0, _MOST_SLICES if len(whole) > 1 else 1):
@@ -55,15 +53,6 @@ def faults(tensor: Tensor) -> list[Fault]:
             inside = _clipped(inside, part)
         found.append(Fault(part, len(inside)))
     return found
-
-
-def _shown(box: Box) -> str:
-    """``box`` as an index of the tensor: ``[3, 0:16]``."""
-    return (
-        "["
-        + ", ".join(str(start) if stop == start + 1 else f"{start}:{stop}" for start, stop in box)
-        + "]"
-    )
 
 
 class _Weights:
@@ -130,9 +119,3 @@ def _clipped(boxes: Sequence[Box], part: Box) -> list[Box]:
         if all(start < stop for start, stop in cut):
             clipped.append(cut)
     return clipped
-
-
-def _box(chunk: Chunk) -> Box:
-    return tuple(
-        (start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True)
-    )

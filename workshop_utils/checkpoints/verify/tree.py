@@ -26,10 +26,8 @@ def by_module(checkpoint: Checkpoint) -> dict[str, int]:
 
 def as_html(checkpoint: Checkpoint) -> str:
     """A collapsible tree (``<details>``), with elements and bytes at every branch."""
-    return (
-        "<div style='font-family: "
-        f"monospace'>{''.join(_branch(checkpoint.path.name, _tree(checkpoint), open_to=3))}</div>"
-    )
+    branches = _branch(checkpoint.path.name, _tree(checkpoint), open_to=3)
+    return f"<div style='font-family: monospace'>{''.join(branches)}</div>"
 
 
 def as_text(checkpoint: Checkpoint) -> str:
@@ -64,24 +62,20 @@ def _tree(checkpoint: Checkpoint) -> dict:
     return top
 
 
-def _tensors(node: Mapping | list) -> Iterator[Tensor]:
+def _tensors(node: Mapping | list) -> list[Tensor]:
     if isinstance(node, list):
-        yield from node
-    else:
-        for child in node.values():
-            yield from _tensors(child)
+        return node
+    return [tensor for child in node.values() for tensor in _tensors(child)]
 
 
 def _label(name: str, node: Mapping | list) -> str:
-    tensors = list(_tensors(node))
-    sizes = (
-        f"{sum(tensor.elements for tensor in tensors):,} elements, "
-        f"{sum(tensor.nbytes for tensor in tensors) / 1e6:,.1f} MB"
-    )
+    elements = sum(tensor.elements for tensor in _tensors(node))
+    megabytes = sum(tensor.nbytes for tensor in _tensors(node)) / 1e6
+    what = ""
     if isinstance(node, list):
         times = f"{len(node)} x " if len(node) > 1 else ""
-        return f"{terminal.one_line(name)}: {times}{list(node[0].shape)} {node[0].dtype}, {sizes}"
-    return f"{terminal.one_line(name)}: {sizes}"
+        what = f"{times}{list(node[0].shape)} {node[0].dtype}, "
+    return f"{terminal.one_line(name)}: {what}{elements:,} elements, {megabytes:,.1f} MB"
 
 
 def _branch(name: str, node: Mapping | list, open_to: int) -> Iterator[str]:
@@ -89,10 +83,8 @@ def _branch(name: str, node: Mapping | list, open_to: int) -> Iterator[str]:
     if isinstance(node, list):
         yield f"<div style='margin-left: 2.2em'>{label}</div>"
         return
-    yield (
-        "<details style='margin-left: "
-        f"1em'{' open' if open_to > 0 else ''}><summary>{label}</summary>"
-    )
+    is_open = " open" if open_to > 0 else ""
+    yield f"<details style='margin-left: 1em'{is_open}><summary>{label}</summary>"
     for child, below in node.items():
         yield from _branch(child, below, open_to - 1)
     yield "</details>"

@@ -2,7 +2,7 @@
 themselves only on request."""
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from workshop_utils.checkpoints.formats import (
 )
 from workshop_utils.checkpoints.formats.architecture import section, text
 from workshop_utils.checkpoints.formats.files import Files
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
@@ -52,7 +53,8 @@ def verify(
     except CheckpointError as fault:
         report.add(fault)
     except OSError as error:
-        report.damaged(f"{shown(error.filename or path)} cannot be read: {error.strerror}.")
+        file = shown(error.filename or path)
+        report.damaged(f"{file} cannot be read: {error.strerror}.", file=file)
     _check_manifest(report, Path(manifest) if manifest else None, progress)
     return report
 
@@ -81,56 +83,50 @@ def require_sound(path: Path | str, trust: bool = False, kinds: Collection[Kind]
                 "both, take those of the other format out."
             )
         )
-    if report.sound:
-        return
     worst = report.worst
-    others = [str(finding) for finding in report.findings if finding is not worst]
-    lines = [
-        terminal.one_line(str(worst)),
-        *(f"- {terminal.one_line(other)}" for other in others[: _SHOWN - 1]),
-    ]
+    if worst is None:
+        return
+    others = [finding for finding in report.refused if finding is not worst]
+    lines = [terminal.one_line(str(worst))]
+    lines += [f"- {terminal.one_line(str(other))}" for other in others[: _SHOWN - 1]]
     if len(others) >= _SHOWN:
         lines.append(f"- and {len(others) - _SHOWN + 1} more")
     if trust:
-        print(
-            "\n".join(
-                [f"warning: {report.verdict}. It is used all the same, as you asked.", *lines]
-            ),
-            file=sys.stderr,
-        )
+        first = f"warning: {report.verdict}. It is used all the same, as you asked."
+        print(first, *lines, sep="\n", file=sys.stderr)
         return
     lines.append(
         f"All of it: workshop verify {shown(path)}. To use it all the same: --trust, or trust=True."
     )
-    raise type(worst)("\n".join(lines), worst.tensor)
+    raise type(worst.error())("\n".join(lines), worst.tensor, worst.code)
 
 
 def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -> None:
     """The checks that every format shares, then those of this one."""
     base = checkpoint.path if checkpoint.path.is_file() else checkpoint.path / checkpoint.folder
-    where = shown(base)
-    tensors, ranges = list(checkpoint.tensors), []
+    report.where = shown(base)
+    tensors, held = list(checkpoint.tensors), []
     if (base / torch_dist.INDEX).is_file():
         # With the optimizer's tensors and the objects that are no tensors, which the description
         # leaves out.
         index = torch_dist.read_directory(base, report.add)
         tensors = list(index.tensors.values())
         report.objects = index.objects
-        ranges = [
-            places.Range(item.file, item.start, item.length, item.name)
+        held = [
+            places.Range(item.file, item.start, item.start + item.length, item.name)
             for item in index.objects.values()
         ]
         pickles.check_objects(report, checkpoint)
-    ranges += places.ranges(tensors)
-    if checkpoint.detail == "zarr":
-        report.untold.append(
-            "whether the chunks of zarr are whole: they are listed, and not read, here"
-        )
+    held += places.ranges(tensors)
+    named = {part.file for part in held}
+    if checkpoint.storage == "zarr":
+        message = "whether the chunks of zarr are whole: they are listed, and not read, here"
+        report.unknown(message, Code.VALUES)
     else:
-        sizes = _sizes(checkpoint, base, {one.file for one in ranges})
-        places.check_files(report, where, sizes, ranges, _data_starts(base, sizes))
-        places.check_chunks(report, where, tensors)
-    companions.note_leftovers(report, checkpoint.path, base, {one.file for one in ranges})
+        sizes = _sizes(checkpoint, base, named)
+        places.check_files(report, sizes, held, _data_starts(base, sizes))
+        places.check_chunks(report, tensors)
+    companions.note_leftovers(report, checkpoint.path, base, named)
     _BY_KIND.get(checkpoint.kind, _check_others)(report, checkpoint, base)
     if deep:
         from workshop_utils.checkpoints.verify import deep as values
@@ -139,8 +135,7 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
 
 
 def _sizes(checkpoint: Checkpoint, base: Path, named: set[str]) -> dict[str, int]:
-    """Bytes of each file that the tensors name and that is there, and of every other safetensors
-    file."""
+    """Bytes of each file that the tensors name and that is there."""
     if checkpoint.kind in (Kind.NEMO1_ARCHIVE, Kind.NEMO1_ARCHIVE_ADAPTER):
         return {member.name: member.size for member in nemo_archive.members(checkpoint.path)}
     if base.is_file():
@@ -148,7 +143,7 @@ def _sizes(checkpoint: Checkpoint, base: Path, named: set[str]) -> dict[str, int
     return {name: (base / name).stat().st_size for name in named if (base / name).is_file()}
 
 
-def _data_starts(base: Path, sizes: Mapping[str, int]) -> dict[str, int]:
+def _data_starts(base: Path, sizes: Collection[str]) -> dict[str, int]:
     """First byte after the header of each safetensors file; what follows has to belong to exactly
     one tensor."""
     starts = {}
@@ -160,41 +155,39 @@ def _data_starts(base: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
-    context, where = checkpoint.path / "context", shown(weights)
+    context, tensors = checkpoint.path / "context", checkpoint.tensors
     companions.check_backend(report, weights)
-    if checkpoint.detail != "zarr":
+    if checkpoint.storage != "zarr":
         pickles.check_common(report, checkpoint)
     model = read_yaml(context / "model.yaml")
     companions.check_targets(report, context / "model.yaml", model)
-    if (context / "io.json").is_file():
-        companions.check_targets(report, context / "io.json", read_json(context / "io.json"))
+    io = context / "io.json"
+    if io.is_file():
+        companions.check_targets(report, io, read_json(io))
     else:
-        report.damaged(
-            f"{shown(context / 'io.json')} is missing; NeMo 2.0 builds the model from it. Copy "
-            "the checkpoint again."
-        )
+        why = "NeMo 2.0 builds the model from it. Copy the checkpoint again."
+        message = f"{shown(io)} is missing; {why}"
+        report.damaged(message, code=Code.MISSING_FILE, file=shown(io))
     companions.check_tokenizer(report, context, model)
     config = shown(context / "model.yaml")
     fields = _fields(report, lambda: gpt_config.read_fields(model, config))
     if checkpoint.kind is Kind.NEMO2_ADAPTER:
         rank = section(model, "model_transform").get("dim")
-        adapters.check_nemo2(report, where, checkpoint.tensors, fields, rank)
+        adapters.check_nemo2(report, tensors, fields, rank)
         adapters.base_note(report, checkpoint.adapter.base)
     elif fields:
-        shapes.check_megatron(report, where, checkpoint.tensors, fields, config)
+        shapes.check_megatron(report, tensors, fields, config)
     else:
-        shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
+        shapes.check_uniform(report, tensors, checkpoint.architecture)
     stated = text(section(section(model, "config"), "params_dtype"), "_target_")
-    shapes.check_dtypes(
-        report, where, checkpoint.tensors, stated.removeprefix("torch.") if stated else None
-    )
+    shapes.check_dtypes(report, tensors, stated and stated.removeprefix("torch."))
 
 
 def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
-    path, where = checkpoint.path, shown(checkpoint.path)
+    path, tensors, parallel = checkpoint.path, checkpoint.tensors, checkpoint.parallel
     config = nemo1.read_config(Files(path))
-    described = f"{where}:{nemo_archive.CONFIG}"
-    companions.check_targets(report, described, config)
+    described = f"{shown(path)}:{nemo_archive.CONFIG}"
+    companions.check_targets(report, f"{path}:{nemo_archive.CONFIG}", config)
     if path.is_file():
         report.checked.append(
             "the archive holds only files, each once, and no name leads out of it"
@@ -203,44 +196,43 @@ def _check_nemo1(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
             report.objects = index.objects
             pickles.check_common(report, checkpoint, pickles.SHARDED)
             pickles.check_objects(report, checkpoint, pickles.SHARDED)
+    _check_state(report, checkpoint, weights)
+    shapes.check_dtypes(report, tensors)
+    fields = None
+    if checkpoint.adapter:
+        if parallel == (1, 1):
+            adapters.check_nemo1(report, config, tensors)
+        adapters.base_note(report, checkpoint.adapter.base)
+    else:
+        fields = _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
+    if parallel != (1, 1):
+        ranks.check(report, tensors, parallel, fields, nemo_archive.CONFIG)
+    elif fields:
+        shapes.check_megatron(report, tensors, fields, nemo_archive.CONFIG)
+    elif not checkpoint.adapter:
+        shapes.check_uniform(report, tensors, checkpoint.architecture)
+
+
+def _check_state(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     if (weights / torch_dist.INDEX).is_file():
         companions.check_backend(report, weights)
         pickles.check_common(report, checkpoint)
-    shapes.check_dtypes(report, where, checkpoint.tensors)
-    if checkpoint.adapter:
-        if checkpoint.parallel == (1, 1):
-            adapters.check_nemo1(report, path, config, checkpoint.tensors)
-        adapters.base_note(report, checkpoint.adapter.base)
-    fields = (
-        None
-        if checkpoint.adapter
-        else _fields(report, lambda: nemo1_config.read_fields(config, described)[0])
-    )
-    if checkpoint.parallel != (1, 1):
-        ranks.check(report, where, checkpoint.tensors, checkpoint.parallel, fields)
-    elif not checkpoint.adapter:
-        if fields:
-            shapes.check_megatron(report, where, checkpoint.tensors, fields, nemo_archive.CONFIG)
-        else:
-            shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
 
 
 def _fields(report: Report, read: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """The fields of the architecture, or None where the family is not known or a field is faulty,
-    which the report then says."""
+    """None where the family is not known or a field is faulty, which the report then says."""
     try:
         return read()
     except UnsupportedCheckpoint as error:
-        report.untold.append(f"whether names and shapes fit the architecture: {error}")
+        message = f"whether names and shapes fit the architecture: {error}"
+        report.unknown(message, Code.ARCHITECTURE)
     except CheckpointError as error:
         report.add(error)
     return None
 
 
 def _check_megatron(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
-    if (weights / torch_dist.INDEX).is_file():
-        companions.check_backend(report, weights)
-        pickles.check_common(report, checkpoint)
+    _check_state(report, checkpoint, weights)
     run_config = checkpoint.path / "run_config.yaml"
     if run_config.is_file():
         companions.check_targets(report, run_config, read_yaml(run_config))
@@ -248,68 +240,63 @@ def _check_megatron(report: Report, checkpoint: Checkpoint, weights: Path) -> No
 
 
 def _check_hugging_face(report: Report, checkpoint: Checkpoint, base: Path) -> None:
-    where, config = shown(base), read_json(base / "config.json")
-    _check_index(report, base, checkpoint.tensors)
+    config = read_json(base / "config.json")
+    tensors, sizes = checkpoint.tensors, checkpoint.architecture
+    _check_index(report, base, tensors)
     quantised = "quantization_config" in config
-    if checkpoint.detail in shapes.HUGGING_FACE and checkpoint.architecture and not quantised:
-        shapes.check_hugging_face(
-            report, where, checkpoint.tensors, checkpoint.architecture, checkpoint.detail
-        )
+    if checkpoint.detail in shapes.HUGGING_FACE and sizes and not quantised:
+        shapes.check_hugging_face(report, tensors, sizes, checkpoint.detail)
     else:
-        what = (
+        why = (
             "it is quantised" if quantised else f"the family {checkpoint.detail} is not known here"
         )
-        report.untold.append(f"whether names and shapes fit config.json: {what}")
-        shapes.check_uniform(report, where, checkpoint.tensors, checkpoint.architecture)
-    stated = config.get("torch_dtype", config.get("dtype"))
+        report.unknown(f"whether names and shapes fit config.json: {why}", Code.ARCHITECTURE)
+        shapes.check_uniform(report, tensors, sizes)
     if not quantised:
-        shapes.check_dtypes(
-            report, where, checkpoint.tensors, stated if isinstance(stated, str) else None
-        )
+        shapes.check_dtypes(report, tensors, config.get("torch_dtype", config.get("dtype")))
 
 
 def _check_index(report: Report, base: Path, tensors: tuple[Tensor, ...]) -> None:
     """No part holds a tensor that the index leaves out, or has in another part (the other direction
     is the reader's)."""
-    indexes = [base / f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")]
-    index = next((file for file in indexes if file.is_file()), None)
-    parts = read_json(index).get("weight_map") if index else None
-    if not isinstance(parts, dict) or (base / index.name.removesuffix(".index.json")).is_file():
+    wholes = ("model.safetensors", "pytorch_model.bin")
+    whole = next((name for name in wholes if (base / f"{name}.index.json").is_file()), None)
+    index = f"{whole}.index.json"
+    parts = read_json(base / index).get("weight_map") if whole else None
+    if not isinstance(parts, dict) or (base / whole).is_file():
         return
     for tensor in tensors:
         for file in tensor.files:
             if parts.get(tensor.name) != file:
                 said = f"in {parts[tensor.name]}" if tensor.name in parts else "nowhere"
-                report.damaged(
-                    f"{shown(base / file)} holds {tensor.name}, which {index.name} has {said}.",
-                    tensor.name,
-                )
-    for file in sorted(base.glob(f"*{Path(index.name.removesuffix('.index.json')).suffix}")):
+                path = shown(base / file)
+                message = f"{path} holds {tensor.name}, which {index} has {said}."
+                report.damaged(message, tensor.name, Code.INDEX, file=path, source=index)
+    for file in sorted(base.glob(f"*{Path(whole).suffix}")):
         if file.name not in parts.values():
-            report.note(f"{shown(file)} is not in {index.name}; nothing reads it.")
-    report.checked.append(f"{index.name} and the files agree on where each tensor is")
+            message = f"{shown(file)} is not in {index}; nothing reads it."
+            report.note(message, Code.UNREAD_FILE, file=shown(file), source=index)
+    report.checked.append(f"{index} and the files agree on where each tensor is")
 
 
 def _check_peft(report: Report, checkpoint: Checkpoint, base: Path) -> None:
-    config = read_json(base / "adapter_config.json")
-    adapters.check_peft(report, shown(base), checkpoint.tensors, config)
-    shapes.check_dtypes(report, shown(base), checkpoint.tensors)
+    adapters.check_peft(report, checkpoint.tensors, read_json(base / "adapter_config.json"))
+    shapes.check_dtypes(report, checkpoint.tensors)
     if checkpoint.adapter and checkpoint.adapter.base_is_here is False:
         adapters.base_note(report, checkpoint.adapter.base)
 
 
 def _check_others(report: Report, checkpoint: Checkpoint, base: Path) -> None:
     if checkpoint.parallel == (1, 1):
-        shapes.check_uniform(report, shown(base), checkpoint.tensors, checkpoint.architecture)
-        report.untold.append(
-            "whether the shapes fit the architecture: that is not looked at in this format"
-        )
+        shapes.check_uniform(report, checkpoint.tensors, checkpoint.architecture)
+        message = "whether the shapes fit the architecture: that is not looked at in this format"
+        report.unknown(message, Code.ARCHITECTURE)
     else:
         # The parts of pipeline stages number their layers from 0, each.
-        ranks.check(report, shown(base), checkpoint.tensors, checkpoint.parallel)
+        ranks.check(report, checkpoint.tensors, checkpoint.parallel)
     # A GGUF file mixes quantised types on purpose.
     if checkpoint.kind is not Kind.GGUF:
-        shapes.check_dtypes(report, shown(base), checkpoint.tensors)
+        shapes.check_dtypes(report, checkpoint.tensors)
 
 
 _BY_KIND: dict[Kind, Callable[[Report, Checkpoint, Path], None]] = {
@@ -335,38 +322,36 @@ def _check_manifest(report: Report, file: Path | None, progress: bool) -> None:
             if beside.is_file()
             else "there is no manifest (--write-manifest writes one)"
         )
-        report.untold.append(
-            f"whether all shards come from one save, and nothing was exchanged since: {how}"
+        report.unknown(
+            f"whether all shards come from one save, and nothing was exchanged since: {how}",
+            Code.ORIGIN,
         )
         return
     try:
-        found = manifests.compare(report.path, file, progress)
+        differences = manifests.compare(report.path, file, progress)
     except CheckpointError as error:
         report.add(error)
         return
-    for name in found.changed:
-        report.damaged(
-            f"{shown(report.path)}: {name} is not the file of {shown(file)}{_what(report, name)}."
-        )
-    for name in found.missing:
-        report.damaged(f"{shown(report.path)}: {name} is missing; {shown(file)} lists it.")
-    for name in found.new:
-        report.damaged(f"{shown(report.path)}: {name} is not in {shown(file)}; it was added since.")
-    if not found:
+    listed = shown(file)
+    said = {
+        name: f"is not the file of {listed}{_held(report, name)}" for name in differences.changed
+    }
+    said |= {name: f"is missing; {listed} lists it" for name in differences.missing}
+    said |= {name: f"is not in {listed}; it was added since" for name in differences.new}
+    for name, what in said.items():
+        message = f"{shown(report.path)}: {name} {what}."
+        report.damaged(message, code=Code.MANIFEST, file=name, source=listed)
+    if not differences:
         report.checked.append(
-            f"every file is the one of {shown(file)}, so that all shards come from the save it "
-            "was written after"
+            f"every file is the one of {listed}, so that all shards come from the save it was "
+            "written after"
         )
 
 
-def _what(report: Report, name: str) -> str:
+def _held(report: Report, name: str) -> str:
     """Which tensors lie in the file ``name`` of the checkpoint, in words."""
     if report.checkpoint is None:
         return ""
-    inside = name.removeprefix(f"{report.checkpoint.folder}/") if report.checkpoint.folder else name
-    held = [
-        tensor.name
-        for tensor in report.checkpoint.tensors
-        if any(chunk.file == inside for chunk in tensor.chunks)
-    ]
+    inside = name.removeprefix(f"{report.checkpoint.folder}/")
+    held = [tensor.name for tensor in report.checkpoint.tensors if inside in tensor.files]
     return f"; it holds {places.some(held)}" if held else ""
