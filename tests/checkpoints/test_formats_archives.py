@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from workshop_utils.adapters import record as export_record
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.convert.bridge import bridge
 from workshop_utils.checkpoints.formats import huggingface, nemo_archive, torch_archive
 from workshop_utils.checkpoints.formats.identify import identify
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.cli import main
 from workshop_utils.core.errors import (
     DamagedCheckpoint,
