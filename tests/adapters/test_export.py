@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from workshop_utils.adapters.export import export, export_adapter
 from workshop_utils.adapters.read import read_adapter
-from workshop_utils.adapters.rules.judge import judge
+from workshop_utils.adapters.rules import check
 from workshop_utils.cli import export as command
 from workshop_utils.core.errors import WorkshopError
 
@@ -291,7 +291,7 @@ def test_an_export_is_judged_for_every_reader_that_it_names(root, to, readers):
     made = export_adapter(make(root), to)
     assert made.record.for_servers
     for reader in readers:
-        found = judge(made.path, reader, RANK)
+        found = check(made.path, reader, RANK)
         assert found.conforms
         assert {rule.rule for rule in found.rules if not rule.rule.startswith("the form")} <= set(
             made.rules

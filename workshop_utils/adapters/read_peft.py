@@ -137,6 +137,8 @@ def _check(
         rank = of_pattern(
             config, "rank_pattern", f"model.layers.{layer}.{module}", size(config, "r")
         )
+        if type(rank) is not int:
+            raise DamagedCheckpoint(f"{where}: {PEFT_CONFIG} has r = {rank!r} for {module}.")
         inputs, outputs = sizes.features(module) if sizes else (None, None)
         return (rank, inputs), (outputs, rank)
 

@@ -11,6 +11,7 @@ from typing import Any
 from workshop_utils import __version__
 from workshop_utils.adapters.adapter import LoraAdapter
 from workshop_utils.adapters.base_id import same_base
+from workshop_utils.adapters.rules.table import VLLM_RANKS
 from workshop_utils.checkpoints.formats import nemo_archive
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.qkv import Order
@@ -101,6 +102,11 @@ def make_record(
         readers = (
             "Hugging Face PEFT (vLLM and NIM may take no float64: export it for them with "
             "--dtype bfloat16)"
+        )
+    elif to == "hf-peft" and adapter.rank > VLLM_RANKS[-1]:
+        readers = (
+            "Hugging Face PEFT and TensorRT-LLM (vLLM, and NIM 2.x with it, takes no rank above "
+            f"{VLLM_RANKS[-1]})"
         )
     elif reader == "trtllm" and wide:
         readers = (

@@ -241,8 +241,8 @@ def _write(text: str, out: Path | None) -> int:
             out.is_file() and out.read_bytes().startswith(text.split("\n")[0].encode())
         ):
             raise OutputExists(
-                f"{paths.shown(out)} exists and was not written by this command. It was left as it is. "
-                "Choose another name."
+                f"{paths.shown(out)} exists and was not written by this command. It was left as it "
+                "is. Choose another name."
             )
         print(f"written: {paths.shown(paths.write_text(out, text))}")
     return 0

@@ -116,10 +116,10 @@ def rank_notes(rank: int, form: str) -> list[str]:
     notes = []
     vllm, nim = READERS["vllm"], READERS["nim1"]
     if form in vllm.forms and rank > vllm.usual:
-        enough = vllm.enough_for(rank)
-        way = f"it takes no rank above {vllm.largest}"
-        way = f"start it with --max-lora-rank {enough}" if enough else way
-        notes.append(f"rank {rank} is above vLLM's default of {vllm.usual}: {way}")
+        notes.append(
+            f"rank {rank} is above vLLM's default of {vllm.usual}: start it with --max-lora-rank "
+            f"{vllm.enough_for(rank)}"
+        )
     if rank > nim.usual:
         notes.append(
             f"rank {rank} may be above NIM's largest ({nim.usual} in a published profile): start "

@@ -19,8 +19,8 @@ from workshop_utils.core.progress import progress_bar
 _ERRORS = (
     (r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for the "
      r"cache blocks",
-     "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the container), "
-     "fewer adapters, or another GPU"),
+     "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the "
+     "container), fewer adapters, or another GPU"),
     (r"No space left on device",
      "the disk of the cache is full: give --cache a directory on a larger one"),
     (r"Permission denied.*(/opt/nim|\.cache)|(/opt/nim|\.cache).*Permission denied",
