@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from workshop_utils.adapters import merge, write_peft
 from workshop_utils.adapters.adapter import NAME, NAME_RULE, LoraAdapter
@@ -29,6 +29,7 @@ from workshop_utils.core.errors import OutputExists, WorkshopError
 from workshop_utils.core.paths import shown
 
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
+ELSEWHERE = "Choose another --out"
 _CARD = "README.md"
 _PEFT_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md"
@@ -167,24 +168,56 @@ class _Job:
 
 def export_adapter(
     adapter: Path | str,
-    to: str,
+    to: Literal["nemo", "hf-peft", "hf-merged", "nemo2-merged"],
     out: Path | str | None = None,
-    reader: str = "trtllm",
+    reader: Literal["trtllm", "nemo"] = "trtllm",
     base_model: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
     results: Mapping[str, float | str] | None = None,
     trust: bool = False,
-    dtype: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     check: bool = True,
     accept: Callable[[Path], None] | None = None,
-    elsewhere: str = "Choose another --out",
+    elsewhere: str = ELSEWHERE,
 ) -> Export:
-    """The same as :func:`export`, with everything there is to say about what was made.
+    """Export ``adapter`` and say all that there is to say about it.
 
-    ``accept`` gets the export before it has its name, or the one that is to be reused, and raises a
-    WorkshopError to refuse it. ``elsewhere`` is what to do where something else stands in its
-    place.
+    The result is checked against the rules of its reader before it gets its name, and a model card
+    is written with it. An export that was already made from the identical adapter is checked and
+    reused.
+
+    Args:
+        adapter: a ``.nemo`` or ``.ckpt`` of NeMo's script path, a run directory that holds exactly
+            one ``.nemo``, an adapter directory of NeMo 2.0 (LoRA, DoRA, CanonicalLoRA), or a PEFT
+            directory (LoRA, DoRA).
+        to: the form.
+        out: where; by default ``runs/exports/NAME/{trtllm,nemo}/NAME.nemo`` or
+            ``runs/exports/NAME/TO``.
+        reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"``
+            (interleaved, as trained).
+        base_model: the base's id to record; by default the name in the adapter's configuration. Or
+            its directory: needed for merging (a Hugging Face model or a NeMo 2.0 checkpoint), and
+            for a ``.nemo`` of a PEFT adapter, which does not tell the base's heads.
+        name: the adapter's name; by default the file's.
+        overwrite: replace an export of another adapter, or a spoilt one. A directory with other
+            files is never replaced.
+        results: measured figures by name, for the model card.
+        dtype: of the adapter's tensors, or of the merged Hugging Face model; by default they keep
+            theirs.
+        check: check the result before it gets its name.
+        trust: what :func:`workshop_utils.checkpoints.verify.verify.require_sound` finds wrong with
+            ``adapter`` is printed and not raised.
+        accept: gets the export before it has its name, or the one that is to be reused, and raises
+            a WorkshopError to refuse it.
+        elsewhere: what to do where something else stands in its place.
+
+    Raises:
+        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: see
+            :func:`workshop_utils.adapters.read.read_adapter`.
+        UnsupportedAdapter: the form cannot hold this adapter; the message names one that can.
+        OutputExists: something else is where the export would go.
+        ConformanceFailed: what was written breaks a rule of its reader. It was not kept.
     """
     if to not in TARGETS or reader not in ("trtllm", "nemo") or dtype not in (None, *DTYPES):
         raise WorkshopError(
@@ -241,51 +274,8 @@ def export(
     adapter: Path | str,
     to: Literal["nemo", "hf-peft", "hf-merged", "nemo2-merged"],
     out: Path | str | None = None,
-    reader: Literal["trtllm", "nemo"] = "trtllm",
-    base_model: str | None = None,
-    name: str | None = None,
-    overwrite: bool = False,
-    results: Mapping[str, float | str] | None = None,
-    trust: bool = False,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    check: bool = True,
+    **options: Any,
 ) -> Path:
-    """Export ``adapter`` and return the path of the new ``.nemo`` (``to="nemo"``) or directory
-    (PEFT adapter or merged model).
-
-    The result is checked against the rules of its reader before it gets its name, and a model card
-    is written with it. An export that was already made from the identical adapter is checked and
-    reused.
-
-    Args:
-        adapter: a ``.nemo`` or ``.ckpt`` of NeMo's script path, a run directory that holds exactly
-            one ``.nemo``, an adapter directory of NeMo 2.0 (LoRA, DoRA, CanonicalLoRA), or a PEFT
-            directory (LoRA, DoRA).
-        to: the form.
-        out: where; by default ``runs/exports/NAME/{trtllm,nemo}/NAME.nemo`` or
-            ``runs/exports/NAME/TO``.
-        reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"``
-            (interleaved, as trained).
-        base_model: the base's id to record; by default the name in the adapter's configuration. Or
-            its directory: needed for merging (a Hugging Face model or a NeMo 2.0 checkpoint), and
-            for a ``.nemo`` of a PEFT adapter, which does not tell the base's heads.
-        name: the adapter's name; by default the file's.
-        overwrite: replace an export of another adapter, or a spoilt one. A directory with other
-            files is never replaced.
-        results: measured figures by name, for the model card.
-        dtype: of the adapter's tensors, or of the merged Hugging Face model; by default they keep
-            theirs.
-        check: judge the result before it gets its name.
-        trust: what :func:`workshop_utils.checkpoints.verify.verify.require_sound` finds wrong with
-            ``adapter`` is printed and not raised.
-
-    Raises:
-        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: see
-            :func:`workshop_utils.adapters.read.read_adapter`.
-        UnsupportedAdapter: the form cannot hold this adapter; the message names one that can.
-        OutputExists: something else is where the export would go.
-        ConformanceFailed: what was written breaks a rule of its reader. It was not kept.
-    """
-    return export_adapter(
-        adapter, to, out, reader, base_model, name, overwrite, results, trust, dtype, check
-    ).path
+    """The path of what :func:`export_adapter` makes of ``adapter``: a ``.nemo`` (``to="nemo"``) or
+    a directory (PEFT adapter or merged model). The ``options`` are the same."""
+    return export_adapter(adapter, to, out, **options).path

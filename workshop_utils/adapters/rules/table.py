@@ -277,11 +277,6 @@ def _rows_in_line(ask: Ask) -> Answer:
     return f"they are {_order(ask) or 'not stated, and NeMo writes them interleaved by group'}"
 
 
-def _scale(ask: Ask) -> Answer:
-    alpha = _lora(ask).get("alpha")
-    return None if type(alpha) in (int, float) and alpha > 0 else f"alpha is {alpha!r}"
-
-
 def _head_size(ask: Ask) -> Answer:
     names = ("hidden_size", "num_attention_heads", "kv_channels")
     hidden, heads, channels = (size(ask.config, name) or 0 for name in names)
@@ -515,19 +510,10 @@ RULES = (
          lambda ask: ask.facts.no_lora,
          "no server reads another kind: train with these two; a whole model is served as a model",
          _CONVERTS, stops=True),
-    Rule("two-dimensions", JUDGED, "nemo", "a flat dictionary of two-dimensional tensors",
-         lambda ask: _first(f"{tensor.name} is {list(tensor.shape)}" for tensor in ask.tensors
-                            if len(tensor.shape) != 2), "{trained}", _TRTLLM),
     Rule("qkv-only", FUSED, "nemo", "attention_qkv only",
          lambda ask: _names(
              ask, lambda name: "self_attention.adapter_layer.lora_kqv_adapter" in name),
          "export it for PEFT, which takes every module: {peft}", _TRTLLM),
-    Rule("layer-in-key", JUDGED, "nemo", "the layer's number is in every key",
-         lambda ask: _names(ask, re.compile(r".*\.layers\.(\d+)\..*").match), "{trained}", _TRTLLM),
-    Rule("key-ends", JUDGED, "nemo", "keys end in linear_in.weight or linear_out.weight",
-         lambda ask: _names(
-             ask, lambda name: name.endswith(("linear_in.weight", "linear_out.weight"))),
-         "{trained}", _TRTLLM),
     Rule("layout", JUDGED, "nemo",
          "every layer has both halves, of one rank, in the shapes that the YAML asks for",
          lambda ask: _first(ask.facts.layout[1]), "{trained}", _TRTLLM),
@@ -594,16 +580,11 @@ RULES = (
     Rule("row-order", FUSED, "nemo",
          "rows of q, k and v are stated, and one after the other (workshop.qkv_order: qkv)",
          _rows_in_line, "{again}", _TRTLLM),
-    Rule("scale", ("nemo",), "nemo", "the scale is recorded: peft.lora_tuning.alpha", _scale,
-         "write the alpha of the training into model_config.yaml", _LOADS),
     Rule("row-order", ("nemo",), "nemo", "rows of q, k and v are interleaved by group",
          lambda ask: "they are one after the other, for TensorRT-LLM" if _order(ask) == "qkv"
          else None, "{again}", _LOADS),
     Rule("head-size", ("nemo",), "nemo", "the head size is hidden_size / heads", _head_size,
          "use {peft}", _CONVERTS, N),
-    Rule("stated-reader", FUSED, "nemo", "the intended reader is stated",
-         lambda ask: None if section(ask.config, "workshop").get("reader")
-         else "workshop.reader is missing", "{again}", _TRTLLM),
     Rule("storage", JUDGED, None, "every tensor has storage of its own", _stored,
          "whoever writes the file has to clone() first: {again}", _TRTLLM),
     Rule("dtype", JUDGED, None, "one floating-point dtype, as the base can have it", _dtype,
