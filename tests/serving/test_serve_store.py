@@ -54,10 +54,7 @@ def test_new_replaced_removed(store):
     write_peft(store.directory / "a", 1)
     write_nemo(store.directory / "b")
     store.refresh()
-    assert store.said == ["adapter a: served", "adapter b: served"] or store.said == [
-        "adapter b: served",
-        "adapter a: served",
-    ]
+    assert sorted(store.said) == ["adapter a: served", "adapter b: served"]
     first = store.served["a"]
     store.refresh()
     assert len(store.said) == 2  # nothing has changed
@@ -101,8 +98,8 @@ def test_what_changes_while_it_is_read_is_not_kept(store, monkeypatch):
     write_peft(store.directory / "a", 1)
     real = adapters.read
 
-    def read_and_changed(directory, trust):
-        found = real(directory, trust)
+    def read_and_changed(directory, *options):
+        found = real(directory, *options)
         (directory / "adapter_config.json").touch()
         return found
 
@@ -135,13 +132,8 @@ def test_names(store):
     assert store.served == {}
     assert len(store.said) == len(names) - 1  # nothing of what is hidden: it is being written
     assert "adapter tiny: NOT served. it has the base's name, give it another one." in store.said
-    assert (
-        sum(
-            "NOT served. its directory's name cannot be a model's id, rename it: up to 128" in line
-            for line in store.said
-        )
-        == 4
-    )
+    words = "NOT served. its directory's name cannot be a model's id, rename it: up to 128"
+    assert sum(words in line for line in store.said) == 4
     assert "\x1b" not in "".join(store.said)
 
 
@@ -187,15 +179,15 @@ def test_links(store, tmp_path):
 
 def test_nothing_and_too_much(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(NotACheckpoint, match="it holds neither"):
+    with pytest.raises(NotACheckpoint, match="is empty"):
         read(tmp_path / "a")
     write_nemo(tmp_path / "a")
     shutil.copy(tmp_path / "a" / "lora.nemo", tmp_path / "a" / "second.nemo")
-    with pytest.raises(NotACheckpoint, match="lora.nemo, second.nemo"):
+    with pytest.raises(UnsupportedAdapter, match="lora.nemo, second.nemo"):
         read(tmp_path / "a")
     (tmp_path / "a" / "second.nemo").unlink()
     write_peft(tmp_path / "a", 1)
-    with pytest.raises(NotACheckpoint, match="lora.nemo, adapter_config.json"):
+    with pytest.raises(UnsupportedAdapter, match="it holds adapter_config.json, lora.nemo"):
         read(tmp_path / "a")
 
 
@@ -224,7 +216,7 @@ def test_dora_cannot_share_a_batch(tmp_path):
         if "lora_B" in key
     }
     save_file(state | lengths, weights, metadata={"format": "pt"})
-    with pytest.raises(UnsupportedAdapter, match="use_dora.*Merge it"):
+    with pytest.raises(UnsupportedAdapter, match="use_dora.*merge it"):
         read(directory)
 
 

@@ -32,7 +32,10 @@ from workshop_utils.checkpoints.verify.loads_in import (
 from workshop_utils.core import paths
 from workshop_utils.core.paths import shown
 
-_CODES = {SCRIPT: "nemo", PEFT: "peft", TRTLLM: "trtllm", VLLM: "vllm", NIM1: "nim1", NIM2: "nim2"}
+_CODES = {
+    SCRIPT: "nemo", PEFT: "peft", TRTLLM: "trtllm", VLLM: "vllm", NIM1: "nim1", NIM2: "nim2",
+    BRIDGE: "bridge",
+}  # fmt: skip
 _OWN = "it reads only adapters of its own"
 _NO_IMPORTER = "NeMo 2.0 has no importer of other adapters"
 
@@ -86,6 +89,7 @@ def _peft(checkpoint: Checkpoint) -> Answers:
             NIM2: f"{store}, with --max-lora-rank {largest} {BY_ITS_PAGES}",
             VLLM: f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {largest} "
             f"--lora-modules {name}={path}",
+            BRIDGE: "",
         },
     )
     # transformers loads adapters with PEFT.
@@ -100,7 +104,6 @@ def _peft(checkpoint: Checkpoint) -> Answers:
         TRANSFORMERS: transformers,
         SCRIPT: script,
         NEMO2: ("no", f"{_NO_IMPORTER}; {merge}"),
-        BRIDGE: ("no", f"{_OWN}; {merge}"),
     }
 
 

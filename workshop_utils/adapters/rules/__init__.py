@@ -89,7 +89,7 @@ def check(
     if max_rank is not None and max_rank < 1:
         raise WorkshopError(f"The largest rank is {max_rank}; it must be 1 or more.")
     facts = adapter if isinstance(adapter, Facts) else Facts.of(Path(adapter))
-    ask = Ask(facts, READERS[reader], max_rank, copied)
+    ask = Ask(facts, reader, max_rank, copied)
     verdicts = []
     for rule in RULES:
         if reader not in rule.readers or rule.form not in (None, facts.form):

@@ -118,29 +118,34 @@ READERS = {
             "(--max-rank)",
         ),
     ),
-    "bridge": Reader("Megatron-Bridge", ()),
+    "bridge": Reader("Megatron-Bridge", ("iter",)),
     "serve": Reader("this workshop's server", ("nemo", "hf-peft"), "--max-rank"),
 }
-FORMS = {"nemo": "a .nemo", "hf-peft": "a Hugging Face PEFT directory"}
+FORMS = {
+    "nemo": "a .nemo",
+    "hf-peft": "a Hugging Face PEFT directory",
+    "iter": "an adapter of its own",
+}
 #: The way out where the file itself cannot be mended.
 TRAINED = "export it again from what the training wrote: workshop export TRAINED_ADAPTER --to ..."
 
 
 class Ask:
-    """``facts`` of an adapter before a ``reader``, whose largest rank is ``max_rank`` (None: what
-    it is unless it is told otherwise). ``copied``: the files go into its store as files."""
+    """``facts`` of an adapter before the reader ``code``, whose largest rank is ``max_rank`` (None:
+    what it is unless it is told otherwise). ``copied``: the files go into its store as files."""
 
-    def __init__(self, facts: Facts, reader: Reader, max_rank: float | None, copied: bool) -> None:
-        self.facts, self.reader, self.copied = facts, reader, copied
+    def __init__(self, facts: Facts, code: str, max_rank: float | None, copied: bool) -> None:
+        self.facts, self.code, self.copied = facts, code, copied
         self.config, self.tensors, self.keys = facts.config, facts.tensors, facts.keys
-        most = min(max_rank or reader.usual or math.inf, reader.largest or math.inf)
+        self.reader = READERS[code]
+        most = min(max_rank or self.reader.usual or math.inf, self.reader.largest or math.inf)
         self.largest = None if most == math.inf else most
 
     @cached_property
     def words(self) -> dict[str, Any]:
         """What the titles and fixes of rules name."""
         export = f"workshop export {shlex.quote(shown(self.facts.path))}"
-        peft, for_nemo = f"{export} --to hf-peft", self.reader is READERS["nemo"]
+        peft, for_nemo = f"{export} --to hf-peft", self.code == "nemo"
         forms = self.reader.forms
         form = self.facts.form if self.facts.form in forms else forms[-1]
         fused = for_nemo or all(key and key.target == "attention_qkv" for _, key in self.keys)
@@ -150,9 +155,10 @@ class Ask:
             "again": nemo if form == "nemo" and fused else peft,
             "peft": peft,
             "merged": f"{export} --to hf-merged --base DIR",
+            "nemo2": f"{export} --to nemo2-merged --base DIR",
             "option": self.reader.option,
             "largest": self.largest,
-            "even": "alpha" if self.reader is READERS["trtllm"] else "rank and one alpha",
+            "even": "alpha" if self.code == "trtllm" else "rank and one alpha",
             "trained": TRAINED,
         }
 
@@ -190,6 +196,8 @@ def _form(ask: Ask) -> Answer:
         return None
     if facts.several:
         return Fault(facts.what, "give each adapter a directory of its own")
+    if ask.code == "bridge":
+        return Fault(facts.what, "merge it: {nemo2}")
     if facts.form == "hf-peft":
         return Fault(facts.what, "{again} --base DIR")
     if not facts.exportable:
@@ -257,12 +265,8 @@ _CONVERTER = (
 )  # fmt: skip
 
 
-def _lora(ask: Ask) -> Mapping[str, Any]:
-    return ask.config["peft"]["lora_tuning"]
-
-
 def _baked_in(ask: Ask) -> Answer:
-    alpha, dim = _lora(ask).get("alpha"), _lora(ask).get("adapter_dim")
+    alpha, dim = (ask.config["peft"]["lora_tuning"].get(name) for name in ("alpha", "adapter_dim"))
     right = alpha == (ask.facts.ranks or [dim])[0]
     return None if right else f"alpha is {alpha!r} and adapter_dim {dim!r}"
 
@@ -310,7 +314,7 @@ def _stored(ask: Ask) -> Answer:
 def _dtype(ask: Ask) -> Answer:
     kinds = dtypes(ask.tensors)
     known = {"float32", "bfloat16", "float16"}
-    if ask.reader.forms and ask.reader.name in ("TensorRT-LLM", "PEFT", "NeMo's script path"):
+    if ask.code in ("trtllm", "nemo", "peft"):
         known.add("float64")
     if len(kinds) == 1 and kinds[0] in known:
         return None
@@ -459,7 +463,7 @@ def _modules(ask: Ask) -> Answer:
 
 
 def _uneven(ask: Ask) -> Answer:
-    one_rank = ask.reader.name != READERS["trtllm"].name
+    one_rank = ask.code != "trtllm"
     if one_rank and len(ask.facts.ranks) > 1:
         return f"ranks {ask.facts.ranks}"
     names = ("rank_pattern", "alpha_pattern") if one_rank else ("alpha_pattern",)
@@ -490,7 +494,7 @@ _UNREADABLE = "fetch it again from where it was made; do not load it"
 _MERGE_PEFT = "merge it into its base with PEFT (merge_and_unload)"
 
 RULES = (
-    Rule("form", ALL, None, "the form: {takes}", _form, "{again}", _NIM, stops=True),
+    Rule("form", (*ALL, "bridge"), None, "the form: {takes}", _form, "{again}", _NIM, stops=True),
     Rule("links", ("nim1", "nim2"), None, "files, and no links: a container sees only the store",
          _links, "copy the file itself there (cp -L)", _NIM),
     Rule("one-adapter", ("nim1", "nim2", "serve"), None, "one adapter in a directory", _alone,
