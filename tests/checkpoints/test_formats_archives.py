@@ -258,7 +258,11 @@ def test_an_export_names_its_reader(root):
     reader = export_record.READERS["nemo", "trtllm"]
     config = export_samples.config_of(export_samples.GQA, alpha=4)
     config["workshop"] = {"reader": reader, "qkv_order": "qkv", "alpha_baked_in": True}
-    found = identify(nemo_archive.write(root / "a.nemo", config, saved(adapter_state())))
+    found = identify(
+        nemo_archive.write(
+            root / "a.nemo", config, saved(export_samples.tensors_of(export_samples.GQA))
+        )
+    )
     assert found.made_for == reader
     assert {name for name, (answer, _) in answers(found).items() if answer == "yes"} == {
         "TensorRT-LLM",

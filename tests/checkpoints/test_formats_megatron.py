@@ -119,7 +119,8 @@ def test_adapters_of_nemo2(root, kind):
         kind,
     )
     assert (adapter.base, adapter.base_is_here) == ("/gone/base", False)
-    assert answers(found)["PEFT"][0] == ("after" if kind == "LoRA" else "no")
+    assert answers(found)["PEFT"][0] == "after"
+    assert answers(found)["vLLM"][0] == ("after" if kind == "LoRA" else "no")
     base = root / "base"
     base.mkdir()
     (root / "nemo2" / kind / "weights" / "adapter_metadata.json").write_text(

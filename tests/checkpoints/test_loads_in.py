@@ -190,7 +190,7 @@ def test_the_commands(answers, tmp_path):
     assert answers("nemo1")["script path"][1] == f"{train}='a b/model.nemo'"
     serve = "vllm serve meta-llama/Llama-3.2-1B --enable-lora --max-lora-rank 8 --lora-modules"
     assert serve in answers("peft")["vLLM"][1]
-    assert "--to nemo --reader nemo" in answers("nemo1 adapter parts")["script path"][1]
+    assert "--nproc-per-node 2" in answers("nemo1 adapter parts")["script path"][1]
     assert answers("nemo1 adapter")["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
     mlp = write_adapter(tmp_path / "mlp.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
     how = {reader.name: reader.how for reader in loads_in(identify(mlp))}

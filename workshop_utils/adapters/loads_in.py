@@ -136,6 +136,8 @@ def _nemo1(checkpoint: Checkpoint) -> Answers:
             NIM1: f"mkdir {store} && cp {path} {store}/ {BY_ITS_PAGES}",
         },
     )
+    if checkpoint.parallel != (1, 1):
+        asked[SCRIPT] = "yes", train  # NeMo itself loads the parts, on as many ranks
     others = for_all("after", f"{export} --to hf-peft")
     if asked[TRTLLM][0] != "yes" and set(adapter.targets) == {"attention_qkv"}:
         others[TRTLLM] = "after", f"{export} --to nemo"

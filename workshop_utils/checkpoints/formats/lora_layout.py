@@ -255,7 +255,7 @@ def faults(
         yield f"{len(layers):,} layers and {len(targets):,} targets are no adapter", ""
         return
     for (layer, target), halves in sorted(places.items()):
-        spot = f"layer {layer}, {target}" if layer >= 0 else target
+        spot, fits = f"layer {layer}, {target}" if layer >= 0 else target, True
         for half, shape in zip("AB", shapes(layer, target), strict=True):
             tensor = name(layer, target, half)
             end = ".".join(tensor.split(".")[-2:])
@@ -269,10 +269,10 @@ def faults(
                 or (len(have) > 2 and None not in shape)
                 or any(size not in (None, its) for size, its in zip(shape, have, strict=False))
             ):
-                asked = ", ".join("*" if size is None else str(size) for size in shape)
+                asked, fits = ", ".join("*" if size is None else str(size) for size in shape), False
                 yield f"{spot} {end} is {[*have]}, but {stated} asks for [{asked}]", tensor
         a, b = (tuple(halves[half].shape) if half in halves else () for half in "AB")
-        if a and b and a[:1] != b[1:2]:
+        if fits and a and b and a[:1] != b[1:2]:
             yield f"{spot}: A is {[*a]} and B is {[*b]}, of another rank", tensor
         if layer not in layers:
             yield f"a tensor for layer {layer}, but {stated} has {len(layers)} layers", tensor
