@@ -75,52 +75,26 @@ class Reader(NamedTuple):
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _CLOSED = "{}'s own loader is closed: these are its pages' rules and those of the public {}"
+_NIM_RANK = "NIM_MAX_LORA_RANK"
 READERS = {
-    "trtllm": Reader(
-        "TensorRT-LLM",
-        ("nemo", "hf-peft"),
-        notes=("the largest rank is fixed when an engine is built: give it with --max-rank",),
-    ),
+    "trtllm": Reader("TensorRT-LLM", ("nemo", "hf-peft"), notes=(
+        "the largest rank is fixed when an engine is built: give it with --max-rank",)),
     "nemo": Reader("NeMo's script path", ("nemo",)),
     "peft": Reader("PEFT", ("hf-peft",)),
-    "vllm": Reader(
-        "vLLM",
-        ("hf-peft",),
-        "--max-lora-rank",
-        16,
-        VLLM_RANKS[-1],
-        (
-            "--max-lora-rank of vLLM is 16 unless it is set: "
-            f"{', '.join(map(str, VLLM_RANKS[:-1]))} or {VLLM_RANKS[-1]}",
-        ),
-    ),
-    "nim1": Reader(
-        "NIM 1.x",
-        ("nemo", "hf-peft"),
-        "NIM_MAX_LORA_RANK",
-        32,
-        None,
-        (
-            _CLOSED.format("NIM 1.x", "TensorRT-LLM and vLLM"),
-            "32 is the largest rank of one published profile of NIM 1.x; yours is "
-            "NIM_MAX_LORA_RANK (--max-rank)",
-        ),
-    ),
-    "nim2": Reader(
-        "NIM 2.x",
-        ("hf-peft",),
-        "NIM_MAX_LORA_RANK",
-        32,
-        VLLM_RANKS[-1],
-        (
-            _CLOSED.format("NIM 2.x", "vLLM"),
-            "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK "
-            "(--max-rank)",
-        ),
-    ),
+    "vllm": Reader("vLLM", ("hf-peft",), "--max-lora-rank", 16, VLLM_RANKS[-1], (
+        "--max-lora-rank of vLLM is 16 unless it is set: "
+        f"{', '.join(map(str, VLLM_RANKS[:-1]))} or {VLLM_RANKS[-1]}",)),
+    "nim1": Reader("NIM 1.x", ("nemo", "hf-peft"), _NIM_RANK, 32, None, (
+        _CLOSED.format("NIM 1.x", "TensorRT-LLM and vLLM"),
+        "32 is the largest rank of one published profile of NIM 1.x; yours is NIM_MAX_LORA_RANK "
+        "(--max-rank)")),
+    "nim2": Reader("NIM 2.x", ("hf-peft",), _NIM_RANK, 32, VLLM_RANKS[-1], (
+        _CLOSED.format("NIM 2.x", "vLLM"),
+        "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK "
+        "(--max-rank)")),
     "bridge": Reader("Megatron-Bridge", ("iter",)),
     "serve": Reader("this workshop's server", ("nemo", "hf-peft"), "--max-rank"),
-}
+}  # fmt: skip
 FORMS = {
     "nemo": "a .nemo",
     "hf-peft": "a Hugging Face PEFT directory",
@@ -389,52 +363,36 @@ def _only_peft(names: Callable[[list[str]], list[str]]) -> Callable[[Ask], Answe
     return check
 
 
-def _saved(ask: Ask) -> list[str]:
-    saved = ask.config.get("modules_to_save")
-    return [f".{name}." for name in saved] if isinstance(saved, list) else []
-
-
 _PLAIN_MODULE = re.compile(r"(?:self_attn|mlp)\.\w+")
 
 
 def _keys(ask: Ask) -> Answer:
-    odd, doubtful = [], []
+    saved = ask.config.get("modules_to_save")
+    saved = [f".{name}." for name in saved] if isinstance(saved, list) else []
+    lost, beyond = [], []
     for name, key in ask.keys:
-        plain = key and is_peft_key(name) and _PLAIN_MODULE.fullmatch(key.module)
-        if key and key.half == "magnitude" and not ask.config.get("use_dora"):
-            plain = False
-        if plain or not name.startswith(PEFT_PREFIX) or any(each in name for each in _saved(ask)):
+        if not name.startswith(PEFT_PREFIX) or any(each in name for each in saved):
             continue
-        # With its name in memory, or not in PEFT's place: nobody finds it.
-        lost = not key or key.style != "peft" or key.adapter or not key.stem
-        inside = key and (".experts." in name or key.target in ("lm_head", "embed_tokens"))
-        if lost or not inside:
-            odd.append(f"the key {name!r}")
-        else:
-            doubtful.append(f"the key {name!r}")
-    if odd and all(".default" in name for name, _ in ask.keys):
-        fix = (
+        if not key or key.style != "peft" or key.adapter:
+            lost.append(f"the key {name!r}")
+        elif ask.code == "peft" or (key.half == "magnitude" and ask.config.get("use_dora")):
+            continue
+        elif ".experts." in name or key.target in ("lm_head", "embed_tokens"):
+            beyond.append(f"the key {name!r}")
+        elif not (is_peft_key(name) and _PLAIN_MODULE.fullmatch(key.module)):
+            lost.append(f"the key {name!r}")
+    if lost and all(".default" in name for name, _ in ask.keys):
+        own = (
             "they still have the adapter's name in them, which PEFT puts in itself: {again} --trust"
         )
-        return Fault(_first(odd), fix)
-    if odd:
-        return _first(odd)
-    if doubtful:
+        return Fault(_first(lost), own)
+    if beyond and not lost:
         return Fault(
-            f"{_first(doubtful)}: some families and versions of the server take it, others do not",
+            f"{_first(beyond)}: some families and versions of the server take it, others do not",
             "look it up for your server, or train without these modules",
             Severity.NOT_KNOWN,
         )
-    return None
-
-
-def _keys_for_peft(ask: Ask) -> Answer:
-    def fits(name: str, key: Any) -> bool:
-        if any(each in name for each in _saved(ask)) or not name.startswith(PEFT_PREFIX):
-            return True
-        return bool(key and key.style == "peft" and not key.adapter)
-
-    return _first(f"the key {name!r}" for name, key in ask.keys if not fits(name, key))
+    return _first(lost)
 
 
 def _magnitudes(ask: Ask) -> Answer:
@@ -556,7 +514,7 @@ RULES = (
          "keys are base_model.model.model.layers.N.BLOCK.PROJ.lora_A|B.weight", _keys,
          "train without the other modules: servers take these only", _VLLM),
     Rule("keys", ("peft",), "hf-peft", "keys are base_model.model.MODULE.lora_A|B.weight",
-         _keys_for_peft, "look which module they are for: PEFT leaves them out", _PEFT),
+         _keys, "look which module they are for: PEFT leaves them out", _PEFT),
     Rule("magnitudes", JUDGED, "hf-peft",
          "every module of a DoRA adapter has its lora_magnitude_vector", _magnitudes, "{trained}",
          _PEFT, when=lambda ask: bool(ask.config.get("use_dora"))),
