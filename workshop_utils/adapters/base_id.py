@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from workshop_utils.checkpoints.sources.catalogue import catalogue
 from workshop_utils.core import paths
 
 _NAME = re.compile(r"\w[\w.-]*")
@@ -52,4 +51,6 @@ def _catalogued() -> dict[str, str]:
     # The package alone, copied into another project, has no manifest.
     if not paths.repository_file("models/manifest.yaml").is_file():
         return {}
+    from workshop_utils.checkpoints.sources.catalogue import catalogue
+
     return {name: model.hub_id for name, model in catalogue().items() if model.hub_id}

@@ -69,7 +69,8 @@ def _asked(facts: Facts, calls: dict[str, str]) -> Answers:
         answers[name] = "yes", call
         if result.broken:
             first = result.broken[0]
-            answers[name] = "no", f"{first.rule}: {first.fault}; {first.fix}"
+            why = _OWN if name == BRIDGE else f"{first.rule}: {first.fault}"
+            answers[name] = "no", f"{why}; {first.fix}"
     return answers
 
 

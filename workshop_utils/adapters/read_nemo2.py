@@ -25,6 +25,7 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     Halves,
     Place,
     faults,
+    nemo1_key,
     ordered,
     parse,
 )
@@ -209,16 +210,7 @@ def _check_shapes(
 
     places = {place: {"A": a, "B": b} for place, (a, b) in weights.items()}
     layers = {layer for layer, _ in weights}
-    wrong = [
-        fault
-        for fault, _ in faults(
-            places,
-            layers,
-            shapes,
-            lambda layer, target, half: f"{target}.linear_{'in' if half == 'A' else 'out'}.weight",
-            "its base",
-        )
-    ]
+    wrong = [fault for fault, _ in faults(places, layers, shapes, nemo1_key, "its base")]
     wrong += [
         f"layer {layer}, {target}: weight_magnitude is no [{sizes.features(target)[1]}]"
         for (layer, target), lengths in magnitudes.items()
