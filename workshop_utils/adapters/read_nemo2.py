@@ -104,7 +104,7 @@ def read(source: Path) -> LoraAdapter:
             config={},
             architecture=sizes,
             rank=rank,
-            alpha=alpha,
+            alpha=float(alpha),
             targets=targets,
             qkv_order="interleaved",
             base=Path(base).name,
