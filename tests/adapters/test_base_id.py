@@ -13,7 +13,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize(
-    "base, wanted",
+    "base, its_id",
     [
         ("org/model", "org/model"),
         ("smollm2-135m-instruct", HUB),
@@ -25,8 +25,8 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
         ("llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct"),
     ],
 )
-def test_the_id_of_a_base(base, wanted):
-    assert base_id(base) == wanted
+def test_the_id_of_a_base(base, its_id):
+    assert base_id(base) == its_id
 
 
 @pytest.mark.parametrize(
@@ -43,58 +43,38 @@ def test_two_bases(one, other, same):
     assert same_base(one, other) is same_base(other, one) is same
 
 
-@pytest.mark.parametrize(
-    "base, place",
-    [
-        ("org/model", False),
-        ("model-1.0", False),
-        ("/a", True),
-        ("./a", True),
-        ("a/b/c", True),
-        ("~/a", True),
-        ("..", True),
-    ],
-)
-def test_places(base, place):
-    assert is_place(base) is place
+def test_places():
+    assert all(map(is_place, ("/a", "./a", "a/b/c", "~/a", "..")))
+    assert not any(map(is_place, ("org/model", "model-1.0")))
 
 
 def recorded(root, base=None, **options):
     """What an export of an adapter that was trained on ``tiny-llama`` or ``base`` records."""
-    source = root / "n.nemo"
-    write_adapter(
-        source, config_of(GQA) | ({"restore_from_path": base} if base else {}), tensors_of(GQA)
-    )
-    directory = export(source, "hf-peft", root / "out", overwrite=True, **options)
+    config = config_of(GQA) | ({"restore_from_path": base} if base else {})
+    source = write_adapter(root / "n.nemo", config, tensors_of(GQA))
+    return base_in(export(source, "hf-peft", root / "out", overwrite=True, **options))
+
+
+def base_in(directory):
     return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
 def test_what_an_export_records(tmp_path):
     assert recorded(tmp_path) == "tiny-llama"
     assert recorded(tmp_path, base_model="org/base") == "org/base"
-    assert (
-        recorded(tmp_path, "/x/bridged/smollm2-135m-instruct")
-        == recorded(tmp_path, base_model="smollm2-135m-instruct")
-        == HUB
-    )
+    assert recorded(tmp_path, "/x/bridged/smollm2-135m-instruct") == HUB
+    assert recorded(tmp_path, base_model="smollm2-135m-instruct") == HUB
 
 
 def test_the_directory_of_a_base_does_not_replace_its_id(tmp_path):
-    here = tmp_path / "download"
+    here, known = tmp_path / "download", tmp_path / "smollm2-135m-instruct"
     tiny_llama(GQA).save_pretrained(here)
     assert recorded(tmp_path, base_model=str(here)) == "download"
     peft = export(tmp_path / "n.nemo", "hf-peft", tmp_path / "peft", base_model="org/base")
-    assert (
-        export_adapter(peft, "nemo", tmp_path / "again", base_model=str(here)).record.base
-        == "org/base"
-    )
-    (tmp_path / "smollm2-135m-instruct").symlink_to(here)
-    assert (
-        export_adapter(
-            peft, "nemo", tmp_path / "known", base_model=str(tmp_path / "smollm2-135m-instruct")
-        ).record.base
-        == HUB
-    )
+    known.symlink_to(here)
+    for directory, base in ((here, "org/base"), (known, HUB)):
+        out = tmp_path / f"out-{directory.name}"
+        assert export_adapter(peft, "nemo", out, base_model=str(directory)).record.base == base
 
 
 def test_an_export_with_another_name_of_its_base_is_made_again(tmp_path):
@@ -102,11 +82,7 @@ def test_an_export_with_another_name_of_its_base_is_made_again(tmp_path):
     way."""
     recorded(tmp_path, base_model="llama")
     for base, reused in (("org/Llama", False), ("org/Llama", True), ("llama", False)):
-        made = export_adapter(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model=base)
-        assert (made.reused, made.record.base) == (reused, base)
-        assert (
-            json.loads((made.path / "adapter_config.json").read_text())["base_model_name_or_path"]
-            == base
-        )
+        done = export_adapter(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model=base)
+        assert (done.reused, done.record.base, base_in(done.path)) == (reused, base, base)
     with pytest.raises(OutputExists, match="another adapter, or for another reader, base"):
         export(tmp_path / "n.nemo", "hf-peft", tmp_path / "out", base_model="org/other")

@@ -23,13 +23,8 @@ def numbered(heads: Heads, columns: int) -> torch.Tensor:
 def test_there_and_back_is_the_identity(drawn):
     heads, columns = drawn
     rows = numbered(heads, columns)
-    assert torch.equal(
-        reorder(reorder(rows, heads, "interleaved", "qkv"), heads, "qkv", "interleaved"), rows
-    )
-    assert torch.equal(
-        reorder(reorder(rows, heads, "qkv", "interleaved"), heads, "interleaved", "qkv"), rows
-    )
-    for order in ("interleaved", "qkv"):
+    for order, other in (("interleaved", "qkv"), ("qkv", "interleaved")):
+        assert torch.equal(reorder(reorder(rows, heads, order, other), heads, other, order), rows)
         assert torch.equal(join(*split(rows, heads, order), heads, order), rows)
 
 
@@ -38,34 +33,19 @@ def test_every_head_lands_where_megatron_has_it(drawn):
     heads, columns = drawn
     rows = numbered(heads, columns)
     query, key, value = split(rows, heads, "interleaved")
-    size = heads.attention // heads.groups
+    size, channels = heads.attention // heads.groups, heads.channels
     row = 0
     for group in range(heads.groups):
-        for member in range(size):
-            start = (group * size + member) * heads.channels
-            assert torch.equal(
-                query[start : start + heads.channels], rows[row : row + heads.channels]
-            )
-            row += heads.channels
-        for matrix in (key, value):
-            start = group * heads.channels
-            assert torch.equal(
-                matrix[start : start + heads.channels], rows[row : row + heads.channels]
-            )
-            row += heads.channels
+        members = [(query, group * size + member) for member in range(size)]
+        for matrix, head in [*members, (key, group), (value, group)]:
+            start = head * channels
+            assert torch.equal(matrix[start : start + channels], rows[row : row + channels])
+            row += channels
     assert row == heads.rows
 
 
 def test_a_known_case():
     # Two groups of two heads, one channel: q0 q1 k0 v0 | q2 q3 k1 v1.
     rows = torch.arange(8).reshape(8, 1)
-    assert reorder(rows, Heads(4, 2, 1), "interleaved", "qkv").flatten().tolist() == [
-        0,
-        1,
-        4,
-        5,
-        2,
-        6,
-        3,
-        7,
-    ]
+    found = reorder(rows, Heads(4, 2, 1), "interleaved", "qkv").flatten().tolist()
+    assert found == [0, 1, 4, 5, 2, 6, 3, 7]

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.values import read_tensor
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
 
 
@@ -119,7 +119,8 @@ def test_adapters_of_nemo2(root, kind):
         kind,
     )
     assert (adapter.base, adapter.base_is_here) == ("/gone/base", False)
-    assert answers(found)["PEFT"][0] == ("after" if kind == "LoRA" else "no")
+    assert answers(found)["PEFT"][0] == "after"
+    assert answers(found)["vLLM"][0] == ("after" if kind == "LoRA" else "no")
     base = root / "base"
     base.mkdir()
     (root / "nemo2" / kind / "weights" / "adapter_metadata.json").write_text(

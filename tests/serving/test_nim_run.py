@@ -94,19 +94,9 @@ def nim_server():
 
 
 def run(server, *options):
-    return main(
-        [
-            "nim",
-            "run",
-            "--image",
-            IMAGE,
-            "--cache",
-            "cache",
-            "--port",
-            str(server.server_address[1]),
-            *options,
-        ]
-    )
+    port = str(server.server_address[1])
+    words = ["nim", "run", "--image", IMAGE, "--cache", "cache", "--port", port]
+    return main([*words, *options])
 
 
 def nim(tmp_path=Path("/x"), **changes):
@@ -135,26 +125,18 @@ def test_it_starts_waits_and_says_what_is_served(fake, nim_server, capsys):
 
 
 def test_docker_gets_every_setting_and_the_key_by_its_name_only(fake, nim_server, tmp_path):
-    assert (
-        run(
-            nim_server,
-            "--refresh",
-            "30",
-            "--max-lora-rank",
-            "64",
-            "--gpus",
-            "device=0,1",
-            "--profile",
-            "p",
-        )
-        == 0
-    )
-    first = (fake / "calls").read_text().splitlines()[0]
+    options = "--refresh 30 --max-lora-rank 64 --gpus device=0,1 --profile p"
+    assert run(nim_server, *options.split()) == 0
     port = nim_server.server_address[1]
-    assert first == (
-        f'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB -u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY '  # noqa: E501
-        "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30 -e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 "  # noqa: E501
-        f"-e NIM_MAX_CPU_LORAS=16 -e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache -v {tmp_path}/runs/store:/opt/nim/loras:ro {IMAGE}"  # noqa: E501
+    assert (fake / "calls").read_text().splitlines()[0] == " ".join(
+        [
+            'run --detach --name workshop-nim --gpus "device=0,1" --shm-size 16GB',
+            f"-u {os.getuid()} -p 127.0.0.1:{port}:8000 -e NGC_API_KEY",
+            "-e NIM_PEFT_SOURCE=/opt/nim/loras -e NIM_PEFT_REFRESH_INTERVAL=30",
+            "-e NIM_MAX_LORA_RANK=64 -e NIM_MAX_GPU_LORAS=8 -e NIM_MAX_CPU_LORAS=16",
+            f"-e NIM_MODEL_PROFILE=p -v {tmp_path}/cache:/opt/nim/.cache",
+            f"-v {tmp_path}/runs/store:/opt/nim/loras:ro {IMAGE}",
+        ]
     )
     assert KEY not in (fake / "calls").read_text()
     assert f"NGC_API_KEY={KEY}" in (fake / "environment").read_text()
@@ -178,52 +160,26 @@ def test_the_printed_command_is_the_command_and_starts_nothing(fake, capsys, sto
     assert (fake / "calls").read_text().strip() == " ".join(expected[1:])
 
 
+DAEMON = "docker: Error response from daemon:"
+
+
 @pytest.mark.parametrize(
     ("stderr", "advice"),
     [
-        (
-            (
-                "docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is "
-                "the docker daemon running?"
-            ),
-            "systemctl start docker",
-        ),
-        (
-            (
-                "docker: permission denied while trying to connect to the Docker daemon socket at "
-                "unix:///var/run/docker.sock"
-            ),
-            "group docker",
-        ),
-        (
-            (
-                'docker: Error response from daemon: could not select device driver "" with '
-                "capabilities: [[gpu]]."
-            ),
-            "Container Toolkit",
-        ),
-        (
-            "docker: Error response from daemon: unauthorized: authentication required",
-            "docker login nvcr.io",
-        ),
-        (
-            (
-                "docker: Error response from daemon: manifest for nvcr.io/nim/x:9 not found: "
-                "manifest unknown"
-            ),
-            "no such image",
-        ),
-        (
-            (
-                "docker: Error response from daemon: Conflict. The container name "
-                '"/workshop-nim" is already in use by container "1"'
-            ),
-            "docker rm -f",
-        ),
+        ("docker: Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the "
+         "docker daemon running?", "systemctl start docker"),
+        ("docker: permission denied while trying to connect to the Docker daemon socket at "
+         "unix:///var/run/docker.sock", "group docker"),
+        (f'{DAEMON} could not select device driver "" with capabilities: [[gpu]].',
+         "Container Toolkit"),
+        (f"{DAEMON} unauthorized: authentication required", "docker login nvcr.io"),
+        (f"{DAEMON} manifest for nvcr.io/nim/x:9 not found: manifest unknown", "no such image"),
+        (f'{DAEMON} Conflict. The container name "/workshop-nim" is already in use by "1"',
+         "docker rm -f"),
         ("Bind for 127.0.0.1:8000 failed: port is already allocated.", "another --port"),
         ("something new", "something new"),
     ],
-)
+)  # fmt: skip
 def test_docker_s_refusal_is_explained(fake, nim_server, capsys, stderr, advice):
     (fake / "run.err").write_text(stderr + "\n")
     (fake / "run.status").write_text("125")
@@ -288,41 +244,20 @@ def test_all_that_is_missing_is_told_at_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("NGC_API_KEY", " ")
     monkeypatch.delenv("DOCKER_HOST", raising=False)
-    assert (
-        main(
-            [
-                "nim",
-                "run",
-                "--image",
-                IMAGE,
-                "--store",
-                str(tmp_path / "none"),
-                "--cache",
-                str(tmp_path / "cache"),
-            ]
-        )
-        == 1
-    )
+    cache = tmp_path / "cache"
+    places = ["--store", str(tmp_path / "none"), "--cache", str(cache)]
+    assert main(["nim", "run", "--image", IMAGE, *places]) == 1
     said = capsys.readouterr().err
-    for missing in (
-        "docker is not installed",
-        "no NVIDIA GPU",
-        "NGC_API_KEY is not set",
-        "workshop nim stage",
-    ):
+    for missing in ("docker is not installed", "no NVIDIA GPU", "NGC_API_KEY is not set", "stage"):
         assert missing in said
-    assert not (tmp_path / "cache").exists()
+    assert not cache.exists()
+
+
+DIGEST = f"@sha256:{'0' * 64}"
 
 
 @pytest.mark.parametrize(
-    "image",
-    [
-        IMAGE,
-        "a:1",
-        "localhost:5000/a/b:1.0",
-        f"a/b@sha256:{'0' * 64}",
-        f"a/b:latest@sha256:{'0' * 64}",
-    ],
+    "image", [IMAGE, "a:1", "localhost:5000/a/b:1.0", f"a/b{DIGEST}", f"a/b:latest{DIGEST}"]
 )
 def test_a_pinned_image_is_taken(image):
     assert docker.command(nim(image=image))[-1] == image
@@ -330,20 +265,9 @@ def test_a_pinned_image_is_taken(image):
 
 @pytest.mark.parametrize(
     "image",
-    [
-        "a",
-        "a/b",
-        "a:latest",
-        "localhost:5000/a",
-        "a@sha256:12",
-        "a:1 --privileged",
-        "",
-        "a:1@",
-        "--privileged",
-        "--privileged:1",
-        "$(x):1",
-    ],
-)
+    ["a", "a/b", "a:latest", "localhost:5000/a", "a@sha256:12", "a:1 --privileged", "", "a:1@",
+     "--privileged", "--privileged:1", "$(x):1"],
+)  # fmt: skip
 def test_an_image_that_is_not_pinned_is_refused(image):
     with pytest.raises(WorkshopError, match="--image"):
         nim(image=image)
@@ -351,19 +275,10 @@ def test_an_image_that_is_not_pinned_is_refused(image):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"name": "A_b"},
-        {"name": "-a"},
-        {"port": 0},
-        {"port": 65536},
-        {"shm_size": "lots"},
-        {"gpus": "two"},
-        {"refresh": 0},
-        {"max_lora_rank": -1},
-        {"max_gpu_loras": 20},
-        {"store": Path("a:b")},
-    ],
-)
+    [{"name": "A_b"}, {"name": "-a"}, {"name": "a\n"}, {"port": 0}, {"port": 65536},
+     {"shm_size": "lots"}, {"gpus": "two"}, {"gpus": "1\n"}, {"refresh": 0}, {"max_lora_rank": -1},
+     {"max_gpu_loras": 20}, {"store": Path("a:b")}],
+)  # fmt: skip
 def test_a_setting_that_docker_or_nim_would_refuse_is_named(change):
     with pytest.raises(WorkshopError, match=next(iter(change)).replace("_", "-")):
         nim(**change)
@@ -373,14 +288,13 @@ def test_a_setting_that_docker_or_nim_would_refuse_is_named(change):
     "odd", ["yes", "1e3", "a b", "x # y", "- z", "{a}", "'q' \"r\"", "ü", "null", "& *"]
 )
 def test_values_come_back_from_the_yaml(tmp_path, odd):
-    one = nim(tmp_path, profile=odd, store=tmp_path / odd)
-    service = yaml.safe_load(as_yaml(compose(one)))["services"]["nim"]
+    settings = nim(tmp_path, profile=odd, store=tmp_path / odd)
+    service = yaml.safe_load(as_yaml(compose(settings)))["services"]["nim"]
     assert f"NIM_MODEL_PROFILE={odd}" in service["environment"]
     assert service["volumes"][1]["source"] == str(tmp_path / odd)
-    pod = list(yaml.safe_load_all(as_yaml(*manifest(nim(tmp_path, gpus="1", profile=odd)))))[2][
-        "spec"
-    ]["template"]["spec"]
-    assert {"name": "NIM_MODEL_PROFILE", "value": odd} in pod["containers"][0]["env"]
+    objects = list(yaml.safe_load_all(as_yaml(*manifest(nim(tmp_path, gpus="1", profile=odd)))))
+    container = objects[2]["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "NIM_MODEL_PROFILE", "value": odd} in container["env"]
 
 
 def test_compose_says_what_docker_run_says(tmp_path, monkeypatch):
@@ -394,29 +308,22 @@ def test_compose_says_what_docker_run_says(tmp_path, monkeypatch):
     mounts = service["volumes"]
     assert mounts[0]["source"] == f"{tmp_path}/a$$b/cache"
     # The fields of the long form in the reference; that directory is never made as root's.
-    assert all(
-        mount.keys() <= {"type", "source", "target", "read_only", "bind"} for mount in mounts
-    )
-    assert [mount["bind"] for mount in mounts] == [{"create_host_path": False}] * 2
-    assert [(mount["target"], mount.get("read_only", False)) for mount in mounts] == [
-        ("/opt/nim/.cache", False),
-        ("/opt/nim/loras", True),
+    fields = {"type", "source", "target", "read_only", "bind"}
+    assert all(mount.keys() <= fields for mount in mounts)
+    assert [
+        (mount["target"], mount.get("read_only", False), mount["bind"]) for mount in mounts
+    ] == [
+        ("/opt/nim/.cache", False, {"create_host_path": False}),
+        ("/opt/nim/loras", True, {"create_host_path": False}),
     ]
     assert service["ports"] == ["127.0.0.1:8000:8000"]
-    assert service["deploy"]["resources"]["reservations"]["devices"] == [
-        {"driver": "nvidia", "capabilities": ["gpu"], "count": "all"}
-    ]
+    devices = service["deploy"]["resources"]["reservations"]["devices"]
+    assert devices == [{"driver": "nvidia", "capabilities": ["gpu"], "count": "all"}]
     words = docker.command(one)
     assert [word for word in words if word.startswith("NIM_")] == service["environment"][1:]
-    for field, option in (
-        ("image", -1),
-        ("container_name", "--name"),
-        ("user", "-u"),
-        ("shm_size", "--shm-size"),
-    ):
-        assert (
-            service[field] == words[option if isinstance(option, int) else words.index(option) + 1]
-        )
+    assert service["image"] == words[-1]
+    for name, option in (("container_name", "--name"), ("user", "-u"), ("shm_size", "--shm-size")):
+        assert service[name] == words[words.index(option) + 1]
 
 
 def test_the_compose_file_says_what_to_do_first(tmp_path, capsys, monkeypatch):
@@ -439,30 +346,18 @@ def test_the_manifest_says_how_to_make_secrets_and_fill_the_store(capsys):
     text = capsys.readouterr().out
     objects = list(yaml.safe_load_all(text))
     assert objects[3]["spec"]["ports"] == [{"name": "http", "port": 9000, "targetPort": "http"}]
-    lines = [
-        shlex.split(line.removeprefix("#"))
-        for line in text.splitlines()
-        if line.startswith("#   kubectl")
-    ]
+    comments = [line for line in text.splitlines() if line.startswith("#   kubectl")]
+    lines = [shlex.split(line.removeprefix("#")) for line in comments]
     pod = objects[2]["spec"]["template"]["spec"]
-    made = {words[4]: words for words in lines if words[1:3] == ["create", "secret"]}
-    assert made.keys() == {
-        pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"],
-        pod["imagePullSecrets"][0]["name"],
-    }
-    assert "--docker-username=$oauthtoken" in made["ngc-registry"]
-    copier = json.loads(
-        next(
-            word.partition("=")[2]
-            for words in lines
-            for word in words
-            if word.startswith("--overrides")
-        )
-    )
+    secrets = {words[4]: words for words in lines if words[1:3] == ["create", "secret"]}
+    key = pod["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]["name"]
+    assert secrets.keys() == {key, pod["imagePullSecrets"][0]["name"]}
+    assert "--docker-username=$oauthtoken" in secrets["ngc-registry"]
+    overrides = [word for words in lines for word in words if word.startswith("--overrides")]
+    copier = json.loads(overrides[0].partition("=")[2])
     check(copier | {"kind": "Pod", "metadata": {"name": "one-fill"}})
-    assert copier["spec"]["volumes"] == [
-        volume for volume in pod["volumes"] if volume["name"] == "store"
-    ]
+    stores = [volume for volume in pod["volumes"] if volume["name"] == "store"]
+    assert copier["spec"]["volumes"] == stores
     assert copier["spec"]["securityContext"] == pod["securityContext"]
 
 
@@ -475,33 +370,19 @@ def test_a_manifest_has_claims_and_no_directories(option, capsys):
 
 def test_the_manifest_refers_to_secrets_and_probes_and_asks_for_a_gpu(tmp_path):
     cache, store, deployment, service = manifest(nim(tmp_path, gpus="2"), "50Gi", "1Gi")
-    pod = deployment["spec"]["template"]["spec"]
+    template = deployment["spec"]["template"]
+    pod = template["spec"]
     (container,) = pod["containers"]
-    assert container["env"][0]["valueFrom"] == {
-        "secretKeyRef": {"name": "ngc-api", "key": "NGC_API_KEY"}
-    }
+    secret = {"secretKeyRef": {"name": "ngc-api", "key": "NGC_API_KEY"}}
+    assert container["env"][0]["valueFrom"] == secret
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "2"}
-    assert {
-        probe: container[probe]["httpGet"]["path"]
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe")
-    } == {
-        "startupProbe": "/v1/health/ready",
-        "readinessProbe": "/v1/health/ready",
-        "livenessProbe": "/v1/health/live",
-    }
-    claims = {
-        volume["persistentVolumeClaim"]["claimName"]
-        for volume in pod["volumes"]
-        if "persistentVolumeClaim" in volume
-    }
+    for probe, state in (("startup", "ready"), ("readiness", "ready"), ("liveness", "live")):
+        assert container[f"{probe}Probe"]["httpGet"]["path"] == f"/v1/health/{state}"
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    claims = {volumes[name]["persistentVolumeClaim"]["claimName"] for name in ("cache", "store")}
     assert claims == {cache["metadata"]["name"], store["metadata"]["name"]}
-    assert (
-        service["spec"]["selector"].items()
-        <= deployment["spec"]["template"]["metadata"]["labels"].items()
-    )
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["volumes"]
-    }
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
 
 
 def test_the_check_of_the_manifest_can_fail(tmp_path):
@@ -517,13 +398,10 @@ def test_the_check_of_the_manifest_can_fail(tmp_path):
 
 
 def test_files_are_written(tmp_path, capsys):
-    assert main(["nim", "kubernetes", "--image", IMAGE, "--out", str(tmp_path / "k.yaml")]) == 0
-    assert [one["kind"] for one in yaml.safe_load_all((tmp_path / "k.yaml").read_text())] == [
-        "PersistentVolumeClaim",
-        "PersistentVolumeClaim",
-        "Deployment",
-        "Service",
-    ]
+    file = tmp_path / "k.yaml"
+    assert main(["nim", "kubernetes", "--image", IMAGE, "--out", str(file)]) == 0
+    kinds = [each["kind"] for each in yaml.safe_load_all(file.read_text())]
+    assert kinds == ["PersistentVolumeClaim"] * 2 + ["Deployment", "Service"]
     capsys.readouterr()
     assert main(["nim", "compose", "--image", IMAGE]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["services"]["nim"]["image"] == IMAGE

@@ -2,11 +2,21 @@
 refused with the way out."""
 
 import os
+import shutil
 
 import pytest
 import torch
 import yaml
-from export_samples import ALL, GQA, config_of, saved, tensors_of, write_adapter, write_tar
+from export_samples import (
+    ALL,
+    GQA,
+    config_of,
+    saved,
+    tensors_of,
+    tiny_llama,
+    write_adapter,
+    write_tar,
+)
 
 from workshop_utils.adapters.export import export
 from workshop_utils.cli import main
@@ -109,24 +119,9 @@ def test_what_was_not_staged_there_is_never_replaced(forms, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "",
-        ".",
-        "..",
-        ".hidden",
-        "../up",
-        "a/b",
-        "a\\b",
-        "/root",
-        "a b",
-        "a\n",
-        "-rf",
-        "ü",
-        "x" * 129,
-        "a:b",
-        "a?",
-    ],
-)
+    ["", ".", "..", ".hidden", "../up", "a/b", "a\\b", "/root", "a b", "a\n", "-rf", "ü", "x" * 129,
+     "a:b", "a?"],
+)  # fmt: skip
 def test_a_name_is_a_directory_and_a_word_in_a_url(forms, tmp_path, name):
     with pytest.raises(WorkshopError, match="cannot be a model's id"):
         stage(forms["peft"], name, tmp_path / "store")
@@ -134,13 +129,22 @@ def test_a_name_is_a_directory_and_a_word_in_a_url(forms, tmp_path, name):
 
 
 def test_what_nemo_wrote_is_refused_with_the_command_that_converts_it(forms, tmp_path):
-    with pytest.raises(
-        ConformanceFailed, match=r"workshop export \S+tickets.nemo --to nemo --reader trtllm"
-    ):
+    convert = r"workshop export \S+tickets.nemo --to nemo --reader trtllm"
+    with pytest.raises(ConformanceFailed, match=convert):
         stage(forms["raw"], "a", tmp_path)
     with pytest.raises(ConformanceFailed, match=r"this is a \.nemo\n.*--to hf-peft"):
         stage(forms["nemo"], "a", tmp_path, reader="nim2")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_download_of_links_is_staged_as_files(forms, tmp_path):
+    """As the Hub's cache keeps them: names that are links to blobs."""
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in forms["peft"].iterdir():
+        (snapshot / file.name).symlink_to(file)
+    staged = stage(snapshot, "a", tmp_path / "store", reader="nim2")
+    assert not any(file.is_symlink() for file in staged.path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed")
@@ -148,19 +152,11 @@ def test_a_nemo_2_adapter_is_refused_with_the_command_that_converts_it(tmp_path)
     from torch.distributed import checkpoint
 
     weights = tmp_path / "adapter" / "weights"
-    checkpoint.save(
-        {
-            "module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight": torch.ones(
-                2, 4, 32
-            )
-        },
-        checkpoint_id=weights,
-        no_dist=True,
-    )
+    name = "module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight"
+    checkpoint.save({name: torch.ones(2, 4, 32)}, checkpoint_id=weights, no_dist=True)
     (weights / "adapter_metadata.json").write_text("{}")
-    with pytest.raises(
-        ConformanceFailed, match=r"no server reads\n.*workshop export \S+adapter --to hf-peft"
-    ):
+    convert = r"no server reads\n.*workshop export \S+adapter --to hf-peft"
+    with pytest.raises(ConformanceFailed, match=convert):
         stage(tmp_path / "adapter", "a", tmp_path / "store")
 
 
@@ -176,10 +172,7 @@ def test_the_parts_of_several_ranks_are_refused(tmp_path):
 
 
 def test_half_of_a_file_is_refused(forms, tmp_path):
-    half = tmp_path / "half"
-    half.mkdir()
-    for file in forms["peft"].iterdir():
-        (half / file.name).write_bytes(file.read_bytes())
+    half = shutil.copytree(forms["peft"], tmp_path / "half")
     weights = half / "adapter_model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     with pytest.raises(DamagedCheckpoint):
@@ -219,55 +212,38 @@ def test_without_a_base_the_store_s_adapters_are_compared(forms, tmp_path):
     assert (again.warnings, again.notes) == ((), ())
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.nemo").write_text("no archive")
-    elsewhere = export(
-        forms["raw"], "hf-peft", tmp_path.parent / "elsewhere", base_model="org/other-llama"
-    )
-    found = stage(elsewhere, "c", tmp_path)
-    assert found.notes == ()
-    (warning,) = found.warnings
-    assert all(
-        word in warning for word in ("other-llama", "a in this store on tiny-llama", "one base")
-    )
+    place = tmp_path.parent / "elsewhere"
+    elsewhere = export(forms["raw"], "hf-peft", place, base_model="org/other-llama")
+    staged = stage(elsewhere, "c", tmp_path)
+    assert staged.notes == ()
+    (warning,) = staged.warnings
+    for words in ("other-llama", "a in this store on tiny-llama", "one base"):
+        assert words in warning
 
 
 @pytest.mark.parametrize("form", ["peft", "nemo"])
 def test_another_dtype_than_the_base_s_is_warned_about(forms, tmp_path, form):
-    from export_samples import tiny_llama
-
     model = tiny_llama(GQA)
+    warnings = {}
     for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype).save_pretrained(tmp_path / str(dtype) / "tiny-llama")
-    assert (
-        stage(
-            forms[form], "a", tmp_path / "store", base=tmp_path / "torch.float32" / "tiny-llama"
-        ).warnings
-        == ()
-    )
-    (warning,) = stage(
-        forms[form], "a", tmp_path / "store", base=tmp_path / "torch.bfloat16" / "tiny-llama"
-    ).warnings
+        base = tmp_path / str(dtype) / "tiny-llama"
+        model.to(dtype).save_pretrained(base)
+        warnings[dtype] = stage(forms[form], "a", tmp_path / "store", base=base).warnings
+    assert warnings[torch.float32] == ()
+    (warning,) = warnings[torch.bfloat16]
     assert "its weights are float32" in warning and "--dtype bfloat16" in warning
 
 
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", 64), ("num_hidden_layers", 1)])
-def test_a_base_of_other_sizes_is_refused(forms, tmp_path, field, value):
-    from export_samples import tiny_llama
-
-    model = tiny_llama(GQA)
-    model.save_pretrained(tmp_path / "tiny-llama")
-    assert (
-        stage(forms["peft"], "a", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
-    )
-    assert (
-        stage(forms["nemo"], "b", tmp_path / "store", base=tmp_path / "tiny-llama").warnings == ()
-    )
+@pytest.mark.parametrize("form", ["peft", "nemo"])
+def test_a_base_of_other_sizes_is_refused(forms, tmp_path, form, field, value):
+    model, base = tiny_llama(GQA), tmp_path / "tiny-llama"
+    model.save_pretrained(base)
+    assert stage(forms[form], "a", tmp_path / "store", base=base).warnings == ()
     setattr(model.config, field, value)
-    type(model)(model.config).save_pretrained(tmp_path / "tiny-llama")
-    for form in ("peft", "nemo"):
-        with pytest.raises(
-            UnsupportedAdapter, match="Serve it on the model that it was trained on"
-        ):
-            stage(forms[form], "c", tmp_path / "store", base=tmp_path / "tiny-llama")
+    type(model)(model.config).save_pretrained(base)
+    with pytest.raises(UnsupportedAdapter, match="Serve it on the model that it was trained on"):
+        stage(forms[form], "c", tmp_path / "store", base=base)
 
 
 def test_the_command_says_what_it_did(forms, tmp_path, capsys):

@@ -54,10 +54,7 @@ def test_new_replaced_removed(store):
     write_peft(store.directory / "a", 1)
     write_nemo(store.directory / "b")
     store.refresh()
-    assert store.said == ["adapter a: served", "adapter b: served"] or store.said == [
-        "adapter b: served",
-        "adapter a: served",
-    ]
+    assert sorted(store.said) == ["adapter a: served", "adapter b: served"]
     first = store.served["a"]
     store.refresh()
     assert len(store.said) == 2  # nothing has changed
@@ -101,8 +98,8 @@ def test_what_changes_while_it_is_read_is_not_kept(store, monkeypatch):
     write_peft(store.directory / "a", 1)
     real = adapters.read
 
-    def read_and_changed(directory, trust):
-        found = real(directory, trust)
+    def read_and_changed(directory, *options):
+        found = real(directory, *options)
         (directory / "adapter_config.json").touch()
         return found
 
@@ -135,13 +132,8 @@ def test_names(store):
     assert store.served == {}
     assert len(store.said) == len(names) - 1  # nothing of what is hidden: it is being written
     assert "adapter tiny: NOT served. it has the base's name, give it another one." in store.said
-    assert (
-        sum(
-            "NOT served. its directory's name cannot be a model's id, rename it: up to 128" in line
-            for line in store.said
-        )
-        == 4
-    )
+    words = "NOT served. its directory's name cannot be a model's id, rename it: up to 128"
+    assert sum(words in line for line in store.said) == 4
     assert "\x1b" not in "".join(store.said)
 
 
@@ -186,17 +178,18 @@ def test_links(store, tmp_path):
 
 
 def test_nothing_and_too_much(tmp_path):
-    (tmp_path / "a").mkdir()
-    with pytest.raises(NotACheckpoint, match="it holds neither"):
-        read(tmp_path / "a")
-    write_nemo(tmp_path / "a")
-    shutil.copy(tmp_path / "a" / "lora.nemo", tmp_path / "a" / "second.nemo")
-    with pytest.raises(NotACheckpoint, match="lora.nemo, second.nemo"):
-        read(tmp_path / "a")
-    (tmp_path / "a" / "second.nemo").unlink()
-    write_peft(tmp_path / "a", 1)
-    with pytest.raises(NotACheckpoint, match="lora.nemo, adapter_config.json"):
-        read(tmp_path / "a")
+    directory = tmp_path / "a"
+    directory.mkdir()
+    with pytest.raises(NotACheckpoint, match="is empty"):
+        read(directory)
+    write_nemo(directory)
+    shutil.copy(directory / "lora.nemo", directory / "second.nemo")
+    with pytest.raises(UnsupportedAdapter, match="lora.nemo, second.nemo"):
+        read(directory)
+    (directory / "second.nemo").unlink()
+    write_peft(directory, 1)
+    with pytest.raises(UnsupportedAdapter, match="it holds adapter_config.json, lora.nemo"):
+        read(directory)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +217,7 @@ def test_dora_cannot_share_a_batch(tmp_path):
         if "lora_B" in key
     }
     save_file(state | lengths, weights, metadata={"format": "pt"})
-    with pytest.raises(UnsupportedAdapter, match="use_dora.*Merge it"):
+    with pytest.raises(UnsupportedAdapter, match="use_dora.*merge it"):
         read(directory)
 
 
@@ -271,24 +264,19 @@ def test_no_configuration_changes_the_base_or_ends_the_engine(tmp_path, config):
     made.thread.result()
 
 
-def test_hostile_and_broken(tmp_path):
-    write_peft(tmp_path / "a", 1)
+def test_hostile_and_broken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        write_peft(tmp_path / name, 1)
     (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "a" / "other.safetensors")
-    with pytest.raises(CheckpointError):
-        read(tmp_path / "a")
-    write_peft(tmp_path / "b", 1)
     (tmp_path / "b" / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError):
-        read(tmp_path / "b")
     nemo = write_nemo(tmp_path / "c") / "lora.nemo"
     os.truncate(nemo, nemo.stat().st_size // 2)
-    with pytest.raises(CheckpointError):
-        read(tmp_path / "c")
-    export_samples.write_adapter(
-        tmp_path / "d" / "x.nemo", export_samples.config_of(SHAPE), {"x": Evil()}
-    )
-    with pytest.raises(CheckpointError):
-        read(tmp_path / "d")
+    config = export_samples.config_of(SHAPE)
+    export_samples.write_adapter(tmp_path / "d" / "x.nemo", config, {"x": Evil()})
+    for name in "abcd":
+        with pytest.raises(CheckpointError):
+            read(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -305,29 +293,20 @@ def test_row_order_and_scale_are_those_the_nemo_states(tmp_path, order):
     fused q, k, v."""
     from workshop_utils.adapters.export import export
 
-    base, source = (
-        write_base(tmp_path / "tiny"),
-        write_nemo(tmp_path / "a", targets=("attention_qkv",)) / "lora.nemo",
-    )
-    made = export(
-        source, "nemo", tmp_path / "b" / "x.nemo", reader="trtllm" if order == "qkv" else "nemo"
-    )
+    base = write_base(tmp_path / "tiny")
+    source = write_nemo(tmp_path / "a", targets=("attention_qkv",)) / "lora.nemo"
+    reader = "trtllm" if order == "qkv" else "nemo"
+    made = export(source, "nemo", tmp_path / "b" / "x.nemo", reader=reader)
     config, tensors = read(made.parent)
-    model = export_samples.add_like_nemo(
-        load(base)[0], SHAPE, export_samples.tensors_of(SHAPE, ("attention_qkv",)), 0
-    )
-    wanted = {
-        key: value * 1.07
-        for key, value in export_samples.tensors_of(SHAPE, ("attention_qkv",)).items()
-    }
-    model = export_samples.add_like_nemo(model, SHAPE, wanted, 2)
+    state = export_samples.tensors_of(SHAPE, ("attention_qkv",))
+    state = {key: value * 1.07 for key, value in state.items()}
+    model = export_samples.add_like_nemo(load(base)[0], SHAPE, state, 2)
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     plain, tokenizer = load(base)
     plain = get_peft_model(plain, LoraConfig(**config)).eval()
-    assert not [
-        key for key in set_peft_model_state_dict(plain, tensors).missing_keys if "lora" in key
-    ]
+    missing = set_peft_model_state_dict(plain, tensors).missing_keys
+    assert not [key for key in missing if "lora" in key]
     ask = [[{"role": "user", "content": "Hello"}]]
     assert generate(plain, tokenizer, ask, 20, progress=False) == generate(
         model, tokenizer, ask, 20, progress=False

@@ -42,40 +42,30 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    parser.add_argument(
+    option = parser.add_argument
+    option(
         "adapter",
         metavar="ADAPTER",
         help="a .nemo, .ckpt, NeMo 2.0 or PEFT directory, or the run directory of a script-path "
         "training",
     )
-    parser.add_argument(
-        "--to",
-        required=True,
-        choices=("nemo", "hf-peft", "hf-merged", "nemo2-merged"),
-        help="the form to export to",
-    )
-    parser.add_argument(
-        "--reader",
-        default="trtllm",
-        choices=("trtllm", "nemo"),
-        help="whose .nemo (default: trtllm)",
-    )
-    parser.add_argument(
+    forms = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
+    option("--to", required=True, choices=forms, help="the form to export to")
+    readers = ("trtllm", "nemo")
+    option("--reader", default="trtllm", choices=readers, help="whose .nemo (default: trtllm)")
+    option(
         "--out",
         metavar="PATH",
         help="the .nemo or the directory to write (default: in runs/exports/)",
     )
-    parser.add_argument(
+    option(
         "--base",
         metavar="ID|DIR",
         help="id of the base model to record (default: the one in the adapter), or its directory",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="dtype to write (default: as it is)",
-    )
-    parser.add_argument(
+    dtypes = ("float32", "bfloat16", "float16")
+    option("--dtype", choices=dtypes, help="dtype to write (default: as it is)")
+    option(
         "--name",
         help="name of the adapter; a server shows it as the model's id (default: the file's)",
     )
@@ -84,7 +74,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--check",
         default=True,
         action=argparse.BooleanOptionalAction,
-        help="judge the export before it gets its name",
+        help="check the export before it gets its name",
     )
     options.add_trust(parser, "the adapter")
     parser.set_defaults(run=run)
@@ -94,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Export and print what was made: files and sizes, row order, reader."""
     from workshop_utils.adapters.export import export_adapter
 
-    made = export_adapter(
+    export = export_adapter(
         args.adapter,
         args.to,
         args.out,
@@ -106,25 +96,21 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         check=args.check,
     )
-    record = made.record
-    if made.reused:
-        print("This adapter was already exported here; the export is sound and was reused.")
-    for rule in made.rules:
-        print(f"✓ OK    {terminal.one_line(rule)}")
-    for note in made.notes:
-        print(f"note: {terminal.one_line(note)}")
-    for file in made.files:
-        print(f"{shown(file)}  {file.stat().st_size:,} bytes")
-    print(f"reader      {record.reader}")
-    print(f"row order   {record.qkv_order}")
-    print(f"base        {record.base}")
-    print(
-        f"rank        {record.rank}, alpha "
-        f"{record.trained_alpha:g}{' (baked in)' if record.alpha_baked_in else ''}"
-    )
-    print(
-        f"checks      {len(made.rules)} rules kept"
-        if args.check
-        else "checks      none, as you asked (--no-check)"
-    )
+    record = export.record
+    lines = [f"✓ OK    {rule}" for rule in export.rules]
+    if export.reused:
+        reused = "This adapter was already exported here; the export is sound and was reused."
+        lines.insert(0, reused)
+    lines += [f"note: {note}" for note in export.notes]
+    lines += [f"{shown(file)}  {file.stat().st_size:,} bytes" for file in export.files]
+    baked = " (baked in)" if record.alpha_baked_in else ""
+    kept = f"{len(export.rules)} rules kept" if args.check else "none, as you asked (--no-check)"
+    lines += [
+        f"reader      {record.reader}",
+        f"row order   {record.qkv_order}",
+        f"base        {record.base}",
+        f"rank        {record.rank}, alpha {record.trained_alpha:g}{baked}",
+        f"checks      {kept}",
+    ]
+    print("\n".join(map(terminal.one_line, lines)))
     return 0

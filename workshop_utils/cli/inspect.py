@@ -153,7 +153,7 @@ def lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
 def reader_lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
     """What can load it, as it is and after a command, and what cannot; readers with the same answer
     share a line."""
-    from workshop_utils.checkpoints.verify.loads_in import loads_in
+    from workshop_utils.adapters.loads_in import loads_in
 
     shared: dict[tuple[str, str], list[str]] = {}
     for reader in loads_in(checkpoint):
@@ -170,7 +170,7 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
     """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
-    from workshop_utils.checkpoints.verify.loads_in import loads_in
+    from workshop_utils.adapters.loads_in import loads_in
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     plain = dataclasses.asdict(checkpoint)

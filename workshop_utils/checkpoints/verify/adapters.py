@@ -1,20 +1,25 @@
 """Rules for LoRA adapters: both halves, one rank, every layer, shapes that fit the base. Names and
 shapes only, no values."""
 
-import itertools
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from workshop_utils.checkpoints.formats.architecture import section, size
 from workshop_utils.checkpoints.formats.findings import Code
-from workshop_utils.checkpoints.formats.lora_layout import of_pattern, read_layout
+from workshop_utils.checkpoints.formats.lora_layout import (
+    PEFT_PREFIX,
+    Place,
+    Shape,
+    faults,
+    parse,
+    peft_faults,
+    read_layout,
+)
 from workshop_utils.checkpoints.formats.megatron_layout import layout, stacked_name
 from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.checkpoints.verify import layers as names
-from workshop_utils.checkpoints.verify.places import some
 from workshop_utils.checkpoints.verify.report import Report
 from workshop_utils.checkpoints.verify.shapes import sane_layers
 from workshop_utils.core.errors import CheckpointError, UnsupportedAdapter
@@ -22,68 +27,6 @@ from workshop_utils.core.paths import shown
 
 OTHER_SCHEMES = ("adapter", "ia3", "ptuning")
 """What else than LoRA NeMo 1 trains beside a frozen base."""
-
-_NEMO2 = re.compile(
-    r"(?:module|model)\.(.+)\.adapter(?:\.(adapter_\w+))?\.(linear_in|linear_out)\.weight"
-)
-_PEFT = re.compile(r"(.+?)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-_MOST_PLACES = 1_000_000
-
-Place = tuple[int, str]
-"""Layer (-1: outside of the layers, or all of them stacked) and module."""
-Shape = tuple[int | None, ...]
-"""None for a size that is not known."""
-
-
-def faults(
-    places: Mapping[Place, Mapping[str, Any]],
-    layers: Collection[int],
-    shapes: Callable[[int, str], tuple[Shape, Shape]],
-    name: Callable[[int, str, str], str],
-    stated: str,
-) -> Iterator[tuple[Code, str, str]]:
-    """What is wrong with an adapter, and the tensor each time: every place has both halves, of one
-    rank and in the ``shapes`` of (A, B) that ``stated`` asks for, and each of ``layers``, and no
-    other, has every module.
-
-    ``places`` maps to the halves, A ``[..., r, in]`` and B ``[..., out, r]``: anything with a
-    ``shape``. ``name`` is the name of a half.
-    """
-    modules = {module for layer, module in places if layer >= 0}
-    if len(layers) * len(modules) > _MOST_PLACES:
-        text = f"{len(layers):,} layers and {len(modules):,} modules are no adapter"
-        yield Code.LAYERS, text, ""
-        return
-    for (layer, module), halves in sorted(places.items()):
-        title = module.rpartition("*.")[2]
-        spot = f"layer {layer}, {title}" if layer >= 0 else title
-        axes = shapes(layer, module)
-        for half, shape in zip("AB", axes, strict=True):
-            tensor = name(layer, module, half)
-            end = ".".join(tensor.split(".")[-2:])
-            if half not in halves:
-                yield Code.HALF, f"{spot} has no {end}: {tensor} is missing", tensor
-                continue
-            have = tuple(halves[half].shape)
-            # A convolution, which only PEFT adapts, has two more.
-            more = len(have) - len(shape)
-            fit = all(want in (None, its) for want, its in zip(shape, have, strict=False))
-            if not fit or more < 0 or (more and None not in shape):
-                asked = ", ".join("*" if want is None else str(want) for want in shape)
-                text = f"{spot} {end} is {[*have]}, but {stated} asks for [{asked}]"
-                yield Code.SHAPE, text, tensor
-        a, b = (tuple(halves[half].shape) if half in halves else () for half in "AB")
-        at = len(axes[0]) - 2
-        if a and b and axes[0][at] is None and a[at : at + 1] != b[at + 1 : at + 2]:
-            text = f"{spot}: A is {[*a]} and B is {[*b]}, of another rank"
-            yield Code.RANK, text, name(layer, module, "B")
-        if layer >= 0 and layer not in layers:
-            text = f"a tensor for layer {layer}, but {stated} has {len(layers)} layers"
-            yield Code.LAYERS, text, name(layer, module, "A")
-    for layer, module in itertools.product(sorted(layers), sorted(modules)):
-        if (layer, module) not in places:
-            text = f"layer {layer} has no adapter for {module.rpartition('*.')[2]}"
-            yield Code.MISSING_TENSOR, text, name(layer, module, "A")
 
 
 def check_nemo1(report: Report, config: dict[str, Any], tensors: Iterable[Tensor]) -> None:
@@ -117,13 +60,13 @@ def check_nemo2(
     places: dict[Place, dict[str, Tensor]] = {}
     bases: dict[str, str] = {}
     for tensor in tensors:
-        if match := _NEMO2.fullmatch(tensor.name):
-            base, place = stacked_name(f"{match[1]}.weight")
-            module = ".".join(filter(None, (base.removesuffix(".weight"), match[2])))
+        key = parse(tensor.name)
+        if key and key.style == "nemo2" and key.half != "magnitude":
+            base, place = stacked_name(f"{key.stem.partition('.')[2]}.weight")
+            module = ".".join(filter(None, (base.removesuffix(".weight"), key.part)))
             # A part of a fused layer: what it adapts is not in the layout.
-            bases[module] = "" if match[2] else base
-            half = "A" if match[3] == "linear_in" else "B"
-            places.setdefault((place[0] if place else -1, module), {})[half] = tensor
+            bases[module] = "" if key.part else base
+            places.setdefault((place[0] if place else -1, module), {})[key.half] = tensor
         elif ".adapter." not in tensor.name:
             text = "belongs to no adapter, but adapter_metadata.json says this is one."
             report.tensor(tensor.name, text, Code.FOREIGN_TENSOR)
@@ -156,7 +99,7 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
     """A PEFT adapter against its ``adapter_config.json``. Tensors that are no LoRA matrices
     (``modules_to_save``) are left alone."""
     where, stated = report.where, "adapter_config.json"
-    kind, targets = config.get("peft_type"), config.get("target_modules")
+    kind = config.get("peft_type")
     if config.get("megatron_core") not in (None, "megatron.core"):
         text = (
             f"{where}: {stated} names the module {config['megatron_core']!r} as megatron_core, "
@@ -167,53 +110,13 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
         what = f"peft_type is {kind!r}; the rules of LORA are known here"
         report.unknown(f"whether the tensors fit {stated}: {what}", Code.SCHEME)
         return
-    places: dict[Place, dict[str, Tensor]] = {}
-    modules: dict[str, Tensor] = {}
-    for tensor in tensors:
-        if match := _PEFT.fullmatch(tensor.name):
-            layer = names.number(f"{match[1]}.")
-            place = (-1 if layer is None else layer, names.family(f"{match[1]}.")[:-1])
-            places.setdefault(place, {})[match[2]] = tensor
-            modules.setdefault(match[1], tensor)
-        if not tensor.name.startswith("base_model.model."):
+    for tensor in (tensors := list(tensors)):
+        if not tensor.name.startswith(PEFT_PREFIX):
             text = "does not begin with base_model.model. PEFT would leave this part out."
             source = "peft/utils/save_and_load.py"
             report.tensor(tensor.name, text, Code.PREFIX, source=source)
-    if isinstance(targets, list):
-        named = {str(target) for target in targets}
-
-        def fits(module: str, name: str) -> bool:
-            return module == name or module.endswith(f".{name}")
-
-        unused = sorted(name for name in named if not any(fits(module, name) for module in modules))
-        if unused:
-            text = f"{where}: {stated} names the module {some(unused)}, which has no tensors."
-            report.damaged(text, code=Code.TARGETS, source=stated)
-        for module, tensor in modules.items():
-            if not any(fits(module, name) for name in named):
-                text = f"is for a module that {stated} does not name in target_modules."
-                report.tensor(tensor.name, text, Code.TARGETS, source=stated)
-    there = {layer for layer, _ in places if layer >= 0}
-    every: Collection[int] | None = None
-    if (picked := config.get("layers_to_transform")) not in (None, []):
-        picks = picked if isinstance(picked, list) else [picked]
-        every = {layer for layer in picks if type(layer) is int}
-        if there != every:
-            text = (
-                f"{where}: {stated} has layers_to_transform = {str(picked)[:60]}, but the tensors "
-                f"are for the layers {some(sorted(map(str, there)))}."
-            )
-            report.damaged(text, code=Code.LAYERS, source=stated)
-            every = there
-
-    def shapes(layer: int, module: str) -> tuple[Shape, Shape]:
-        halves = places[layer, module]
-        rank = _peft_rank(module.replace(".*.", f".{layer}."), config)
-        if any("lora_embedding" in tensor.name for tensor in halves.values()):
-            rank = None
-        return (rank, None), (None, rank)
-
-    _report(report, places, every, shapes, f"{stated} (r = {config.get('r')})")
+    for code, text, name in peft_faults(config, tensors):
+        report.damaged(f"{where}: {text}.", name or None, code)
     report.checked.append(
         f"every module has both halves, of the rank of {stated}, and target_modules names just "
         "these modules"
@@ -256,11 +159,3 @@ def base_note(report: Report, base: str | None) -> None:
     if base is not None and not os.path.exists(base):
         text = f"the base model is recorded as {base}, which is not here."
         report.note(text, Code.BASE)
-
-
-def _peft_rank(module: str, config: Mapping[str, Any]) -> int | None:
-    try:
-        rank = of_pattern(config, "rank_pattern", module, size(config, "r"))
-    except UnsupportedAdapter:
-        return None
-    return rank if type(rank) is int else None

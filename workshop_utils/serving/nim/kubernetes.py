@@ -15,10 +15,9 @@ from workshop_utils.serving.nim.compose import as_comments
 from workshop_utils.serving.nim.docker import CACHE, KEY, PORT, STORE, Nim
 
 SECRET, PULL_SECRET = "ngc-api", "ngc-registry"
-_USER = 1000
-"""The user and the group of the pods, as in NIM's Helm chart; the volumes are writable for them."""
+# As in NIM's Helm chart; the volumes are writable for this user and group.
+_SECURITY = {"fsGroup": 1000, "runAsUser": 1000, "runAsNonRoot": True}
 _COPIER = "busybox:1.37.0"
-_QUANTITY = re.compile(r"[1-9]\d*(Ki|Mi|Gi|Ti|K|M|G|T)")
 
 
 def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> list[dict[str, Any]]:
@@ -32,7 +31,7 @@ def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> l
         WorkshopError: a size is no quantity, or ``nim.gpus`` is no number.
     """
     for option, size in (("--cache-size", cache_size), ("--store-size", store_size)):
-        if not _QUANTITY.fullmatch(size):
+        if not re.fullmatch(r"[1-9]\d*(Ki|Mi|Gi|Ti|K|M|G|T)", size):
             raise WorkshopError(
                 f"{option} is {size!r}, which is no quantity of Kubernetes: give one such as 100Gi."
             )
@@ -67,8 +66,8 @@ def manifest(nim: Nim, cache_size: str = "100Gi", store_size: str = "10Gi") -> l
             },
         },
     ]
-    for one in objects:
-        check(one)
+    for each in objects:
+        check(each)
     return objects
 
 
@@ -115,22 +114,19 @@ def _claim(name: str, label: dict[str, str], size: str) -> dict[str, Any]:
 
 def _copier(nim: Nim) -> dict[str, Any]:
     """A pod that keeps the claim of the adapters open for ``kubectl cp``."""
-    mount = {"name": "store", "mountPath": "/store"}
-    return {
-        "securityContext": {"fsGroup": _USER, "runAsUser": _USER, "runAsNonRoot": True},
-        "containers": [
-            {
-                "name": "fill",
-                "image": _COPIER,
-                "command": ["sleep", "3600"],
-                "volumeMounts": [mount],
-            }
-        ],
-        "volumes": [{"name": "store", "persistentVolumeClaim": {"claimName": f"{nim.name}-store"}}],
+    container = {
+        "name": "fill",
+        "image": _COPIER,
+        "command": ["sleep", "3600"],
+        "volumeMounts": [{"name": "store", "mountPath": "/store"}],
     }
+    volumes = [_claimed(nim, "store")]
+    return {"securityContext": _SECURITY, "containers": [container], "volumes": volumes}
 
 
 def _pod(nim: Nim) -> dict[str, Any]:
+    # Docker's 16GB, which is binary, as Kubernetes writes it.
+    shared_memory = re.sub(r"([KMG])B?$", r"\1i", nim.shm_size)
     key = {"name": KEY, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": KEY}}}
     ready, live = (
         {"httpGet": {"path": f"/v1/health/{state}", "port": "http"}} for state in ("ready", "live")
@@ -153,19 +149,15 @@ def _pod(nim: Nim) -> dict[str, Any]:
     }
     return {
         "imagePullSecrets": [{"name": PULL_SECRET}],
-        "securityContext": {"fsGroup": _USER, "runAsUser": _USER, "runAsNonRoot": True},
+        "securityContext": _SECURITY,
         "containers": [container],
         "volumes": [
-            {"name": "cache", "persistentVolumeClaim": {"claimName": f"{nim.name}-cache"}},
-            {"name": "store", "persistentVolumeClaim": {"claimName": f"{nim.name}-store"}},
-            {
-                "name": "shared-memory",
-                "emptyDir": {"medium": "Memory", "sizeLimit": _shared_memory(nim.shm_size)},
-            },
+            _claimed(nim, "cache"),
+            _claimed(nim, "store"),
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory}},
         ],
     }
 
 
-def _shared_memory(size: str) -> str:
-    """Docker's ``16GB``, which is binary, as Kubernetes writes it."""
-    return re.sub(r"([KMG])B?$", r"\1i", size)
+def _claimed(nim: Nim, name: str) -> dict[str, Any]:
+    return {"name": name, "persistentVolumeClaim": {"claimName": f"{nim.name}-{name}"}}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workshop_utils.adapters.export import ELSEWHERE, export_adapter
+from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Kind, dtypes
@@ -152,18 +152,16 @@ class _Export:
             :meth:`compare`."""
             self.compare(target, logits(made), dtype, "" if made == target else _GONE)
 
-        try:
-            export_adapter(
-                self.checkpoint,
-                TO[form],
-                target,
-                base_model=base_model,
-                overwrite=self.overwrite,
-                trust=self.trust,
-                accept=accept,
-            )
-        except OutputExists as error:
-            raise OutputExists(str(error).replace(ELSEWHERE, "Move it away")) from error
+        export_adapter(
+            self.checkpoint,
+            TO[form],
+            target,
+            base_model=base_model,
+            overwrite=self.overwrite,
+            trust=self.trust,
+            accept=accept,
+            elsewhere="Move it away",
+        )
         return target
 
     def hf_model(self) -> Path:
