@@ -264,14 +264,14 @@ def smaller(config, state):
 
 
 DAMAGE += [
-    ("lora", without(NEMO1_OUT), Code.DAMAGED, OUT, "has no linear_out.weight"),
-    ("lora", smaller, Code.DAMAGED, OUT, "[64, 3]", "[64, 4]"),
-    ("lora", stated(hidden_size=48), Code.DAMAGED, IN, "asks for [4, 48]"),
-    ("lora", stated(num_layers=3), Code.DAMAGED, None, "layer 2 has no adapter for mlp_fc1"),
+    ("lora", without(NEMO1_OUT), Code.HALF, OUT, "has no linear_out.weight"),
+    ("lora", smaller, Code.SHAPE, OUT, "[64, 3]", "[64, 4]"),
+    ("lora", stated(hidden_size=48), Code.SHAPE, IN, "asks for [4, 48]"),
+    ("lora", stated(num_layers=3), Code.MISSING_TENSOR, None, "layer 2 has no adapter for mlp_fc1"),
     ("lora", stated(num_layers=10**12), Code.LAYERS, None, "states 1,000,000,000,000 layers"),
     ("lora", stated(optim={"_target_": "os.system"}), Code.UNSAFE, "lora.nemo:model_config.yaml"),
-    ("lora", tuned(adapter_dim=8), Code.DAMAGED, OUT, "asks for [64, 8]"),
-    ("lora", tuned(target_modules=["mlp_fc1"]), Code.DAMAGED, None, "names mlp_fc1"),
+    ("lora", tuned(adapter_dim=8), Code.SHAPE, OUT, "asks for [64, 8]"),
+    ("lora", tuned(target_modules=["mlp_fc1"]), Code.TARGETS, None, "names mlp_fc1"),
 ]
 
 

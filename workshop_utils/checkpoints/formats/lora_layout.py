@@ -447,7 +447,8 @@ def _targets(
         report(
             DamagedCheckpoint(
                 f"{shown(source)}: peft.lora_tuning.target_modules names "
-                f"{', '.join(sorted(stated))}, but the tensors are for {', '.join(sorted(there))}."
+                f"{', '.join(sorted(stated))}, but the tensors are for {', '.join(sorted(there))}.",
+                code=Code.TARGETS,
             )
         )
     return ordered(there)
