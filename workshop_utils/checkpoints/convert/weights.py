@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -69,21 +70,32 @@ def place(
     """
     directory.mkdir(parents=True)
     tensors, objects = list(source.tensors.values()), list(source.objects.values())
+    sizes = file_sizes(source)
     if what is How.WRITE:
         with (directory / FILE).open("wb") as written:
             tensors, objects = write(source, written, dtype)
     elif what is How.LINK:
-        torch_dist_writer.link(file_sizes(source), source.files.place, directory, target)
+        torch_dist_writer.link(sizes, source.files.place, directory, target)
     elif what is How.MOVE:
-        for name in file_sizes(source):
+        for name in sizes:
             os.replace(source.files.place / name, directory / name)
     else:
-        sizes = file_sizes(source)
-        with progress(sum(sizes.values()), "copying") as bar:
-            for name in sizes:
-                with source.files.open(name) as opened, (directory / name).open("wb") as written:
-                    shutil.copyfileobj(counted(opened, bar), written)
+        copy(source, "copying", lambda name: (directory / name).open("wb"))
     write_index(source, tensors, objects, directory, prefix)
+
+
+def copy(
+    source: Source, what: str, new: Callable[[str], AbstractContextManager[IO[bytes]]]
+) -> None:
+    """Copy each file that holds weights to what ``new`` opens for its name; ``what`` is said of the
+    progress."""
+    from tqdm.utils import CallbackIOWrapper
+
+    sizes = file_sizes(source)
+    with progress(sum(sizes.values()), what) as bar:
+        for name in sizes:
+            with source.files.open(name) as opened, new(name) as written:
+                shutil.copyfileobj(CallbackIOWrapper(bar.update, opened, "read"), written)
 
 
 def file_sizes(source: Source) -> dict[str, int]:
@@ -116,7 +128,7 @@ def write(
     """
     import torch
 
-    found: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     pieces: dict[str, list[tuple[int, Tensor, Chunk]]] = {}
     for tensor in source.tensors.values():
         for chunk in tensor.chunks:
@@ -126,16 +138,15 @@ def write(
         for file, here in sorted(pieces.items()):
             with source.files.open(file) as opened:
                 for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
-                    wanted = dtype if dtype and tensor.dtype in DTYPES else tensor.dtype
+                    kind = dtype if dtype and tensor.dtype in DTYPES else tensor.dtype
                     held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}")
-                    held = (change(tensor, chunk, held) if change else held).to(
-                        getattr(torch, wanted)
-                    )
-                    made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
-                    before = found.get(tensor.name) or Tensor(
-                        tensor.name, tensor.shape, wanted, (), packed=True
-                    )
-                    found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))
+                    changed = change(tensor, chunk, held) if change else held
+                    changed = changed.to(getattr(torch, kind))
+                    stored = torch_dist_writer.append(written, FILE, chunk.offsets, changed)
+                    empty = Tensor(tensor.name, tensor.shape, kind, (), packed=True)
+                    before = new.get(tensor.name, empty)
+                    chunks = (*before.chunks, stored)
+                    new[tensor.name] = dataclasses.replace(before, chunks=chunks)
                     bar.update(held.numel() * DTYPE_BYTES[tensor.dtype])
     objects = []
     for entry in source.objects.values():
@@ -143,7 +154,7 @@ def write(
             opened.seek(entry.start)
             objects.append(dataclasses.replace(entry, file=FILE, start=written.tell()))
             written.write(opened.read(entry.length))
-    return [found[name] for name in source.tensors], objects
+    return [new[name] for name in source.tensors], objects
 
 
 def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torch.Tensor:
@@ -151,24 +162,16 @@ def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torc
     errors: :class:`DamagedCheckpoint`."""
     import torch
 
-    content = bytearray(chunk.length)
+    content = memoryview(bytearray(chunk.length))
     file.seek(chunk.start)
     length = file.readinto(content)
-    found = values.parse_chunk(
-        content[:length] if length < chunk.length else content, tensor, chunk, where
-    )
+    # The read may end early; parse_chunk says so.
+    elements = values.parse_chunk(content[:length], tensor, chunk, where)
     # By its bytes, because torch does not take numpy's bfloat16; writable, because torch warns
     # otherwise.
-    plain = found.reshape(-1).view("uint8")
+    plain = elements.reshape(-1).view("uint8")
     plain = plain if plain.flags.writeable else plain.copy()
     return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)
-
-
-def counted(file: IO[bytes], bar: tqdm) -> IO[bytes]:
-    """``file``, which tells ``bar`` what is read of it."""
-    from tqdm.utils import CallbackIOWrapper
-
-    return CallbackIOWrapper(bar.update, file, "read")
 
 
 def progress(total: int, what: str) -> tqdm:

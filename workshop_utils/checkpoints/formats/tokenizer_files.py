@@ -22,7 +22,12 @@ def describe(path: Path) -> str | None:
     none."""
     if not is_one(path):
         return None
-    kind = _kind(path)
+    kind = next(name for name in NAMES if (path / name).is_file())
+    if kind == NAMES[0]:
+        try:
+            kind = str(read_json(path / kind).get("tokenizer_class"))
+        except CheckpointError:
+            kind = f"{kind} cannot be read"
     count = vocabulary(path)
     return f"{kind}, {count:,} tokens" if count else kind
 
@@ -37,8 +42,7 @@ def vocabulary(path: Path) -> int | None:
         if sentencepiece.is_file() and sentencepiece.stat().st_size <= MAX_BYTES:
             return count_pieces(sentencepiece.read_bytes())
     except CheckpointError:
-        # A tokenizer that cannot be read does not keep the weights from being described.
-        return None
+        pass  # A tokenizer that cannot be read does not keep the weights from being described.
     return None
 
 
@@ -68,24 +72,12 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
     return value, at
 
 
-def _kind(path: Path) -> str:
-    if (path / "tokenizer_config.json").is_file():
-        try:
-            return str(read_json(path / "tokenizer_config.json").get("tokenizer_class"))
-        except CheckpointError:
-            return "tokenizer_config.json cannot be read"
-    return next(name for name in NAMES if (path / name).is_file())
-
-
 def _count_fast(described: dict) -> int | None:
     model, added = described.get("model"), described.get("added_tokens")
     known = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(known, dict | list):
         return None
+    entries = known if isinstance(known, list) else ()
+    inside = {entry[0] for entry in entries if isinstance(entry, list) and entry} or known
     more = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    inside = (
-        known
-        if isinstance(known, dict)
-        else {entry[0] for entry in known if isinstance(entry, list) and entry}
-    )
     return len(known) + sum(str(token.get("content")) not in inside for token in more)
