@@ -85,7 +85,7 @@ def download(models, target: str, directory: Path) -> None:
 
 
 def check(result, file) -> None:
-    """The client reports a failed transfer only in its result."""
+    # The client reports a failed transfer only in its result.
     if result.status != "Completed":
         raise OSError(
             f"{file.path}: the transfer ended as '{result.status}' after "
