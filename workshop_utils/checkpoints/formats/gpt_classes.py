@@ -82,11 +82,10 @@ _PACKAGE = "nemo.collections.llm.gpt.model"
 class Family:
     """A family of models, and the fields in which it may differ from a Llama.
 
-    ``name`` is the ``model_type`` of Hugging Face, ``aliases`` what other configurations call it;
-    ``title`` is for people, and part of the names of NeMo's classes in ``module`` (default: the
-    name). ``configs`` are its configuration classes with their defaults; a converted checkpoint
-    gets the first, or ``scaled`` for Llama 3.1's rope. ``features`` are those of :data:`FEATURES`
-    that it may have.
+    ``name`` is the ``model_type`` of Hugging Face, ``aliases`` what other configurations call it,
+    ``module`` that of NeMo's classes (default: the name). ``configs`` are its configuration classes
+    with their defaults; a converted checkpoint gets the first, or ``scaled`` for Llama 3.1's rope.
+    ``features`` are those of :data:`FEATURES` that it may have.
 
     NeMo's importer from Hugging Face takes the ``activation`` and the fields ``fixed`` of
     ``config.json`` for granted, and leaves NeMo's fields ``copied`` (-> that of ``config.json``) at
@@ -94,16 +93,20 @@ class Family:
     """
 
     name: str
-    title: str
     configs: dict[str, dict[str, Any]]
-    features: frozenset[str] = frozenset()
+    features: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    copied: Mapping[str, str] = field(default_factory=dict)
+    activation: str = "silu"
     scaled: str | None = None
     aliases: tuple[str, ...] = ()
     module: str | None = None
     more_models: tuple[str, ...] = ()
-    activation: str = "silu"
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    copied: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """For people, and in the names of NeMo's classes."""
+        return self.name.capitalize()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -270,67 +273,42 @@ _NO_WINDOW, _UNTIED = {"use_sliding_window": False}, {"tie_word_embeddings": Fal
 _ROWS = {"vocab_size": "vocab_size"}
 """Rows of the embedding, which some importers take from the tokenizer."""
 _LENGTH = {"seq_length": "max_position_embeddings"}
+_ROPE = {
+    # Of Llama 3.1's the importer keeps only the factor.
+    "low_freq_factor": "rope_scaling.low_freq_factor",
+    "high_freq_factor": "rope_scaling.high_freq_factor",
+    "old_context_len": "rope_scaling.original_max_position_embeddings",
+}
+_NEMOTRON_FIXED = _NO_ROPE | _NO_BIAS | _UNTIED | {"mlp_bias": False}
+_QWEN_3_FIXED = _NO_ROPE | _NO_BIAS | _NO_WINDOW
+_MIXTRAL_FIXED = _NO_ROPE | _UNTIED | {"sliding_window": None}
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(
             "llama",
-            "Llama",
             _LLAMA,
+            fixed=_NO_BIAS | {"mlp_bias": False},
+            copied=_ROPE,
             scaled=f"{_PACKAGE}.llama.Llama31Config",
             aliases=("llama_nemotron",),
             more_models=("llama.MLPerfLoRALlamaModel", "llama_nemotron.LlamaNemotronModel"),
-            fixed=_NO_BIAS | {"mlp_bias": False},
-            # Of Llama 3.1's rope the importer keeps only the factor.
-            copied={
-                "low_freq_factor": "rope_scaling.low_freq_factor",
-                "high_freq_factor": "rope_scaling.high_freq_factor",
-                "old_context_len": "rope_scaling.original_max_position_embeddings",
-            },
         ),
-        Family(
-            "mistral",
-            "Mistral",
-            _MISTRAL,
-            frozenset({"window_size"}),
-            fixed=_NO_ROPE | _UNTIED,
-            # The importer takes the window for the length, and Mistral 0.2 and later have none.
-            copied=_LENGTH | _ROWS,
-        ),
-        Family(
-            "mixtral",
-            "Mixtral",
-            _MIXTRAL,
-            frozenset({"num_moe_experts"}),
-            fixed=_NO_ROPE | _UNTIED | {"sliding_window": None},
-            copied=_ROWS,
-        ),
-        Family(
-            "qwen2",
-            "Qwen2",  # and Qwen 2.5, which differs in nothing that a configuration says
-            _QWEN,
-            frozenset({"add_qkv_bias"}),
-            aliases=("qwen",),
-            fixed=_NO_ROPE | _NO_WINDOW,
-        ),
+        # The importer takes the window for the length, and Mistral 0.2 and later have none.
+        Family("mistral", _MISTRAL, ("window_size",), _NO_ROPE | _UNTIED, _LENGTH | _ROWS),
+        Family("mixtral", _MIXTRAL, ("num_moe_experts",), _MIXTRAL_FIXED, _ROWS),
+        # And Qwen 2.5, which differs in nothing that a configuration says.
+        Family("qwen2", _QWEN, ("add_qkv_bias",), _NO_ROPE | _NO_WINDOW, aliases=("qwen",)),
         Family(
             "qwen3",
-            "Qwen3",
             _QWEN_3_CLASSES,
-            frozenset({"qk_layernorm"}),
+            ("qk_layernorm",),
+            _QWEN_3_FIXED,
+            _LENGTH | {"kv_channels": "head_dim"},
             aliases=("qwen3_moe", "qwen3moe"),
-            fixed=_NO_ROPE | _NO_BIAS | _NO_WINDOW,
-            copied=_LENGTH | {"kv_channels": "head_dim"},
         ),
-        Family(
-            "nemotron",
-            "Nemotron",
-            _NEMOTRON,
-            activation="relu2",
-            fixed=_NO_ROPE | _NO_BIAS | _UNTIED | {"mlp_bias": False},
-            copied=_ROWS,
-        ),
+        Family("nemotron", _NEMOTRON, (), _NEMOTRON_FIXED, _ROWS, "relu2"),
     )
 }
 """By name."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats import nemo1_config, saved_tensors
+from workshop_utils.checkpoints.formats import nemo1, nemo1_config, saved_tensors
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.safe_text import plain, read_yaml
@@ -63,7 +63,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         nbytes=path.stat().st_size,
         tensors=tensors,
         tokenizer=nemo1_config.tokenizer(config),
-        adapter=nemo1_config.adapter(config, tensors),
+        adapter=nemo1.adapter_of(config, tensors),
         notes=(*notes(state), *from_beside),
         version=f"Lightning {version}" if isinstance(version, str) else None,
     )

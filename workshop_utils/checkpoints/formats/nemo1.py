@@ -11,13 +11,15 @@ Source: ``NLPSaveRestoreConnector`` (``nemo/collections/nlp/parts/nlp_overrides.
 
 import dataclasses
 import itertools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from workshop_utils.checkpoints.formats import (
     foreign_names,
+    lora_tensors,
     nemo1_config,
     nemo_archive,
     safe_text,
@@ -26,7 +28,13 @@ from workshop_utils.checkpoints.formats import (
     torch_dist,
     zarr_directory,
 )
-from workshop_utils.checkpoints.formats.architecture import Architecture, section, text
+from workshop_utils.checkpoints.formats.architecture import (
+    Architecture,
+    number,
+    section,
+    size,
+    text,
+)
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.gpt_classes import TITLES
@@ -35,7 +43,7 @@ from workshop_utils.checkpoints.formats.nemo_archive import CONFIG, WEIGHTS
 from workshop_utils.checkpoints.formats.rank_files import parts_note, rank_files
 from workshop_utils.checkpoints.formats.rank_files import sizes as rank_sizes
 from workshop_utils.checkpoints.formats.safe_text import read_json
-from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
+from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint
 from workshop_utils.core.paths import shown
@@ -71,7 +79,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     ranks = rank_files(sizes)
     tensors, parallel, notes = _tensors(files, sizes, ranks, config, report)
     is_view = not files.are_members and (path / VIEW).is_file()
-    adapter = None if is_view else nemo1_config.adapter(config, tensors, parallel[0])
+    adapter = None if is_view else adapter_of(config, tensors, parallel[0])
     if files.are_members:
         kind = Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
     else:
@@ -108,6 +116,30 @@ def read_config(files: Files) -> dict[str, Any]:
     if files.are_members:
         return nemo_archive.read_config(files.place)
     return safe_text.read_yaml(files.place / CONFIG)
+
+
+def adapter_of(
+    config: Mapping[str, Any], tensors: Sequence[Tensor], width: int = 1
+) -> Adapter | None:
+    """The LoRA settings, completed from the tensors; None for a whole model, which may have been
+    trained with the same settings. ``width`` is the tensor-parallel size of parts."""
+    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
+        return None
+    lora, base = lora_tensors.find(tensors), text(config, "restore_from_path")
+    peft = section(config, "peft")
+    stated = section(peft, "lora_tuning") if peft.get("peft_scheme") == "lora" else {}
+    targets = stated.get("target_modules")
+    named = tuple(map(str, targets)) if isinstance(targets, list) else ()
+    # Tensor parallelism may split the rank of the adapter, too.
+    rank = lora.rank if lora and width == 1 else None
+    return Adapter(
+        rank=size(stated, "adapter_dim", rank),
+        alpha=number(stated, "alpha"),
+        targets=named or (lora.targets if lora else ()),
+        base=base,
+        base_is_here=os.path.exists(base) if base else None,
+        variant="LoRA" if lora or stated else "not LoRA",
+    )
 
 
 def _tensors(
@@ -155,7 +187,7 @@ def _ranks(
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The pieces that each rank holds; names come once for each rank, and the file tells which."""
     width, stages = (
-        max(there, nemo1_config.size(config, f"{name}_model_parallel_size", 1))
+        max(there, size(config, f"{name}_model_parallel_size", 1))
         for there, name in zip(rank_sizes(ranks), ("tensor", "pipeline"), strict=True)
     )
     where = shown(files.place)

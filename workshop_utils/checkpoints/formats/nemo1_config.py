@@ -6,21 +6,18 @@ read in NeMo 2.4.1
 (``nemo/collections/nlp/models/language_modeling/{megatron_gpt_model,megatron_base_model}.py``).
 """
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from workshop_utils.checkpoints.formats import decoder_config, gpt_config, lora_tensors
-from workshop_utils.checkpoints.formats.architecture import (
-    Architecture,
-    number,
-    section,
-    size,
-    text,
+from workshop_utils.checkpoints.formats import decoder_config, gpt_config
+from workshop_utils.checkpoints.formats.architecture import Architecture, section, text
+from workshop_utils.checkpoints.formats.gpt_classes import (
+    BASE,
+    FAMILIES,
+    MUST_BE_DEFAULT,
+    ROPE_SCALING,
+    Family,
 )
-from workshop_utils.checkpoints.formats.gpt_classes import BASE, FAMILIES, ROPE_SCALING, Family
-from workshop_utils.checkpoints.formats.summary import Adapter
-from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.core.errors import UnsupportedCheckpoint
 
 
@@ -28,39 +25,12 @@ def architecture(config: Mapping[str, Any], family: str | None = None) -> Archit
     """The sizes that ``config`` states, or None when one that has no default is missing or no
     number; without a ``family`` the features tell it."""
     scaled = config.get("scale_positional_embedding") is True
-    own = {
-        "share_embeddings_and_output_weights": config.get(
-            "share_embeddings_and_output_weights", True
-        )
-        is True,
-        "vocab_size": config.get("override_vocab_size"),
-        "padded_vocab_size": None,
-    }
+    tied = "share_embeddings_and_output_weights"
+    own = {tied: config.get(tied, True) is True, "vocab_size": config.get("override_vocab_size")}
+    own["padded_vocab_size"] = None
     for name, default in ROPE_SCALING.items():
         own[name] = config.get(name, default) if scaled else None
     return decoder_config.megatron_core({**config, **own}, family=family)
-
-
-def adapter(config: Mapping[str, Any], tensors: Sequence[Tensor], width: int = 1) -> Adapter | None:
-    """The LoRA settings, completed from the tensors; None for a whole model, which may have been
-    trained with the same settings. ``width`` is the tensor-parallel size of parts."""
-    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
-        return None
-    lora, base = lora_tensors.find(tensors), text(config, "restore_from_path")
-    peft = section(config, "peft")
-    stated = section(peft, "lora_tuning") if peft.get("peft_scheme") == "lora" else {}
-    targets = stated.get("target_modules")
-    named = tuple(map(str, targets)) if isinstance(targets, list) else ()
-    # Tensor parallelism may split the rank of the adapter, too.
-    rank = lora.rank if lora and width == 1 else None
-    return Adapter(
-        rank=size(stated, "adapter_dim", rank),
-        alpha=number(stated, "alpha"),
-        targets=named or (lora.targets if lora else ()),
-        base=base,
-        base_is_here=os.path.exists(base) if base else None,
-        variant="LoRA" if lora or stated else "not LoRA",
-    )
 
 
 def tokenizer(config: Mapping[str, Any]) -> str | None:
@@ -71,33 +41,6 @@ def tokenizer(config: Mapping[str, Any]) -> str | None:
     return f"{described.get('library')}: {described.get('type') or described.get('model')}"
 
 
-SAME_NAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "init_method_std",
-    "hidden_dropout",
-    "attention_dropout",
-    "layernorm_epsilon",
-    "layernorm_zero_centered_gamma",
-    "persist_layer_norm",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_interleaved",
-    "seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights",
-    "make_vocab_size_divisible_by",
-    "qk_layernorm",
-    "window_size",
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-)
 RENAMED = {
     "encoder_seq_length": "seq_length",
     "rotary_percentage": "rotary_percent",
@@ -105,6 +48,11 @@ RENAMED = {
     "qkv_bias": "add_qkv_bias",
 }
 """Key of ``model_config.yaml`` -> field of :mod:`.gpt_classes`."""
+
+_OTHERWISE = ("vocab_size", "normalization", "activation_func", "gated_linear_unit")
+_NOT_SAME = {*RENAMED.values(), *MUST_BE_DEFAULT, *_OTHERWISE}
+SAME_NAME = tuple(name for name in BASE if name not in _NOT_SAME)
+"""Fields that both have."""
 
 _ABSENT = {
     "position_embedding_type": "learned_absolute",
