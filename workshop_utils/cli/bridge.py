@@ -27,7 +27,6 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``bridge`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "bridge",
         help="make a NeMo 2.0 checkpoint loadable by the script path",
@@ -59,7 +58,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Bridge and print what was made and what to do with it."""
     from workshop_utils.checkpoints.convert.bridge import bridge
 
     source = args.nemo2_dir

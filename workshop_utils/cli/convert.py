@@ -30,7 +30,6 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``convert`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "convert",
         help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both",
@@ -57,7 +56,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was made."""
     from workshop_utils.checkpoints.convert import convert
 
     names = ("source", "target", "to", "tokenizer", "dtype", "overwrite", "dry_run", "trust")

@@ -9,7 +9,6 @@ distributed checkpoint with NeMo's importer. Example: workshop import smollm2-13
 
 
 def add_parser(subparsers) -> None:
-    """Register the command."""
     parser = subparsers.add_parser(
         "import", help="Hugging Face model -> NeMo 2.0 checkpoint", description=HELP
     )
@@ -34,7 +33,6 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int:
-    """Convert, unless it is there."""
     from workshop_utils.checkpoints import sources
     from workshop_utils.checkpoints.convert.huggingface import export_huggingface, import_checkpoint
     from workshop_utils.checkpoints.convert.targets import refuse_inside

@@ -26,7 +26,6 @@ SOURCES = {"pypi": "PyPI", "huggingface": "Hugging Face", "ngc": "NGC"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``models`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES
     )
@@ -48,7 +47,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list."""
     from workshop_utils.checkpoints.sources import catalogue, is_present, location
     from workshop_utils.core import paths
 
@@ -72,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    """Get one model, or say how."""
     from workshop_utils.checkpoints.sources import fetch, find, is_present, location, source_of
     from workshop_utils.core import paths
 

@@ -97,8 +97,7 @@ def bridge(
 
 
 def _link(nemo2_dir: Path) -> Path:
-    """Make the link ``nemo2_dir/model_config.yaml -> context/model.yaml`` and return it; an
-    existing file is never replaced."""
+    """An existing file is never replaced."""
     path, to = nemo2_dir / "model_config.yaml", os.path.join("context", "model.yaml")
     if not (nemo2_dir / to).is_file():
         raise DamagedCheckpoint(f"{shown(nemo2_dir / to)} is missing: there is nothing to link to.")
@@ -113,8 +112,6 @@ def _link(nemo2_dir: Path) -> Path:
 
 
 def _is_current(target: Path, path: Path, fingerprint: str) -> bool:
-    """Whether ``target`` already is this view of ``path``. Raises :class:`OutputExists` when
-    something else stands there."""
     targets.refuse_inside(path, target)
     if not os.path.lexists(target):
         return False

@@ -63,8 +63,7 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
 
 
 def _careful(importer: type, settings: object, folder: Path) -> type:
-    """NeMo's ``importer`` with the corrected ``settings``, a folder of its own for the tokenizer,
-    and no code of the model's run."""
+    """NeMo's ``importer`` with corrected ``settings``, which runs no code of the model's."""
 
     class Importer(importer):
         config = settings
@@ -109,8 +108,7 @@ def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> P
 
 
 def check(hf_model: Path) -> Family:
-    """The family of ``hf_model``; errors as :func:`import_checkpoint`. Reads ``config.json`` only,
-    and loads nothing."""
+    """Reads ``config.json`` only; errors as :func:`import_checkpoint`."""
     file = hf_model / "config.json"
     if not file.is_file():
         raise NotACheckpoint(

@@ -104,8 +104,7 @@ def _chunks(
     width: int,
     where: str,
 ) -> list[Chunk]:
-    """One layer's tensor of one rank as chunks of the stacked tensor, where its ``place`` on the
-    stacked axes is."""
+    """One layer's tensor of one rank as chunks of the stacked tensor, at its ``place`` there."""
     stack, own = (1,) * weight.stacked, weight.shape[weight.stacked :]
     shape = tuple(size // width if axis == weight.split else size for axis, size in enumerate(own))
     if tensor.nbytes and not tensor.chunks[0].length:

@@ -37,8 +37,7 @@ _ARGUMENTS = {
 
 
 def read(path: Path, tokenizer: Tokenizer | None, report: Report = stop) -> Source:
-    """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors
-    as :func:`workshop_utils.checkpoints.convert.readers.read`."""
+    """The directory ``path``, which has no tokenizer that could be taken along."""
     files = Files(path.resolve())
     if ranks := rank_files(path):
         file = path / min(ranks.values())
@@ -116,8 +115,6 @@ def _arguments(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], st
 
 
 def _saved_model(opened: IO[bytes], where: str, part: str, report: Report) -> list[Tensor]:
-    """The tensors of the model in one file of the old form, beside optimizer state and
-    arguments."""
     model = saved_tensors.read_state(opened, where, report).get("model")
     if not isinstance(model, Mapping):
         raise UnsupportedCheckpoint(

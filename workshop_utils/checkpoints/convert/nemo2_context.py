@@ -62,8 +62,7 @@ def _reference(name: str) -> dict[str, Any]:
 
 
 def write(context: Path, tree: dict[str, Any]) -> None:
-    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`) to the directory
-    ``context``."""
+    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`)."""
     (context / "model.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (context / "io.json").write_text(json.dumps(_Graph(tree).as_dict()), encoding="utf-8")
 
@@ -105,8 +104,6 @@ class _Graph:
         return {"type": "leaf", "value": value, "paths": [path]}
 
     def _config(self, value: dict[str, Any], path: str) -> dict[str, Any]:
-        """A ``fiddle.Config``: its class and names of arguments are metadata, the arguments are
-        items."""
         target = value["_target_"]
         arguments = {name: value[name] for name in value if name not in ("_target_", "_call_")}
         items = [
@@ -129,7 +126,6 @@ class _Graph:
     def _add(
         self, hint: str, kind: str, items: list, metadata: Any = None, path: str | None = None
     ) -> dict[str, Any]:
-        """Put an object into the graph and return a reference to it."""
         key = f"{hint}_{1 + sum(name.rpartition('_')[0] == hint for name in self._objects)}"
         entry = {"type": _symbol(kind), "items": items, "metadata": metadata}
         self._objects[key] = entry | {"paths": [path]} if path else entry

@@ -67,7 +67,6 @@ def read(path: Path, tokenizer: Tokenizer | None = None, report: Report = stop) 
 
 
 def of_nemo2(checkpoint: nemo2.Nemo2Checkpoint, tokenizer: Tokenizer | None = None) -> Source:
-    """What the NeMo 2.0 ``checkpoint`` holds; errors as :func:`read`."""
     where = shown(checkpoint.config)
     return Source.checked(
         checkpoint.path,

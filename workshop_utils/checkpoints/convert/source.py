@@ -86,5 +86,4 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -22,16 +22,14 @@ CONFIG = "model_config.yaml"
 
 
 def check(source: Source, to: str, dtype: str | None) -> None:
-    """Raise :class:`UnsupportedCheckpoint` for what the format ``to`` cannot hold, before anything
-    is written."""
+    """Refuse what the format ``to`` cannot hold, before anything is written."""
     tokenizers.required(source.tokenizer, shown(source.path), hub_allowed=to == "nemo1")
     if to == "nemo1":
         nemo1_fields(source, dtype, {})
 
 
 def write_nemo2(source: Source, target: Path, what: How, dtype: str | None) -> None:
-    """The directory ``target``: ``context/`` and ``weights/``. ``dtype`` None keeps that of every
-    tensor."""
+    """``context/`` and ``weights/``. ``dtype`` None keeps that of every tensor."""
     section = tokenizers.nemo2_section(source.tokenizer)
     kind, rows = dtype or source.dtype, source.rows
     tree = nemo2_context.model_tree(source.fields, source.family, rows, kind, section)
@@ -109,13 +107,11 @@ def _header(source: Source) -> str:
 
 
 def write_config(file: Path, header: str, config: dict[str, Any]) -> None:
-    """Write ``model_config.yaml``, with the ``header`` that says of what and by whom."""
     text = yaml.safe_dump(config, sort_keys=False)
     file.write_text(f"# Translated from {header}.\n{text}", encoding="utf-8")
 
 
 def inside(one: Path, other: Path) -> bool:
-    """Whether one of the two paths lies in the other."""
     one, other = (Path(os.path.realpath(path)) for path in (one, other))
     return one.is_relative_to(other) or other.is_relative_to(one)
 

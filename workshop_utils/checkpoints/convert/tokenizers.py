@@ -48,8 +48,7 @@ _CLASSES = {
 
 
 def given(path: Path) -> Tokenizer:
-    """The tokenizer that a person named: a directory, or a SentencePiece file. Raises
-    :class:`NotACheckpoint` for anything else."""
+    """The tokenizer that a person named: a directory, or a SentencePiece file."""
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
         return Tokenizer("sentencepiece", path.resolve())
@@ -137,8 +136,7 @@ def of_nemo2(checkpoint: Nemo2Checkpoint, where: str) -> Tokenizer:
 def _file_field(
     checkpoint: Nemo2Checkpoint, where: str, field: str, hub_allowed: bool = False
 ) -> str:
-    """Absolute path of the file or directory that ``tokenizer.<field>`` names, or the name of a
-    repository on the Hub."""
+    """Absolute path of what ``tokenizer.<field>`` names, or the name of a repository on the Hub."""
     value = checkpoint.model["tokenizer"].get(field)
     if isinstance(value, dict):
         # NeMo's wrapper around a string that was no path when the checkpoint was written.
@@ -174,7 +172,6 @@ def _files(tokenizer: Tokenizer) -> dict[str, Path | str]:
 
 
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the files into the new directory ``folder``."""
     folder.mkdir(parents=True)
     for name, place in _files(tokenizer).items():
         is_member = tokenizer.archive is not None
@@ -186,8 +183,6 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def nemo2_section(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ``tokenizer`` of ``context/model.yaml``, for files that lie in
-    ``context/nemo_tokenizer``."""
     section: dict[str, Any] = {"_target_": _CLASSES[tokenizer.kind]}
     if tokenizer.kind == "sentencepiece":
         return section | {"model_path": f"{FOLDER}/tokenizer.model", "legacy": tokenizer.legacy}

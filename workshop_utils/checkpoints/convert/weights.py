@@ -40,8 +40,7 @@ class How(StrEnum):
 
 
 def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = False) -> How:
-    """Link where nothing changes and the files are files; copy out of (or into) an archive; write
-    where the bytes change."""
+    """Link where nothing changes, copy from or to an archive, write where bytes change."""
     changes = dtype is not None and any(
         tensor.dtype in DTYPES and tensor.dtype != dtype for tensor in source.tensors.values()
     )
@@ -53,8 +52,7 @@ def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = F
 
 
 def origin(source: Source) -> Path:
-    """The directory that holds the files of the weights themselves, where those of ``source`` may
-    be links."""
+    """The directory of the weights themselves, where the files of ``source`` may be links."""
     first = next(iter(source.tensors.values())).files[0]
     return Path(os.path.realpath(source.files.place / first)).parent
 
@@ -99,7 +97,6 @@ def copy(
 
 
 def file_sizes(source: Source) -> dict[str, int]:
-    """Name -> bytes of the files that hold the weights of ``source``."""
     names = {file for tensor in source.tensors.values() for file in tensor.files}
     names |= {entry.file for entry in source.objects.values()}
     return {name: size for name, size in sorted(source.files.sizes().items()) if name in names}
@@ -108,8 +105,7 @@ def file_sizes(source: Source) -> dict[str, int]:
 def write_index(
     source: Source, tensors: list[Tensor], objects: list[StoredObject], directory: Path, prefix: str
 ) -> None:
-    """Write the index of ``tensors`` and ``objects``, which have the names of ``source``, with
-    names that begin with ``prefix``."""
+    """``tensors`` and ``objects`` have the names of ``source``; written begin with ``prefix``."""
     torch_dist_writer.write_index(
         directory,
         torch_dist_writer.renamed(tensors, source.prefix, prefix),
@@ -158,8 +154,7 @@ def write(
 
 
 def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torch.Tensor:
-    """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in
-    errors: :class:`DamagedCheckpoint`."""
+    """Of the shape of ``chunk``; ``where`` names the file in errors."""
     import torch
 
     content = memoryview(bytearray(chunk.length))

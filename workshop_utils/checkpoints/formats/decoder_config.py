@@ -17,8 +17,7 @@ _GROUPS = ("num_query_groups", "kv_channels")
 
 
 def family_of_target(target: Any) -> str | None:
-    """The family of a class such as ``nemo.collections.llm.gpt.model.mistral.MistralModel``, by its
-    module."""
+    """The family of a class such as ``...gpt.model.mistral.MistralModel``, by its module."""
     parts = target.split(".") if isinstance(target, str) else []
     return next((TITLES[part] for part in reversed(parts[:-1]) if part in TITLES), None)
 

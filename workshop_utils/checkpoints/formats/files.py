@@ -25,11 +25,9 @@ class Files:
 
     @property
     def are_members(self) -> bool:
-        """Whether they lie in an archive."""
         return self.place.is_file()
 
     def below(self, folder: str) -> "Files":
-        """Those in ``folder``."""
         if self.are_members:
             return Files(self.place, f"{self.inside}{folder}/")
         return Files(self.place / folder)
@@ -51,7 +49,6 @@ class Files:
         return {str(file.relative_to(self.place)): file.stat().st_size for file in files}
 
     def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-        """The file ``name``, open for reading where it lies."""
         if self.are_members:
             return nemo_archive.open_member(self.place, self.inside + name)
         return (self.place / name).open("rb")

@@ -55,8 +55,7 @@ def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def typed(stated: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The fields of ``defaults``, each as ``stated`` or else by default, and of its type;
-    ``prefix`` begins each message."""
+    """Each as ``stated`` or by default, of its type; ``prefix`` begins each message."""
     return {name: _value(name, stated.get(name, value), prefix) for name, value in defaults.items()}
 
 

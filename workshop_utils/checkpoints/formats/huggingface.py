@@ -49,8 +49,7 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the model directory ``path``; a tensor that does not fit its file, or its index,
-    goes to ``report``."""
+    """A tensor that does not fit its file, or its index, goes to ``report``."""
     config = read_json(path / "config.json")
     files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
@@ -206,7 +205,6 @@ def _indexed(path: Path, index: Path, report: Report) -> list[Path]:
 
 
 def _check_index(path: Path, files: list[Path], tensors: list[Tensor], report: Report) -> None:
-    """Every tensor lies in the part that the index names."""
     indexes = [path / f"{name}.index.json" for name in _SINGLE]
     index = next((file for file in indexes if file.is_file()), None)
     # transformers looks for the one file first, and then not at the index.
@@ -220,8 +218,7 @@ def _check_index(path: Path, files: list[Path], tensors: list[Tensor], report: R
 
 
 def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
-    """The tensors of weight files as :func:`weight_files` finds them. A file that cannot be read
-    goes to ``report`` too."""
+    """Of :func:`weight_files`; one that cannot be read goes to ``report`` too."""
     tensors: list[Tensor] = []
     for path in files:
         try:
@@ -269,8 +266,7 @@ def _rope_scaling(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def adapter(config: Mapping[str, Any]) -> Adapter:
-    """The settings in an ``adapter_config.json``. A base that is not a path may be a name on the
-    Hub: ``base_is_here`` is None."""
+    """A base that is not a path may be a name on the Hub: ``base_is_here`` is None."""
     base, targets = shape.text(config, "base_model_name_or_path"), config.get("target_modules")
     here = bool(base) and os.path.isdir(base)
     looks_local = base and (here or os.path.isabs(base) or base.startswith("."))

@@ -158,7 +158,6 @@ def _check_there(path: Path) -> None:
 
 
 def _why_not(path: Path) -> str:
-    """Why ``path`` is no checkpoint, with the right path where one is near."""
     if path.is_file() and (why := incomplete.sentence(path)):
         return why
     for above in path.resolve().parents[:3]:

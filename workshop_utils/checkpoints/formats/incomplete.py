@@ -11,8 +11,7 @@ _WEIGHTS = (".safetensors", ".bin", ".distcp", ".pt", ".ckpt", ".nemo", ".gguf",
 
 
 def sentence(path: Path) -> str | None:
-    """What the file ``path`` is instead of weights, and what to do; None when it is none of the
-    known mistakes."""
+    """What the file ``path`` is instead of weights, and what to do; None for anything else."""
     size = path.stat().st_size
     if size == 0:
         return f"{shown(path)} is empty: a download or a copy that broke off. Get it again."
@@ -34,8 +33,7 @@ def sentence(path: Path) -> str | None:
 
 
 def find(path: Path) -> str | None:
-    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path`` or in
-    the directories in it."""
+    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path``."""
     if path.is_file():
         return sentence(path)
     below = sorted([*path.glob("*"), *path.glob("*/*")])[:_MAX_FILES]

@@ -91,7 +91,6 @@ def configuration(
 
 
 def notes(state: Mapping[str, Any]) -> list[str]:
-    """What a state of Lightning holds beside the weights, in words."""
     lines = []
     if type(state.get("epoch")) is int or type(state.get("global_step")) is int:
         lines.append(f"saved in epoch {state.get('epoch')}, after step {state.get('global_step')}")

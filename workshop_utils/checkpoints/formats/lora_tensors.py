@@ -44,7 +44,7 @@ class LoraTensors:
 
 
 def find(tensors: Iterable[Tensor]) -> LoraTensors | None:
-    """What the adapter tensors among ``tensors`` say, or None when there are none."""
+    """None when there is no adapter among ``tensors``."""
     ranks, targets, dora = set(), set(), False
     for tensor in tensors:
         dora = dora or bool(_MAGNITUDE.search(tensor.name))

@@ -72,8 +72,7 @@ def rank_files(path: Path) -> dict[tuple[int, int], str]:
 
 
 def latest(path: Path) -> Path | None:
-    """The latest save in the directory ``path`` of a run: the one that its tracker names, else the
-    one with the highest number."""
+    """The save in ``path`` that its tracker names, else the one with the highest number."""
     names = (child for child in path.iterdir() if re.fullmatch(r"iter_\d+|release", child.name))
     saves = sorted(child for child in names if child.is_dir())
     tracker = path / TRACKER
@@ -219,8 +218,7 @@ def _state_notes(state: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], str], report: Report) -> Checkpoint:
-    """The old form: the pieces that each rank holds; names come once for each rank, and the file
-    tells which."""
+    """The old form; names come once for each rank, and the file tells which."""
     sizes = rank_sizes(ranks)
     if sizes[0] * sizes[1] != len(ranks):
         has = f"{shown(path)} has {len(ranks)} parts for parallel sizes {sizes[0]:,} and"

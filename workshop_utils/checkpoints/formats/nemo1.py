@@ -111,8 +111,6 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 
 
 def read_config(files: Files) -> dict[str, Any]:
-    """``model_config.yaml``. Errors as :func:`.nemo_archive.read_config` and
-    :func:`.safe_text.read_yaml`."""
     if files.are_members:
         return nemo_archive.read_config(files.place)
     return safe_text.read_yaml(files.place / CONFIG)
@@ -149,8 +147,7 @@ def _tensors(
     config: Mapping[str, Any],
     report: Report,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
-    """The tensors, the tensor- and pipeline-parallel sizes of parts that were not merged, and
-    notes."""
+    """The tensors, the sizes of model parallelism of parts that were not merged, and notes."""
     sharded, notes = files.below(SHARDED), ()
     if WEIGHTS in sizes:
         with files.open(WEIGHTS) as file:
@@ -174,8 +171,7 @@ def _tensors(
 
 
 def _moved(tensor: Tensor, files: Files) -> Tensor:
-    """``tensor`` with the files of its chunks as members of the archive; in a directory they are
-    relative to ``folder``."""
+    """The files of its chunks as members of the archive; in a directory they are in ``folder``."""
     if not files.are_members:
         return tensor
     chunks = (dataclasses.replace(chunk, file=_FOLDER + chunk.file) for chunk in tensor.chunks)

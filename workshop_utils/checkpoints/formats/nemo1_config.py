@@ -22,8 +22,7 @@ from workshop_utils.core.errors import UnsupportedCheckpoint
 
 
 def architecture(config: Mapping[str, Any], family: str | None = None) -> Architecture | None:
-    """The sizes that ``config`` states, or None when one that has no default is missing or no
-    number; without a ``family`` the features tell it."""
+    """What ``config`` states, or None; without a ``family`` the features tell it."""
     scaled = config.get("scale_positional_embedding") is True
     tied = "share_embeddings_and_output_weights"
     own = {tied: config.get(tied, True) is True, "vocab_size": config.get("override_vocab_size")}
@@ -139,7 +138,6 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
 
 
 def _check_kind(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no plain GPT of Megatron-Core."""
     target = str(config.get("target", ""))
     gpt = "nemo.collections.nlp.models.language_modeling.megatron_gpt_"
     position = config.get("position_embedding_type")
@@ -165,8 +163,7 @@ def _check_kind(config: Mapping[str, Any], where: str) -> None:
 
 
 def family_of_features(fields: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint that does not name it: a Llama, unless ``fields`` has what only
-    another family has."""
+    """A Llama, unless ``fields`` has what only another family has."""
     signs = {
         "mixtral": fields["num_moe_experts"],
         "qwen3": fields["qk_layernorm"],

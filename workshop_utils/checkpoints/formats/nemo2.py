@@ -67,12 +67,10 @@ class Nemo2Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether these are only the weights of an adapter."""
         return self.adapter is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ``weights/``."""
         return sum(self.files.values())
 
     @property
@@ -80,8 +78,7 @@ class Nemo2Checkpoint:
         return self.path / "context" / "model.yaml"
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the model itself, without those of the optimizer (their names lack the
-        ``module.`` prefix)."""
+        """Without those of the optimizer, whose names lack :data:`PREFIX`."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith(PREFIX)}
 
 
@@ -120,8 +117,7 @@ def locate(path: Path) -> Path:
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the NeMo 2.0 directory ``path``, also one of zarr; errors and faults as
-    :func:`read`."""
+    """Describe the directory ``path``, also one of zarr; errors and faults as :func:`read`."""
     held = _read(path, report, ("torch_dist", "zarr"))
     tensors = held.model_tensors()
     architecture, notes = _architecture(held, tensors, report)
@@ -147,8 +143,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 def _architecture(
     held: Nemo2Checkpoint, tensors: Mapping[str, Tensor], report: Report
 ) -> tuple[Architecture | None, tuple[str, ...]]:
-    """The sizes of a family that can be converted, with the defaults of its class; of any other as
-    ``model.yaml`` states them."""
+    """With the defaults of its class where that is known, else as ``model.yaml`` states it."""
     notes, target = (), held.model.get("_target_")
     try:
         fields = gpt_config.read_fields(held.model, shown(held.config))
@@ -164,8 +159,7 @@ def _architecture(
 
 
 def tokenizer_name(model: Mapping[str, Any]) -> str | None:
-    """The directory or file below ``context/``, or the repository on the Hub, that ``model`` (a
-    ``model.yaml``) names as its tokenizer."""
+    """What ``model.yaml`` names: a place below ``context/``, or a repository on the Hub."""
     described = section(model, "tokenizer")
     name = described.get("pretrained_model_name") or described.get("model_path")
     # NeMo's wrapper around a string that was no path when the checkpoint was written.
@@ -212,7 +206,6 @@ def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
 
 
 def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpoint:
-    """As :func:`read`, for a directory that one of ``backends`` wrote."""
     weights, real = path / "weights", path.resolve()
     # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it; NAME-last may
     # be a link to that.
@@ -244,6 +237,5 @@ def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpo
 
 
 def contents_of(checkpoint: Path) -> dict[str, dict[str, str]]:
-    """Digests of what the NeMo 2.0 directory ``checkpoint`` is loaded from, wherever it lies: part
-    -> file in it -> digest."""
+    """Digests of what ``checkpoint`` is loaded from, wherever it lies: part -> file -> digest."""
     return {part: of_contents(checkpoint / part) for part in ("context", "weights")}

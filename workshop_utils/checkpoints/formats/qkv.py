@@ -32,7 +32,6 @@ class Heads(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the fused matrix."""
         return (self.attention + 2 * self.groups) * self.channels
 
 
@@ -59,6 +58,5 @@ def join(query: Tensor, key: Tensor, value: Tensor, heads: Heads, order: Order) 
 
 
 def reorder(rows: Tensor, heads: Heads, have: Order, want: Order) -> Tensor:
-    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``; the same
-    tensor when they agree."""
+    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``."""
     return rows if have == want else join(*split(rows, heads, have), heads, want)

@@ -23,8 +23,7 @@ _MEGATRON = re.compile(rf"mp_rank_(\d+)(?:_(\d+))?(?:_\d+)?/{re.escape(MEGATRON_
 def rank_files(
     names: Iterable[str], pattern: re.Pattern = _NEMO, whole: str = WEIGHTS
 ) -> dict[tuple[int, int], str]:
-    """(tensor-parallel rank, pipeline stage) -> file, for those of ``names`` that hold NeMo 1's
-    weights; empty where none does."""
+    """(tensor-parallel rank, pipeline stage) -> which of ``names`` has NeMo 1's weights."""
     files = {}
     for name in names:
         if name == whole:
@@ -47,7 +46,6 @@ def sizes(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
 
 
 def parts_note(ranks: int, sizes: tuple[int, int]) -> str:
-    """What to know of a checkpoint whose parts are not merged."""
     return (
         f"{ranks} model-parallel ranks (tensor-parallel size {sizes[0]}, pipeline-parallel size "
         f"{sizes[1]}) whose parts are not merged: shapes are those of the parts, and what every "

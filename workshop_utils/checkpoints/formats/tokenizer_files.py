@@ -13,13 +13,11 @@ NAMES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def is_one(path: Path) -> bool:
-    """Whether the directory ``path`` holds a tokenizer."""
     return any((path / name).is_file() for name in NAMES)
 
 
 def describe(path: Path) -> str | None:
-    """``class, number of tokens`` of the tokenizer in the directory ``path``; None where there is
-    none."""
+    """``class, number of tokens`` of the tokenizer in ``path``; None where there is none."""
     if not is_one(path):
         return None
     kind = next(name for name in NAMES if (path / name).is_file())
@@ -33,8 +31,7 @@ def describe(path: Path) -> str | None:
 
 
 def vocabulary(path: Path) -> int | None:
-    """Number of tokens of the tokenizer in the directory ``path``, or None where that is not cheap
-    to tell."""
+    """Number of tokens of the tokenizer in ``path``; None where that is not cheap to tell."""
     fast, sentencepiece = path / "tokenizer.json", path / "tokenizer.model"
     try:
         if fast.is_file() and fast.stat().st_size <= MAX_BYTES:
@@ -47,8 +44,7 @@ def vocabulary(path: Path) -> int | None:
 
 
 def count_pieces(content: bytes) -> int | None:
-    """Number of pieces in a SentencePiece model: fields 1 of a protobuf message
-    (sentencepiece_model.proto). None if it is none."""
+    """Pieces of a SentencePiece model: fields 1 of its protobuf message. None if it is none."""
     at, count = 0, 0
     while at < len(content):
         tag, at = _varint(content, at)

@@ -60,8 +60,7 @@ class Index:
 
 
 def read_directory(weights: Path, report: Report = stop) -> Index:
-    """The index of the directory ``weights``; errors as :func:`read_index`, also for a missing or
-    too large file."""
+    """As :func:`read_index`, also for a missing or too large file."""
     path = weights / INDEX
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
@@ -70,8 +69,7 @@ def read_directory(weights: Path, report: Report = stop) -> Index:
 
 
 def file_sizes(weights: Path) -> dict[str, int]:
-    """Bytes of each file in the directory ``weights``, by name; a link counts as the file that it
-    leads to."""
+    """Bytes of each file by name; a link counts as the file that it leads to."""
     return {file.name: file.stat().st_size for file in sorted(weights.iterdir()) if file.is_file()}
 
 
@@ -120,8 +118,7 @@ def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Repor
 def _places(
     stored: dict, where: str, files: Mapping[str, int], report: Report
 ) -> dict[tuple, tuple[str, int, int] | None]:
-    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported.
-    A file is reported once."""
+    """(name, offset in the tensor) -> (file, start, length), or None for one that was reported."""
     places = {}
     broken: dict[str, dict[str, int]] = {}
     while stored:
@@ -152,8 +149,6 @@ def _places(
 
 
 def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> DamagedCheckpoint:
-    """What to say of a file that is missing (``size`` None) or too short for the entries in
-    ``ends``: name -> last byte."""
     names = sorted(ends)
     only = names[0] if len(names) == 1 else None
     held = ", ".join(names[:SHOWN])
@@ -169,7 +164,6 @@ def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> Damage
 
 
 def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
-    """(file, start, length) of one stored item, once the file is known to lie in the directory."""
     here = f"{where}/{INDEX}: {name}"
     file, start = getattr(place, "relative_path", None), getattr(place, "offset", None)
     length = getattr(place, "length", None)
@@ -219,7 +213,6 @@ def _tensor(
 
 
 def _is_shape(value: Any) -> bool:
-    """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
     return type(value) is tuple and len(value) <= MAX_DIMENSIONS and all(map(_is_size, value))
 
 

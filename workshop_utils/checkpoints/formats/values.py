@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 
 def open_part(checkpoint: Checkpoint, file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
-    """The file of ``checkpoint`` that a chunk names, open for reading: beside the index, a member
-    of the archive, or the file itself."""
+    """The file of ``checkpoint`` that a chunk names, open for reading where it lies."""
     if checkpoint.kind in (Kind.NEMO1_ARCHIVE, Kind.NEMO1_ARCHIVE_ADAPTER):
         return nemo_archive.open_member(checkpoint.path, file)
     path = checkpoint.path

@@ -42,22 +42,19 @@ class Model:
 
     @property
     def hub_id(self) -> str | None:
-        """The model's id on the Hub, where it comes from there, or where its licence stands on its
-        page there."""
+        """Id on the Hub of the model, or of the page there that has its licence."""
         page = self.licence_url.removeprefix("https://huggingface.co/")
         page = self.address if self.source == "huggingface" else page
         return page if page.count("/") == 1 else None
 
 
 def catalogue() -> dict[str, Model]:
-    """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an
-    entry is wrong."""
+    """Every model of the manifest, by name."""
     return _read(paths.repository_file("models/manifest.yaml"))
 
 
 def find(name: str) -> Model:
-    """The model called ``name``. Raises WorkshopError with all names, and the nearest, when there
-    is none."""
+    """Raises WorkshopError with all names, and the nearest, when there is none."""
     models = catalogue()
     if name in models:
         return models[name]
@@ -98,14 +95,12 @@ def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingfac
 
 
 def location(model: Model) -> Path:
-    """Directory of ``model`` on this machine, whether it is there or not."""
     place = paths.nemo2_checkpoint if model.format == "nemo2" else paths.huggingface_model
     return place(model.name)
 
 
 def is_present(model: Model) -> bool:
-    """Whether the whole of ``model`` lies at its :func:`location`: a directory with a part missing
-    or cut off does not count."""
+    """A directory with a part missing or cut off does not count."""
     return wholeness.CHECKS[model.format](location(model))
 
 

@@ -44,8 +44,7 @@ def run(
 
 
 def _written(folder: Path) -> Iterator[int]:
-    """Bytes on the disk of each file under ``folder``: blocks, because some clients give a file its
-    full size at once."""
+    """Bytes on the disk of each file: some clients give a file its full size at once."""
     for here, _, names in os.walk(folder):
         for name in names:
             try:

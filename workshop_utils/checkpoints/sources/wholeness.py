@@ -16,8 +16,7 @@ _NEMO2 = (
 
 
 def huggingface(directory: Path) -> bool:
-    """Config, tokenizer and every safetensors shard are there, and no shard is shorter than its
-    header says."""
+    """Config, tokenizer and every shard are there, and no shard is shorter than its header says."""
     index, names = directory / "model.safetensors.index.json", {"model.safetensors"}
     try:
         if index.is_file():
@@ -30,7 +29,6 @@ def huggingface(directory: Path) -> bool:
 
 
 def nemo2(directory: Path) -> bool:
-    """The files of a NeMo 2.0 checkpoint are there, and no weight file is empty."""
     sizes = [file.stat().st_size for file in (directory / "weights").glob("*.distcp")]
     return bool(sizes) and all(sizes) and all((directory / name).is_file() for name in _NEMO2)
 
