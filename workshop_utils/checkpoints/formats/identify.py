@@ -175,10 +175,7 @@ def _why_not(path: Path) -> str:
             f"latest is {shown(latest)}"
         )
     if below := sorted(set(_below(path))):
-        names = ", ".join(map(shown, below[:5]))
-        return (
-            f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
-        )
+        return nemo2.holds(path, below)
     return f"{shown(path)} {_about_directory(path)}"
 
 

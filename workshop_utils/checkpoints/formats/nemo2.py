@@ -101,19 +101,22 @@ def locate(path: Path) -> Path:
     here = path.resolve()
     for above in here.parents[:3]:
         if looks_like(above) and here.relative_to(above).parts[0] in ("weights", "context"):
-            raise NotACheckpoint(
-                f"{shown(path)} is a part of a NeMo 2.0 checkpoint. Give its top directory: "
-                f"{shown(above)}"
-            )
+            raise NotACheckpoint(a_part_of(path, above, "NeMo 2.0 checkpoint"))
     if below := sorted(filter(looks_like, path.iterdir())) if path.is_dir() else []:
-        names = ", ".join(map(shown, below[:5]))
-        raise NotACheckpoint(
-            f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
-        )
+        raise NotACheckpoint(holds(path, below))
     raise NotACheckpoint(
         f"{shown(path)} is not a NeMo 2.0 checkpoint: it has neither context/model.yaml nor "
         "weights/.metadata."
     )
+
+
+def a_part_of(path: Path, top: Path, kind: str = "checkpoint") -> str:
+    return f"{shown(path)} is a part of a {kind}. Give its top directory: {shown(top)}"
+
+
+def holds(path: Path, below: list[Path]) -> str:
+    names = ", ".join(map(shown, below[:5]))
+    return f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
