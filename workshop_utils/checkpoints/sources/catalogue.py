@@ -101,7 +101,7 @@ def location(model: Model) -> Path:
 
 def is_present(model: Model) -> bool:
     """A directory with a part missing or cut off does not count."""
-    return wholeness.CHECKS[model.format](location(model))
+    return getattr(wholeness, model.format)(location(model))
 
 
 @cache

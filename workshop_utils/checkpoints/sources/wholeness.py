@@ -1,7 +1,7 @@
-"""Is a model's directory whole? Cheap checks: names and sizes, no weight is read."""
+"""Is a model's directory whole? Cheap checks, one for each format: names and sizes, no weight is
+read."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 HEADER_LENGTH = 8  # bytes; a safetensors file starts with the length of its JSON header
@@ -31,9 +31,6 @@ def huggingface(directory: Path) -> bool:
 def nemo2(directory: Path) -> bool:
     sizes = [file.stat().st_size for file in (directory / "weights").glob("*.distcp")]
     return bool(sizes) and all(sizes) and all((directory / name).is_file() for name in _NEMO2)
-
-
-CHECKS: dict[str, Callable[[Path], bool]] = {"huggingface": huggingface, "nemo2": nemo2}
 
 
 def _is_whole_safetensors(file: Path) -> bool:
