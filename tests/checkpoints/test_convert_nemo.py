@@ -10,6 +10,7 @@ from pathlib import Path
 import nemo_loads
 import numpy as np
 import pytest
+from checkpoint_samples import run
 from tiny_families import FAMILIES, make_tiny_family
 
 from workshop_utils.checkpoints.convert import convert
@@ -33,23 +34,16 @@ def models(tmp_path_factory):
     """Folders ``hf``, ``nemo2`` (imported by NeMo), ``nemo1`` (converted), ``back`` (and back),
     with a folder for each family."""
     root = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
-        make_tiny_family(root / "hf" / name, name)
+    sources = [make_tiny_family(root / "hf" / name, name) for name in FAMILIES]
     # All in one process: loading NeMo takes longer than all the imports.
     (root / "import_all.py").write_text(IMPORT_ALL)
-    command = [
-        sys.executable,
-        root / "import_all.py",
-        root / "nemo2",
-        *(root / "hf" / name for name in FAMILIES),
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run(root / "import_all.py", root / "nemo2", *sources)
     for name in FAMILIES:
+        archive = root / "archive" / f"{name}.nemo"
         convert(root / "nemo2" / name, root / "nemo1" / name, "nemo1")
         convert(root / "nemo1" / name, root / "back" / name, "nemo2")
-        convert(root / "back" / name, root / "archive" / f"{name}.nemo", "nemo1")
-        convert(root / "archive" / f"{name}.nemo", root / "from_archive" / name, "nemo2")
+        convert(root / "back" / name, archive, "nemo1")
+        convert(archive, root / "from_archive" / name, "nemo2")
     return root
 
 
@@ -62,20 +56,18 @@ def expected(models):
     import torch
     from transformers import AutoModelForCausalLM
 
-    found = {}
+    logits = {}
     for name in FAMILIES:
         model = AutoModelForCausalLM.from_pretrained(models / "hf" / name).eval()
         with torch.inference_mode():
-            found[name] = model(torch.from_numpy(TOKENS)).logits.numpy()
-    return found
+            logits[name] = model(torch.from_numpy(TOKENS)).logits.numpy()
+    return logits
 
 
 def weights(path: Path) -> dict[str, bytes]:
-    found = identify(path)
-    return {
-        tensor.name.partition(".")[2]: values.read_tensor(found, tensor).tobytes()
-        for tensor in found.tensors
-    }
+    held = identify(path)
+    named = {tensor.name.partition(".")[2]: tensor for tensor in held.tensors}
+    return {name: values.read_tensor(held, named[name]).tobytes() for name in named}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,32 +84,27 @@ def test_round_trips_are_bit_equal(models, family):
 
 @pytest.fixture(scope="module")
 def nemo2_logits(models, tmp_path_factory):
-    paths = [
-        models / folder / name for folder in ("nemo2", "back", "from_archive") for name in FAMILIES
-    ]
-    found = nemo_loads.logits("nemo2", paths, TOKENS, tmp_path_factory.mktemp("nemo2"))
-    return {
-        (path.parent.name, path.name): logits for path, logits in zip(paths, found, strict=True)
-    }
+    folders = ("nemo2", "back", "from_archive")
+    places = [(folder, name) for folder in folders for name in FAMILIES]
+    paths = [models / folder / name for folder, name in places]
+    logits = nemo_loads.logits("nemo2", paths, TOKENS, tmp_path_factory.mktemp("nemo2"))
+    return dict(zip(places, logits, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_in_nemo_2(nemo2_logits, expected, family):
-    assert np.abs(expected[family]).max() > 1
+    own = expected[family]
+    assert np.abs(own).max() > 1
     for folder in ("nemo2", "back", "from_archive"):
-        assert (
-            np.abs(
-                nemo2_logits[folder, family][..., : expected[family].shape[-1]] - expected[family]
-            ).max()
-            < 2e-5
-        ), folder
+        logits = nemo2_logits[folder, family][..., : own.shape[-1]]
+        assert np.abs(logits - own).max() < 2e-5, folder
 
 
 @pytest.fixture(scope="module")
 def nemo1_logits(models, tmp_path_factory):
     paths = [models / "nemo1" / name for name in FAMILIES] + [models / "archive" / "llama31.nemo"]
-    found = nemo_loads.logits("nemo1", paths, TOKENS, tmp_path_factory.mktemp("nemo1"))
-    return {path.name: logits for path, logits in zip(paths, found, strict=True)}
+    logits = nemo_loads.logits("nemo1", paths, TOKENS, tmp_path_factory.mktemp("nemo1"))
+    return {path.name: own for path, own in zip(paths, logits, strict=True)}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "llama31.nemo"])
@@ -158,30 +145,20 @@ def test_nemo_exports_what_was_converted(models, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    families = [
-        name for name in FAMILIES if name != "llama31"
-    ]  # NeMo's exporter writes 8192 for the original length of any rope
+    # NeMo's exporter writes 8192 for the original length of any rope.
+    families = [name for name in FAMILIES if name != "llama31"]
     (tmp_path / "export_all.py").write_text(EXPORT_ALL)
-    command = [
-        sys.executable,
-        tmp_path / "export_all.py",
-        tmp_path,
-        *(models / "back" / name for name in families),
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run(tmp_path / "export_all.py", tmp_path, *(models / "back" / name for name in families))
     for name in families:
         before, after = (
             AutoModelForCausalLM.from_pretrained(path / name) for path in (models / "hf", tmp_path)
         )
         assert type(before) is type(after)
-        state = before.state_dict()
+        state, exported = before.state_dict(), after.state_dict()
+        assert state.keys() == exported.keys()
         # The exporters write as many rows of the embedding as the tokenizer has tokens.
-        assert all(
-            torch.equal(value, state[key][: len(value)])
-            for key, value in after.state_dict().items()
-        ), name
-        assert state.keys() == after.state_dict().keys()
+        for key, value in exported.items():
+            assert torch.equal(value, state[key][: len(value)]), (name, key)
 
 
 def test_nemo_generates_and_trains(models, tmp_path):
@@ -192,52 +169,41 @@ def test_nemo_generates_and_trains(models, tmp_path):
     rows = [{"input": f"number {i}?", "output": f"it is {i}"} for i in range(16)]
     for name in ("training", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [
-        sys.executable,
-        Path(nemo_loads.__file__).with_name("nemo_trains.py"),
-        models / "from_archive" / "llama2",
-        tmp_path,
-    ]
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    trains = Path(nemo_loads.__file__).with_name("nemo_trains.py")
+    run(trains, models / "from_archive" / "llama2", tmp_path, cwd=tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(models / "hf" / "llama2").eval()
     tokenizer = AutoTokenizer.from_pretrained(models / "hf" / "llama2")
-    ids = tokenizer("number 1?", return_tensors="pt")
-    tokens = model.generate(ids["input_ids"], max_new_tokens=4, do_sample=False)[
-        0, ids["input_ids"].shape[1] :
-    ]
+    ids = tokenizer("number 1?", return_tensors="pt")["input_ids"]
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert result["texts"] == [tokenizer.decode(tokens)]
     assert result["step"] == 3
     assert 0 < result["metrics"]["reduced_train_loss"] < 20
     assert list((tmp_path / "log").rglob("*.distcp")), "the trained model was saved"
 
 
-@pytest.mark.parametrize("made_by_us", [False, True])
-def test_fiddle_reads_our_graph_as_it_reads_nemos(models, made_by_us, tmp_path):
+READ_GRAPH = """
+import json, sys
+from pathlib import Path
+from workshop_utils.runtime import nemo_cpu
+nemo_cpu.apply()
+from nemo.collections import llm
+from nemo.lightning.io.api import load_context
+context = load_context(Path(sys.argv[1]), build=False)
+config, strategy = context.model.config, context.trainer.strategy
+names = [context.model.__fn_or_cls__.__name__, strategy.__fn_or_cls__.__name__]
+more = [config.activation_func.__name__, str(config.params_dtype), context.extra]
+print("READ", json.dumps([*names, config.num_moe_experts, *more]))
+"""
+
+
+@pytest.mark.parametrize("folder", ["nemo2", "back"])
+def test_fiddle_reads_our_graph_as_it_reads_nemos(models, folder, tmp_path):
     """``io.json`` has what fiddle's own reader wants, so that a later NeMo reads it, too."""
-    source = models / ("back" if made_by_us else "nemo2") / "mixtral" / "context"
-    shutil.copy(source / "io.json", tmp_path / "io.json")
-    program = (
-        "import json, sys; from workshop_utils.runtime import nemo_cpu; nemo_cpu.apply(); from "
-        "nemo.collections import llm;from nemo.lightning.io.api import load_context; from "
-        "pathlib import Path;found = load_context(Path(sys.argv[1]), build=False); config = "
-        "found.model.config;print('FOUND', json.dumps([found.model.__fn_or_cls__.__name__, "
-        "config.num_moe_experts, config.activation_func.__name__, str(config.params_dtype), "
-        "found.trainer.strategy.__fn_or_cls__.__name__, found.extra]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
-    )
-    line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND ")), None)
+    shutil.copy(models / folder / "mixtral" / "context" / "io.json", tmp_path / "io.json")
+    command = [sys.executable, "-c", READ_GRAPH, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("READ ")), None)
     assert line, done.stderr[-3000:]
-    assert json.loads(line.removeprefix("FOUND ")) == [
-        "MixtralModel",
-        4,
-        "silu",
-        "torch.float32",
-        "MegatronStrategy",
-        {},
-    ]
+    names = ["MixtralModel", "MegatronStrategy"]
+    assert json.loads(line.removeprefix("READ ")) == [*names, 4, "silu", "torch.float32", {}]

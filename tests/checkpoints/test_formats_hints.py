@@ -10,27 +10,21 @@ from pathlib import Path
 import export_samples
 import pytest
 import torch
-from tiny_model import make_tiny_model
 
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 1234\n"  # noqa: E501
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 1\n"
 PAGE = b"<!DOCTYPE html><html><head><title>401 Unauthorized</title></head></html>"
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "hf")
+NEMO2 = "models/run/checkpoints/step=10"
 
 
 @pytest.fixture
-def root(tiny, originals, tmp_path, monkeypatch):
+def root(tiny, originals, root):
     """``models`` with a Hugging Face model and a NeMo 2.0 checkpoint of a run."""
-    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
-    shutil.copytree(tiny, tmp_path / "models" / "hf")
-    shutil.copytree(originals / "plain", tmp_path / "models" / "run" / "checkpoints" / "step=10")
-    return tmp_path
+    shutil.copytree(tiny, root / "models" / "hf")
+    shutil.copytree(originals / "plain", root / NEMO2)
+    return root
 
 
 def says(path: Path, error: type = NotACheckpoint) -> str:
@@ -39,18 +33,14 @@ def says(path: Path, error: type = NotACheckpoint) -> str:
     return str(caught.value)
 
 
-NEMO2 = "models/run/checkpoints/step=10"
+INSIDE = ("weights", "context", "context/nemo_tokenizer", "context/nemo_tokenizer/tokenizer.json")
+INSIDE += ("weights/__0_0.distcp", "weights/common.pt")
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"),
+    ("given", "said"),
     [
-        (f"{NEMO2}/weights", f"top directory: {NEMO2}"),
-        (f"{NEMO2}/context", f"top directory: {NEMO2}"),
-        (f"{NEMO2}/context/nemo_tokenizer", f"top directory: {NEMO2}"),
-        (f"{NEMO2}/context/nemo_tokenizer/tokenizer.json", f"top directory: {NEMO2}"),
-        (f"{NEMO2}/weights/__0_0.distcp", f"top directory: {NEMO2}"),
-        (f"{NEMO2}/weights/common.pt", f"top directory: {NEMO2}"),
+        *((f"{NEMO2}/{part}", f"top directory: {NEMO2}") for part in INSIDE),
         ("models/hf/model.safetensors", "top directory: models/hf"),
         ("models/hf/tokenizer.json", "top directory: models/hf"),
         ("models", f"holds 2. Give one of them: models/hf, {NEMO2}"),
@@ -58,8 +48,8 @@ NEMO2 = "models/run/checkpoints/step=10"
         ("nothing", "nothing does not exist"),
     ],
 )
-def test_above_and_inside(root, given, wanted):
-    assert wanted in says(root / given)
+def test_above_and_inside(root, given, said):
+    assert said in says(root / given)
 
 
 @pytest.mark.parametrize("odd", ["/", "..", ".", "/dev/null", "/dev", "/proc/self"])
@@ -74,26 +64,26 @@ def test_a_pipe_is_not_opened(root):
     assert "holds 2." in says(root / "models")
 
 
-def test_a_tokenizer_alone(root):
+def test_a_part_alone(root):
     (root / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(root / "models" / "hf" / name, root / "tokenizer")
     assert "is a tokenizer, not a model" in says(root / "tokenizer")
-
-
-def test_weights_alone(root):
-    shutil.copy(root / "models" / "hf" / "model.safetensors", root / "model.safetensors")
-    assert "put config.json and the tokenizer beside them" in says(root / "model.safetensors")
     (root / "alone").mkdir()
-    (root / "model.safetensors").rename(root / "alone" / "model.safetensors")
-    assert "no config.json" in says(root / "alone")
-    (root / "alone" / "model.safetensors").rename(root / "alone" / "adapter_model.safetensors")
-    assert "no adapter_config.json" in says(root / "alone")
-    (root / "shards").mkdir()
-    shutil.copy(root / NEMO2 / "weights" / "__0_0.distcp", root / "shards")
-    assert "no .metadata" in says(root / "shards")
-    shutil.copy(root / NEMO2 / "weights" / "__0_0.distcp", root)
+    for part, name, words in (
+        ("models/hf/model.safetensors", "model.safetensors", "no config.json"),
+        ("models/hf/model.safetensors", "adapter_model.safetensors", "no adapter_config.json"),
+        (f"{NEMO2}/weights/__0_0.distcp", "__0_0.distcp", "no .metadata"),
+    ):
+        shutil.copy(root / part, root / "alone" / name)
+        assert words in says(root / "alone")
+        (root / "alone" / name).rename(root / name)
+    assert "put config.json and the tokenizer beside them" in says(root / "model.safetensors")
     assert "useless without .metadata" in says(root / "__0_0.distcp")
+    torch.save(export_samples.tensors_of(export_samples.GQA), root / "model_weights.ckpt")
+    assert "model_config.yaml" in says(root / "model_weights.ckpt")
+    (root / "text.txt").write_text("hello")
+    assert "is not a .nemo archive" in says(root / "text.txt")
 
 
 def test_empty_files_and_directories(root):
@@ -111,18 +101,15 @@ def test_pointers_and_pages(root, content, words):
     for name in ("a.nemo", "a.gguf", "a.ckpt", "model.safetensors", "pytorch_model.bin"):
         (root / name).write_bytes(content)
         message = says(root / name)
-        assert words in message
-        assert message.startswith(name)
-    for place in (
-        "models/hf/model.safetensors",
-        f"{NEMO2}/weights/.metadata",
-        f"{NEMO2}/weights/__0_0.distcp",
+        assert words in message and message.startswith(name)
+    for top, name in (
+        ("models/hf", "model.safetensors"),
+        (NEMO2, "weights/.metadata"),
+        (NEMO2, "weights/__0_0.distcp"),
     ):
-        (root / place).write_bytes(content)
-        top = "models/hf" if "hf" in place else NEMO2
+        (root / top / name).write_bytes(content)
         message = says(root / top, DamagedCheckpoint)
-        assert words in message
-        assert message.startswith(top)
+        assert words in message and message.startswith(top)
 
 
 def test_half_written(root):
@@ -140,41 +127,34 @@ def test_half_written(root):
 def test_links(root):
     link = root / "models" / "run" / "checkpoints" / "last"
     link.symlink_to("step=10")
-    found = identify(link)
-    assert (found.path, found.notes[0]) == (link, f"a link to {NEMO2}")
+    checkpoint = identify(link)
+    assert (checkpoint.path, checkpoint.notes[0]) == (link, f"a link to {NEMO2}")
     (link.parent / "step=10-unfinished").touch()
     assert "half-written" in says(link, DamagedCheckpoint)
     shutil.rmtree(root / NEMO2)
     assert "is a link to step=10, which is gone" in says(link)
 
 
+CLOSED = """
+import os, sys
+from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.core.errors import NotACheckpoint
+if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)
+for path in sys.argv[1:]:
+    try: identify(path)
+    except NotACheckpoint as error: print(error)
+"""
+
+
 def test_what_may_not_be_read():
     """Root may read everything, and becomes another user for it."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        closed = Path(folder) / "closed"
+        closed, locked = Path(folder) / "closed", Path(folder) / "a.nemo"
         closed.mkdir(mode=0o000)
-        locked = Path(folder) / "a.nemo"
         locked.write_bytes(b"x" * 600)
         locked.chmod(0o000)
-        code = (
-            "import os, sys\nfrom workshop_utils.checkpoints.formats.identify import "
-            "identify\nfrom workshop_utils.core.errors import NotACheckpoint\nif os.geteuid() == "
-            "0: os.setgid(65534); os.setuid(65534)\nfor path in sys.argv[1:]:\n    try: "
-            "identify(path)\n    except NotACheckpoint as error: print(error)\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, closed, locked],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, "-c", CLOSED, closed, locked]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.count("may not be read by you") == 2, done.stderr
     assert "chmod -R a+rX" in done.stdout
-
-
-def test_nemo1_weights_without_their_configuration(root):
-    torch.save(export_samples.tensors_of(export_samples.GQA), root / "model_weights.ckpt")
-    assert "model_config.yaml" in says(root / "model_weights.ckpt")
-    (root / "text.txt").write_text("hello")
-    assert "is not a .nemo archive" in says(root / "text.txt")

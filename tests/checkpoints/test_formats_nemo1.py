@@ -1,46 +1,31 @@
 """NeMo 1: archives and unpacked directories, whole models and adapters, parts that were not
 merged."""
 
+import itertools
 import shutil
 import tarfile
 from pathlib import Path
 
-import export_samples
 import pytest
 import torch
 import yaml
-from export_samples import saved, tensors_of, write_adapter, write_tar
+from export_samples import ALL, GQA, config_of, saved, tensors_of, write_adapter, write_tar
+from reading import Evil, answers, check_values, shapes, tensor_of
 
-from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.values import read_tensor
 from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint
 
-CONFIG = export_samples.config_of(export_samples.GQA) | {"nemo_version": "2.4.1"}
-MODEL = {key: value for key, value in CONFIG.items() if key != "peft"} | {
-    "normalization": "rmsnorm"
-}
-TEXT = yaml.safe_dump(CONFIG).encode()
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
-    return tmp_path
-
-
-def answers(found) -> dict:
-    return {reader.name: (reader.answer, reader.how) for reader in loads_in(found)}
+CONFIG = config_of(GQA) | {"nemo_version": "2.4.1"}
+MODEL = {name: CONFIG[name] for name in CONFIG if name != "peft"} | {"normalization": "rmsnorm"}
 
 
 def model_state(rows: int = 64) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    shapes = {
-        "model.embedding.word_embeddings.weight": (rows, 32),
-        "model.decoder.layers.0.self_attention.linear_qkv.weight": (64, 32),
-        "model.decoder.layers.1.self_attention.linear_qkv.weight": (64, 32),
-    }
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    qkv = "model.decoder.layers.{}.self_attention.linear_qkv.weight"
+    sizes = {qkv.format(layer): (64, 32) for layer in range(2)}
+    sizes["model.embedding.word_embeddings.weight"] = (rows, 32)
+    return {name: torch.randn(shape, generator=generator) for name, shape in sizes.items()}
 
 
 def unpacked(archive: Path) -> Path:
@@ -50,190 +35,121 @@ def unpacked(archive: Path) -> Path:
 
 
 def test_a_full_model_and_its_values(root):
-    state = model_state()
-    members = {
-        "model_config.yaml": yaml.safe_dump(MODEL).encode(),
-        "model_weights.ckpt": saved(state),
-    }
-    found = identify(write_tar(root / "a.nemo", members))
-    assert (found.format, found.version, found.adapter) == (
-        "NeMo 1 archive (.nemo)",
-        "NeMo 2.4.1",
-        None,
-    )
-    assert (found.architecture.family, found.architecture.vocabulary) == ("Llama", 64)
-    for tensor in found.tensors:
-        assert torch.equal(torch.from_numpy(read_tensor(found, tensor).copy()), state[tensor.name])
-    assert answers(found)["NeMo 2.0 API"] == (
-        "after",
-        "workshop convert a.nemo models/nemo2/a --to nemo2",
-    )
-    assert answers(found)["script path"] == (
-        "yes",
-        "workshop finetune model.restore_from_path=a.nemo",
-    )
+    checkpoint = identify(write_adapter(root / "a.nemo", MODEL, model_state()))
+    assert (checkpoint.format, checkpoint.version) == ("NeMo 1 archive (.nemo)", "NeMo 2.4.1")
+    assert checkpoint.adapter is None
+    architecture = checkpoint.architecture
+    assert (architecture.family, architecture.vocabulary) == ("Llama", 64)
+    check_values(checkpoint, model_state())
+    told = answers(checkpoint)
+    convert = "workshop convert a.nemo models/nemo2/a --to nemo2"
+    assert told["NeMo 2.0 API"] == ("after", convert)
+    assert told["script path"] == ("yes", "workshop finetune model.restore_from_path=a.nemo")
+    trained_with_lora = identify(write_adapter(root / "b.nemo", CONFIG, model_state()))
+    assert trained_with_lora.format == "NeMo 1 archive (.nemo)"
+    assert trained_with_lora.adapter is None
 
 
-def test_a_model_that_was_trained_with_lora_settings_is_no_adapter(root):
-    found = identify(write_adapter(root / "a.nemo", CONFIG, model_state()))
-    assert (found.format, found.adapter) == ("NeMo 1 archive (.nemo)", None)
-
-
-def test_the_unpacked_directory_says_the_same(root):
-    archive = write_adapter(root / "a.nemo", CONFIG, tensors_of(export_samples.GQA))
-    packed, directory = identify(archive), identify(unpacked(archive))
-    assert directory.format == "NeMo 1 directory"
-    assert (directory.adapter, directory.architecture, directory.version) == (
-        packed.adapter,
-        packed.architecture,
-        packed.version,
-    )
-    assert {(t.name, t.shape, t.files[0]) for t in directory.tensors} == {
-        (t.name, t.shape, t.files[0]) for t in packed.tensors
-    }
-    assert directory.folder == ""
-    assert answers(directory)["PEFT"] == (
-        "after",
-        "tar -cf a.nemo -C a . && workshop export a.nemo --to hf-peft",
-    )
+def test_the_unpacked_directory_and_other_packings_say_the_same(root):
+    archive = write_adapter(root / "a.nemo", CONFIG, tensors_of(GQA))
+    packed = identify(archive)
+    assert packed.format == "NeMo 1 archive (.nemo), LoRA adapter"
+    for name in ("model.tar", "checkpoint"):
+        shutil.copy(archive, root / name)
+    with tarfile.open(root / "gz.nemo", "w:gz") as gzip, tarfile.open(archive) as opened:
+        for entry in opened:
+            gzip.addfile(entry, opened.extractfile(entry) if entry.isfile() else None)
+    for path in (root / "model.tar", root / "checkpoint", root / "gz.nemo", unpacked(archive)):
+        other = identify(path)
+        is_directory = path == root / "a"
+        assert other.format == ("NeMo 1 directory" if is_directory else packed.format)
+        assert (other.adapter, other.architecture) == (packed.adapter, packed.architecture)
+        assert (other.version, other.folder) == (packed.version, "")
+        named = ({(t.name, t.shape, t.files[0]) for t in each.tensors} for each in (other, packed))
+        assert next(named) == next(named)
+    export = "tar -cf a.nemo -C a . && workshop export a.nemo --to hf-peft"
+    assert answers(other)["PEFT"] == ("after", export)
 
 
 def test_rank_and_targets_from_the_tensors_where_the_configuration_lacks_them(root):
     config = CONFIG | {"peft": {"peft_scheme": "lora", "lora_tuning": {"variant": "nemo"}}}
-    adapter = identify(
-        write_adapter(
-            root / "a.nemo", config, tensors_of(export_samples.GQA, export_samples.ALL, rank=8)
-        )
-    ).adapter
-    assert (adapter.rank, adapter.targets) == (
-        8,
-        ("attention_dense", "attention_qkv", "mlp_fc1", "mlp_fc2"),
-    )
-    adapter = identify(
-        write_adapter(root / "b.nemo", {**CONFIG, "peft": None}, tensors_of(export_samples.GQA))
-    ).adapter
-    assert (adapter.rank, adapter.alpha, adapter.targets, adapter.base_is_here) == (
-        4,
-        None,
-        ("attention_qkv",),
-        False,
-    )
+    told = identify(write_adapter(root / "a.nemo", config, tensors_of(GQA, ALL, rank=8))).adapter
+    assert told.rank == 8
+    assert told.targets == ("attention_dense", "attention_qkv", "mlp_fc1", "mlp_fc2")
+    config = CONFIG | {"peft": None}
+    told = identify(write_adapter(root / "b.nemo", config, tensors_of(GQA))).adapter
+    assert (told.rank, told.alpha, told.targets) == (4, None, ("attention_qkv",))
+    assert told.base_is_here is False
 
 
-def test_an_archive_under_another_name(root):
-    archive = write_adapter(root / "a.nemo", CONFIG, tensors_of(export_samples.GQA))
-    for name in ("model.tar", "checkpoint"):
-        shutil.copy(archive, root / name)
-        assert identify(root / name).format == "NeMo 1 archive (.nemo), LoRA adapter"
-
-
-def test_gzip(root):
-    archive = write_adapter(root / "plain.nemo", CONFIG, tensors_of(export_samples.GQA))
-    with tarfile.open(root / "a.nemo", "w:gz") as packed, tarfile.open(archive) as opened:
-        for entry in opened:
-            packed.addfile(entry, opened.extractfile(entry) if entry.isfile() else None)
-    found, plain = identify(root / "a.nemo"), identify(archive)
-    assert (found.format, found.adapter) == (plain.format, plain.adapter)
-    assert [(tensor.name, tensor.shape) for tensor in found.tensors] == [
-        (tensor.name, tensor.shape) for tensor in plain.tensors
-    ]
-
-
-def parts(folders: list[str], config: dict = CONFIG, **changes: bytes) -> dict[str, bytes]:
+def parts(folders: list[str], config: dict = CONFIG) -> dict[str, bytes]:
     """Members of an archive that ranks wrote; every rank's B has half of the rows."""
     members = {"model_config.yaml": yaml.safe_dump(config).encode()}
     for number, folder in enumerate(folders):
-        state = {
-            name: tensor.chunk(2)[number % 2].clone() if "linear_out" in name else tensor
-            for name, tensor in tensors_of(export_samples.GQA).items()
-        }
+        state = tensors_of(GQA)
+        for name in state:
+            if "linear_out" in name:
+                state[name] = state[name].chunk(2)[number % 2].clone()
         members[f"{folder}/model_weights.ckpt"] = saved(state)
-    return members | changes
+    return members
 
 
-@pytest.mark.parametrize(
-    ("folders", "sizes"),
-    [
-        (["mp_rank_00", "mp_rank_01"], (2, 1)),
-        (
-            [
-                "tp_rank_00_pp_rank_000",
-                "tp_rank_01_pp_rank_000",
-                "tp_rank_00_pp_rank_001",
-                "tp_rank_01_pp_rank_001",
-            ],
-            (2, 2),
-        ),
-    ],
-)
+TENSOR = ["mp_rank_00", "mp_rank_01"]
+BOTH = [f"tp_rank_{t:02}_pp_rank_{p:03}" for p, t in itertools.product(range(2), range(2))]
+
+
+@pytest.mark.parametrize(("folders", "sizes"), [(TENSOR, (2, 1)), (BOTH, (2, 2))])
 @pytest.mark.parametrize("packed", [True, False])
 def test_parts_of_ranks(root, folders, sizes, packed):
-    archive = write_tar(root / "a.nemo", parts(folders))
-    found = identify(archive if packed else unpacked(archive))
-    assert found.parallel == sizes
-    assert f"{len(folders)} model-parallel ranks" in found.notes[0]
-    assert {tensor.files[0] for tensor in found.tensors} == {
-        f"{folder}/model_weights.ckpt" for folder in folders
-    }
-    out = [tensor for tensor in found.tensors if "linear_out" in tensor.name]
-    assert {tensor.shape for tensor in out} == {(32, 4)}
-    assert len(out) == 2 * len(folders)
-    assert found.nbytes == sum(
-        len(content) for name, content in parts(folders).items() if name.endswith("ckpt")
-    )
-    answer, how = answers(found)["script path"]
-    assert answer == "yes"
-    assert (
-        f"model.tensor_model_parallel_size={sizes[0]} model.pipeline_model_parallel_size={sizes[1]}"
-        in how
-    )
+    members = parts(folders)
+    archive = write_tar(root / "a.nemo", members)
+    checkpoint = identify(archive if packed else unpacked(archive))
+    assert checkpoint.parallel == sizes
+    assert f"{len(folders)} model-parallel ranks" in checkpoint.notes[0]
+    files = {f"{folder}/model_weights.ckpt" for folder in folders}
+    assert {tensor.files[0] for tensor in checkpoint.tensors} == files
+    out = [tensor.shape for tensor in checkpoint.tensors if "linear_out" in tensor.name]
+    assert out == [(32, 4)] * 2 * len(folders)
+    assert checkpoint.nbytes == sum(len(members[name]) for name in files)
+    answer, how = answers(checkpoint)["script path"]
+    model_parallel = [
+        f"model.{name}_model_parallel_size={size}"
+        for name, size in zip(("tensor", "pipeline"), sizes, strict=True)
+    ]
+    assert answer == "yes" and " ".join(model_parallel) in how
     # workshop export puts the parts together.
-    assert answers(found)["vLLM"][0] == "after"
-    assert "--to hf-peft" in answers(found)["vLLM"][1]
+    answer, how = answers(checkpoint)["vLLM"]
+    assert answer == "after" and "--to hf-peft" in how
 
 
 def test_the_vocabulary_is_split_over_the_ranks(root):
     members = {"model_config.yaml": yaml.safe_dump(MODEL).encode()}
-    members |= {
-        f"mp_rank_{rank:02d}/model_weights.ckpt": saved(model_state(rows=32)) for rank in range(2)
-    }
-    found = identify(write_tar(root / "a.nemo", members))
-    assert (found.adapter, found.architecture.vocabulary, found.parallel) == (None, 64, (2, 1))
+    members |= {f"{folder}/model_weights.ckpt": saved(model_state(rows=32)) for folder in TENSOR}
+    checkpoint = identify(write_tar(root / "a.nemo", members))
+    assert (checkpoint.architecture.vocabulary, checkpoint.parallel) == (64, (2, 1))
+    assert checkpoint.adapter is None
 
 
 def test_a_missing_part_is_named(root):
-    with pytest.raises(DamagedCheckpoint, match="lacks the part of tensor-parallel rank 1"):
-        identify(write_tar(root / "a.nemo", parts(["mp_rank_00", "mp_rank_02"])))
-    with pytest.raises(DamagedCheckpoint, match="lacks the part of tensor-parallel rank 1"):
-        identify(
-            write_tar(
-                root / "b.nemo", parts(["mp_rank_00"], CONFIG | {"tensor_model_parallel_size": 2})
-            )
-        )
+    lacks = "lacks the part of tensor-parallel rank 1"
+    wide = CONFIG | {"tensor_model_parallel_size": 2}
+    for members, words in (
+        (parts(["mp_rank_00", "mp_rank_02"]), lacks),
+        (parts(["mp_rank_00", "mp_rank_99999999"]), "claims parallel sizes"),
+        ({"model_config.yaml": yaml.safe_dump(CONFIG).encode()}, "has no weights"),
+        (parts(["mp_rank_00"], wide), lacks),
+    ):
+        with pytest.raises(DamagedCheckpoint, match=words):
+            identify(write_tar(root / "a.nemo", members))
     faults = []
-    found = identify(root / "b.nemo", faults.append)
+    assert identify(root / "a.nemo", faults.append).tensors
     assert len(faults) == 1
-    assert found.tensors
-    with pytest.raises(DamagedCheckpoint, match="claims parallel sizes"):
-        identify(write_tar(root / "c.nemo", parts(["mp_rank_00", "mp_rank_99999999"])))
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
 
 
 def test_code_in_one_part_is_not_run(root):
-    members = parts(["mp_rank_00", "mp_rank_01"]) | {
-        "mp_rank_01/model_weights.ckpt": saved({"a": Evil()})
-    }
+    members = parts(TENSOR) | {"mp_rank_01/model_weights.ckpt": saved({"a": Evil()})}
     with pytest.raises(UnsafeCheckpoint, match=r"mp_rank_01/model_weights\.ckpt.*exec"):
         identify(write_tar(root / "a.nemo", members))
-
-
-def test_no_weights(root):
-    with pytest.raises(DamagedCheckpoint, match="has no weights"):
-        identify(write_tar(root / "a.nemo", {"model_config.yaml": TEXT}))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -244,12 +160,10 @@ def test_sharded_weights(root, originals, packed):
     if packed:
         with tarfile.open(root / "a.nemo", "w") as archive:
             archive.add(directory, "./")
-    found, source = identify(root / "a.nemo" if packed else directory), identify(originals / "gpu")
-    assert {tensor.name for tensor in found.tensors} == {tensor.name for tensor in source.tensors}
+    checkpoint = identify(root / "a.nemo" if packed else directory)
+    source = identify(originals / "gpu")
+    assert shapes(checkpoint.tensors) == shapes(source.tensors)
     name = "module.decoder.layers.mlp.linear_fc1.weight"
-    ours, theirs = (
-        next(tensor for tensor in checkpoint.tensors if tensor.name == name)
-        for checkpoint in (found, source)
-    )
-    assert (read_tensor(found, ours) == read_tensor(source, theirs)).all()
-    assert found.architecture.vocabulary == source.architecture.vocabulary
+    ours, theirs = (read_tensor(held, tensor_of(held, name)) for held in (checkpoint, source))
+    assert (ours == theirs).all()
+    assert checkpoint.architecture.vocabulary == source.architecture.vocabulary

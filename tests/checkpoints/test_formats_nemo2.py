@@ -1,6 +1,7 @@
 """Reading NeMo 2.0 directories and the pickles in them: what is there, what is missing, what is
 hostile."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import checkpoint_samples as samples
 import pytest
+from places import ROOT
 
-from workshop_utils.checkpoints.formats import nemo2, restricted_pickle
+from workshop_utils.checkpoints.formats import nemo2, restricted_pickle, torch_dist
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.core.errors import (
     DamagedCheckpoint,
@@ -21,40 +23,51 @@ from workshop_utils.core.errors import (
     WorkshopError,
 )
 
+SYNTHETIC = ROOT / "benchmarks" / "synthetic_index.py"
+
 
 @pytest.fixture
-def checkpoint(originals, tmp_path, monkeypatch):
+def checkpoint(originals, root):
     """A copy of the checkpoint as a GPU writes it, to be damaged."""
-    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
-    return Path(shutil.copytree(originals / "gpu", tmp_path / "gpu"))
+    return Path(shutil.copytree(originals / "gpu", root / "gpu"))
+
+
+def check_places(tensors, index) -> None:
+    """Shapes, dtypes, chunks and places of ``tensors`` are those of torch's own ``index``."""
+    places = {
+        (key.fqn, key.offset and tuple(key.offset)): place
+        for key, place in index.storage_data.items()
+    }
+    stated = index.state_dict_metadata
+    assert set(tensors) == {name for name, entry in stated.items() if hasattr(entry, "chunks")}
+    for name, tensor in tensors.items():
+        entry = stated[name]
+        assert tensor.shape == tuple(entry.size)
+        assert f"torch.{tensor.dtype}" == str(entry.properties.dtype)
+        chunks = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+        assert chunks == [(chunk.offsets, chunk.shape) for chunk in tensor.chunks]
+        for chunk in tensor.chunks:
+            place = places[name, chunk.offsets]
+            own = chunk.file, chunk.start, chunk.length
+            assert own == (place.relative_path, place.offset, place.length)
 
 
 def test_tensors_and_their_places_are_those_that_torch_reads(checkpoint):
     from torch.distributed.checkpoint import FileSystemReader
 
     index = FileSystemReader(checkpoint / "weights").read_metadata()
-    found = nemo2.read(checkpoint)
-    names = {name for name, entry in index.state_dict_metadata.items() if hasattr(entry, "chunks")}
-    assert set(found.tensors) == names
-    assert set(found.objects) == set(index.state_dict_metadata) - names
-    for tensor in found.tensors.values():
-        entry = index.state_dict_metadata[tensor.name]
-        assert (tensor.shape, f"torch.{tensor.dtype}") == (
-            tuple(entry.size),
-            str(entry.properties.dtype),
-        )
-        assert len(tensor.chunks) == len(entry.chunks)
-        for chunk in tensor.chunks:
-            place = next(
-                p
-                for k, p in index.storage_data.items()
-                if k.fqn == tensor.name and tuple(k.offset) == chunk.offsets
-            )
-            assert (chunk.file, chunk.start, chunk.length) == (
-                place.relative_path,
-                place.offset,
-                place.length,
-            )
+    held = nemo2.read(checkpoint)
+    check_places(held.tensors, index)
+    assert set(held.objects) == set(index.state_dict_metadata) - set(held.tensors)
+
+
+def test_every_place_of_a_large_index_is_the_one_that_torch_wrote(tmp_path):
+    from torch.distributed.checkpoint import FileSystemReader
+
+    samples.run(SYNTHETIC, tmp_path, 6000)
+    tensors = torch_dist.read_directory(tmp_path).tensors
+    assert sum(len(tensor.chunks) for tensor in tensors.values()) == 6000
+    check_places(tensors, FileSystemReader(tmp_path).read_metadata())
 
 
 def test_a_chunk_can_be_read_from_its_bytes(checkpoint):
@@ -64,58 +77,25 @@ def test_a_chunk_can_be_read_from_its_bytes(checkpoint):
 
     name = "mlp.linear_fc1.weight"
     chunk = nemo2.read(checkpoint).tensors[f"module.decoder.layers.{name}"].chunks[1]
-    content = (checkpoint / "weights" / chunk.file).read_bytes()[
-        chunk.start : chunk.start + chunk.length
-    ]
-    saved = torch.load(io.BytesIO(content), weights_only=True)
+    with (checkpoint / "weights" / chunk.file).open("rb") as file:
+        file.seek(chunk.start)
+        saved = torch.load(io.BytesIO(file.read(chunk.length)), weights_only=True)
     assert torch.equal(saved.squeeze(0), samples.weight(name, chunk.offsets[0], "gpu"))
 
 
 def test_the_summary(checkpoint):
-    found = identify(checkpoint)
-    assert found.format == "NeMo 2.0 directory (torch_dist)"
-    sizes = found.architecture
-    assert (
-        sizes.layers,
-        sizes.hidden,
-        sizes.heads,
-        sizes.groups,
-        sizes.head_dim,
-        sizes.ffn,
-        sizes.vocabulary,
-        sizes.tied,
-    ) == (
-        samples.LAYERS,
-        samples.HIDDEN,
-        samples.HEADS,
-        samples.GROUPS,
-        samples.HEAD_DIM,
-        samples.FFN,
-        samples.VOCABULARY,
-        False,
-    )
-    assert sizes.rope_scaling == {
-        "scale_factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "old_context_len": 256,
-    }
-    assert found.dtype == "bfloat16"
+    told = identify(checkpoint)
+    assert (told.format, told.dtype) == ("NeMo 2.0 directory (torch_dist)", "bfloat16")
+    sizes = told.architecture
+    assert (sizes.layers, sizes.hidden, sizes.ffn) == (samples.LAYERS, samples.HIDDEN, samples.FFN)
+    assert (sizes.heads, sizes.groups) == (samples.HEADS, samples.GROUPS)
+    assert (sizes.head_dim, sizes.vocabulary) == (samples.HEAD_DIM, samples.VOCABULARY)
+    scaling = samples.ROPE_SCALING | {"scale_factor": 32.0, "old_context_len": 256}
+    assert (sizes.tied, sizes.rope_scaling) == (False, scaling)
     weights = [samples.weight(name, None, "gpu").numel() for name in samples.WHOLE_SHAPES]
-    weights += [
-        samples.LAYERS * samples.weight(name, 0, "gpu").numel() for name in samples.LAYER_SHAPES
-    ]
-    assert found.parameters == sum(weights)
-    assert found.notes == ("1 tensors of optimizer state beside the weights",)
-
-
-def test_an_adapter(checkpoint):
-    (checkpoint / "weights" / "adapter_metadata.json").write_text(
-        '{"model_ckpt_path": "/gone/base"}'
-    )
-    found = identify(checkpoint)
-    assert found.format.startswith("NeMo 2.0 adapter directory")
-    assert (found.adapter.base, found.adapter.base_is_here) == ("/gone/base", False)
+    stacked = [samples.weight(name, 0, "gpu").numel() for name in samples.LAYER_SHAPES]
+    assert told.parameters == sum(weights) + samples.LAYERS * sum(stacked)
+    assert told.notes == ("1 tensors of optimizer state beside the weights",)
 
 
 @pytest.mark.parametrize(
@@ -124,10 +104,9 @@ def test_an_adapter(checkpoint):
 )
 @pytest.mark.parametrize("gone", [True, False])
 def test_missing_and_empty_files_are_named(checkpoint, name, gone):
+    os.truncate(checkpoint / name, 0)
     if gone:
         (checkpoint / name).unlink()
-    else:
-        os.truncate(checkpoint / name, 0)
     with pytest.raises(DamagedCheckpoint, match=name.rpartition("/")[2]):
         nemo2.read(checkpoint)
 
@@ -139,83 +118,47 @@ def test_a_cut_off_shard(checkpoint):
         nemo2.read(checkpoint)
 
 
-def test_an_index_cut_off_anywhere(checkpoint):
+def test_an_index_cut_off_anywhere_or_with_a_flipped_byte(checkpoint):
+    """It never escapes as another error."""
     index = checkpoint / "weights" / ".metadata"
     content = index.read_bytes()
     for length in range(0, len(content), 37):
         index.write_bytes(content[:length])
         with pytest.raises(WorkshopError, match=r"\.metadata"):
             nemo2.read(checkpoint)
-
-
-def test_an_index_with_a_flipped_byte_never_escapes_as_another_error(checkpoint):
-    index = checkpoint / "weights" / ".metadata"
-    content = index.read_bytes()
     for position in range(0, len(content), 11):
-        index.write_bytes(
-            content[:position] + bytes([content[position] ^ 0x41]) + content[position + 1 :]
-        )
+        flipped = bytes([content[position] ^ 0x41])
+        index.write_bytes(content[:position] + flipped + content[position + 1 :])
         try:
             nemo2.read(checkpoint)
         except WorkshopError as error:
             assert "weights" in str(error)
 
 
-def test_an_unfinished_checkpoint(checkpoint):
+def test_what_is_unfinished_or_zarr_is_named(checkpoint):
+    backend = checkpoint / "weights" / "metadata.json"
+    backend.write_text('{"sharded_backend": "zarr", "sharded_backend_version": 1}')
+    with pytest.raises(UnsupportedCheckpoint, match="zarr is deprecated"):
+        nemo2.read(checkpoint)
     (checkpoint.parent / "gpu-unfinished").touch()
     with pytest.raises(DamagedCheckpoint, match="half-written"):
         nemo2.read(checkpoint)
 
 
-def test_zarr_is_named(checkpoint):
-    (checkpoint / "weights" / "metadata.json").write_text(
-        '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
-    )
-    with pytest.raises(UnsupportedCheckpoint, match="zarr is deprecated"):
-        nemo2.read(checkpoint)
-
-
-def test_the_right_path_is_named(checkpoint):
-    for wrong in (
-        "gpu/weights",
-        "gpu/context",
-        "gpu/context/nemo_tokenizer",
-        "gpu/weights/__0_0.distcp",
-    ):
-        with pytest.raises(NotACheckpoint, match="top directory: gpu$"):
-            nemo2.read(checkpoint.parent / wrong)
-    with pytest.raises(NotACheckpoint, match="holds 1.*: gpu"):
-        nemo2.read(checkpoint.parent)
-    with pytest.raises(NotACheckpoint, match="does not exist"):
-        nemo2.read(checkpoint / "nothing")
-
-
 @pytest.mark.parametrize(
-    "path", ["../outside.distcp", "/etc/passwd", "a/../../outside.distcp", "..\\outside", "a\0b"]
+    "wrong, words",
+    [
+        ("gpu/weights", "top directory: gpu$"),
+        ("gpu/context", "top directory: gpu$"),
+        ("gpu/context/nemo_tokenizer", "top directory: gpu$"),
+        ("gpu/weights/__0_0.distcp", "top directory: gpu$"),
+        ("", "holds 1.*: gpu"),
+        ("gpu/nothing", "does not exist"),
+    ],
 )
-def test_a_place_outside_the_directory_is_refused(checkpoint, path):
-    (checkpoint / "outside.distcp").write_bytes(bytes(100_000))
-    rewrite(
-        checkpoint,
-        lambda index: [
-            setattr(place, "relative_path", path) for place in index.storage_data.values()
-        ],
-    )
-    with pytest.raises(UnsafeCheckpoint, match="outside the checkpoint"):
-        nemo2.read(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("offset", -1), ("length", 2**70), ("offset", 2**62), ("offset", "0"), ("length", True)],
-)
-def test_senseless_byte_ranges_are_refused(checkpoint, field, value):
-    rewrite(
-        checkpoint,
-        lambda index: [setattr(place, field, value) for place in index.storage_data.values()],
-    )
-    with pytest.raises(DamagedCheckpoint):
-        nemo2.read(checkpoint)
+def test_the_right_path_is_named(checkpoint, wrong, words):
+    with pytest.raises(NotACheckpoint, match=words):
+        nemo2.read(checkpoint.parent / wrong)
 
 
 def rewrite(checkpoint: Path, change) -> None:
@@ -223,6 +166,34 @@ def rewrite(checkpoint: Path, change) -> None:
     metadata = pickle.loads(index.read_bytes())
     change(metadata)
     index.write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("relative_path", "../outside.distcp", UnsafeCheckpoint),
+        ("relative_path", "/etc/passwd", UnsafeCheckpoint),
+        ("relative_path", "a/../../outside.distcp", UnsafeCheckpoint),
+        ("relative_path", "..\\outside", UnsafeCheckpoint),
+        ("relative_path", "a\0b", UnsafeCheckpoint),
+        ("offset", -1, DamagedCheckpoint),
+        ("length", 2**70, DamagedCheckpoint),
+        ("offset", 2**62, DamagedCheckpoint),
+        ("offset", "0", DamagedCheckpoint),
+        ("length", True, DamagedCheckpoint),
+    ],
+)
+def test_senseless_places_and_those_outside_are_refused(checkpoint, field, value, error):
+    (checkpoint / "outside.distcp").write_bytes(bytes(100_000))
+
+    def change(index) -> None:
+        for place in index.storage_data.values():
+            setattr(place, field, value)
+
+    rewrite(checkpoint, change)
+    words = "outside the checkpoint" if error is UnsafeCheckpoint else ""
+    with pytest.raises(error, match=words):
+        nemo2.read(checkpoint)
 
 
 def test_a_chunk_without_a_place(checkpoint):
@@ -327,13 +298,25 @@ def test_broken_yaml(checkpoint, content):
         nemo2.read(checkpoint)
 
 
-def test_neither_torch_nor_anything_else_heavy_is_imported(originals):
-    code = (
-        "import sys; from workshop_utils.checkpoints.formats.identify import identify; "
-        "identify(sys.argv[1]);print(sorted({'torch', 'numpy', 'nemo', 'megatron', "
-        "'transformers'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, originals / "gpu"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "[]"
+MEMORY = """
+import json, re, sys
+from pathlib import Path
+from workshop_utils.checkpoints.formats import torch_dist
+index = torch_dist.read_directory(Path(sys.argv[1]))
+# Not ru_maxrss: a child that pytest forked begins with that of pytest.
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+chunks = sum(len(tensor.chunks) for tensor in index.tensors.values())
+print(json.dumps([peak, chunks, len(index.objects)]))
+"""
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """The index of a large model: 80 layers, 8-way tensor and 16-way pipeline parallel, 100,000
+    chunks. Times are in benchmarks/."""
+    samples.run(SYNTHETIC, tmp_path)
+    command = [sys.executable, "-c", MEMORY, tmp_path]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    peak, chunks, objects = json.loads(done.stdout)
+    assert (chunks, objects) == (100_000, 80)
+    assert peak < 300, f"{peak} MiB"

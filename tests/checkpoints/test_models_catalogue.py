@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
+import ngc_double
 import numpy as np
 import pytest
 from http_double import REPOSITORY, Root, workshop
@@ -26,9 +29,7 @@ def model(tmp_path):
     """A Hugging Face directory in two shards."""
     from safetensors.numpy import save_file
 
-    shards = {
-        name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate("ab", 1)
-    }
+    shards = {name: f"model-0000{i}-of-00002.safetensors" for i, name in enumerate("ab", 1)}
     for name, file in shards.items():
         save_file({name: np.ones(10, np.float32)}, tmp_path / file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -67,69 +68,56 @@ def test_a_wrong_entry_is_named(tmp_path, monkeypatch, entry, message):
         catalogue()
 
 
-def test_a_whole_directory_counts(model):
-    assert wholeness.huggingface(model)
+SHARD = "model-00002-of-00002.safetensors"
 
 
-@pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"]
-)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SHARD])
 def test_a_missing_file_does_not_count(model, name):
+    assert wholeness.huggingface(model)
     (model / name).unlink()
     assert not wholeness.huggingface(model)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 30, -1])
 def test_a_cut_shard_does_not_count(model, kept):
-    shard = model / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:kept])
+    (model / SHARD).write_bytes((model / SHARD).read_bytes()[:kept])
     assert not wholeness.huggingface(model)
 
 
 def test_nemo2_wholeness(tmp_path):
-    files = [
-        "context/model.yaml",
-        "context/io.json",
-        "weights/.metadata",
-        "weights/metadata.json",
-        "weights/common.pt",
-    ]
-    for name in [*files, "weights/__0_0.distcp"]:
+    for name in ngc_double.checkpoint():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert wholeness.nemo2(tmp_path)
-    (tmp_path / "weights/__0_0.distcp").write_text("")
+    shard = tmp_path / "weights/__0_0.distcp"
+    shard.write_text("")
     assert not wholeness.nemo2(tmp_path)
-    (tmp_path / "weights/__0_0.distcp").unlink()
+    for file in tmp_path.glob("weights/*.distcp"):
+        file.unlink()
     assert not wholeness.nemo2(tmp_path)
+
+
+RIGHT, END, IM_END = "<|finetune_right_pad_id|>", "<|endoftext|>", "<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("tokens", "end", "pad", "expected"),
     [
-        (
-            ["<|eot_id|>", "<|finetune_right_pad_id|>"],
-            "<|eot_id|>",
-            None,
-            "<|finetune_right_pad_id|>",
-        ),
-        (["<|endoftext|>", "<|im_end|>"], {"content": "<|im_end|>"}, "<|im_end|>", "<|endoftext|>"),
+        (["<|eot_id|>", RIGHT], "<|eot_id|>", None, RIGHT),
+        ([END, IM_END], {"content": IM_END}, IM_END, END),
         (["<pad>", "</s>"], "</s>", "<pad>", "<pad>"),
     ],
 )
 def test_pad_token(tmp_path, tokens, end, pad, expected):
     added = [{"id": number, "content": token} for number, token in enumerate(tokens)]
+    described, config = tmp_path / "tokenizer_config.json", tmp_path / "config.json"
     (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"eos_token": end, "pad_token": pad})
-    )
-    (tmp_path / "config.json").write_text('{"eos_token_id": [5, 6]}')
+    described.write_text(json.dumps({"eos_token": end, "pad_token": pad}))
+    config.write_text('{"eos_token_id": [5, 6]}')
     pad_token.ensure(tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == expected
-    assert json.loads((tmp_path / "config.json").read_text()) == {
-        "eos_token_id": [5, 6],
-        "pad_token_id": tokens.index(expected),
-    }
+    assert json.loads(described.read_text())["pad_token"] == expected
+    ids = {"eos_token_id": [5, 6], "pad_token_id": tokens.index(expected)}
+    assert json.loads(config.read_text()) == ids
     assert not (tmp_path / "generation_config.json").exists()
 
 
@@ -142,20 +130,10 @@ def test_no_token_to_pad_with(tmp_path):
 
 def test_the_command_lists(empty):
     table = workshop(empty, "models").stdout.splitlines()
-    assert table[0].split() == [
-        "name",
-        "parameters",
-        "source",
-        "size",
-        "licence",
-        "gated",
-        "present",
-    ]
-    assert next(line for line in table if line.startswith(f"{EMBEDDED} ")).split()[1:4] == [
-        "135M",
-        "PyPI",
-        "93",
-    ]
+    header = ["name", "parameters", "source", "size", "licence", "gated", "present"]
+    assert table[0].split() == header
+    (row,) = (line.split() for line in table if line.startswith(f"{EMBEDDED} "))
+    assert row[1:4] == ["135M", "PyPI", "93"]
     rows = json.loads(workshop(empty, "models", "--json").stdout)
     assert [row["name"] for row in rows] == list(catalogue())
     assert not any(row["present"] for row in rows)
@@ -169,15 +147,12 @@ def test_a_dry_run_does_nothing(empty):
     assert sorted(file.name for file in (empty.path / "models").iterdir()) == ["manifest.yaml"]
 
 
-def test_listing_loads_no_heavy_module(empty):
-    import subprocess
-    import sys
-
+def test_listing_loads_no_heavy_module():
     code = (
         "import sys; from workshop_utils.cli import main; main(['models']); "
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code]
+    options = {"capture_output": True, "text": True, "check": True}
+    result = subprocess.run(command, cwd=REPOSITORY, **options)
     assert result.stdout.splitlines()[-1] == "[]"

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from http_double import Answer, Request, Root, failed_with, serve, workshop
+from http_double import Answer, Request, Root, failed_with, serve, succeeded_with, workshop
 from safetensors.numpy import save
 
 REPO = "maker/tiny-llama"
@@ -17,27 +17,31 @@ MODEL = "tiny"
 MIB = 1 << 20
 
 
+PAGE = f"https://huggingface.co/{REPO}"
+WEIGHTS = f"/{REPO}/resolve/{SHA}/model.safetensors"
+KEPT = {"LICENSE.txt", "config.json", "generation_config.json", "model.safetensors"}
+KEPT |= {"special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"}
+
+
 def tiny_repository() -> dict[str, bytes]:
     """Files of a repository as published: a pad token that is the end token, and second copies of
     the weights."""
     weights = save({"model.embed_tokens.weight": np.zeros((6 * MIB,), np.float32)})  # 24 MiB
-    tokens = [
-        {"id": i, "content": token}
-        for i, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    ]
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokens = [{"id": i, "content": token} for i, token in enumerate(names)]
+    described = {
+        "config.json": {"model_type": "llama", "eos_token_id": 2},
+        "generation_config.json": {"eos_token_id": 2, "pad_token_id": 2},
+        "tokenizer.json": {"added_tokens": tokens, "model": {"vocab": {}}},
+        "tokenizer_config.json": {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        "special_tokens_map.json": {"pad_token": {"content": "<|im_end|>"}},
+    }
+    others = ("pytorch_model.bin", "original/consolidated.00.pth", "onnx/model.onnx")
     return {
-        "config.json": json.dumps({"model_type": "llama", "eos_token_id": 2}).encode(),
-        "generation_config.json": json.dumps({"eos_token_id": 2, "pad_token_id": 2}).encode(),
         "model.safetensors": weights,
-        "tokenizer.json": json.dumps({"added_tokens": tokens, "model": {"vocab": {}}}).encode(),
-        "tokenizer_config.json": json.dumps(
-            {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
-        ).encode(),
-        "special_tokens_map.json": json.dumps({"pad_token": {"content": "<|im_end|>"}}).encode(),
         "LICENSE.txt": b"the licence",
-        "pytorch_model.bin": b"x" * 100,
-        "original/consolidated.00.pth": b"x" * 100,
-        "onnx/model.onnx": b"x" * 100,
+        **{name: json.dumps(content).encode() for name, content in described.items()},
+        **dict.fromkeys(others, b"x" * 100),
     }
 
 
@@ -93,44 +97,24 @@ def hub(files):
 
 
 def fetch(root: Root, hub: Hub, **environment: str):
-    environment = {
-        "HF_ENDPOINT": hub.double.url,
-        "HF_HOME": str(root.path / "hf-home"),
-    } | environment
-    return workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
+    usual = {"HF_ENDPOINT": hub.double.url, "HF_HOME": str(root.path / "hf-home")}
+    return workshop(root, "models", "fetch", MODEL, "--quiet", **usual | environment)
 
 
 def test_a_model_is_fetched_once_and_is_usable(root, hub):
-    result = fetch(root, hub)
-    assert (result.returncode, result.stdout, result.stderr) == (
-        0,
-        f"models/huggingface/{MODEL}\n",
-        "",
-    )
+    succeeded_with(fetch(root, hub), f"models/huggingface/{MODEL}")
+    assert root.fetched(MODEL) == KEPT
     directory = root.path / "models" / "huggingface" / MODEL
-    assert {file.name for file in directory.iterdir()} == {
-        "LICENSE.txt",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "special_tokens_map.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-    assert (
-        json.loads((directory / "tokenizer_config.json").read_text())["pad_token"]
-        == "<|endoftext|>"
-    )
-    assert (
-        json.loads((directory / "special_tokens_map.json").read_text())["pad_token"]
-        == "<|endoftext|>"
-    )
+
+    def held(name: str) -> dict:
+        return json.loads((directory / name).read_text())
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert held(name)["pad_token"] == "<|endoftext|>"
     for name in ("config.json", "generation_config.json"):
-        assert json.loads((directory / name).read_text())["pad_token_id"] == 0
-        assert json.loads((directory / name).read_text())["eos_token_id"] == 2
-    assert (directory / "model.safetensors").stat().st_nlink == 2, (
-        "the weights lie on the disk once"
-    )
+        assert (held(name)["pad_token_id"], held(name)["eos_token_id"]) == (0, 2)
+    links = (directory / "model.safetensors").stat().st_nlink
+    assert links == 2, "the weights lie on the disk once"
     cached = next((root.path / "hf-home").rglob("snapshots/*/tokenizer_config.json"))
     assert b'"pad_token": "<|im_end|>"' in cached.read_bytes(), "the Hub's cache is left as it was"
     assert root.leftovers() == []
@@ -158,56 +142,46 @@ def test_two_at_once_fetch_once(root, hub):
     with ThreadPoolExecutor() as pool:
         results = list(pool.map(lambda _: fetch(root, hub), range(2)))
     assert [result.returncode for result in results] == [0, 0]
-    weights = [
-        request.method for request in hub.double.seen(f"/{REPO}/resolve/{SHA}/model.safetensors")
-    ]
-    assert weights.count("GET") == 1
+    assert [request.method for request in hub.double.seen(WEIGHTS)].count("GET") == 1
 
 
-def test_a_broken_connection_is_resumed_with_a_range_request(root, hub):
-    path = f"/{REPO}/resolve/{SHA}/model.safetensors"
+def cut(answer: Answer) -> int:
+    answer.cut = 15 * MIB
+    return answer.cut
+
+
+def truncate(answer: Answer) -> int:
+    answer.headers["X-Linked-Size"] = str(len(answer.body))
+    answer.body = answer.body[: len(answer.body) // 2]
+    return len(answer.body)
+
+
+@pytest.mark.parametrize("damage", [cut, truncate])
+def test_a_broken_connection_is_resumed_with_a_range_request(root, hub, damage):
+    whole, sent = hub.files["model.safetensors"], []
 
     def break_off(request: Request, answer: Answer) -> Answer:
-        if request.path == path and request.method == "GET":
-            answer.cut = 15 * MIB
+        if request.path == WEIGHTS and request.method == "GET":
+            sent.append(damage(answer))
+        elif request.path == WEIGHTS:
+            answer.headers["X-Linked-Size"] = str(len(answer.body))
         return answer
 
     hub.damage = break_off
-    failed_with(fetch(root, hub), "model.safetensors", f"broke after {15 * MIB} of ", "resumes")
-    assert not (root.path / "models" / "huggingface" / MODEL).exists()
+    result = fetch(root, hub)
+    said = f"broke after {sent[0]} of {len(whole)} bytes"
+    failed_with(result, "model.safetensors", said, "resumes")
+    assert root.fetched(MODEL) == set()
 
     hub.damage = lambda request, answer: answer
     assert fetch(root, hub).returncode == 0
-    resumed = [
-        r.headers["range"]
-        for r in hub.double.seen(path)
-        if r.method == "GET" and "range" in r.headers
-    ]
-    assert resumed == [f"bytes={15 * MIB}-"]
-    fetched = root.path / "models" / "huggingface" / MODEL / "model.safetensors"
-    assert fetched.read_bytes() == hub.files["model.safetensors"]
+    asked = [request.headers.get("range") for request in hub.double.seen(WEIGHTS)]
+    assert [part for part in asked if part] == [f"bytes={sent[0]}-"]
+    weights = root.path / "models" / "huggingface" / MODEL / "model.safetensors"
+    assert weights.read_bytes() == whole
 
 
-def test_a_truncated_file_is_refused_then_resumed(root, hub):
-    path = f"/{REPO}/resolve/{SHA}/model.safetensors"
-    size = len(hub.files["model.safetensors"])
-
-    def truncate(request: Request, answer: Answer) -> Answer:
-        answer.headers["X-Linked-Size"] = str(len(answer.body))
-        if request.path == path and request.method == "GET":
-            answer.body = answer.body[: size // 2]
-        return answer
-
-    hub.damage = truncate
-    failed_with(fetch(root, hub), "model.safetensors", f"broke after {size // 2} of {size} bytes")
-    assert not (root.path / "models" / "huggingface" / MODEL).exists()
-
-    hub.damage = lambda request, answer: answer
-    assert fetch(root, hub).returncode == 0
-    assert f"bytes={size // 2}-" in [r.headers.get("range") for r in hub.double.seen(path)]
-
-
-def test_wrong_bytes_are_refused_and_fetched_again(root, hub):
+def test_wrong_bytes_are_refused_and_fetched_again(root, hub, tmp_path_factory):
     def corrupt(request: Request, answer: Answer) -> Answer:
         if request.path.endswith("/config.json") and request.method == "GET":
             answer.body = answer.body.replace(b"llama", b"lamma")
@@ -217,57 +191,37 @@ def test_wrong_bytes_are_refused_and_fetched_again(root, hub):
     failed_with(fetch(root, hub), "config.json", "checksum")
     hub.damage = lambda request, answer: answer
     assert fetch(root, hub).returncode == 0
-    assert (root.path / "models" / "huggingface" / MODEL / "config.json").read_text().count(
-        "llama"
-    ) == 1
-
-
-def test_the_manifests_sha256_counts(tmp_path, hub):
-    root = Root(tmp_path)
-    root.add(MODEL, source="huggingface", address=REPO, files={"model.safetensors": "0" * 64})
-    failed_with(fetch(root, hub), "model.safetensors", "checksum", "0" * 64)
+    config = root.path / "models" / "huggingface" / MODEL / "config.json"
+    assert config.read_text().count("llama") == 1
+    # The manifest's sha256 counts.
+    other = Root(tmp_path_factory.mktemp("other"))
+    other.add(MODEL, source="huggingface", address=REPO, files={"model.safetensors": "0" * 64})
+    failed_with(fetch(other, hub), "model.safetensors", "checksum", "0" * 64)
 
 
 def test_a_gated_repository_says_what_to_accept_and_where(root, hub):
     hub.token = "good"
-    failed_with(
-        fetch(root, hub), "gated", f"https://huggingface.co/{REPO}", "Test Licence", "HF_TOKEN"
-    )
-    failed_with(
-        fetch(root, hub, HF_TOKEN="stranger"),
-        "no access (403)",
-        f"https://huggingface.co/{REPO}",
-        "Test Licence",
-    )
+    failed_with(fetch(root, hub), "gated", PAGE, "Test Licence", "HF_TOKEN")
+    stranger = fetch(root, hub, HF_TOKEN="stranger")
+    failed_with(stranger, "no access (403)", PAGE, "Test Licence")
     assert fetch(root, hub, HF_TOKEN="good").returncode == 0
 
 
-def test_a_refused_token(root):
-    def refuse(request: Request) -> Answer:
-        return Answer(
-            status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"}
-        )
-
-    with serve(refuse) as double:
-        environment = {"HF_ENDPOINT": double.url, "HF_HOME": str(root.path), "HF_TOKEN": "old"}
-        failed_with(
-            workshop(root, "models", "fetch", MODEL, **environment),
-            "refuses the token (401)",
-            "HF_TOKEN",
-        )
+REFUSED = {"X-Error-Message": "Invalid credentials in Authorization header"}
 
 
 @pytest.mark.parametrize(
-    ("status", "code", "words"),
+    ("status", "headers", "words"),
     [
-        (404, "RepoNotFound", ("no such repository", REPO)),
-        (404, "RevisionNotFound", ("no revision", "manifest.yaml")),
-        (503, "", ("answered 503", "resumes")),
+        (401, REFUSED, ("refuses the token (401)", "HF_TOKEN")),
+        (404, {"X-Error-Code": "RepoNotFound"}, ("no such repository", REPO)),
+        (404, {"X-Error-Code": "RevisionNotFound"}, ("no revision", "manifest.yaml")),
+        (503, {}, ("answered 503", "resumes")),
     ],
 )
-def test_other_answers_of_the_hub(root, status, code, words):
-    with serve(lambda request: Answer(status=status, headers={"X-Error-Code": code})) as double:
-        environment = {"HF_ENDPOINT": double.url, "HF_HOME": str(root.path)}
+def test_other_answers_of_the_hub(root, status, headers, words):
+    with serve(lambda request: Answer(status=status, headers=headers)) as double:
+        environment = {"HF_ENDPOINT": double.url, "HF_HOME": str(root.path), "HF_TOKEN": "old"}
         failed_with(workshop(root, "models", "fetch", MODEL, **environment), *words)
 
 
@@ -280,17 +234,16 @@ def test_no_hub_at_all(root):
 
 def test_offline_uses_the_hubs_cache(root, hub, tmp_path_factory):
     assert fetch(root, hub).returncode == 0
-    other = Root(tmp_path_factory.mktemp("other"))
-    other.add(MODEL, source="huggingface", address=REPO)
-    asked = len(hub.double.requests)
-    home = str(root.path / "hf-home")
-    assert fetch(other, hub, HF_HUB_OFFLINE="1", HF_HOME=home).returncode == 0
-    assert len(hub.double.requests) == asked
+    asked, home = len(hub.double.requests), root.path / "hf-home"
 
-    next((root.path / "hf-home").rglob("snapshots/*/model.safetensors")).unlink()
-    another = Root(tmp_path_factory.mktemp("another"))
-    another.add(MODEL, source="huggingface", address=REPO)
-    failed_with(
-        fetch(another, hub, HF_HUB_OFFLINE="1", HF_HOME=home), "only a part", "HF_HUB_OFFLINE"
-    )
-    assert not (another.path / "models" / "huggingface" / MODEL).exists()
+    def offline() -> tuple:
+        other = Root(tmp_path_factory.mktemp("other"))
+        other.add(MODEL, source="huggingface", address=REPO)
+        return other, fetch(other, hub, HF_HUB_OFFLINE="1", HF_HOME=str(home))
+
+    assert offline()[1].returncode == 0
+    assert len(hub.double.requests) == asked
+    next(home.rglob("snapshots/*/model.safetensors")).unlink()
+    other, result = offline()
+    failed_with(result, "only a part", "HF_HUB_OFFLINE")
+    assert other.fetched(MODEL) == set()

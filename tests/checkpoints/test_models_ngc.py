@@ -6,26 +6,23 @@ import stat
 import sys
 
 import pytest
-from http_double import Root, failed_with, serve, workshop
+from http_double import Root, failed_with, serve, succeeded_with, workshop
 from ngc_double import KEY, STORE, TARGET, Ngc, certificate, checkpoint
 
 from workshop_utils.core.errors import FetchError
 
 MODEL = "tiny"
 LAST = "weights/__0_1.distcp"
+KEYS = "https://org.ngc.nvidia.com/setup"
+TERMS = "https://example.org/terms"
+HERE = os.path.dirname(sys.executable)
 
 
 @pytest.fixture
 def root(tmp_path) -> Root:
     root = Root(tmp_path)
-    root.add(
-        MODEL,
-        source="ngc",
-        address=TARGET,
-        gated=True,
-        format="nemo2",
-        licence_url="https://example.org/terms",
-    )
+    entry = {"source": "ngc", "address": TARGET, "gated": True, "format": "nemo2"}
+    root.add(MODEL, **entry, licence_url=TERMS)
     return root
 
 
@@ -41,13 +38,12 @@ def environment():
 
 
 def present(root: Root) -> set[str]:
-    directory = root.path / "models" / "nemo2" / MODEL
-    return {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()}
+    return root.fetched(MODEL, "nemo2")
 
 
 def test_without_a_key(root):
-    result = workshop(root, "models", "fetch", MODEL, PATH=os.path.dirname(sys.executable))
-    failed_with(result, "NGC wants a key", "https://org.ngc.nvidia.com/setup", "NGC_API_KEY")
+    result = workshop(root, "models", "fetch", MODEL, PATH=HERE)
+    failed_with(result, "NGC wants a key", KEYS, "NGC_API_KEY")
     assert root.leftovers() == []
 
 
@@ -67,10 +63,7 @@ class TestSdk:
 
     def fetch(self, root: Root, ngc: Ngc, key: str = KEY):
         environment = {"NGC_API_KEY": key, "NGC_CLI_API_URL": ngc.url, "NGC_CLI_AUTH_URL": ngc.url}
-        environment |= {
-            "REQUESTS_CA_BUNDLE": str(ngc.certificate),
-            "PATH": os.path.dirname(sys.executable),
-        }
+        environment |= {"REQUESTS_CA_BUNDLE": str(ngc.certificate), "PATH": HERE}
         return workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
 
     def test_a_cut_download_is_refused_and_resumed(self, root, ngc):
@@ -80,18 +73,10 @@ class TestSdk:
 
         ngc.cut = {}
         before = len(ngc.double.requests)
-        result = self.fetch(root, ngc)
-        assert (result.returncode, result.stdout, result.stderr) == (
-            0,
-            f"models/nemo2/{MODEL}\n",
-            "",
-        )
-        again = [
-            request.path
-            for request in ngc.double.requests[before:]
-            if request.path.startswith(STORE)
-        ]
-        assert again == [STORE + LAST], "finished files are not fetched again"
+        succeeded_with(self.fetch(root, ngc), f"models/nemo2/{MODEL}")
+        asked = [request.path for request in ngc.double.requests[before:]]
+        stored = [path for path in asked if path.startswith(STORE)]
+        assert stored == [STORE + LAST], "finished files are not fetched again"
         assert present(root) == set(ngc.files)
         for name, content in ngc.files.items():
             assert (root.path / "models" / "nemo2" / MODEL / name).read_bytes() == content
@@ -101,32 +86,24 @@ class TestSdk:
         assert len(ngc.double.requests) == asked
 
     def test_wrong_bytes(self, root, ngc):
-        def change(request, answer=ngc.__call__):
-            made = answer(request)
+        def change(request):
+            answer = ngc(request)
             if request.path == STORE + "context/model.yaml":
-                made.body = made.body[::-1]
-            return made
+                answer.body = answer.body[::-1]
+            return answer
 
         with serve(change, certificate(root.path)[1]) as double:
             ngc.url, ngc.certificate = double.url, root.path / "certificate.pem"
             failed_with(self.fetch(root, ngc), "context/model.yaml", "sha256")
         assert present(root) == set()
 
-    def test_a_refused_key(self, root, ngc):
-        failed_with(
-            self.fetch(root, ngc, key="nvapi-bad"),
-            "refuses the key",
-            "401",
-            "https://org.ngc.nvidia.com/setup",
-        )
-
     @pytest.mark.parametrize(
         ("status", "words"),
         [
             (401, ("refuses the key", "NGC_API_KEY")),
-            (403, ("no access", "https://example.org/terms", "accept the terms")),
+            (403, ("no access", TERMS, "accept the terms")),
             (404, ("no such model", "404")),
-            (412, ("accept the terms", "https://example.org/terms")),
+            (412, ("accept the terms", TERMS)),
             (500, ("failed", "500")),
         ],
     )
@@ -135,23 +112,17 @@ class TestSdk:
         failed_with(self.fetch(root, ngc), TARGET, *words)
         assert present(root) == set()
 
-    def test_no_ngc_at_all(self, root, ngc):
+    def test_a_refused_key_and_no_ngc_at_all(self, root, ngc):
+        failed_with(self.fetch(root, ngc, key="nvapi-bad"), "refuses the key", "401", KEYS)
         ngc.url = "https://127.0.0.1:9"
         failed_with(self.fetch(root, ngc), TARGET, "cannot be reached")
 
     def test_a_dead_proxy(self, root, ngc):
-        environment = {
-            "NGC_API_KEY": KEY,
-            "PATH": os.path.dirname(sys.executable),
-            "HTTPS_PROXY": "http://me:secret@127.0.0.1:9",
-        }
+        environment = {"NGC_API_KEY": KEY, "PATH": HERE}
+        environment["HTTPS_PROXY"] = "http://me:secret@127.0.0.1:9"
         result = workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
-        failed_with(
-            result,
-            TARGET,
-            "cannot be reached",
-            "The proxy http://127.0.0.1:9 of HTTPS_PROXY was used and does not answer",
-        )
+        dead = "The proxy http://127.0.0.1:9 of HTTPS_PROXY was used and does not answer"
+        failed_with(result, TARGET, "cannot be reached", dead)
         assert "secret" not in result.stderr
 
 
@@ -176,15 +147,11 @@ def with_command(root: Root, said: str, status: int, names: list[str]):
     with ``status``."""
     command = root.path / "bin" / "ngc"
     command.parent.mkdir()
-    command.write_text(
-        COMMAND.format(
-            python=sys.executable, target=TARGET, said=said, status=status, key=KEY, names=names
-        )
-    )
+    words = {"python": sys.executable, "target": TARGET, "key": KEY}
+    command.write_text(COMMAND.format(said=said, status=status, names=names, **words))
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    return workshop(
-        root, "models", "fetch", MODEL, "--quiet", PATH=str(command.parent), NGC_API_KEY=KEY
-    )
+    environment = {"PATH": str(command.parent), "NGC_API_KEY": KEY}
+    return workshop(root, "models", "fetch", MODEL, "--quiet", **environment)
 
 
 def test_the_ngc_command_is_used_where_it_is(root):
@@ -198,7 +165,7 @@ def test_the_ngc_command_is_used_where_it_is(root):
     ("said", "words"),
     [
         ("Client Error: 401 Response: nope", ("refuses the key",)),
-        ("Client Error: 403 Response: nope", ("no access", "https://example.org/terms")),
+        ("Client Error: 403 Response: nope", ("no access", TERMS)),
         ("Client Error: 404 Response: nope", ("no such model",)),
         ("the disk is on fire", ("the disk is on fire",)),
     ],

@@ -5,6 +5,7 @@ import shutil
 import checkpoint_samples as samples
 import numpy
 import pytest
+from reading import tensor_of
 from safetensors.numpy import save_file
 
 from workshop_utils.checkpoints.formats import values
@@ -12,41 +13,35 @@ from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.core.errors import DamagedCheckpoint
 
 
-def tensors(checkpoint):
-    return {tensor.name: tensor for tensor in checkpoint.tensors}
-
-
 @pytest.mark.parametrize("flavour", ["plain", "gpu"])
 def test_every_tensor_of_a_distributed_checkpoint(originals, flavour):
     checkpoint = identify(originals / flavour)
-    for name, tensor in tensors(checkpoint).items():
-        short = name.removeprefix("module.")
-        found = values.read_tensor(checkpoint, tensor)
-        assert found.shape == tensor.shape
-        if ".layers." in name:
-            short = short.removeprefix("decoder.layers.")
-            for layer in range(samples.LAYERS):
-                right = samples.weight(short, layer, flavour).float().numpy()
-                numpy.testing.assert_array_equal(found[layer].astype("float32"), right)
-                numpy.testing.assert_array_equal(
-                    values.read_tensor(checkpoint, tensor, layer).astype("float32"), right
-                )
-        else:
-            numpy.testing.assert_array_equal(
-                found.astype("float32"), samples.weight(short, None, flavour).float().numpy()
-            )
+    for tensor in checkpoint.tensors:
+        stacked = ".layers." in tensor.name
+        name = tensor.name.removeprefix("module.decoder.layers." if stacked else "module.")
+        whole = values.read_tensor(checkpoint, tensor)
+        assert whole.shape == tensor.shape
+        for layer in range(samples.LAYERS) if stacked else (None,):
+            weight = samples.weight(name, layer, flavour).float().numpy()
+            for held in (
+                whole if layer is None else whole[layer],
+                values.read_tensor(checkpoint, tensor, layer),
+            ):
+                numpy.testing.assert_array_equal(held.astype("float32"), weight)
 
 
 def test_one_layer_reads_only_its_bytes(originals, monkeypatch):
     checkpoint = identify(originals / "plain")
-    tensor = tensors(checkpoint)["module.decoder.layers.mlp.linear_fc1.weight"]
-    read = []
-    genuine = values.read_chunk
-    monkeypatch.setattr(
-        values, "read_chunk", lambda c, t, chunk: read.append(chunk) or genuine(c, t, chunk)
-    )
+    tensor = tensor_of(checkpoint, "module.decoder.layers.mlp.linear_fc1.weight")
+    read, genuine = [], values.read_chunk
+
+    def read_chunk(checkpoint, tensor, chunk):
+        read.append(chunk.offsets[0])
+        return genuine(checkpoint, tensor, chunk)
+
+    monkeypatch.setattr(values, "read_chunk", read_chunk)
     values.read_tensor(checkpoint, tensor, 1)
-    assert [chunk.offsets[0] for chunk in read] == [1]
+    assert read == [1]
 
 
 def test_safetensors(tmp_path):
@@ -54,19 +49,19 @@ def test_safetensors(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     checkpoint = identify(tmp_path)
-    for name, tensor in tensors(checkpoint).items():
-        numpy.testing.assert_array_equal(values.read_tensor(checkpoint, tensor), weights[name])
+    for tensor in checkpoint.tensors:
+        held = values.read_tensor(checkpoint, tensor)
+        numpy.testing.assert_array_equal(held, weights[tensor.name])
 
 
 def test_a_damaged_chunk_is_named(originals, tmp_path):
     path = shutil.copytree(originals / "plain", tmp_path / "plain")
     checkpoint = identify(path)
-    tensor = tensors(checkpoint)["module.decoder.final_layernorm.weight"]
-    file = path / "weights" / tensor.chunks[0].file
-    content = bytearray(file.read_bytes())
-    start = tensor.chunks[0].start
-    content[start : start + tensor.chunks[0].length] = bytes(tensor.chunks[0].length)
-    file.write_bytes(content)
+    tensor = tensor_of(checkpoint, "module.decoder.final_layernorm.weight")
+    (chunk,) = tensor.chunks
+    with (path / "weights" / chunk.file).open("r+b") as file:
+        file.seek(chunk.start)
+        file.write(bytes(chunk.length))
     with pytest.raises(DamagedCheckpoint, match=r"final_layernorm") as error:
         values.read_tensor(checkpoint, tensor)
     assert error.value.tensor == tensor.name

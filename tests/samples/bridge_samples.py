@@ -5,22 +5,18 @@ Each is written by the library itself, on a CPU, with ``PYTHONPATH=. python
 tests/samples/bridge_samples.py WRITER tests/data/checkpoints``:
 
     megatron-bridge-0.3.1   ``llama`` and ``lora`` by Megatron-Bridge and Megatron-Core 0.16.1,
-    which go before the environment on the path
-        pip install --no-deps --target OVERLAY megatron-bridge==0.3.1 megatron-core==0.16.1
-        transformers==4.57.6 tokenizers==0.22.2 PYTHONPATH=OVERLAY:. python
-        tests/samples/bridge_samples.py megatron-bridge-0.3.1 tests/data/checkpoints
+        which go before the environment on the path (PYTHONPATH=OVERLAY:.)
+        pip install --no-deps --target OVERLAY megatron-bridge==0.3.1 megatron-core==0.16.1 \\
+            transformers==4.57.6 tokenizers==0.22.2
     megatron-bridge-0.6.2   the same by Megatron-Core 0.19.2, whose checkpoints have no
-    ``common.pt``; in an environment of Python 3.12
-        python3.12 -m venv ENV
-        ENV/bin/pip install torch==2.13.0 torchvision transformers==5.12.1 peft==0.18.1 accelerate
-        datasets einops hydra-core omegaconf \\
-            pillow psutil rich six tensorboard wrapt
-        ENV/bin/pip install --no-deps megatron-bridge==0.6.2 megatron-core==0.19.2
+        ``common.pt``; in an environment of Python 3.12
+        pip install torch==2.13.0 torchvision transformers==5.12.1 peft==0.18.1 accelerate \\
+            datasets einops hydra-core omegaconf pillow psutil rich six tensorboard wrapt
+        pip install --no-deps megatron-bridge==0.6.2 megatron-core==0.19.2
     megatron-core-0.19.2    ``iter_0000003`` with what Megatron-LM saves; in the same environment
     python-3.11.2           the same by Megatron-Core 0.13.1 and torch in this project's
-    environment, made with Debian 12's own Python,
-                            which pickles enumerations as calls of ``getattr``; and ``state.pt`` by
-                            ``torch.save``
+        environment, made with Debian 12's own Python, which pickles enumerations as calls of
+        ``getattr``; and ``state.pt`` by ``torch.save``
 """
 
 import argparse
@@ -49,11 +45,8 @@ class Absent(type):
         return Absent(name, (), {})
 
     def __call__(cls, *arguments, **options):
-        return (
-            arguments[0]
-            if len(arguments) == 1 and callable(arguments[0])
-            else Absent("absent", (), {})
-        )
+        decorates = len(arguments) == 1 and callable(arguments[0])
+        return arguments[0] if decorates else Absent("absent", (), {})
 
 
 class AbsentModule(types.ModuleType):
@@ -110,9 +103,8 @@ def one_rank() -> Iterator[None]:
     from megatron.core import parallel_state
 
     with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}/store", rank=0, world_size=1
-        )
+        place = f"file://{store}/store"
+        torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
         yield
         torch.distributed.destroy_process_group()
@@ -131,19 +123,11 @@ def megatron_bridge() -> None:
 
     megatron.bridge.peft.utils.HAVE_TE = False
     gpt_provider.default_layer_spec.__code__ = gpt_provider.local_layer_spec.__code__
-    make_tiny_model(
-        Path("hf"),
-        hidden_size=8,
-        intermediate_size=16,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=4,
-    )
-    # The class that Llama 3 names.
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    make_tiny_model(Path("hf"), hidden_size=8, intermediate_size=16, **heads)
     config = Path("hf", "tokenizer_config.json")
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    named_by_llama_3 = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named_by_llama_3))
     with temporary_distributed_context("gloo"):
         AutoBridge.import_ckpt("hf", "llama", torch_dtype=torch.float32)
         save_lora(AutoBridge.from_hf_pretrained("hf", torch_dtype=torch.float32))
@@ -154,15 +138,8 @@ def save_lora(bridge) -> None:
     ``finetune`` does."""
     import torch
     from megatron.bridge.peft.lora import LoRA
+    from megatron.bridge.training import config
     from megatron.bridge.training.checkpointing import save_checkpoint
-    from megatron.bridge.training.config import (
-        CheckpointConfig,
-        ConfigContainer,
-        DistributedDataParallelConfig,
-        LoggerConfig,
-        OptimizerConfig,
-        SchedulerConfig,
-    )
     from megatron.bridge.training.optim import setup_optimizer
     from megatron.bridge.training.state import GlobalState
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -172,25 +149,23 @@ def save_lora(bridge) -> None:
     provider.params_dtype = provider.pipeline_dtype = torch.float32
     provider.finalize()
     provider.register_pre_wrap_hook(lambda chunks: lora(chunks, training=True))
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
+    whole, decay = {"use_distributed_optimizer": False}, ("start_weight_decay", "end_weight_decay")
+    decay = dict.fromkeys(decay, 0.01)
+    ddp = config.DistributedDataParallelConfig(**whole)
     model = provider.provide_distributed_model(ddp_config=ddp, use_cpu_initialization=True)
     state = GlobalState()
-    state.cfg = ConfigContainer(
+    state.cfg = config.ConfigContainer(
         model=provider,
         train=None,
-        optimizer=OptimizerConfig(
-            optimizer="adam", lr=1e-3, min_lr=0.0, use_distributed_optimizer=False
-        ),
+        optimizer=config.OptimizerConfig(optimizer="adam", lr=1e-3, min_lr=0.0, **whole),
         ddp=ddp,
-        scheduler=SchedulerConfig(
-            lr_decay_iters=10, start_weight_decay=0.01, end_weight_decay=0.01
-        ),
+        scheduler=config.SchedulerConfig(lr_decay_iters=10, **decay),
         dataset=None,
-        logger=LoggerConfig(),
+        logger=config.LoggerConfig(),
         dist=None,
         peft=lora,
         tokenizer=TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model="hf"),
-        checkpoint=CheckpointConfig(save="lora", pretrained_checkpoint="llama"),
+        checkpoint=config.CheckpointConfig(save="lora", pretrained_checkpoint="llama"),
     )
     for chunk in model:
         for parameter in chunk.parameters():
@@ -226,17 +201,16 @@ def sharded_state() -> dict:
         exit_signal=signal.SIGTERM,
         data_cache_path=Path("cache"),
     )
+    final, layers = "decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc2"
+    one = (0, 0, 1)
+    stacked = ShardedTensor.from_rank_offsets(
+        f"{layers}.weight", torch.ones(4, 8), one, prepend_axis_num=1
+    )
+    extra = torch.zeros(3, dtype=torch.uint8)
     weights = {
-        "final": ShardedTensor.from_rank_offsets("decoder.final_layernorm.weight", torch.ones(8)),
-        "layers": ShardedTensor.from_rank_offsets(
-            "decoder.layers.mlp.linear_fc2.weight", torch.ones(4, 8), (0, 0, 1), prepend_axis_num=1
-        ),
-        "extra": ShardedObject(
-            "decoder.layers.mlp.linear_fc2._extra_state",
-            torch.zeros(3, dtype=torch.uint8),
-            (1,),
-            (0,),
-        ),
+        "final": ShardedTensor.from_rank_offsets(final, torch.ones(8)),
+        "layers": stacked,
+        "extra": ShardedObject(f"{layers}._extra_state", extra, (1,), (0,)),
     }
     machine = RerunStateMachine(mode=RerunMode.VALIDATE_RESULTS)
     machine.state = RerunState.INITIAL_RUN
@@ -261,9 +235,8 @@ def megatron_core() -> None:
 
     Path("iter_0000003").mkdir()
     with one_rank():
-        dist_checkpointing.save(
-            sharded_state(), "iter_0000003", content_metadata={"singleton_local_shards": False}
-        )
+        metadata = {"singleton_local_shards": False}
+        dist_checkpointing.save(sharded_state(), "iter_0000003", content_metadata=metadata)
 
 
 def python_3_11_2() -> None:

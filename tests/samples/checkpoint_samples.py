@@ -8,16 +8,28 @@ state); ``load VIEW FLAVOUR`` loads ``VIEW/model_weights`` under the names of Ne
 result to ``VIEW.loaded.pt``.
 """
 
+import contextlib
 import pickle
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN = 2, 32, 4, 2, 12, 48
 VOCABULARY = 384  # padded to a multiple of 128
+SIZES = {
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_query_groups": GROUPS,
+    "kv_channels": HEAD_DIM,
+    "ffn_hidden_size": FFN,
+}
+"""The same under Megatron-Core's names."""
 LLAMA = "nemo.collections.llm.gpt.model.llama"
+ROPE_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 #: name after the prefix -> (shape of one layer, or of the whole tensor), in layers or not
 LAYER_SHAPES = {
@@ -46,42 +58,25 @@ def model_yaml(flavour: str) -> dict:
         "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
         "apply_rope_fusion": True,
         "bf16": gpu,
-        "ffn_hidden_size": FFN,
         "gated_linear_unit": True,
-        "hidden_size": HIDDEN,
         "init_method": None,
-        "kv_channels": HEAD_DIM,
         "layernorm_epsilon": 1e-05,
         "normalization": "RMSNorm",
-        "num_attention_heads": HEADS,
-        "num_layers": LAYERS,
-        "num_query_groups": GROUPS,
         "params_dtype": {"_call_": False, "_target_": f"torch.{'bfloat16' if gpu else 'float32'}"},
         "rotary_base": 500000.0,
         "seq_length": 512,
         "share_embeddings_and_output_weights": not gpu,
         "vocab_size": None,
     }
-    if gpu:
-        config |= {
-            "scale_factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "old_context_len": 256,
-        }
+    scaling = ROPE_SCALING | {"scale_factor": 32.0, "old_context_len": 256} if gpu else {}
     tokenizer = {
         "_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
         "pretrained_model_name": "nemo_tokenizer",
         "trust_remote_code": False,
         "use_fast": True,
     }
-    return {
-        "_target_": f"{LLAMA}.LlamaModel",
-        "config": config,
-        "model_transform": None,
-        "optim": None,
-        "tokenizer": tokenizer,
-    }
+    model = {"_target_": f"{LLAMA}.LlamaModel", "config": config | SIZES | scaling}
+    return model | {"model_transform": None, "optim": None, "tokenizer": tokenizer}
 
 
 def write_context(directory: Path, flavour: str) -> None:
@@ -94,7 +89,7 @@ def write_context(directory: Path, flavour: str) -> None:
 
 def make(directory: Path) -> None:
     """Write both checkpoints in a process of its own."""
-    _run("make", directory)
+    run(__file__, "make", directory)
 
 
 def load(view: Path, flavour: str) -> dict:
@@ -102,7 +97,7 @@ def load(view: Path, flavour: str) -> dict:
     Megatron-Core."""
     import torch
 
-    _run("load", view, flavour)
+    run(__file__, "load", view, flavour)
     return torch.load(f"{view}.loaded.pt", weights_only=False)
 
 
@@ -116,19 +111,30 @@ def weight(name: str, layer: int | None, flavour: str):
     shape = WHOLE_SHAPES[name] if layer is None else LAYER_SHAPES[name]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {layer}".encode()))
     # About as large as those of a trained model, so that rounding errors stay small in the logits.
-    return (0.2 * torch.randn(shape, generator=generator)).to(
-        torch.bfloat16 if flavour == "gpu" else torch.float32
-    )
+    values = 0.2 * torch.randn(shape, generator=generator)
+    return values.to(torch.bfloat16 if flavour == "gpu" else torch.float32)
 
 
-def _run(*arguments: object) -> None:
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def run(script: str, *arguments: object, **options) -> None:
+    """Run ``script`` in a process of its own, which has to end well."""
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+@contextlib.contextmanager
+def process_group():
+    """What Megatron-Core needs, for one process."""
+    from workshop_utils.runtime import nemo_cpu
+
+    nemo_cpu.apply()
+    import torch.distributed
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{folder}/store"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+        yield
+        torch.distributed.destroy_process_group()
 
 
 def _sharded(prefix: str, flavour: str, empty: bool = False) -> dict:
@@ -141,25 +147,27 @@ def _sharded(prefix: str, flavour: str, empty: bool = False) -> dict:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     state = {}
+
+    def add(name: str, layer: int | None, key: str, *offsets, **options) -> None:
+        tensor = weight(name, layer, flavour)
+        tensor = torch.zeros_like(tensor) if empty else tensor
+        part = "" if layer is None else "decoder.layers."
+        state[prefix + key] = ShardedTensor.from_rank_offsets(
+            prefix + part + name, tensor, *offsets, **options
+        )
+
     for name in WHOLE_SHAPES:
         if name != "output_layer.weight" or flavour == "gpu":
-            tensor = weight(name, None, flavour)
-            state[prefix + name] = ShardedTensor.from_rank_offsets(
-                prefix + name, torch.zeros_like(tensor) if empty else tensor
-            )
+            add(name, None, name)
     for layer in range(LAYERS):
         for name in LAYER_SHAPES:
-            tensor = weight(name, layer, flavour)
-            state[f"{prefix}decoder.layers.{layer}.{name}"] = ShardedTensor.from_rank_offsets(
-                f"{prefix}decoder.layers.{name}",
-                torch.zeros_like(tensor) if empty else tensor,
-                (0, layer, LAYERS),
-                prepend_axis_num=1,
-            )
+            key = f"decoder.layers.{layer}.{name}"
+            add(name, layer, key, (0, layer, LAYERS), prepend_axis_num=1)
         for name in EXTRA_STATE if flavour == "gpu" else ():
             content = io.BytesIO(pickle.dumps({"extra_fp8_variables": {"name": f"{name} {layer}"}}))
+            place = (LAYERS,), (layer,)
             state[f"{prefix}decoder.layers.{layer}.{name}"] = ShardedObject(
-                f"{prefix}decoder.layers.{name}", None if empty else content, (LAYERS,), (layer,)
+                f"{prefix}decoder.layers.{name}", None if empty else content, *place
             )
     return state
 
@@ -194,16 +202,5 @@ def _load(view: Path, flavour: str) -> None:
 
 
 if __name__ == "__main__":
-    from workshop_utils.runtime import nemo_cpu
-
-    nemo_cpu.apply()
-    import tempfile
-
-    import torch.distributed
-
-    with tempfile.TemporaryDirectory() as folder:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1
-        )
+    with process_group():
         {"make": _make, "load": _load}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
-        torch.distributed.destroy_process_group()

@@ -69,26 +69,21 @@ def serve(
 
         def _handle(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            request = Request(
-                self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body
-            )
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = Request(self.command, self.path, headers, body)
             requests.append(request)
-            self._send(request, _ranged(request, answer(request)))
-
-        do_GET = do_HEAD = do_POST = _handle
-
-        def _send(self, request: Request, response: Answer) -> None:
+            response = _ranged(request, answer(request))
             self.send_response(response.status)
-            for name, value in {
-                "Content-Length": str(len(response.body)),
-                **response.headers,
-            }.items():
+            length = {"Content-Length": str(len(response.body))}
+            for name, value in (length | response.headers).items():
                 self.send_header(name, value)
             self.end_headers()
             if request.method != "HEAD":
                 self.wfile.write(response.body[: response.cut])
             if response.cut is not None:
                 self.close_connection = True
+
+        do_GET = do_HEAD = do_POST = _handle
 
         def log_message(self, *_) -> None:
             pass
@@ -105,18 +100,13 @@ def serve(
 
 
 def _ranged(request: Request, response: Answer) -> Answer:
-    wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if not wanted or response.status != 200:
+    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if not asked or response.status != 200:
         return response
-    start = int(wanted[1])
-    end = min(int(wanted[2] or len(response.body)), len(response.body) - 1)
-    part = f"bytes {start}-{end}/{len(response.body)}"
-    return Answer(
-        response.body[start : end + 1],
-        206,
-        {**response.headers, "Content-Range": part},
-        response.cut,
-    )
+    size = len(response.body)
+    start, end = int(asked[1]), min(int(asked[2] or size), size - 1)
+    headers = response.headers | {"Content-Range": f"bytes {start}-{end}/{size}"}
+    return Answer(response.body[start : end + 1], 206, headers, response.cut)
 
 
 @dataclass
@@ -144,27 +134,31 @@ class Root:
 
     def leftovers(self) -> list[str]:
         """Names of hidden files and directories in models/: staging that should be gone."""
-        hidden = (file.name for file in (self.path / "models").rglob(".*"))
-        return sorted(
-            name for name in hidden if name != ".ngc-client" and not name.endswith(".lock")
-        )
+        hidden = {file.name for file in (self.path / "models").rglob(".*")} - {".ngc-client"}
+        return sorted(name for name in hidden if not name.endswith(".lock"))
+
+    def fetched(self, name: str, folder: str = "huggingface") -> set[str]:
+        """The files of the model ``name``."""
+        directory = self.path / "models" / folder / name
+        files = (file for file in directory.rglob("*") if file.is_file())
+        return {str(file.relative_to(directory)) for file in files}
 
 
 def workshop(root: Root, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """Run ``workshop ARGUMENTS`` in ``root``; ``environment`` is added to one without foreign
     settings."""
     clean = {name: value for name, value in os.environ.items() if not FOREIGN.search(name)}
-    clean |= {
-        "WORKSHOP_ROOT": str(root.path),
-        "PYTHONPATH": str(REPOSITORY),
-        "HOME": str(root.path),
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    clean |= {"OMP_NUM_THREADS": "2", **environment}
+    clean |= {"WORKSHOP_ROOT": str(root.path), "PYTHONPATH": str(REPOSITORY)}
+    clean |= {"HOME": str(root.path), "PIP_CONFIG_FILE": os.devnull, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "workshop_utils", *arguments]
-    return subprocess.run(
-        command, env=clean, capture_output=True, text=True, timeout=240, check=False
-    )
+    options = {"capture_output": True, "text": True, "timeout": 240, "check": False}
+    return subprocess.run(command, env=clean | environment, **options)
+
+
+def succeeded_with(result: subprocess.CompletedProcess, printed: str) -> None:
+    """Assert that nothing but ``printed`` was said."""
+    said = result.returncode, result.stdout, result.stderr
+    assert said == (0, f"{printed}\n", "")
 
 
 def failed_with(result: subprocess.CompletedProcess, *words: str) -> None:

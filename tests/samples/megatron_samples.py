@@ -10,7 +10,6 @@ NeMo 2.0 directory in zarr), ``nemo1`` (a training of NeMo 1 with sharded weight
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,19 +21,17 @@ from checkpoint_samples import (
     HEADS,
     HIDDEN,
     LAYERS,
+    ROPE_SCALING,
+    SIZES,
     VOCABULARY,
     _sharded,
     model_yaml,
+    process_group,
+    run,
 )
 
-ARGS = {
-    "num_layers": LAYERS,
-    "hidden_size": HIDDEN,
-    "ffn_hidden_size": FFN,
-    "num_attention_heads": HEADS,
-    "kv_channels": HEAD_DIM,
+ARGS = SIZES | {
     "group_query_attention": True,
-    "num_query_groups": GROUPS,
     "padded_vocab_size": VOCABULARY,
     "rotary_base": 500000,
     "normalization": "RMSNorm",
@@ -46,49 +43,31 @@ ARGS = {
     "num_experts": None,
 }
 PROVIDER = "megatron.bridge.models.llama.llama_provider.Llama31ModelProvider"
+LORA = {"dim": 4, "alpha": 8, "target_modules": ["linear_qkv"]}
 
 
 def make(directory: Path) -> None:
     """Write all of them in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(directory)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(__file__, directory)
 
 
 def run_config(peft: dict | None = None) -> dict:
     """``run_config.yaml`` with the fields that matter; the names are Megatron-Bridge's."""
-    names = (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "rotary_base",
-    )
-    model = {name: ARGS[name] for name in names} | {
+    scaling = ROPE_SCALING | {"scale_factor": 8.0, "old_context_len": 8192}
+    model = {
         "_target_": PROVIDER,
+        "rotary_base": 500000,
         "share_embeddings_and_output_weights": False,
         "vocab_size": VOCABULARY,
         "qk_layernorm": False,
-        "scale_factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "old_context_len": 8192,
         "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
     }
+    name, base = "meta-llama/Llama-3.1-8B", "/gone/base" if peft else None
     return {
         "_target_": "megatron.bridge.training.config.ConfigContainer",
-        "model": model,
-        "tokenizer": {
-            "tokenizer_type": "HuggingFaceTokenizer",
-            "tokenizer_model": "meta-llama/Llama-3.1-8B",
-        },
-        "checkpoint": {
-            "save": "/somewhere",
-            "pretrained_checkpoint": "/gone/base" if peft else None,
-        },
+        "model": SIZES | scaling | model,
+        "tokenizer": {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": name},
+        "checkpoint": {"save": "/somewhere", "pretrained_checkpoint": base},
         "peft": peft,
     }
 
@@ -97,9 +76,8 @@ def _arguments() -> argparse.Namespace:
     import torch
     from megatron.core.transformer.enums import AttnBackend
 
-    return argparse.Namespace(
-        **ARGS, params_dtype=torch.bfloat16, attention_backend=AttnBackend.flash, rank=0, load=None
-    )
+    more = {"params_dtype": torch.bfloat16, "attention_backend": AttnBackend.flash}
+    return argparse.Namespace(**ARGS, **more, rank=0, load=None)
 
 
 def _iteration(directory: Path, state: dict) -> Path:
@@ -132,10 +110,8 @@ def _megatron_lm(directory: Path) -> None:
 
 
 def _megatron_bridge(directory: Path) -> None:
-    path = _iteration(
-        directory / "iter_0000005",
-        {"checkpoint_version": 3.0, "iteration": 5, "model": _sharded("", "gpu")},
-    )
+    state = {"checkpoint_version": 3.0, "iteration": 5, "model": _sharded("", "gpu")}
+    path = _iteration(directory / "iter_0000005", state)
     (path / "run_config.yaml").write_text(yaml.safe_dump(run_config()))
     (path / "tokenizer").mkdir()
 
@@ -146,9 +122,8 @@ def _lora(prefix: str, dora: bool = False) -> dict:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     state, rows = {}, (HEADS + 2 * GROUPS) * HEAD_DIM
-    shapes = {"linear_in.weight": (4, HIDDEN), "linear_out.weight": (rows, 4)} | (
-        {"weight_magnitude": (rows,)} if dora else {}
-    )
+    shapes = {"linear_in.weight": (4, HIDDEN), "linear_out.weight": (rows, 4)}
+    shapes |= {"weight_magnitude": (rows,)} if dora else {}
     for layer in range(LAYERS):
         for part, shape in shapes.items():
             name = f"{prefix}decoder.layers.self_attention.linear_qkv.adapter.{part}"
@@ -160,27 +135,16 @@ def _lora(prefix: str, dora: bool = False) -> dict:
 
 
 def _adapter(directory: Path) -> None:
-    path = _iteration(
-        directory / "iter_0000007", {"checkpoint_version": 3.0, "iteration": 7, "model": _lora("")}
-    )
-    peft = {
-        "_target_": "megatron.bridge.peft.lora.LoRA",
-        "dim": 4,
-        "alpha": 8,
-        "target_modules": ["linear_qkv"],
-    }
+    state = {"checkpoint_version": 3.0, "iteration": 7, "model": _lora("")}
+    path = _iteration(directory / "iter_0000007", state)
+    peft = {"_target_": "megatron.bridge.peft.lora.LoRA", **LORA}
     (path / "run_config.yaml").write_text(yaml.safe_dump(run_config(peft)))
 
 
 def _nemo2_adapters(directory: Path) -> None:
     for kind in ("LoRA", "DoRA"):
         (directory / kind / "context").mkdir(parents=True)
-        transform = {
-            "_target_": f"nemo.collections.llm.peft.{kind.lower()}.{kind}",
-            "dim": 4,
-            "alpha": 8,
-            "target_modules": ["linear_qkv"],
-        }
+        transform = {"_target_": f"nemo.collections.llm.peft.{kind.lower()}.{kind}", **LORA}
         model = model_yaml("gpu") | {"model_transform": transform}
         (directory / kind / "context" / "model.yaml").write_text(yaml.safe_dump(model))
         weights = _iteration(directory / kind / "weights", _lora("module.", kind == "DoRA"))
@@ -213,40 +177,22 @@ def _old(directory: Path) -> None:
     for rank in range(2):
         folder = directory / "iter_0000003" / f"mp_rank_{rank:02d}"
         folder.mkdir(parents=True)
-        language = {
-            "language_model": {
-                "encoder": {
-                    "layers.0.mlp.dense_h_to_4h.weight": torch.full((FFN, HIDDEN), float(rank))
-                }
-            }
-        }
-        torch.save(
-            {"args": _arguments(), "checkpoint_version": 3.0, "iteration": 3, "model": language},
-            folder / "model_optim_rng.pt",
-        )
+        tensors = {"layers.0.mlp.dense_h_to_4h.weight": torch.full((FFN, HIDDEN), float(rank))}
+        state = {"args": _arguments(), "checkpoint_version": 3.0, "iteration": 3}
+        state["model"] = {"language_model": {"encoder": tensors}}
+        torch.save(state, folder / "model_optim_rng.pt")
 
 
 if __name__ == "__main__":
-    from workshop_utils.runtime import nemo_cpu
-
-    nemo_cpu.apply()
-    import tempfile
-
-    import torch.distributed
-
-    with tempfile.TemporaryDirectory() as store:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}/store", rank=0, world_size=1
-        )
+    with process_group():
         root = Path(sys.argv[1])
-        for name, write in (
-            ("lm", _megatron_lm),
-            ("bridge", _megatron_bridge),
-            ("adapter", _adapter),
-            ("nemo2", _nemo2_adapters),
-            ("zarr", _zarr),
-            ("nemo1", _nemo1),
-            ("old", _old),
-        ):
+        for name, write in {
+            "lm": _megatron_lm,
+            "bridge": _megatron_bridge,
+            "adapter": _adapter,
+            "nemo2": _nemo2_adapters,
+            "zarr": _zarr,
+            "nemo1": _nemo1,
+            "old": _old,
+        }.items():
             write(root / name)
-        torch.distributed.destroy_process_group()

@@ -32,13 +32,8 @@ class Ngc:
         if path == "/v3/keys/get-caller-info":
             if request.body != f"credentials={KEY}".encode():
                 return failure(401)
-            return success(
-                {
-                    "type": "PERSONAL_KEY",
-                    "orgName": "me",
-                    "user": {"roles": [{"org": {"name": "me"}}]},
-                }
-            )
+            user = {"roles": [{"org": {"name": "me"}}]}
+            return success({"type": "PERSONAL_KEY", "orgName": "me", "user": user})
         if path.startswith(STORE):
             name = path.removeprefix(STORE)
             return Answer(self.files[name], cut=self.cut.get(name))
@@ -49,10 +44,8 @@ class Ngc:
         if path == f"{MODEL}/versions/2.0":
             return success({"modelVersion": {"versionId": "2.0", "status": "UPLOAD_COMPLETE"}})
         if path == f"{MODEL}/versions/2.0/files":
-            return success(
-                {"modelFiles": [listed(name, content) for name, content in self.files.items()]}
-            )
-        if path == "/v2/org/nvidia/team/nemo/models/tiny/2.0/files":
+            return success({"modelFiles": [listed(*file) for file in self.files.items()]})
+        if path == f"{MODEL}/2.0/files":
             name = parse_qs(urlsplit(request.path).query)["path"][0]
             return success({"urls": [f"{self.url}{STORE}{name}"], "filepath": [name]})
         return failure(404)
@@ -60,13 +53,10 @@ class Ngc:
 
 def checkpoint() -> dict[str, bytes]:
     """The files of a NeMo 2.0 checkpoint, as far as their names go."""
-    small = {f"context/{name}": name.encode() for name in ("model.yaml", "io.json")}
-    small |= {
-        f"weights/{name}": name.encode() for name in (".metadata", "metadata.json", "common.pt")
-    }
-    return small | {
-        f"weights/__0_{number}.distcp": bytes([number]) * 100_000 for number in range(2)
-    }
+    names = [f"context/{name}" for name in ("model.yaml", "io.json")]
+    names += [f"weights/{name}" for name in (".metadata", "metadata.json", "common.pt")]
+    shards = {f"weights/__0_{number}.distcp": bytes([number]) * 100_000 for number in range(2)}
+    return {name: name.encode() for name in names} | shards
 
 
 def listed(name: str, content: bytes) -> dict:
@@ -74,38 +64,22 @@ def listed(name: str, content: bytes) -> dict:
     return {"path": name, "sizeInBytes": len(content), "sha256_base64": digest}
 
 
-def success(body: dict) -> Answer:
-    return Answer(
-        json.dumps(body | {"requestStatus": {"statusCode": "SUCCESS"}}).encode(),
-        200,
-        {"Content-Type": "application/json"},
-    )
+def success(body: dict, code: str = "SUCCESS", status: int = 200, **more: str) -> Answer:
+    content = json.dumps(body | {"requestStatus": {"statusCode": code, **more}}).encode()
+    return Answer(content, status, {"Content-Type": "application/json"})
 
 
 def failure(status: int) -> Answer:
-    body = {
-        "requestStatus": {"statusCode": "FAILED", "statusDescription": f"refused with {status}"}
-    }
-    return Answer(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
+    return success({}, "FAILED", status, statusDescription=f"refused with {status}")
 
 
 def certificate(folder: Path) -> tuple[Path, ssl.SSLContext]:
     """A certificate for 127.0.0.1 that its holder signed, and the server's side of it."""
-    made, key = folder / "certificate.pem", folder / "key.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=127.0.0.1",
-    ]
-    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(made)]
+    signed, key = folder / "certificate.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command += ["-keyout", str(key), "-out", str(signed)]
     subprocess.run(command, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(made, key)
-    return made, context
+    context.load_cert_chain(signed, key)
+    return signed, context

@@ -3,15 +3,12 @@ of one rank with the same weights.
 
 ``make(DIRECTORY)`` starts the processes (over gloo). The four load one torch_dist checkpoint, which
 Megatron-Core cuts up for them, and write
-    DIRECTORY/reference/                       the checkpoint that they load: names without a prefix
-    DIRECTORY/ranks/tp_rank_0T_pp_rank_00P/model_weights.ckpt   the state dict of each rank as NeMo
-    1 names it
-    DIRECTORY/lm/mp_rank_0T_00P/model_optim_rng.pt              the same as Megatron-LM's old form
-    names it
-    DIRECTORY/iter/                            ``reference`` with the arguments of Megatron-LM in
-    common.pt
-    DIRECTORY/experts/model_weights.ckpt       the state dict of a mixture of experts, one rank
-    DIRECTORY/experts_reference/               the same as torch_dist
+    reference/                       the checkpoint that they load: names without a prefix
+    ranks/tp_rank_0T_pp_rank_00P/    the state dict of each rank as NeMo 1 names it
+    lm/mp_rank_0T_00P/               the same as Megatron-LM's old form names it
+    iter/                            ``reference`` with the arguments of Megatron-LM in common.pt
+    experts/model_weights.ckpt       the state dict of a mixture of experts, one rank
+    experts_reference/               the same as torch_dist
 """
 
 import argparse
@@ -22,15 +19,18 @@ import tempfile
 from pathlib import Path
 
 LAYERS, HIDDEN, HEADS, GROUPS, HEAD_DIM, FFN, ROWS = 4, 32, 4, 2, 12, 48, 256
+SIZES = {
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "num_query_groups": GROUPS,
+    "kv_channels": HEAD_DIM,
+    "ffn_hidden_size": FFN,
+}
 
 ARGUMENTS = argparse.Namespace(
-    num_layers=LAYERS,
-    hidden_size=HIDDEN,
-    num_attention_heads=HEADS,
+    **SIZES,
     group_query_attention=True,
-    num_query_groups=GROUPS,
-    kv_channels=HEAD_DIM,
-    ffn_hidden_size=FFN,
     seq_length=128,
     max_position_embeddings=512,
     position_embedding_type="rope",
@@ -53,13 +53,7 @@ ARGUMENTS = argparse.Namespace(
 )
 """Arguments of Megatron-LM for the model (a selection: it saves some four hundred)."""
 
-CONFIG = {
-    "num_layers": LAYERS,
-    "hidden_size": HIDDEN,
-    "num_attention_heads": HEADS,
-    "num_query_groups": GROUPS,
-    "kv_channels": HEAD_DIM,
-    "ffn_hidden_size": FFN,
+CONFIG = SIZES | {
     "encoder_seq_length": 512,
     "max_position_embeddings": 512,
     "mcore_gpt": True,
@@ -82,16 +76,13 @@ CONFIG = {
 
 def make(directory: Path) -> None:
     """Write the samples, in processes of their own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         for world in (1, 4):
+            command = [sys.executable, __file__, str(directory), scratch, str(world)]
             ranks = [
-                subprocess.Popen(
-                    [sys.executable, __file__, str(directory), scratch, str(world), str(rank)],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
-                )
+                subprocess.Popen([*command, str(rank)], env=environment, **pipes)
                 for rank in range(world)
             ]
             for rank in ranks:
@@ -107,12 +98,7 @@ def _model(**changes):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=HIDDEN,
-        num_attention_heads=HEADS,
-        num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM,
-        ffn_hidden_size=FFN,
+        **SIZES,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
@@ -146,14 +132,15 @@ def _write_reference(directory: Path) -> None:
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    for name, more in (
-        ("reference", {}),
-        ("iter", {"args": ARGUMENTS, "iteration": 10, "checkpoint_version": 3.0}),
-    ):
+    common = {"args": ARGUMENTS, "iteration": 10, "checkpoint_version": 3.0}
+    for name, more in {"reference": {}, "iter": common}.items():
         (directory / name).mkdir(parents=True)
-        dist_checkpointing.save(
-            {"model": model.sharded_state_dict(), **more}, str(directory / name)
-        )
+        state = {"model": model.sharded_state_dict(), **more}
+        dist_checkpointing.save(state, str(directory / name))
+
+
+def _of_nemo1(state: dict) -> dict:
+    return {f"model.{name}": value for name, value in state.items()}
 
 
 def _write_experts(directory: Path) -> None:
@@ -163,13 +150,9 @@ def _write_experts(directory: Path) -> None:
     model = _model(num_moe_experts=3, moe_router_topk=2, add_qkv_bias=False)
     for name in ("experts", "experts_reference"):
         (directory / name).mkdir()
-    dist_checkpointing.save(
-        {"model": model.sharded_state_dict()}, str(directory / "experts_reference")
-    )
-    torch.save(
-        {f"model.{name}": value for name, value in model.state_dict().items()},
-        directory / "experts" / "model_weights.ckpt",
-    )
+    state = {"model": model.sharded_state_dict()}
+    dist_checkpointing.save(state, str(directory / "experts_reference"))
+    torch.save(_of_nemo1(model.state_dict()), directory / "experts" / "model_weights.ckpt")
 
 
 def _write_rank(directory: Path) -> None:
@@ -177,30 +160,20 @@ def _write_rank(directory: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
 
     model = _model()
-    loaded = dist_checkpointing.load(
-        {"model": model.sharded_state_dict()}, str(directory / "reference")
-    )
-    model.load_state_dict(
-        {
-            name: value
-            for name, value in loaded["model"].items()
-            if not name.endswith("_extra_state")
-        },
-        strict=False,
-    )
-    tensor, stage = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-    )
+    state = {"model": model.sharded_state_dict()}
+    loaded = dist_checkpointing.load(state, str(directory / "reference"))["model"]
+    tensors = {name: loaded[name] for name in loaded if not name.endswith("_extra_state")}
+    model.load_state_dict(tensors, strict=False)
+    tensor = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     state = model.state_dict()
-    nemo = directory / "ranks" / f"tp_rank_{tensor:02}_pp_rank_{stage:03}"
-    nemo.mkdir(parents=True)
-    torch.save(
-        {f"model.{name}": value for name, value in state.items()}, nemo / "model_weights.ckpt"
-    )
-    old = directory / "lm" / f"mp_rank_{tensor:02}_{stage:03}"
-    old.mkdir(parents=True)
-    torch.save({"args": ARGUMENTS, "iteration": 10, "model": state}, old / "model_optim_rng.pt")
+    old = {"args": ARGUMENTS, "iteration": 10, "model": state}
+    for name, held in {
+        f"ranks/tp_rank_{tensor:02}_pp_rank_{stage:03}/model_weights.ckpt": _of_nemo1(state),
+        f"lm/mp_rank_{tensor:02}_{stage:03}/model_optim_rng.pt": old,
+    }.items():
+        (directory / name).parent.mkdir(parents=True)
+        torch.save(held, directory / name)
 
 
 def _run(directory: Path, scratch: Path, world: int, rank: int) -> None:

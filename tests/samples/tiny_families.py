@@ -20,6 +20,8 @@ _COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.1,
 }
+_LLAMA = {"rms_norm_eps": 1e-5}
+_LLAMA3 = _LLAMA | {"rope_theta": 500000.0}
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -27,26 +29,17 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_TIED, _NO_WINDOW = {"tie_word_embeddings": True}, {"sliding_window": None}
 
 #: name -> (class of the configuration and of the model in transformers, fields)
 FAMILIES = {
-    "llama2": ("Llama", {"rms_norm_eps": 1e-5}),
-    "llama3": ("Llama", {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 24}),
-    "llama31": (
-        "Llama",
-        {
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 500000.0,
-            "rope_scaling": _LLAMA3_ROPE,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 24}),
-    "mixtral": (
-        "Mixtral",
-        {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "qwen25": ("Qwen2", {"tie_word_embeddings": True}),
+    "llama2": ("Llama", _LLAMA),
+    "llama3": ("Llama", _LLAMA3 | {"head_dim": 24}),
+    "llama31": ("Llama", _LLAMA3 | _TIED | {"rope_scaling": _LLAMA3_ROPE}),
+    "mistral": ("Mistral", _NO_WINDOW | {"head_dim": 24}),
+    "mixtral": ("Mixtral", _NO_WINDOW | _EXPERTS),
+    "qwen25": ("Qwen2", _TIED),
     "qwen3": ("Qwen3", {"head_dim": 24}),
     "nemotron": ("Nemotron", {"partial_rotary_factor": 0.5, "hidden_act": "relu2"}),
 }

@@ -27,7 +27,6 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``bridge`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "bridge",
         help="make a NeMo 2.0 checkpoint loadable by the script path",
@@ -59,18 +58,17 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Bridge and print what was made and what to do with it."""
     from workshop_utils.checkpoints.convert.bridge import bridge
 
-    made = bridge(args.nemo2_dir, args.out, args.link_only, args.trust)
+    source = args.nemo2_dir
+    view = shown(bridge(source, args.out, args.link_only, args.trust))
     if args.link_only:
-        print(f"{shown(made)} -> context/model.yaml")
         print(
+            f"{view} -> context/model.yaml\n"
             "This satisfies tools that look for the file. The script path still cannot load the "
-            "checkpoint: run"
+            f"checkpoint: run\n  workshop bridge {shown(source)}"
         )
-        print(f"  workshop bridge {shown(args.nemo2_dir)}")
         return 0
-    print(f"{shown(made)}  (links to {shown(args.nemo2_dir)}; keep both)")
-    print(f"Next: workshop finetune model.restore_from_path={shown(made)}")
+    print(f"{view}  (links to {shown(source)}; keep both)")
+    print(f"Next: workshop finetune model.restore_from_path={view}")
     return 0

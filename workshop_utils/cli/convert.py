@@ -31,33 +31,23 @@ example:
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``convert`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "convert",
         help="NeMo 1 <-> NeMo 2.0, and Hugging Face or Megatron to both",
         description=DESCRIPTION,
         epilog=EXAMPLES,
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="the checkpoint")
-    parser.add_argument(
-        "target",
-        metavar="DST",
-        type=Path,
-        help="directory to make; with --to nemo1 also an archive, NAME.nemo",
-    )
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format of DST")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="DIR|FILE",
-        type=Path,
-        help="Hugging Face directory or SentencePiece *.model to use",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="convert the weights (default: as they are)"
-    )
+    add = parser.add_argument
+    add("source", metavar="SRC", type=Path, help="the checkpoint")
+    place = "directory to make; with --to nemo1 also an archive, NAME.nemo"
+    add("target", metavar="DST", type=Path, help=place)
+    add("--to", required=True, choices=FORMATS, help="format of DST")
+    kinds = "Hugging Face directory or SentencePiece *.model to use"
+    add("--tokenizer", metavar="DIR|FILE", type=Path, help=kinds)
+    add("--dtype", choices=DTYPES, help="convert the weights (default: as they are)")
     options.add_overwrite(parser, "an existing checkpoint at DST")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
-    parser.add_argument(
+    add("--dry-run", action="store_true", help="say what would be done")
+    add(
         "--trust",
         action="store_true",
         help="print what the verification of SRC finds, and go on; what cannot be read or "
@@ -67,19 +57,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say what was made."""
     from workshop_utils.checkpoints.convert import convert
 
-    done = convert(
-        args.source,
-        args.target,
-        args.to,
-        args.tokenizer,
-        args.dtype,
-        args.overwrite,
-        args.dry_run,
-        args.trust,
-    )
+    names = ("source", "target", "to", "tokenizer", "dtype", "overwrite", "dry_run", "trust")
+    done = convert(**{name: getattr(args, name) for name in names})
     for note in done.notes:
         print(note)
     print(f"{'would write' if args.dry_run else 'written'}: {shown(done.target)}")

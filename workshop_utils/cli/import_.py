@@ -11,7 +11,6 @@ distributed checkpoint with NeMo's importer. Example: workshop import smollm2-13
 
 
 def add_parser(subparsers) -> None:
-    """Register the command."""
     parser = subparsers.add_parser(
         "import", help="Hugging Face model -> NeMo 2.0 checkpoint", description=HELP
     )
@@ -32,13 +31,11 @@ def add_parser(subparsers) -> None:
 
 
 def run(args) -> int:
-    """Convert, unless it is there."""
     from workshop_utils.checkpoints import sources
     from workshop_utils.checkpoints.convert.huggingface import export_huggingface, import_checkpoint
-    from workshop_utils.checkpoints.convert.targets import inside
+    from workshop_utils.checkpoints.convert.targets import refuse_inside
     from workshop_utils.checkpoints.formats.identify import require_place
     from workshop_utils.core import paths
-    from workshop_utils.core.errors import OutputExists
 
     have, want = paths.huggingface_model, paths.nemo2_checkpoint
     convert = import_checkpoint
@@ -46,11 +43,7 @@ def run(args) -> int:
         have, want, convert = want, have, export_huggingface
     source = sources.directory(args.model, have)
     target = args.out or want(source.resolve().name)
-    if inside(source, target.parent.resolve() / target.name):
-        raise OutputExists(
-            f"{paths.shown(target)}: the target cannot lie inside the source or contain it. "
-            "Choose another place."
-        )
+    refuse_inside(source, target.parent.resolve() / target.name)
     require_place(target, overwrite=True)
     if (target.is_file() or (target.is_dir() and any(target.iterdir()))) and not args.overwrite:
         print(f"{paths.shown(target)} is there already; --overwrite makes it again.")

@@ -26,7 +26,6 @@ SOURCES = {"pypi": "PyPI", "huggingface": "Hugging Face", "ngc": "NGC"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
-    """Add ``models`` to the ``workshop`` command."""
     parser = subparsers.add_parser(
         "models", help="list the models, or fetch one", description=DESCRIPTION, epilog=EXAMPLES
     )
@@ -36,20 +35,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     fetch = actions.add_parser(
         "fetch",
         help="get a model",
-        description="Get a model and print its directory. A model that is there is left alone; one that "  # noqa: E501
-        "is not whole is fetched.",
+        description="Get a model and print its directory. A model that is there is left alone; one "
+        "that is not whole is fetched.",
         epilog="example:\n  workshop models fetch smollm2-135m-instruct",
     )
     fetch.add_argument("name", metavar="NAME", help="a name from `workshop models`")
     fetch.add_argument("--quiet", action="store_true", help="no progress bar")
-    fetch.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and do nothing"
-    )
+    nothing = "say what would be done, and do nothing"
+    fetch.add_argument("--dry-run", action="store_true", help=nothing)
     fetch.set_defaults(run=run_fetch)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the list."""
     from workshop_utils.checkpoints.sources import catalogue, is_present, location
     from workshop_utils.core import paths
 
@@ -63,24 +60,16 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     header = ("name", "parameters", "source", "size", "licence", "gated", "present")
-    rows = [
-        (
-            model.name,
-            _parameters(model.parameters),
-            SOURCES[model.source],
-            _size(model.size),
-            model.licence,
-            "yes" if model.gated else "no",
-            "yes" if is_present(model) else "no",
-        )
-        for model in models
-    ]
+    rows = []
+    for model in models:
+        sizes = _parameters(model.parameters), SOURCES[model.source], _size(model.size)
+        flags = ("yes" if flag else "no" for flag in (model.gated, is_present(model)))
+        rows.append((model.name, *sizes, model.licence, *flags))
     _print_table(header, rows)
     return 0
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    """Get one model, or say how."""
     from workshop_utils.checkpoints.sources import fetch, find, is_present, location, source_of
     from workshop_utils.core import paths
 
@@ -101,15 +90,13 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    below = (
-        None if sum(widths) + 2 * len(widths) - 2 <= terminal.width() else header.index("licence")
-    )
+    fits = sum(widths) + 2 * len(widths) - 2 <= terminal.width()
+    below = None if fits else header.index("licence")
     for row in [header, tuple("-" * width for width in widths), *rows]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        line = "  ".join(cell for column, cell in enumerate(cells) if column != below).rstrip()
         apart = f"\n  licence: {row[below]}" if below is not None and row in rows else ""
-        print(
-            "  ".join(cell for column, cell in enumerate(cells) if column != below).rstrip() + apart
-        )
+        print(line + apart)
 
 
 def _parameters(count: int) -> str:

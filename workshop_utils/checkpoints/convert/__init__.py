@@ -8,7 +8,6 @@ Only Hugging Face models need NeMo itself, in a process of its own.
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,33 +51,28 @@ def convert(
     :class:`DamagedCheckpoint` for what cannot be converted, each naming the field or tensor;
     :class:`OutputExists` unless ``overwrite``. ``target`` is whole or absent.
     """
-    from workshop_utils.checkpoints.convert import targets
+    from workshop_utils.checkpoints.convert import targets, tokenizers
     from workshop_utils.checkpoints.formats.identify import require_place
+    from workshop_utils.checkpoints.verify.verify import require_sound
 
     source, target = Path(source), Path(target)
     target = target.parent.resolve() / target.name
     if to not in FORMATS or dtype not in (None, *DTYPES):
         raise ValueError(f"to is one of {FORMATS} and dtype one of {DTYPES} or None")
-    if source.exists() and targets.inside(source, target):
-        raise OutputExists(
-            f"{shown(target)}: the target cannot lie inside the source or contain it. Choose "
-            "another place."
-        )
+    if source.exists():
+        targets.refuse_inside(source, target)
     require_place(target, overwrite)
     if target.suffix == ".nemo" and to == "nemo2":
         raise UnsupportedCheckpoint(
             f"{shown(target)}: a .nemo archive is NeMo 1. For NeMo 2.0 name a directory."
         )
-    from workshop_utils.checkpoints.convert import tokenizers
-    from workshop_utils.checkpoints.verify.verify import require_sound
-
     if tokenizer is not None:
         tokenizers.given(Path(tokenizer))  # before an import that takes a while
     if source.exists():
         require_sound(source, trust=trust)
-    if (source / "config.json").is_file() and not (source / "context").is_dir():
-        return _from_huggingface(source, target, to, tokenizer, dtype, dry_run, trust)
-    return _convert(source, target, to, tokenizer, dtype, dry_run, trust)
+    is_huggingface = (source / "config.json").is_file() and not (source / "context").is_dir()
+    run = _from_huggingface if is_huggingface else _convert
+    return run(source, target, to, tokenizer, dtype, dry_run, trust)
 
 
 def _convert(
@@ -95,47 +89,38 @@ def _convert(
     from workshop_utils.checkpoints.convert import readers, targets, tokenizers, weights
     from workshop_utils.checkpoints.formats.findings import pass_over
 
-    found = readers.read(
-        path, None if tokenizer is None else tokenizers.given(Path(tokenizer)), pass_over(trust)
-    )
+    own = None if tokenizer is None else tokenizers.given(Path(tokenizer))
+    source = readers.read(path, own, pass_over(trust))
     archive = target.suffix == ".nemo"
-    same = (
-        found.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to]
-        and found.sharded
-        and archive == path.is_file()
-    )
-    if same and dtype is None and tokenizer is None:
+    is_format = source.format == {"nemo2": "NeMo 2.0", "nemo1": "NeMo 1"}[to]
+    if is_format and source.sharded and archive == path.is_file() and not (dtype or own):
         raise UnsupportedCheckpoint(
-            f"{shown(path)} is a {found.format} checkpoint already. Nothing was converted."
+            f"{shown(path)} is a {source.format} checkpoint already. Nothing was converted."
         )
-    what = weights.how(found, dtype, archive, temporary)
-    if what is weights.How.LINK and targets.inside(weights.origin(found), target):
+    what = weights.how(source, dtype, archive, temporary)
+    linked = what is weights.How.LINK
+    if linked and targets.inside(weights.origin(source), target):
         raise OutputExists(
             f"{shown(target)} holds the weights that {shown(path)} only links to. Choose another "
             "place."
         )
-    targets.check(found, to, dtype)
-    write: Callable = (
-        targets.write_nemo2
-        if to == "nemo2"
-        else targets.write_archive
-        if archive
-        else targets.write_nemo1
-    )
+    targets.check(source, to, dtype)
+    write_nemo1 = targets.write_archive if archive else targets.write_nemo1
+    changed = f", converted to {dtype}" if dtype and dtype != source.dtype else ""
+    keep = f" to {shown(weights.origin(source))} (keep both)" if linked else ""
     notes = [
-        f"{found.format}, family {found.family.name}: {found.fields['num_layers']} layers, "
-        f"{len(found.tensors)} tensors, {found.nbytes / 1e9:.2f} GB of {found.dtype}"
-        + (f", converted to {dtype}" if dtype and dtype != found.dtype else ""),
-        f"weights: {what.value}"
-        + (f" to {shown(weights.origin(found))} (keep both)" if what is weights.How.LINK else ""),
+        f"{source.format}, family {source.family.name}: {source.fields['num_layers']} layers, "
+        f"{len(source.tensors)} tensors, {source.nbytes / 1e9:.2f} GB of {source.dtype}{changed}",
+        f"weights: {what.value}{keep}",
     ]
-    if archive and found.tokenizer and found.tokenizer.kind == "huggingface":
+    if archive and source.tokenizer.kind == "huggingface":
         notes.append(
             "tokenizer: packed for the way back, but NeMo 1 wants it as a directory; "
             "tokenizer.type names where it lies now"
         )
     if not dry_run:
-        write(found, target, what, dtype)
+        write = targets.write_nemo2 if to == "nemo2" else write_nemo1
+        write(source, target, what, dtype)
     return Conversion(target, tuple(notes))
 
 
@@ -154,23 +139,20 @@ def _from_huggingface(
     from workshop_utils.runtime.processes import run_quietly
 
     check(source.resolve())
-    steps = ["Hugging Face: imported by NeMo to NeMo 2.0"]
+    steps = ("Hugging Face: imported by NeMo to NeMo 2.0",)
     if dry_run:
-        return Conversion(
-            target, (*steps, *(["and from there to NeMo 1"] if to == "nemo1" else []))
-        )
+        further = ("and from there to NeMo 1",) if to == "nemo1" else ()
+        return Conversion(target, steps + further)
     target.parent.mkdir(parents=True, exist_ok=True)
     with paths.temporary_directory(f".{target.name}.", target.parent) as folder:
-        made = folder / "nemo2"
-        run_quietly("import", str(source), "--out", str(made), *(["--trust"] if trust else []))
+        imported = folder / "nemo2"
+        run_quietly("import", str(source), "--out", str(imported), *(["--trust"] if trust else []))
         if to == "nemo2" and dtype is None and tokenizer is None:
             with paths.new_directory(target) as part:
-                for child in made.iterdir():
+                for child in imported.iterdir():
                     shutil.move(child, part / child.name)
-            return Conversion(target, tuple(steps))
+            return Conversion(target, steps)
         # An archive names the directory of its tokenizer, and the one between will be gone.
         tokenizer = source if tokenizer is None and target.suffix == ".nemo" else tokenizer
-        done = _convert(
-            made, target, to, tokenizer, dtype, dry_run=False, trust=trust, temporary=True
-        )
-    return Conversion(target, (*steps, *done.notes))
+        done = _convert(imported, target, to, tokenizer, dtype, dry_run, trust, temporary=True)
+    return Conversion(target, steps + done.notes)

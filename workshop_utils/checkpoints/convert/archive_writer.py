@@ -25,7 +25,6 @@ class ArchiveWriter:
         self._archive.close()
 
     def add(self, name: str, file: Path) -> None:
-        """Add the content of ``file`` as ``name``."""
         with file.open("rb") as opened, self.member(name) as written:
             shutil.copyfileobj(opened, written)
 
@@ -57,13 +56,10 @@ class _Member:
         self._file, self._start = file, file.tell()
 
     def write(self, content: bytes) -> int:
-        """Write ``content`` where the file is; the number of bytes written."""
         return self._file.write(content)
 
     def tell(self) -> int:
-        """Bytes from the member's first byte to where the file is."""
         return self._file.tell() - self._start
 
     def flush(self) -> None:
-        """Flush the file."""
         self._file.flush()

@@ -45,119 +45,92 @@ def read(
             f"{where} holds {len(ranks)} files of weights; {width} x {stages} ranks were meant. "
             "Copy it again."
         )
-    saved = {}
+    saved: dict[tuple[int, int], dict[str, Tensor]] = {}
     for rank, file in sorted(ranks.items()):
         with files.open(file) as opened:
-            saved[rank] = (
-                file,
-                {tensor.name: tensor for tensor in load(opened, f"{where}:{file}", file)},
-            )
-    first = saved[0, 0][1].get(prefix + EMBEDDING)
+            tensors = load(opened, f"{where}:{file}", file)
+        saved[rank] = {tensor.name: tensor for tensor in tensors}
+    first = saved[0, 0].get(prefix + EMBEDDING)
     if first is None:
         raise DamagedCheckpoint(f"{where}: the tensor {prefix + EMBEDDING} is missing.")
     expected = layout(fields, first.shape[0] * width)
     chunks: dict[str, list[Chunk]] = {name: [] for name in expected}
     dtypes: dict[str, set[str]] = {name: set() for name in expected}
-    for (rank, stage), (file, tensors) in saved.items():
+    for (rank, stage), tensors in saved.items():
+        file = ranks[rank, stage]
+        first_layer = fields["num_layers"] // stages * stage
         for name, tensor in tensors.items():
-            place = _locate(
-                name.removeprefix(prefix),
-                expected,
-                fields["num_layers"] // stages * stage,
-                f"{where}:{file}",
-            )
+            plain = name.removeprefix(prefix)
+            stacked, place = stacked_name(plain, expected)
+            if (weight := expected.get(stacked)) is None:
+                if plain == OUTPUT or plain.endswith("rotary_pos_emb.inv_freq"):
+                    continue  # no weight of its own
+                raise UnsupportedCheckpoint(
+                    f"{where}:{file} holds {plain}, which the model of its configuration does not "
+                    "have."
+                )
             # The last stage has a copy of a tied embedding, and every rank one of what is not
             # split.
-            if (
-                place
-                and not (place[0] == EMBEDDING and stage)
-                and not (rank and expected[place[0]].split is None)
-            ):
-                dtypes[place[0]].add(tensor.dtype)
-                chunks[place[0]] += _chunks(
-                    tensor, file, expected[place[0]], place, rank, width, f"{where}:{file}: {name}"
-                )
+            if (stacked == EMBEDDING and stage) or (rank and weight.split is None):
+                continue
+            place = (place[0] + first_layer, *place[1:]) if place else ()
+            dtypes[stacked].add(tensor.dtype)
+            at = f"{where}:{file}: {name}"
+            chunks[stacked] += _chunks(tensor, file, weight, place, rank, width, at)
+    stacked = {}
     for name, weight in expected.items():
         held = {chunk.offsets: math.prod(chunk.shape) for chunk in chunks[name]}
-        beyond = any(
-            at >= size for offsets in held for at, size in zip(offsets, weight.shape, strict=True)
+        inside = all(
+            at < size for offsets in held for at, size in zip(offsets, weight.shape, strict=True)
         )
-        if (
-            beyond
-            or len(held) != len(chunks[name])
-            or sum(held.values()) != math.prod(weight.shape)
-            or len(dtypes[name]) != 1
-        ):
+        whole = len(held) == len(chunks[name]) and sum(held.values()) == math.prod(weight.shape)
+        if not (inside and whole and len(dtypes[name]) == 1):
             raise DamagedCheckpoint(
                 f"{where}: the tensor {prefix + name} is missing, or a layer of it, or one is "
                 "too many."
             )
-    return {
-        prefix + name: Tensor(
-            prefix + name,
-            weight.shape,
-            dtypes[name].pop(),
-            tuple(sorted(chunks[name], key=lambda chunk: chunk.offsets)),
-        )
-        for name, weight in expected.items()
-    }
-
-
-def _locate(
-    name: str, expected: dict[str, Weight], first_layer: int, where: str
-) -> tuple[str, tuple[int, ...]] | None:
-    """Name in the stacked form and place on its stacked axes; None for what is no weight of its
-    own."""
-    stacked, at = stacked_name(name, expected)
-    if stacked in expected:
-        return stacked, (at[0] + first_layer, *at[1:]) if at else at
-    if name == OUTPUT or name.endswith("rotary_pos_emb.inv_freq"):
-        return None
-    raise UnsupportedCheckpoint(
-        f"{where} holds {name}, which the model of its configuration does not have."
-    )
+        in_order = tuple(sorted(chunks[name], key=lambda chunk: chunk.offsets))
+        (dtype,) = dtypes[name]
+        stacked[prefix + name] = Tensor(prefix + name, weight.shape, dtype, in_order)
+    return stacked
 
 
 def _chunks(
     tensor: Tensor,
     file: str,
     weight: Weight,
-    place: tuple[str, tuple[int, ...]],
+    place: tuple[int, ...],
     rank: int,
     width: int,
     where: str,
 ) -> list[Chunk]:
-    """One layer's tensor of one rank as chunks of the stacked tensor."""
-    at = place[1]
-    stack = (1,) * weight.stacked
-    one = weight.shape[weight.stacked :]
-    wanted = tuple(size // width if axis == weight.split else size for axis, size in enumerate(one))
+    """One layer's tensor of one rank as chunks of the stacked tensor, at its ``place`` there."""
+    stack, own = (1,) * weight.stacked, weight.shape[weight.stacked :]
+    shape = tuple(size // width if axis == weight.split else size for axis, size in enumerate(own))
     if tensor.nbytes and not tensor.chunks[0].length:
         raise UnsupportedCheckpoint(
             f"{where} is a transposed view of its bytes. Save the file again with every tensor "
             ".contiguous()."
         )
-    if tensor.shape != wanted:
+    if tensor.shape != shape:
         raise DamagedCheckpoint(
-            f"{where} has the shape {tensor.shape}; the configuration asks for {wanted}."
+            f"{where} has the shape {tensor.shape}; the configuration asks for {shape}."
         )
-    whole = dataclasses.replace(tensor.chunks[0], file=file, shape=stack + wanted)
-    if width == 1 or weight.split is None:
-        return [dataclasses.replace(whole, offsets=at + (0,) * len(one))]
-    if not weight.halves:
-        offset = tuple(
-            rank * size if axis == weight.split else 0 for axis, size in enumerate(wanted)
-        )
-        return [dataclasses.replace(whole, offsets=at + offset)]
+    start = tensor.chunks[0].start
+    if width == 1 or weight.split is None or not weight.halves:
+        offset = tuple(rank * size * (axis == weight.split) for axis, size in enumerate(shape))
+        whole = dataclasses.replace(tensor.chunks[0], file=file, shape=stack + shape)
+        return [dataclasses.replace(whole, offsets=place + offset)]
     # The rank's slice of the gate, and after it that of up: rows, so each is one range of bytes.
-    rows, rest = wanted[0] // 2, wanted[1:]
+    rows, rest = shape[0] // 2, shape[1:]
     length = rows * math.prod(rest) * DTYPE_BYTES[tensor.dtype]
+    part = (*stack, rows, *rest)
     return [
         Chunk(
-            at + (half * one[0] // 2 + rank * rows,) + (0,) * len(rest),
-            (*stack, rows, *rest),
+            (*place, half * own[0] // 2 + rank * rows, *(0 for _ in rest)),
+            part,
             file,
-            whole.start + half * length,
+            start + half * length,
             length,
         )
         for half in (0, 1)

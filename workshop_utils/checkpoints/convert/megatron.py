@@ -1,14 +1,5 @@
-"""Megatron-LM and Megatron-Bridge checkpoints: ``iter_XXXXXXX/`` directories with a torch_dist
-index in them.
-
-    iter_0000100/.metadata, metadata.json, *.distcp   the weights; names have no prefix,
-    ``optimizer.`` entries lie beside them
-    iter_0000100/common.pt                            Megatron-LM: ``args``, an argparse.Namespace
-    (Megatron-Core 0.19: in the index)
-    iter_0000100/run_config.yaml                      Megatron-Bridge: the configuration, under
-    ``model``
-    iter_0000100/mp_rank_00/model_optim_rng.pt        the old form: ``model`` and ``args``, one file
-    for each rank
+"""Megatron-LM and Megatron-Bridge checkpoints, ``iter_XXXXXXX/`` directories (their files:
+:mod:`workshop_utils.checkpoints.formats.megatron`), as a :class:`.source.Source`.
 
 Source: ``megatron/training/{arguments,checkpointing}.py`` (Megatron-LM core_r0.13),
 ``megatron/bridge/training/checkpointing.py``.
@@ -19,15 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from workshop_utils.checkpoints.convert import bridge_config, layered
+from workshop_utils.checkpoints.convert import layered
 from workshop_utils.checkpoints.convert.source import Source, Tokenizer
 from workshop_utils.checkpoints.formats import gpt_config, nemo1_config, saved_tensors, torch_dist
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.gpt_classes import BASE, ROPE_SCALING
-from workshop_utils.checkpoints.formats.megatron import read_common
+from workshop_utils.checkpoints.formats.megatron import RUN_CONFIG, rank_files, read_common
 from workshop_utils.checkpoints.formats.megatron_layout import EMBEDDING
-from workshop_utils.checkpoints.formats.rank_files import megatron_rank_files
 from workshop_utils.checkpoints.formats.safe_text import read_yaml
 from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.checkpoints.formats.torch_archive import SavedTensor
@@ -35,11 +25,11 @@ from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.core.paths import shown
 
 _PREFIXES = ("", "model.", "module.")
+_BLOCKS = ("decoder.", "embedding.", "output_layer.")
 
 _ARGUMENTS = {
     "max_position_embeddings": "seq_length",
     "norm_epsilon": "layernorm_epsilon",
-    "rotary_percent": "rotary_percent",
     "apply_layernorm_1p": "layernorm_zero_centered_gamma",
     "num_experts": "num_moe_experts",
 }
@@ -47,129 +37,94 @@ _ARGUMENTS = {
 
 
 def read(path: Path, tokenizer: Tokenizer | None, report: Report = stop) -> Source:
-    """What the directory ``path`` holds, which has no tokenizer that could be taken along; errors
-    as :func:`workshop_utils.checkpoints.convert.readers.read`."""
-    ranks = megatron_rank_files(str(file.relative_to(path)) for file in path.glob("mp_rank_*/*"))
+    """The directory ``path``, which has no tokenizer that could be taken along."""
     files = Files(path.resolve())
-    if ranks:
+    if ranks := rank_files(path):
         file = path / min(ranks.values())
         with file.open("rb") as opened:
-            fields, where = _arguments(
-                saved_tensors.read_state(opened, shown(file), report), shown(file)
-            )
-        tensors, objects, prefix = (
-            layered.read(files, fields, ranks, "", partial(_saved_model, report=report)),
-            {},
-            "",
-        )
+            state = saved_tensors.read_state(opened, shown(file), report)
+        fields, where = _arguments(state, shown(file))
+        load = partial(_saved_model, report=report)
+        tensors, objects, prefix = layered.read(files, fields, ranks, "", load), {}, ""
     else:
         index = torch_dist.read_directory(path, report)
-        described = (path / "run_config.yaml").is_file()
-        fields, where = (
-            _run_config(path)
-            if described
-            else _arguments(*read_common(path, index.objects, report))
-        )
+        if (path / RUN_CONFIG).is_file():
+            fields, where = _run_config(path)
+        else:
+            fields, where = _arguments(*read_common(path, index.objects, report))
         prefix = next((prefix for prefix in _PREFIXES if prefix + EMBEDDING in index.tensors), None)
         if prefix is None:
             raise DamagedCheckpoint(f"{shown(path)}: the tensor {EMBEDDING} is missing.")
-        block = f"{prefix}decoder.", f"{prefix}embedding.", f"{prefix}output_layer."
-        tensors = {name: tensor for name, tensor in index.tensors.items() if name.startswith(block)}
-        objects = {name: entry for name, entry in index.objects.items() if name.startswith(block)}
+        blocks = tuple(prefix + block for block in _BLOCKS)
+        tensors, objects = (
+            {name: entry for name, entry in entries.items() if name.startswith(blocks)}
+            for entries in (index.tensors, index.objects)
+        )
     family = nemo1_config.family_of_features(fields)
     gpt_config.check(fields, family, f"{where}.", "Megatron")
-    rows, dtype = bridge_config.check_tensors(tensors, prefix, fields, shown(path), where)
-    return Source(
-        path=path,
-        format="Megatron",
-        fields=fields,
-        family=family,
-        rows=rows,
-        dtype=dtype,
-        tensors=tensors,
-        objects=objects,
-        prefix=prefix,
-        files=files,
-        tokenizer=tokenizer,
-    )
+    weights = (tensors, objects), prefix, files
+    return Source.checked(path, "Megatron", fields, family, *weights, tokenizer, where)
 
 
 def _run_config(path: Path) -> tuple[dict[str, Any], str]:
     """The fields in ``run_config.yaml``, and what to call their place in errors."""
-    where = f"{shown(path / 'run_config.yaml')}: model"
-    stated = read_yaml(path / "run_config.yaml").get("model")
+    where = f"{shown(path / RUN_CONFIG)}: model"
+    stated = read_yaml(path / RUN_CONFIG).get("model")
     if not isinstance(stated, Mapping):
         raise DamagedCheckpoint(f"{where} is missing.")
-    return gpt_config.typed(stated | _from_provider(stated), _defaults(stated), f"{where}."), where
+    # Fields of Megatron-Bridge's providers that are not called as in NeMo 2.0.
+    own = {}
+    if stated.get("window_size"):
+        own["window_size"] = list(stated["window_size"])
+    if stated.get("rope_scaling"):
+        own["scale_factor"] = stated.get("rope_scaling_factor", ROPE_SCALING["scale_factor"])
+    return gpt_config.typed({**stated, **own}, _defaults(stated), f"{where}."), where
 
 
 def _arguments(state: Mapping[str, Any], where: str) -> tuple[dict[str, Any], str]:
-    """The fields in the arguments that Megatron-LM saves in the ``state`` at ``where``, and what to
-    call their place in errors."""
+    """The fields in the arguments that Megatron-LM saves in the ``state`` at ``where``
+    (``core_transformer_config_from_args`` and ``pretrain_gpt.py``), and what to call their place in
+    errors."""
     where, stated = f"{where}: args", state.get("args")
     if not isinstance(stated, Mapping):
         raise DamagedCheckpoint(
             f"{where} is missing, and with it the architecture: Megatron-LM saves its arguments "
             "there."
         )
-    return gpt_config.typed(_from_arguments(stated, where), _defaults(stated), f"{where}."), where
+    names = {name: name for name in BASE} | _ARGUMENTS
+    fields = {field: stated[name] for name, field in names.items() if stated.get(name) is not None}
+    if not stated.get("group_query_attention"):
+        fields.pop("num_query_groups", None)
+    position = stated.get("position_embedding_type", "learned_absolute")
+    if position != "rope":
+        raise UnsupportedCheckpoint(
+            f"{where}.position_embedding_type is {position!r}; only rope is supported."
+        )
+    gated, tied = bool(stated.get("swiglu")), not stated.get("untie_embeddings_and_output_weights")
+    plain = "squared_relu" if stated.get("squared_relu") else "gelu"
+    fields |= {
+        "share_embeddings_and_output_weights": tied,
+        "seq_len_interpolation_factor": stated.get("rotary_seq_len_interpolation_factor"),
+        "position_embedding_type": position,
+        "activation_func": "silu" if gated else plain,
+        "gated_linear_unit": gated,
+    }
+    if stated.get("use_rope_scaling"):
+        fields["scale_factor"] = stated.get("rope_scaling_factor") or ROPE_SCALING["scale_factor"]
+    return gpt_config.typed(fields, _defaults(stated), f"{where}."), where
 
 
 def _saved_model(opened: IO[bytes], where: str, part: str, report: Report) -> list[Tensor]:
-    """The tensors of the model in one file of the old form, beside optimizer state and
-    arguments."""
     model = saved_tensors.read_state(opened, where, report).get("model")
     if not isinstance(model, Mapping):
         raise UnsupportedCheckpoint(
             f"{where} has no state dict called model; virtual pipeline stages are not supported."
         )
-    return [
-        saved_tensors.tensor(name, value, part)
-        for name, value in model.items()
-        if isinstance(value, SavedTensor)
-    ]
+    held = {name: value for name, value in model.items() if isinstance(value, SavedTensor)}
+    return [saved_tensors.tensor(name, value, part) for name, value in held.items()]
 
 
 def _defaults(stated: Mapping[str, Any]) -> dict[str, Any]:
     """The fields to read: Llama 3.1's rope only where it is used."""
-    scaled = (
-        stated.get("use_rope_scaling") or stated.get("rope_scaling") or "scale_factor" in stated
-    )
-    return BASE | ROPE_SCALING if scaled else BASE
-
-
-def _from_provider(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of Megatron-Bridge's providers that are not called as in NeMo 2.0."""
-    found = {"window_size": list(stated["window_size"])} if stated.get("window_size") else {}
-    if stated.get("rope_scaling"):
-        found["scale_factor"] = stated.get("rope_scaling_factor", ROPE_SCALING["scale_factor"])
-    return found
-
-
-def _from_arguments(stated: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields that Megatron-LM's arguments stand for (``core_transformer_config_from_args`` and
-    ``pretrain_gpt.py``)."""
-    found = {name: stated[name] for name in BASE if stated.get(name) is not None}
-    found |= {
-        field: stated[name] for name, field in _ARGUMENTS.items() if stated.get(name) is not None
-    }
-    if not stated.get("group_query_attention"):
-        found.pop("num_query_groups", None)
-    found["share_embeddings_and_output_weights"] = not stated.get(
-        "untie_embeddings_and_output_weights", False
-    )
-    found["seq_len_interpolation_factor"] = stated.get("rotary_seq_len_interpolation_factor")
-    found["position_embedding_type"] = stated.get("position_embedding_type", "learned_absolute")
-    if found["position_embedding_type"] != "rope":
-        raise UnsupportedCheckpoint(
-            f"{where}.position_embedding_type is {found['position_embedding_type']!r}; only rope "
-            "is supported."
-        )
-    gated, squared = bool(stated.get("swiglu")), bool(stated.get("squared_relu"))
-    found |= {
-        "activation_func": "silu" if gated else "squared_relu" if squared else "gelu",
-        "gated_linear_unit": gated,
-    }
-    if stated.get("use_rope_scaling"):
-        found["scale_factor"] = stated.get("rope_scaling_factor") or ROPE_SCALING["scale_factor"]
-    return found
+    scaled = stated.get("use_rope_scaling") or stated.get("rope_scaling")
+    return BASE | ROPE_SCALING if scaled or "scale_factor" in stated else BASE

@@ -62,8 +62,7 @@ def _reference(name: str) -> dict[str, Any]:
 
 
 def write(context: Path, tree: dict[str, Any]) -> None:
-    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`) to the directory
-    ``context``."""
+    """Write ``model.yaml`` and ``io.json`` for ``tree`` (of :func:`model_tree`)."""
     (context / "model.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
     (context / "io.json").write_text(json.dumps(_Graph(tree).as_dict()), encoding="utf-8")
 
@@ -73,40 +72,29 @@ class _Graph:
 
     def __init__(self, model: dict[str, Any]) -> None:
         self._objects: dict[str, Any] = {}
-        self._uses: dict[str, int] = {}
-        root = {
-            "_target_": "nemo.lightning.io.pl.TrainerContext",
-            "model": model,
-            "trainer": _TRAINER,
-            "extra": {},
-        }
-        self._root = self._value(root, "<root>")
+        context = {"_target_": "nemo.lightning.io.pl.TrainerContext", "model": model}
+        self._root = self._value(context | {"trainer": _TRAINER, "extra": {}}, "<root>")
 
     def as_dict(self) -> dict[str, Any]:
-        """What is written as JSON."""
         return {
             "root": self._root,
             "objects": self._objects,
-            "refcounts": self._uses,
+            "refcounts": dict.fromkeys(self._objects, 1),
             "version": "0.0.1",
         }
 
-    def _value(self, value: Any, path: str | None) -> dict[str, Any] | Any:
+    def _value(self, value: Any, path: str) -> dict[str, Any]:
         """An argument: a plain value, a class or function, a ``fiddle.Config``, or a container."""
         if isinstance(value, dict) and "_target_" in value:
-            return (
-                self._config(value, path)
-                if value.get("_call_", True)
-                else self._symbol(value["_target_"], path)
-            )
+            if value.get("_call_", True):
+                return self._config(value, path)
+            return _symbol(value["_target_"], path)
         if isinstance(value, dict):
             items = [
                 [f"Key(key={key!r})", self._value(item, f"{path}[{key!r}]")]
                 for key, item in value.items()
             ]
-            return self._add(
-                "dict", "builtins.dict", items, self._container("builtins.tuple", list(value)), path
-            )
+            return self._add("dict", "builtins.dict", items, _keys(list(value)), path)
         if isinstance(value, list):
             items = [
                 [f"Index(index={index})", self._value(item, f"{path}[{index}]")]
@@ -116,55 +104,41 @@ class _Graph:
         return {"type": "leaf", "value": value, "paths": [path]}
 
     def _config(self, value: dict[str, Any], path: str) -> dict[str, Any]:
-        """A ``fiddle.Config``: its class and names of arguments are metadata, the arguments are
-        items."""
-        arguments = {
-            name: item for name, item in value.items() if name not in ("_target_", "_call_")
-        }
+        target = value["_target_"]
+        arguments = {name: value[name] for name in value if name not in ("_target_", "_call_")}
         items = [
             [f"Attr(name={name!r})", self._value(item, f"{path}.{name}")]
             for name, item in arguments.items()
         ]
         traverser = "fiddle._src.config.BuildableTraverserMetadata"
-        names = self._add(
-            "tuple",
-            "builtins.tuple",
-            [[f"Index(index={i})", name] for i, name in enumerate(arguments)],
-            None,
-            None,
-        )
+        names = _keys(list(arguments))["items"]
         parts = [
-            ["Attr(name='fn_or_cls')", self._symbol(value["_target_"], None)],
-            ["Attr(name='argument_names')", names],
-            ["Attr(name='argument_tags')", self._empty_dict()],
-            ["Attr(name='argument_history')", self._empty_dict()],
+            ["Attr(name='fn_or_cls')", _symbol(target)],
+            ["Attr(name='argument_names')", self._add("tuple", "builtins.tuple", names)],
+            ["Attr(name='argument_tags')", self._add("dict", "builtins.dict", [], _keys([]))],
+            ["Attr(name='argument_history')", self._add("dict", "builtins.dict", [], _keys([]))],
         ]
-        metadata = self._add(
-            "buildable_traverser_metadata", traverser, parts, self._symbol(traverser, None), None
-        )
-        return self._add(
-            value["_target_"].rpartition(".")[2], "fiddle._src.config.Config", items, metadata, path
-        )
-
-    def _empty_dict(self) -> dict[str, Any]:
-        return self._add("dict", "builtins.dict", [], self._container("builtins.tuple", []), None)
-
-    def _container(self, kind: str, keys: list[Any]) -> dict[str, Any]:
-        """Metadata of a dictionary: the tuple of its keys, in place."""
-        items = [[f"Index(index={index})", key] for index, key in enumerate(keys)]
-        return {"type": self._symbol(kind, None), "items": items, "metadata": None}
-
-    def _symbol(self, dotted: str, path: str | None) -> dict[str, Any]:
-        module, _, name = dotted.rpartition(".")
-        reference: dict[str, Any] = {"type": "pyref", "module": module, "name": name}
-        return reference | {"paths": [path]} if path else reference
+        hint = "buildable_traverser_metadata"
+        metadata = self._add(hint, traverser, parts, _symbol(traverser))
+        kind = "fiddle._src.config.Config"
+        return self._add(target.rpartition(".")[2], kind, items, metadata, path)
 
     def _add(
-        self, hint: str, kind: str, items: list, metadata: Any, path: str | None
+        self, hint: str, kind: str, items: list, metadata: Any = None, path: str | None = None
     ) -> dict[str, Any]:
-        """Put an object into the graph and return a reference to it."""
         key = f"{hint}_{1 + sum(name.rpartition('_')[0] == hint for name in self._objects)}"
-        entry = {"type": self._symbol(kind, None), "items": items, "metadata": metadata}
+        entry = {"type": _symbol(kind), "items": items, "metadata": metadata}
         self._objects[key] = entry | {"paths": [path]} if path else entry
-        self._uses[key] = 1
         return {"type": "ref", "key": key}
+
+
+def _keys(keys: list[Any]) -> dict[str, Any]:
+    """Metadata of a dictionary: the tuple of its keys, in place."""
+    items = [[f"Index(index={index})", key] for index, key in enumerate(keys)]
+    return {"type": _symbol("builtins.tuple"), "items": items, "metadata": None}
+
+
+def _symbol(dotted: str, path: str | None = None) -> dict[str, Any]:
+    module, _, name = dotted.rpartition(".")
+    reference: dict[str, Any] = {"type": "pyref", "module": module, "name": name}
+    return reference | {"paths": [path]} if path else reference

@@ -4,7 +4,7 @@
 from functools import partial
 from pathlib import Path
 
-from workshop_utils.checkpoints.convert import bridge_config, layered, megatron, tokenizers
+from workshop_utils.checkpoints.convert import layered, megatron, tokenizers
 from workshop_utils.checkpoints.convert.source import Source, Tokenizer
 from workshop_utils.checkpoints.formats import (
     gpt_config,
@@ -24,18 +24,19 @@ from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.core.paths import shown
 
-ZARR = (
-    "zarr weights cannot be read here, and NeMo has dropped them: load and save the checkpoint "
-    "once with the NeMo that wrote it."
-)
+_ADAPTER = "not a model. Convert its base, or hand the adapter on with `workshop export`."
 _WAYS_OUT = {
-    Kind.LIGHTNING: "weights and optimizer state as NeMo 1 saves them in training. Let NeMo 1 write a .nemo "  # noqa: E501
-    "of it (nemo/collections/nlp: examples/nlp/language_modeling/megatron_ckpt_to_nemo.py), "
-    "and convert that.",
-    Kind.GGUF: "quantised for llama.cpp. Turn it into a Hugging Face model directory first "
-    "(transformers: from_pretrained(..., gguf_file=...)), and convert that.",
-    Kind.NEMO2_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",  # noqa: E501
-    Kind.NEMO1_ARCHIVE_ADAPTER: "not a model. Convert its base, or hand the adapter on with `workshop export`.",  # noqa: E501
+    Kind.LIGHTNING: (
+        "weights and optimizer state as NeMo 1 saves them in training. Let NeMo 1 write a .nemo of "
+        "it (nemo/collections/nlp: examples/nlp/language_modeling/megatron_ckpt_to_nemo.py), and "
+        "convert that."
+    ),
+    Kind.GGUF: (
+        "quantised for llama.cpp. Turn it into a Hugging Face model directory first "
+        "(transformers: from_pretrained(..., gguf_file=...)), and convert that."
+    ),
+    Kind.NEMO2_ADAPTER: _ADAPTER,
+    Kind.NEMO1_ARCHIVE_ADAPTER: _ADAPTER,
     Kind.PEFT: (
         "not a model. Merge it into its base (workshop export ... --to hf-merged --base DIR) and "
         "convert that."
@@ -52,42 +53,31 @@ def read(path: Path, tokenizer: Tokenizer | None = None, report: Report = stop) 
     feature that cannot be converted), :class:`DamagedCheckpoint` and :class:`UnsafeCheckpoint`.
     """
     path = Path(path)
-    found = identify(path, report)
-    if found.kind in _WAYS_OUT:
-        raise UnsupportedCheckpoint(f"{shown(path)} is a {found.kind}, {_WAYS_OUT[found.kind]}")
-    if (found.detail and "zarr" in found.detail) or any(
-        name.endswith(zarr_directory.WAY_OUT) for name in found.notes
-    ):
-        raise UnsupportedCheckpoint(f"{shown(path)}: {ZARR}")
+    kind = identify(path, report).kind
+    if kind in _WAYS_OUT:
+        raise UnsupportedCheckpoint(f"{shown(path)} is a {kind}, {_WAYS_OUT[kind]}")
     # NeMo 1 looks tokenizers up in the current directory: every path that is written has to be
     # absolute.
     path = path.resolve()
-    readers = {Kind.NEMO2: _nemo2, Kind.MEGATRON: megatron.read}
-    return readers.get(found.kind, _nemo1)(path, tokenizer, report)
+    if kind is Kind.NEMO2:
+        return of_nemo2(nemo2.read(path, report), tokenizer)
+    if any(name.endswith("/.zarray") for name in Files(path).sizes()):
+        raise UnsupportedCheckpoint(f"{shown(path)}: {zarr_directory.WAY_OUT}.")
+    return (megatron.read if kind is Kind.MEGATRON else _nemo1)(path, tokenizer, report)
 
 
-def _nemo2(path: Path, tokenizer: Tokenizer | None, report: Report) -> Source:
-    found = nemo2.read(path, report)
-    where = shown(path / "context" / "model.yaml")
-    fields = gpt_config.read_fields(found.model, where)
-    tensors = found.model_tensors()
-    rows, dtype = bridge_config.check_tensors(
-        tensors, "module.", fields, shown(path), "context/model.yaml"
-    )
-    return Source(
-        path=path,
-        format="NeMo 2.0",
-        fields=fields,
-        family=gpt_config.family_of(found.model, where),
-        rows=rows,
-        dtype=dtype,
-        tensors=tensors,
-        objects={
-            name: entry for name, entry in found.objects.items() if name.startswith("module.")
-        },
-        prefix="module.",
-        files=Files(path / "weights"),
-        tokenizer=tokenizer or tokenizers.of_nemo2(bridge_config.tokenizer(found, where)),
+def of_nemo2(checkpoint: nemo2.Nemo2Checkpoint, tokenizer: Tokenizer | None = None) -> Source:
+    where = shown(checkpoint.config)
+    return Source.checked(
+        checkpoint.path,
+        "NeMo 2.0",
+        gpt_config.read_fields(checkpoint.model, where),
+        gpt_config.family_of(checkpoint.model, where),
+        (checkpoint.tensors, checkpoint.objects),
+        nemo2.PREFIX,
+        Files(checkpoint.path / "weights"),
+        tokenizer or tokenizers.of_nemo2(checkpoint, where),
+        "context/model.yaml",
     )
 
 
@@ -97,47 +87,23 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None, report: Report) -> Source:
     names = files.sizes()
     config, where = nemo1.read_config(files), files.where(nemo1.CONFIG)
     fields, family = nemo1_config.read_fields(config, where)
-    ranks = rank_files(names)
     if f"{nemo1.SHARDED}/{torch_dist.INDEX}" in names:
         files = files.below(nemo1.SHARDED)
-        backend = (
-            "torch_dist"
-            if files.are_members
-            else read_json(files.place / "metadata.json").get("sharded_backend")
-        )
+        described = {} if files.are_members else read_json(files.place / "metadata.json")
+        backend = described.get("sharded_backend", "torch_dist")
         if backend != "torch_dist":
-            raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend!r}; {ZARR}")
+            raise UnsupportedCheckpoint(
+                f"{shown(path)}: sharded_backend is {backend!r}; only torch_dist can be read."
+            )
         index = files.read_index(report)
-        tensors = {
-            name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")
-        }
-        objects = {
-            name: entry for name, entry in index.objects.items() if name.startswith("model.")
-        }
-    elif ranks:
-        tensors, objects = (
-            layered.read(
-                files, fields, ranks, "model.", partial(saved_tensors.read, report=report)
-            ),
-            {},
-        )
+        entries = index.tensors, index.objects
+    elif ranks := rank_files(names):
+        load = partial(saved_tensors.read, report=report)
+        entries = layered.read(files, fields, ranks, "model.", load), {}
     else:
         raise DamagedCheckpoint(
             f"{shown(path)} has no weights: neither model_weights.ckpt nor model_weights/.metadata."
         )
-    rows, dtype = bridge_config.check_tensors(
-        tensors, "model.", fields, shown(path), "model_config.yaml"
-    )
-    return Source(
-        path=path,
-        format="NeMo 1",
-        fields=fields,
-        family=family,
-        rows=rows,
-        dtype=dtype,
-        tensors=tensors,
-        objects=objects,
-        prefix="model.",
-        files=files,
-        tokenizer=tokenizer or tokenizers.of_nemo1(config, path, where),
-    )
+    tokenizer = tokenizer or tokenizers.of_nemo1(config, path, where)
+    weights = entries, "model.", files
+    return Source.checked(path, "NeMo 1", fields, family, *weights, tokenizer, "model_config.yaml")

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workshop_utils.checkpoints.formats import megatron_layout
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.gpt_classes import Family
 from workshop_utils.checkpoints.formats.tensor import Tensor
 from workshop_utils.checkpoints.formats.torch_dist import StoredObject
+from workshop_utils.core.paths import shown
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Source:
     ``fields`` and ``family`` are its architecture
     (:mod:`workshop_utils.checkpoints.formats.gpt_config`), ``rows`` and ``dtype`` those of its
     embedding. ``tensors`` and ``objects`` have the names of the stacked form, with ``prefix`` in
-    front; their chunks lie in ``files``.
+    front; their chunks lie in ``files``. ``sharded``: the weights are those of a torch_dist
+    directory, so that their files can be used as they are.
     """
 
     path: Path
@@ -53,13 +56,34 @@ class Source:
     files: Files
     tokenizer: Tokenizer | None
 
+    @classmethod
+    def checked(
+        cls,
+        path: Path,
+        format: str,
+        fields: dict[str, Any],
+        family: Family,
+        entries: tuple[Mapping[str, Tensor], Mapping[str, StoredObject]],
+        prefix: str,
+        files: Files,
+        tokenizer: Tokenizer | None,
+        config: str,
+    ) -> "Source":
+        """The model of those ``entries`` (tensors, and other objects) that begin with ``prefix``,
+        once they are exactly those of ``fields``, which ``config`` states. Errors as
+        :func:`.megatron_layout.check`."""
+        tensors, objects = (
+            {name: entry for name, entry in each.items() if name.startswith(prefix)}
+            for each in entries
+        )
+        rows, dtype = megatron_layout.check(tensors, prefix, fields, shown(path), config)
+        weights = tensors, objects, prefix, files
+        return cls(path, format, fields, family, rows, dtype, *weights, tokenizer)
+
     @property
     def sharded(self) -> bool:
-        """Whether the weights are those of a torch_dist directory, so that their files can be used
-        as they are."""
         return all(tensor.packed for tensor in self.tensors.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

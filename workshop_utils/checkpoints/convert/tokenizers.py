@@ -5,6 +5,7 @@ Both formats know Hugging Face tokenizers (a directory of files) and SentencePie
 """
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from workshop_utils.checkpoints.convert.source import Tokenizer
 from workshop_utils.checkpoints.formats import nemo_archive
+from workshop_utils.checkpoints.formats.architecture import section
+from workshop_utils.checkpoints.formats.nemo2 import Nemo2Checkpoint
 from workshop_utils.core.errors import (
     DamagedCheckpoint,
     NotACheckpoint,
@@ -37,15 +40,15 @@ _FILES = (
 )
 """The files of a Hugging Face tokenizer; nothing else of the directory is taken along."""
 
+_NEMO = "nemo.collections.common.tokenizers"
 _CLASSES = {
-    "huggingface": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-    "sentencepiece": "nemo.collections.common.tokenizers.sentencepiece_tokenizer.SentencePieceTokenizer",  # noqa: E501
+    "huggingface": f"{_NEMO}.huggingface.auto_tokenizer.AutoTokenizer",
+    "sentencepiece": f"{_NEMO}.sentencepiece_tokenizer.SentencePieceTokenizer",
 }
 
 
 def given(path: Path) -> Tokenizer:
-    """The tokenizer that a person named: a directory, or a SentencePiece file. Raises
-    :class:`NotACheckpoint` for anything else."""
+    """The tokenizer that a person named: a directory, or a SentencePiece file."""
     path = Path(path)
     if path.is_file() and path.suffix == ".model":
         return Tokenizer("sentencepiece", path.resolve())
@@ -65,28 +68,23 @@ def of_nemo1(config: Mapping[str, Any], place: Path, where: str) -> Tokenizer | 
 
     Raises :class:`UnsafeCheckpoint` for a name that leads out of the archive.
     """
-    described = config.get("tokenizer")
-    if not isinstance(described, Mapping):
-        return None
+    described = section(config, "tokenizer")
+    library, kind = described.get("library"), described.get("type")
     names = [member.name for member in nemo_archive.members(place)] if place.is_file() else []
-    if described.get("library") == "sentencepiece":
+    if library == "sentencepiece":
         return _sentencepiece(described, place, names, where)
-    if described.get("library") != "huggingface" or not isinstance(described.get("type"), str):
+    if library != "huggingface" or not isinstance(kind, str):
         return None
-    members = {
-        name: name.partition("/")[2]
-        for name in names
-        if name.startswith(f"{FOLDER}/") and name.count("/") == 1
-    }
+    own = (name for name in names if name.startswith(f"{FOLDER}/") and name.count("/") == 1)
+    members = {name: name.partition("/")[2] for name in own}
     use_fast = described.get("use_fast", True) is not False
     if members:
         return Tokenizer("huggingface", archive=place, members=members, use_fast=use_fast)
-    path = Path(described["type"])
-    if path.is_absolute() and path.is_dir():
-        return Tokenizer("huggingface", path, use_fast=use_fast)
-    if place.is_dir() and (place / FOLDER).is_dir():
-        return Tokenizer("huggingface", (place / FOLDER).resolve(), use_fast=use_fast)
-    return Tokenizer("huggingface", hub=described["type"], use_fast=use_fast)
+    beside = (place / FOLDER).resolve()
+    for path in (Path(kind), beside if place.is_dir() else Path()):
+        if path.is_absolute() and path.is_dir():
+            return Tokenizer("huggingface", path, use_fast=use_fast)
+    return Tokenizer("huggingface", hub=kind, use_fast=use_fast)
 
 
 def _sentencepiece(
@@ -98,68 +96,93 @@ def _sentencepiece(
     # "nemo:" marks a file that NeMo packed with the model.
     name = value.removeprefix("nemo:")
     if place.is_file() and name in names:
-        return Tokenizer(
-            "sentencepiece", archive=place, members={name: "tokenizer.model"}, legacy=legacy
-        )
-    if place.is_dir() and not os.path.isabs(name):
+        members = {name: "tokenizer.model"}
+        return Tokenizer("sentencepiece", archive=place, members=members, legacy=legacy)
+    path = Path(name)
+    if place.is_dir() and not path.is_absolute():
         path = Path(os.path.normpath(place / name))
         if not path.is_relative_to(place):
             raise UnsafeCheckpoint(
                 f"{where}: tokenizer.model is {value!r}, outside the checkpoint."
             )
-        return Tokenizer("sentencepiece", path.resolve(), legacy=legacy) if path.is_file() else None
-    return (
-        Tokenizer("sentencepiece", Path(name), legacy=legacy)
-        if os.path.isabs(name) and os.path.isfile(name)
-        else None
+    if path.is_absolute() and path.is_file():
+        return Tokenizer("sentencepiece", path, legacy=legacy)
+    return None
+
+
+def of_nemo2(checkpoint: Nemo2Checkpoint, where: str) -> Tokenizer:
+    """The tokenizer that ``context/model.yaml`` names; ``where`` names that file in errors."""
+    described = section(checkpoint.model, "tokenizer")
+    target = described.get("_target_")
+    if target == _CLASSES["huggingface"]:
+        name = _file_field(checkpoint, where, "pretrained_model_name", hub_allowed=True)
+        place = {"path": Path(name)} if os.path.isabs(name) else {"hub": name}
+        use_fast = described.get("use_fast", True) is not False
+        return Tokenizer("huggingface", **place, use_fast=use_fast)
+    if target == _CLASSES["sentencepiece"]:
+        path = Path(_file_field(checkpoint, where, "model_path"))
+        return Tokenizer("sentencepiece", path, legacy=described.get("legacy", False) is True)
+    if isinstance(target, str) and not target.startswith("nemo."):
+        raise UnsafeCheckpoint(
+            f"{where}: tokenizer._target_ names {target!r}, which is not NeMo's. Nothing was "
+            "executed."
+        )
+    raise UnsupportedCheckpoint(
+        f"{where}: tokenizer._target_ is {target!r}; NeMo's AutoTokenizer and "
+        "SentencePieceTokenizer are supported."
     )
 
 
-def of_nemo2(config: Mapping[str, Any]) -> Tokenizer:
-    """From the ``tokenizer`` section that
-    :func:`workshop_utils.checkpoints.convert.bridge_config.tokenizer` made of a
-    ``context/model.yaml``."""
-    if config["library"] == "sentencepiece":
-        return Tokenizer(
-            "sentencepiece", Path(config["model"]), legacy=config["sentencepiece_legacy"]
-        )
-    path = Path(config["type"])
-    if path.is_absolute():
-        return Tokenizer("huggingface", path, use_fast=config["use_fast"])
-    return Tokenizer("huggingface", hub=config["type"], use_fast=config["use_fast"])
+def _file_field(
+    checkpoint: Nemo2Checkpoint, where: str, field: str, hub_allowed: bool = False
+) -> str:
+    """Absolute path of what ``tokenizer.<field>`` names, or the name of a repository on the Hub."""
+    value = checkpoint.model["tokenizer"].get(field)
+    if isinstance(value, dict):
+        # NeMo's wrapper around a string that was no path when the checkpoint was written.
+        value = value.get("attr")
+    if not isinstance(value, str) or not value:
+        raise DamagedCheckpoint(f"{where}: tokenizer.{field} is missing.")
+    context = checkpoint.path / "context"
+    path = os.path.normpath(context / value)
+    if not os.path.isabs(value) and not Path(path).is_relative_to(context):
+        raise UnsafeCheckpoint(f"{where}: tokenizer.{field} is {value!r}, outside the checkpoint.")
+    if os.path.exists(path):
+        return path
+    if hub_allowed and re.fullmatch(rf"(?!{FOLDER})[^/]+/[^/]*", value):
+        return value
+    raise DamagedCheckpoint(
+        f"{where}: tokenizer.{field} is {value!r}, and there is no such file. Copy the whole "
+        "context/ directory."
+    )
 
 
-def files(tokenizer: Tokenizer) -> dict[str, Path | str]:
+def _files(tokenizer: Tokenizer) -> dict[str, Path | str]:
     """File name -> where it is: a path, or the name of a member of ``tokenizer.archive``."""
     if tokenizer.archive:
         return {name: member for member, name in tokenizer.members.items()}
     if tokenizer.kind == "sentencepiece":
         return {"tokenizer.model": tokenizer.path}
-    found = {name: tokenizer.path / name for name in _FILES if (tokenizer.path / name).is_file()}
-    if not found:
+    files = {name: tokenizer.path / name for name in _FILES if (tokenizer.path / name).is_file()}
+    if not files:
         raise DamagedCheckpoint(
             f"{shown(tokenizer.path)} holds no tokenizer. Name one with --tokenizer DIR."
         )
-    return found
+    return files
 
 
 def copy(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copy the files into the new directory ``folder``."""
     folder.mkdir(parents=True)
-    for name, place in files(tokenizer).items():
-        if isinstance(place, Path):
-            shutil.copyfile(place, folder / name)
-            continue
-        with (
-            nemo_archive.open_member(tokenizer.archive, place) as member,
-            (folder / name).open("wb") as target,
-        ):
-            shutil.copyfileobj(member, target)
+    for name, place in _files(tokenizer).items():
+        is_member = tokenizer.archive is not None
+        opened = (
+            nemo_archive.open_member(tokenizer.archive, place) if is_member else place.open("rb")
+        )
+        with opened as source, (folder / name).open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def nemo2_section(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ``tokenizer`` of ``context/model.yaml``, for files that lie in
-    ``context/nemo_tokenizer``."""
     section: dict[str, Any] = {"_target_": _CLASSES[tokenizer.kind]}
     if tokenizer.kind == "sentencepiece":
         return section | {"model_path": f"{FOLDER}/tokenizer.model", "legacy": tokenizer.legacy}
@@ -173,23 +196,11 @@ def nemo1_section(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
 
     NeMo 1 looks paths up in the current directory, so they have to be absolute.
     """
+    own = {"library": "huggingface", "type": place, "use_fast": tokenizer.use_fast, "model": None}
     if tokenizer.kind == "sentencepiece":
-        return {
-            "library": "sentencepiece",
-            "type": None,
-            "model": place,
-            "vocab_file": None,
-            "merge_file": None,
-            "sentencepiece_legacy": tokenizer.legacy,
-        }
-    return {
-        "library": "huggingface",
-        "type": place,
-        "use_fast": tokenizer.use_fast,
-        "model": None,
-        "vocab_file": None,
-        "merge_file": None,
-    }
+        own = {"library": "sentencepiece", "type": None, "model": place}
+        own["sentencepiece_legacy"] = tokenizer.legacy
+    return own | {"vocab_file": None, "merge_file": None}
 
 
 def required(tokenizer: Tokenizer | None, where: str, hub_allowed: bool = False) -> Tokenizer:

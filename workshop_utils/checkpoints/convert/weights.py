@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -39,8 +40,7 @@ class How(StrEnum):
 
 
 def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = False) -> How:
-    """Link where nothing changes and the files are files; copy out of (or into) an archive; write
-    where the bytes change."""
+    """Link where nothing changes, copy from or to an archive, write where bytes change."""
     changes = dtype is not None and any(
         tensor.dtype in DTYPES and tensor.dtype != dtype for tensor in source.tensors.values()
     )
@@ -52,8 +52,7 @@ def how(source: Source, dtype: str | None, to_archive: bool, temporary: bool = F
 
 
 def origin(source: Source) -> Path:
-    """The directory that holds the files of the weights themselves, where those of ``source`` may
-    be links."""
+    """The directory of the weights themselves, where the files of ``source`` may be links."""
     first = next(iter(source.tensors.values())).files[0]
     return Path(os.path.realpath(source.files.place / first)).parent
 
@@ -69,25 +68,35 @@ def place(
     """
     directory.mkdir(parents=True)
     tensors, objects = list(source.tensors.values()), list(source.objects.values())
+    sizes = file_sizes(source)
     if what is How.WRITE:
         with (directory / FILE).open("wb") as written:
             tensors, objects = write(source, written, dtype)
     elif what is How.LINK:
-        torch_dist_writer.link(file_sizes(source), source.files.place, directory, target)
+        torch_dist_writer.link(sizes, source.files.place, directory, target)
     elif what is How.MOVE:
-        for name in file_sizes(source):
+        for name in sizes:
             os.replace(source.files.place / name, directory / name)
     else:
-        sizes = file_sizes(source)
-        with progress(sum(sizes.values()), "copying") as bar:
-            for name in sizes:
-                with source.files.open(name) as opened, (directory / name).open("wb") as written:
-                    shutil.copyfileobj(counted(opened, bar), written)
+        copy(source, "copying", lambda name: (directory / name).open("wb"))
     write_index(source, tensors, objects, directory, prefix)
 
 
+def copy(
+    source: Source, what: str, new: Callable[[str], AbstractContextManager[IO[bytes]]]
+) -> None:
+    """Copy each file that holds weights to what ``new`` opens for its name; ``what`` is said of the
+    progress."""
+    from tqdm.utils import CallbackIOWrapper
+
+    sizes = file_sizes(source)
+    with progress(sum(sizes.values()), what) as bar:
+        for name in sizes:
+            with source.files.open(name) as opened, new(name) as written:
+                shutil.copyfileobj(CallbackIOWrapper(bar.update, opened, "read"), written)
+
+
 def file_sizes(source: Source) -> dict[str, int]:
-    """Name -> bytes of the files that hold the weights of ``source``."""
     names = {file for tensor in source.tensors.values() for file in tensor.files}
     names |= {entry.file for entry in source.objects.values()}
     return {name: size for name, size in sorted(source.files.sizes().items()) if name in names}
@@ -96,8 +105,7 @@ def file_sizes(source: Source) -> dict[str, int]:
 def write_index(
     source: Source, tensors: list[Tensor], objects: list[StoredObject], directory: Path, prefix: str
 ) -> None:
-    """Write the index of ``tensors`` and ``objects``, which have the names of ``source``, with
-    names that begin with ``prefix``."""
+    """``tensors`` and ``objects`` have the names of ``source``; written begin with ``prefix``."""
     torch_dist_writer.write_index(
         directory,
         torch_dist_writer.renamed(tensors, source.prefix, prefix),
@@ -116,7 +124,7 @@ def write(
     """
     import torch
 
-    found: dict[str, Tensor] = {}
+    new: dict[str, Tensor] = {}
     pieces: dict[str, list[tuple[int, Tensor, Chunk]]] = {}
     for tensor in source.tensors.values():
         for chunk in tensor.chunks:
@@ -126,16 +134,15 @@ def write(
         for file, here in sorted(pieces.items()):
             with source.files.open(file) as opened:
                 for _, tensor, chunk in sorted(here, key=lambda piece: piece[0]):
-                    wanted = dtype if dtype and tensor.dtype in DTYPES else tensor.dtype
+                    kind = dtype if dtype and tensor.dtype in DTYPES else tensor.dtype
                     held = _elements(opened, tensor, chunk, f"{shown(source.path)}: {file}")
-                    held = (change(tensor, chunk, held) if change else held).to(
-                        getattr(torch, wanted)
-                    )
-                    made = torch_dist_writer.append(written, FILE, chunk.offsets, held)
-                    before = found.get(tensor.name) or Tensor(
-                        tensor.name, tensor.shape, wanted, (), packed=True
-                    )
-                    found[tensor.name] = dataclasses.replace(before, chunks=(*before.chunks, made))
+                    changed = change(tensor, chunk, held) if change else held
+                    changed = changed.to(getattr(torch, kind))
+                    stored = torch_dist_writer.append(written, FILE, chunk.offsets, changed)
+                    empty = Tensor(tensor.name, tensor.shape, kind, (), packed=True)
+                    before = new.get(tensor.name, empty)
+                    chunks = (*before.chunks, stored)
+                    new[tensor.name] = dataclasses.replace(before, chunks=chunks)
                     bar.update(held.numel() * DTYPE_BYTES[tensor.dtype])
     objects = []
     for entry in source.objects.values():
@@ -143,32 +150,23 @@ def write(
             opened.seek(entry.start)
             objects.append(dataclasses.replace(entry, file=FILE, start=written.tell()))
             written.write(opened.read(entry.length))
-    return [found[name] for name in source.tensors], objects
+    return [new[name] for name in source.tensors], objects
 
 
 def _elements(file: IO[bytes], tensor: Tensor, chunk: Chunk, where: str) -> torch.Tensor:
-    """The elements of ``chunk`` of ``tensor``, of the chunk's shape. ``where`` names the file in
-    errors: :class:`DamagedCheckpoint`."""
+    """Of the shape of ``chunk``; ``where`` names the file in errors."""
     import torch
 
-    content = bytearray(chunk.length)
+    content = memoryview(bytearray(chunk.length))
     file.seek(chunk.start)
     length = file.readinto(content)
-    found = values.parse_chunk(
-        content[:length] if length < chunk.length else content, tensor, chunk, where
-    )
+    # The read may end early; parse_chunk says so.
+    elements = values.parse_chunk(content[:length], tensor, chunk, where)
     # By its bytes, because torch does not take numpy's bfloat16; writable, because torch warns
     # otherwise.
-    plain = found.reshape(-1).view("uint8")
+    plain = elements.reshape(-1).view("uint8")
     plain = plain if plain.flags.writeable else plain.copy()
     return torch.from_numpy(plain).view(getattr(torch, tensor.dtype)).reshape(chunk.shape)
-
-
-def counted(file: IO[bytes], bar: tqdm) -> IO[bytes]:
-    """``file``, which tells ``bar`` what is read of it."""
-    from tqdm.utils import CallbackIOWrapper
-
-    return CallbackIOWrapper(bar.update, file, "read")
 
 
 def progress(total: int, what: str) -> tqdm:

@@ -1,6 +1,6 @@
 """The shape of a decoder-only transformer, in one vocabulary for every checkpoint format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +8,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of a decoder-only transformer. ``rope_scaling`` is None, the four numbers of Llama
-    3.1's rule, or another rule as it is.
-
-    ``family`` is a name such as ``Llama``, ``experts`` their number in each layer (None: none),
-    ``qk_norm`` whether queries and keys are normalised.
+    3.1's rule, or another rule as it is; ``family`` a name such as ``Llama``, ``experts`` their
+    number in each layer, ``qk_norm`` whether queries and keys are normalised.
     """
 
     layers: int
@@ -27,6 +25,21 @@ class Architecture:
     family: str | None = None
     experts: int | None = None
     qk_norm: bool = False
+
+
+def read(
+    config: Mapping[str, Any], names: Iterable[str], ffn_factor: int | None = None, **more: Any
+) -> Architecture | None:
+    """The architecture whose sizes ``config`` has, or None when one that has no default is missing.
+
+    ``names`` are those of layers, hidden, heads, ffn, groups and head_dim there. ffn may be left
+    out where there is an ``ffn_factor`` (of hidden); ``more`` are the other fields.
+    """
+    layers, hidden, heads, ffn, groups, head_dim = (size(config, name) for name in names)
+    if not (layers and hidden and heads and (ffn or ffn_factor)):
+        return None
+    sizes = (groups or heads, head_dim or hidden // heads, ffn or ffn_factor * hidden)
+    return Architecture(layers, hidden, heads, *sizes, **more)
 
 
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

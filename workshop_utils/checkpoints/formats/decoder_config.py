@@ -6,53 +6,30 @@ all use Megatron-Core's names (``megatron/core/transformer/transformer_config.py
 checked here beyond what a description needs; what conversion needs is in :mod:`.gpt_config`.
 """
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from workshop_utils.checkpoints.formats.architecture import Architecture, number, size
-from workshop_utils.checkpoints.formats.gpt_classes import ROPE_SCALING
+from workshop_utils.checkpoints.formats.architecture import Architecture, number, read, size
+from workshop_utils.checkpoints.formats.gpt_classes import ROPE_SCALING, TITLES
 
-FAMILIES = {
-    "llama": "Llama",
-    "llama_nemotron": "Llama",
-    "mistral": "Mistral",
-    "mixtral": "Mixtral",
-    "qwen": "Qwen2",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "qwen3_moe": "Qwen3",
-    "qwen3moe": "Qwen3",
-    "nemotron": "Nemotron",
-}
-"""Name in a configuration -> family: modules of NeMo and Megatron-Bridge, ``model_type`` of
-transformers, GGUF's architecture.
-
-Qwen2 stands for Qwen 2 and Qwen 2.5, which differ in nothing that a configuration says."""
+_MEGATRON_CORE = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+_GROUPS = ("num_query_groups", "kv_channels")
 
 
 def family_of_target(target: Any) -> str | None:
-    """The family of a class such as ``nemo.collections.llm.gpt.model.mistral.MistralModel``, by its
-    module."""
+    """The family of a class such as ``...gpt.model.mistral.MistralModel``, by its module."""
     parts = target.split(".") if isinstance(target, str) else []
-    return next((FAMILIES[part] for part in reversed(parts[:-1]) if part in FAMILIES), None)
+    return next((TITLES[part] for part in reversed(parts[:-1]) if part in TITLES), None)
 
 
-def family_of_features(config: Mapping[str, Any], architecture: Architecture) -> str | None:
-    """The family whose features ``config`` has, for formats that do not name it; Llama also stands
-    for Mistral, which has the same.
-
-    ``config`` is a NeMo 1 ``model_config.yaml`` or the arguments of Megatron-LM.
-    """
+def _family_of_features(config: Mapping[str, Any], qk_norm: bool, experts: Any) -> str | None:
+    """For formats that do not name it; Llama also stands for Mistral, which has the same."""
     # Megatron-Bridge has a mapping for the function: {"_target_": "torch.nn.functional.silu", ...}.
-    activation = str(
-        config.get(
-            "activation", "swiglu" if config.get("swiglu") else config.get("activation_func")
-        )
-    )
-    if architecture.qk_norm:
+    function = "swiglu" if config.get("swiglu") else config.get("activation_func")
+    activation = str(config.get("activation", function))
+    if qk_norm:
         return "Qwen3"
-    if architecture.experts:
+    if experts:
         return "Mixtral"
     if "squared_relu" in activation or activation == "squared-relu":
         return "Nemotron"
@@ -65,105 +42,66 @@ def family_of_features(config: Mapping[str, Any], architecture: Architecture) ->
 
 
 def megatron_core(
-    config: Mapping[str, Any], names: Collection[str] = (), rows: int | None = None
+    config: Mapping[str, Any],
+    names: Collection[str] = (),
+    rows: int | None = None,
+    family: str | None = None,
 ) -> Architecture | None:
-    """The sizes in ``config``, which has Megatron-Core's names of fields, or None when one that has
-    no default is missing.
+    """The architecture in ``config``, which has Megatron-Core's names of fields, or None when a
+    size that has no default is missing.
 
-    ``names`` are those of the tensors (they tell whether the embedding is tied), ``rows`` the rows
-    of the embedding.
+    ``names`` are those of the tensors (they tell whether the embedding is tied where ``config``
+    does not), ``rows`` the rows of the embedding; without a ``family`` the features tell it.
     """
-    layers, hidden, heads = (
-        size(config, name) for name in ("num_layers", "hidden_size", "num_attention_heads")
-    )
-    if not (layers and hidden and heads):
-        return None
     scaled = all(number(config, name) is not None for name in ROPE_SCALING)
-    return Architecture(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        groups=heads
-        if config.get("group_query_attention") is False
-        else size(config, "num_query_groups", heads),
-        head_dim=size(config, "kv_channels", hidden // heads),
-        ffn=size(config, "ffn_hidden_size", 4 * hidden),
+    experts = size(config, "num_moe_experts", size(config, "num_experts"))
+    qk_norm = config.get("qk_layernorm") is True
+    tied = config.get("share_embeddings_and_output_weights")
+    if not isinstance(tied, bool):
+        untied = config.get("untie_embeddings_and_output_weights")
+        has_output = any(name.endswith("output_layer.weight") for name in names)
+        tied = not untied if isinstance(untied, bool) else bool(names) and not has_output
+    if config.get("group_query_attention") is False:
+        config = {**config, "num_query_groups": None}
+    return read(
+        config,
+        (*_MEGATRON_CORE, *_GROUPS),
+        ffn_factor=4,
         vocabulary=rows or size(config, "padded_vocab_size", size(config, "vocab_size")),
-        tied=_tied(config, names),
+        tied=tied,
         rope_base=number(config, "rotary_base", 10000.0),
         rope_scaling={name: config[name] for name in ROPE_SCALING} if scaled else None,
-        experts=size(config, "num_moe_experts", size(config, "num_experts")),
-        qk_norm=config.get("qk_layernorm") is True,
+        family=family or _family_of_features(config, qk_norm, experts),
+        experts=experts,
+        qk_norm=qk_norm,
     )
-
-
-def _tied(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """As the configuration says; where it does not, a model without an output layer of its own is
-    tied."""
-    if isinstance(shared := config.get("share_embeddings_and_output_weights"), bool):
-        return shared
-    if isinstance(untied := config.get("untie_embeddings_and_output_weights"), bool):
-        return not untied
-    return bool(names) and not any(name.endswith("output_layer.weight") for name in names)
-
-
-def named(
-    architecture: Architecture | None, family: str | None, config: Mapping[str, Any]
-) -> Architecture | None:
-    """``architecture`` with its family, experts and QK norm, as ``config`` (Megatron-Core's or NeMo
-    1's names) has them."""
-    if architecture is None:
-        return None
-    found = dataclasses.replace(
-        architecture,
-        experts=size(config, "num_moe_experts"),
-        qk_norm=config.get("qk_layernorm") is True,
-    )
-    return dataclasses.replace(found, family=family or family_of_features(config, found))
 
 
 def gguf(
     fields: Mapping[str, Any], names: Collection[str], tokens: int | None
 ) -> Architecture | None:
     """The sizes in the key/value pairs of a GGUF (``llama.block_count``...), or None when one is
-    missing.
+    missing. ``tokens`` is the length of its vocabulary.
 
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. ``tokens`` is the length of
-    its vocabulary.
+    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
-    kind = fields.get("general.architecture")
-    config = {
-        key.removeprefix(f"{kind}."): value
-        for key, value in fields.items()
-        if key.startswith(f"{kind}.")
-    }
-    layers, hidden, heads, ffn = (
-        size(config, name)
-        for name in (
-            "block_count",
-            "embedding_length",
-            "attention.head_count",
-            "feed_forward_length",
-        )
-    )
-    if not (layers and hidden and heads and ffn):
-        return None
+    kind = str(fields.get("general.architecture"))
+    prefix = f"{kind}."
+    own = (key for key in fields if key.startswith(prefix))
+    config = {key.removeprefix(prefix): fields[key] for key in own}
     factor, scaling = number(config, "rope.scaling.factor"), config.get("rope.scaling.type")
-    experts = size(config, "expert_count")
-    family = FAMILIES.get(str(kind), str(kind))
-    return Architecture(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        groups=size(config, "attention.head_count_kv", heads),
-        head_dim=size(config, "attention.key_length", hidden // heads),
-        ffn=size(config, "expert_feed_forward_length", ffn),
+    scaled, experts = factor and scaling not in (None, "none"), size(config, "expert_count")
+    family = TITLES.get(kind, kind)
+    ffn = "expert_feed_forward_length"
+    attention = "attention.head_count", ffn if size(config, ffn) else "feed_forward_length"
+    groups = "attention.head_count_kv", "attention.key_length"
+    return read(
+        config,
+        ("block_count", "embedding_length", *attention, *groups),
         vocabulary=size(config, "vocab_size", tokens),
         tied="output.weight" not in names,
         rope_base=number(config, "rope.freq_base", 10000.0),
-        rope_scaling={"type": scaling, "factor": factor}
-        if factor and scaling not in (None, "none")
-        else None,
+        rope_scaling={"type": scaling, "factor": factor} if scaled else None,
         # llama.cpp files Mistral and Mixtral under "llama" too.
         family="Mixtral" if family == "Llama" and experts else family,
         experts=experts,

@@ -2,7 +2,6 @@
 never unpacked."""
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,64 +25,46 @@ class Files:
 
     @property
     def are_members(self) -> bool:
-        """Whether they lie in an archive."""
         return self.place.is_file()
 
     def below(self, folder: str) -> "Files":
-        """Those in ``folder``."""
-        return (
-            Files(self.place, f"{self.inside}{folder}/")
-            if self.are_members
-            else Files(self.place / folder)
-        )
+        if self.are_members:
+            return Files(self.place, f"{self.inside}{folder}/")
+        return Files(self.place / folder)
 
     def where(self, name: str = "") -> str:
         """What messages call the file ``name``, or all of them."""
-        return (
-            f"{shown(self.place)}:{self.inside}{name}".rstrip("/")
-            if self.are_members
-            else shown(self.place / name)
-        )
+        if self.are_members:
+            return f"{shown(self.place)}:{self.inside}{name}".rstrip("/")
+        return shown(self.place / name)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file by name; a link counts as the file that it leads to."""
         if self.are_members:
-            members = nemo_archive.members(self.place)
-            return {
-                one.name.removeprefix(self.inside): one.size
-                for one in members
-                if one.name.startswith(self.inside)
-            }
-        found = sorted(
-            file for level in _LEVELS for file in self.place.glob(level) if file.is_file()
-        )
-        return {str(file.relative_to(self.place)): file.stat().st_size for file in found}
+            sizes = {member.name: member.size for member in nemo_archive.members(self.place)}
+            own = (name for name in sizes if name.startswith(self.inside))
+            return {name.removeprefix(self.inside): sizes[name] for name in own}
+        below = sorted(path for level in _LEVELS for path in self.place.glob(level))
+        files = (path for path in below if path.is_file())
+        return {str(file.relative_to(self.place)): file.stat().st_size for file in files}
 
-    @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[IO[bytes]]:
-        """The file ``name``, open for reading where it lies."""
-        found = (
-            nemo_archive.open_member(self.place, self.inside + name)
-            if self.are_members
-            else (self.place / name).open("rb")
-        )
-        with found as file:
-            yield file
+    def open(self, name: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+        if self.are_members:
+            return nemo_archive.open_member(self.place, self.inside + name)
+        return (self.place / name).open("rb")
 
     def read(self, name: str) -> bytes:
         """The bytes of the file ``name``. Raises :class:`DamagedCheckpoint` where they are more
         than an index has."""
         if self.are_members:
-            return nemo_archive.read_member(
-                self.place, self.inside + name, restricted_pickle.MAX_BYTES
-            )
+            most = restricted_pickle.MAX_BYTES
+            return nemo_archive.read_member(self.place, self.inside + name, most)
         return restricted_pickle.read_bytes(self.place / name)
 
     def read_index(self, report: Report = stop) -> torch_dist.Index:
         """The index of the torch_dist checkpoint that they are; errors and faults as
         :func:`.torch_dist.read_index`."""
         if self.are_members:
-            return torch_dist.read_index(
-                self.read(torch_dist.INDEX), self.where(), self.sizes(), report
-            )
+            index = self.read(torch_dist.INDEX)
+            return torch_dist.read_index(index, self.where(), self.sizes(), report)
         return torch_dist.read_directory(self.place, report)

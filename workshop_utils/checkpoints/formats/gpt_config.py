@@ -1,10 +1,10 @@
 """The architecture fields of a ``context/model.yaml``, complete, for every family of
 :mod:`.gpt_classes`."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from workshop_utils.checkpoints.formats.architecture import Architecture
 from workshop_utils.checkpoints.formats.gpt_classes import (
     BASE,
     FAMILIES,
@@ -20,10 +20,10 @@ def family_of(model: Mapping[str, Any], where: str) -> Family:
     """The family of the model described by ``model`` (a ``context/model.yaml``; ``where`` names
     it); errors as :func:`read_fields`."""
     target = model.get("_target_")
-    family = next((family for family in FAMILIES.values() if target in family.models), None)
-    if family is None:
-        raise _unknown_class(target, "_target_", where)
-    return family
+    for family in FAMILIES.values():
+        if target in family.models:
+            return family
+    raise _unknown_class(target, "_target_", where)
 
 
 def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -55,11 +55,8 @@ def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def typed(stated: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The fields of ``defaults``, each as ``stated`` or else by default, and of its type;
-    ``prefix`` begins each message."""
-    return {
-        name: _value(name, stated.get(name, default), prefix) for name, default in defaults.items()
-    }
+    """Each as ``stated`` or by default, of its type; ``prefix`` begins each message."""
+    return {name: _value(name, stated.get(name, value), prefix) for name, value in defaults.items()}
 
 
 def check(fields: dict[str, Any], family: Family, prefix: str, kind: str) -> None:
@@ -70,9 +67,8 @@ def check(fields: dict[str, Any], family: Family, prefix: str, kind: str) -> Non
             raise DamagedCheckpoint(f"{prefix}{name} is missing, and {kind} has no default for it.")
     for name in MUST_BE_DEFAULT:
         # The experts' own FFN size may be said twice.
-        if fields[name] not in (None, BASE[name]) and not (
-            name == "moe_ffn_hidden_size" and fields[name] == fields["ffn_hidden_size"]
-        ):
+        twice = name == "moe_ffn_hidden_size" and fields[name] == fields["ffn_hidden_size"]
+        if fields[name] not in (None, BASE[name]) and not twice:
             raise UnsupportedCheckpoint(
                 f"{prefix}{name} is {fields[name]!r}; no family that is supported here has that."
             )
@@ -81,25 +77,16 @@ def check(fields: dict[str, Any], family: Family, prefix: str, kind: str) -> Non
             raise UnsupportedCheckpoint(
                 f"{prefix}{name} is {fields[name]!r}, which is not a plain {family.name} model."
             )
-    _fill_in(fields, prefix)
-
-
-def architecture(fields: Mapping[str, Any], vocabulary: int | None = None) -> Architecture:
-    """The sizes in ``fields`` (of :func:`read_fields`); ``vocabulary`` is the number of rows of the
-    embedding, where known."""
-    scaled = all(name in fields for name in ROPE_SCALING)
-    return Architecture(
-        layers=fields["num_layers"],
-        hidden=fields["hidden_size"],
-        heads=fields["num_attention_heads"],
-        groups=fields["num_query_groups"],
-        head_dim=fields["kv_channels"],
-        ffn=fields["ffn_hidden_size"],
-        vocabulary=vocabulary or fields["vocab_size"],
-        tied=fields["share_embeddings_and_output_weights"],
-        rope_base=fields["rotary_base"],
-        rope_scaling={name: fields[name] for name in ROPE_SCALING} if scaled else None,
-    )
+    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
+    fields["ffn_hidden_size"] = fields["ffn_hidden_size"] or 4 * hidden
+    groups = fields["num_query_groups"] = fields["num_query_groups"] or heads
+    whole = [("num_attention_heads", heads, "num_query_groups", groups)]
+    if not fields["kv_channels"]:
+        whole.insert(0, ("hidden_size", hidden, "num_attention_heads", heads))
+        fields["kv_channels"] = hidden // heads
+    for name, value, part, divisor in whole:
+        if value % divisor:
+            raise DamagedCheckpoint(f"{prefix}{name} {value} is no multiple of {part} {divisor}.")
 
 
 def _unknown_class(target: Any, field: str, where: str) -> Exception:
@@ -114,28 +101,8 @@ def _unknown_class(target: Any, field: str, where: str) -> Exception:
     )
 
 
-def _fill_in(fields: dict[str, Any], prefix: str) -> None:
-    heads, hidden = fields["num_attention_heads"], fields["hidden_size"]
-    fields["ffn_hidden_size"] = fields["ffn_hidden_size"] or 4 * hidden
-    fields["num_query_groups"] = fields["num_query_groups"] or heads
-    if not fields["kv_channels"]:
-        if hidden % heads:
-            raise DamagedCheckpoint(
-                f"{prefix}hidden_size {hidden} is no multiple of num_attention_heads {heads}."
-            )
-        fields["kv_channels"] = hidden // heads
-    if heads % fields["num_query_groups"]:
-        raise DamagedCheckpoint(
-            f"{prefix}num_attention_heads {heads} is no multiple of num_query_groups "
-            f"{fields['num_query_groups']}."
-        )
-
-
 _MAY_BE_ABSENT = {
-    "ffn_hidden_size": int,
-    "num_query_groups": int,
-    "kv_channels": int,
-    "vocab_size": int,
+    **dict.fromkeys(("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size"), int),
     "num_moe_experts": int,
     "seq_len_interpolation_factor": float,
     "window_size": list,
@@ -145,38 +112,26 @@ _MAY_BE_ABSENT = {
 def _value(name: str, value: Any, prefix: str) -> Any:
     """``value`` as the type of its field; a class or function is reduced to its name
     (``torch.nn.functional.silu`` -> ``silu``)."""
-    if name in MUST_BE_DEFAULT:
+    if name in MUST_BE_DEFAULT or (value is None and name in _MAY_BE_ABSENT):
         return value
-    if value is None and name in _MAY_BE_ABSENT:
-        return None
-    wanted = _MAY_BE_ABSENT.get(name, type((BASE | ROPE_SCALING)[name]))
+    expected = _MAY_BE_ABSENT.get(name, type((BASE | ROPE_SCALING)[name]))
     if name == "activation_func":
-        value = str(value.get("_target_") if isinstance(value, Mapping) else value).rpartition(".")[
-            2
-        ]
-    elif name in ("moe_aux_loss_coeff", "rotary_base") or wanted is float:
-        wanted = float
-        if isinstance(value, str):
-            # PyYAML reads 1e-05, without a point, as text.
-            value = _number(value)
-    if not _is_sound(value, wanted):
-        raise DamagedCheckpoint(f"{prefix}{name} is {value!r}, which is no {wanted.__name__}.")
-    return int(value) if wanted is int else value
+        target = value.get("_target_") if isinstance(value, Mapping) else value
+        value = str(target).rpartition(".")[2]
+    elif name in ("moe_aux_loss_coeff", "rotary_base") or expected is float:
+        expected = float
+        if isinstance(value, str):  # PyYAML reads 1e-05, without a point, as text.
+            with contextlib.suppress(ValueError):
+                value = float(value)
+    if not _is_sound(value, expected):
+        raise DamagedCheckpoint(f"{prefix}{name} is {value!r}, which is no {expected.__name__}.")
+    return int(value) if expected is int else value
 
 
-def _is_sound(value: Any, wanted: type) -> bool:
-    if wanted is bool or wanted is str:
-        return isinstance(value, wanted)
-    if wanted is list:
-        return (
-            isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value)
-        )
+def _is_sound(value: Any, expected: type) -> bool:
+    if expected in (bool, str):
+        return isinstance(value, expected)
+    if expected is list:
+        return isinstance(value, list) and [type(side) for side in value] == [int, int]
     sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
-    return sound and (wanted is float or value == int(value))
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    return sound and (expected is float or value == int(value))

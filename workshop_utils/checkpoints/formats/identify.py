@@ -11,9 +11,9 @@ from pathlib import Path
 from workshop_utils.checkpoints.formats import (
     gguf,
     huggingface,
+    incomplete,
     lightning,
     megatron,
-    mistaken,
     nemo1,
     nemo2,
     tokenizer_files,
@@ -83,12 +83,12 @@ def identify(path: Path | str, report: Report = stop) -> Checkpoint:
         if describe is None:
             raise NotACheckpoint(_why_not(path))
         try:
-            found = describe(path, report)
+            checkpoint = describe(path, report)
         except DamagedCheckpoint as error:
             # A clone without Git LFS, or a page saved as weights, breaks every format in a way of
             # its own.
-            if mistake := mistaken.find(path):
-                raise DamagedCheckpoint(mistake) from error
+            if why := incomplete.find(path):
+                raise DamagedCheckpoint(why) from error
             raise
     except PermissionError as error:
         raise NotACheckpoint(
@@ -96,12 +96,12 @@ def identify(path: Path | str, report: Report = stop) -> Checkpoint:
             f"-R a+rX {shown(path)}"
         ) from error
     except OSError as error:
-        raise DamagedCheckpoint(
-            f"{shown(error.filename or path)} cannot be read: {error.strerror or error}"
-        ) from error
+        why = error.strerror or error
+        raise DamagedCheckpoint(f"{shown(error.filename or path)} cannot be read: {why}") from error
     if path.is_symlink():
-        return replace(found, notes=(f"a link to {shown(path.resolve())}", *found.notes))
-    return found
+        link = f"a link to {shown(path.resolve())}"
+        return replace(checkpoint, notes=(link, *checkpoint.notes))
+    return checkpoint
 
 
 def reader_of(path: Path) -> Describe | None:
@@ -118,9 +118,10 @@ def reader_of(path: Path) -> Describe | None:
         return huggingface.describe_peft
     if (path / "config.json").is_file():
         return huggingface.describe
-    if megatron.looks_like(path) and not _is_part_of_nemo(path):
-        return megatron.describe
-    return None
+    # weights/ and model_weights/ of a NeMo checkpoint hold the same files as Megatron's.
+    above = path.resolve().parent
+    is_part = nemo2.looks_like(above) or nemo1.looks_like(above)
+    return megatron.describe if megatron.looks_like(path) and not is_part else None
 
 
 def _reader_of_file(path: Path) -> Describe | None:
@@ -132,19 +133,11 @@ def _reader_of_file(path: Path) -> Describe | None:
     is_tar = start[257:262] == b"ustar" or (
         start[:2] == b"\x1f\x8b" and path.name.endswith((".tar.gz", ".tgz", ".nemo.gz"))
     )
-    is_weights = path.name == nemo1.WEIGHTS and any(
-        nemo1.looks_like(above) for above in path.resolve().parents[:2]
-    )
-    if not (is_tar or path.suffix in (".nemo", ".ckpt")) or is_weights or mistaken.sentence(path):
+    above = path.resolve().parents[:2]
+    is_weights = path.name == nemo1.WEIGHTS and any(map(nemo1.looks_like, above))
+    if not (is_tar or path.suffix in (".nemo", ".ckpt")) or is_weights or incomplete.sentence(path):
         return None
     return lightning.describe if path.suffix == ".ckpt" and not is_tar else nemo1.describe
-
-
-def _is_part_of_nemo(path: Path) -> bool:
-    """Whether ``path`` is the ``weights/`` or ``model_weights/`` of a NeMo checkpoint: they hold
-    the same files as Megatron's."""
-    above = path.resolve().parent
-    return nemo2.looks_like(above) or nemo1.looks_like(above)
 
 
 def _check_there(path: Path) -> None:
@@ -157,28 +150,23 @@ def _check_there(path: Path) -> None:
         raise NotACheckpoint(f"{shown(path)} does not exist.")
     if _HALF_WRITTEN.search(path.name):
         marked = path.parent / path.name.removesuffix("-unfinished")
-        rest = (
-            f" It marks {shown(marked)} as half-written."
-            if marked != path and marked.exists()
-            else ""
-        )
+        rest = f" It marks {shown(marked)} as half-written." if marked.exists() else ""
         raise NotACheckpoint(
-            f"{shown(path)} is what a writer leaves that has not finished.{rest} Use an earlier "
-            "checkpoint, or make it again."
+            f"{shown(path)} is what a writer leaves that has not finished."
+            f"{rest if marked != path else ''} Use an earlier checkpoint, or make it again."
         )
 
 
 def _why_not(path: Path) -> str:
-    """Why ``path`` is no checkpoint, with the right path where one is near."""
-    if path.is_file() and (mistake := mistaken.sentence(path)):
-        return mistake
+    if path.is_file() and (why := incomplete.sentence(path)):
+        return why
     for above in path.resolve().parents[:3]:
         if reader_of(above):
             return (
                 f"{shown(path)} is a part of a checkpoint. Give its top directory: {shown(above)}"
             )
     if not path.is_dir():
-        return _why_not_file(path)
+        return f"{shown(path)} is {_about_file(path)}"
     if not any(path.iterdir()):
         return f"{shown(path)} is empty. Copy or make the checkpoint again."
     if latest := megatron.latest(path):
@@ -186,59 +174,51 @@ def _why_not(path: Path) -> str:
             f"{shown(path)} holds the checkpoints of a run of Megatron. Give one of them; the "
             f"latest is {shown(latest)}"
         )
-    below = sorted(set(_below(path)))
-    if below:
-        names = ", ".join(shown(child) for child in below[:5])
-        return (
-            f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
-        )
-    return _why_not_directory(path)
+    if below := sorted(set(_below(path))):
+        return nemo2.holds(path, below)
+    return f"{shown(path)} {_about_directory(path)}"
 
 
-def _why_not_file(path: Path) -> str:
+def _about_file(path: Path) -> str:
     if path.suffix in (".safetensors", ".bin"):
         return (
-            f"{shown(path)} is weights alone. A Hugging Face checkpoint is a directory: put "
-            "config.json and the tokenizer beside them (for an adapter: adapter_config.json), "
-            "and give the directory."
+            "weights alone. A Hugging Face checkpoint is a directory: put config.json and the "
+            "tokenizer beside them (for an adapter: adapter_config.json), and give the directory."
         )
     if path.suffix == ".distcp":
         return (
-            f"{shown(path)} is one file of a distributed checkpoint, useless without .metadata "
-            "beside it. Copy the whole directory."
+            "one file of a distributed checkpoint, useless without .metadata beside it. Copy the "
+            "whole directory."
         )
     return (
-        f"{shown(path)} is not a .nemo archive, a GGUF file or a Lightning .ckpt, and no part of "
-        "a checkpoint that is known here."
+        "not a .nemo archive, a GGUF file or a Lightning .ckpt, and no part of a checkpoint that "
+        "is known here."
     )
 
 
-def _why_not_directory(path: Path) -> str:
+def _about_directory(path: Path) -> str:
     names = {child.name for child in path.iterdir()}
+    weights = re.compile(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?")
     if names & {"adapter_model.safetensors", "adapter_model.bin"}:
         return (
-            f"{shown(path)} has the weights of a PEFT adapter but no adapter_config.json. Copy "
-            "that file from where the adapter was made."
+            "has the weights of a PEFT adapter but no adapter_config.json. Copy that file from "
+            "where the adapter was made."
         )
-    if any(
-        re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)(\.index\.json)?", name)
-        for name in names
-    ):
+    if any(map(weights.fullmatch, names)):
         return (
-            f"{shown(path)} has weights of a Hugging Face model but no config.json. Copy that "
-            "file from where the model came from."
+            "has weights of a Hugging Face model but no config.json. Copy that file from where "
+            "the model came from."
         )
     if any(name.endswith(".distcp") for name in names):
         return (
-            f"{shown(path)} has .distcp files but no .metadata, without which nobody can tell "
-            "what they hold. Copy the checkpoint again, all of it."
+            "has .distcp files but no .metadata, without which nobody can tell what they hold. "
+            "Copy the checkpoint again, all of it."
         )
     if tokenizer_files.is_one(path):
-        return f"{shown(path)} is a tokenizer, not a model. Give the directory with the weights."
+        return "is a tokenizer, not a model. Give the directory with the weights."
     return (
-        f"{shown(path)} is not a checkpoint: it has none of context/model.yaml (NeMo 2.0), "
-        "model_config.yaml (NeMo 1), config.json (Hugging Face), adapter_config.json (PEFT) and "
-        ".metadata (Megatron)."
+        "is not a checkpoint: it has none of context/model.yaml (NeMo 2.0), model_config.yaml "
+        "(NeMo 1), config.json (Hugging Face), adapter_config.json (PEFT) and .metadata (Megatron)."
     )
 
 

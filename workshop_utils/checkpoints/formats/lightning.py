@@ -8,29 +8,21 @@ configuration as ``hyper_parameters["cfg"]``.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workshop_utils.checkpoints.formats import (
-    decoder_config,
-    lora_layout,
-    nemo1_config,
-    saved_tensors,
-)
+from workshop_utils.checkpoints.formats import nemo1, nemo1_config, saved_tensors
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.safe_text import plain, read_yaml
-from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
-from workshop_utils.checkpoints.formats.tensor import Tensor
+from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.core.errors import CheckpointError, NotACheckpoint, UnsafeCheckpoint
 from workshop_utils.core.paths import shown
 
 VERSION = "pytorch-lightning_version"
-INSTANTIATORS = (
-    "lightning.pytorch.cli.instantiate_module",
-    "pytorch_lightning.cli.instantiate_module",
+INSTANTIATORS = tuple(
+    f"{package}.cli.instantiate_module" for package in ("lightning.pytorch", "pytorch_lightning")
 )
 """What LightningCLI of either package writes as ``hyper_parameters._instantiator``."""
 
@@ -60,20 +52,18 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
             )
         )
     tensors = tuple(saved_tensors.tensors(state["state_dict"], path.name))
-    version = state.get(VERSION)
-    by_nemo = any(
-        str(name).startswith("NeMoModelCheckpoint") for name in section(state, "callbacks")
-    )
+    version, callbacks = state.get(VERSION), section(state, "callbacks")
+    by_nemo = any(str(name).startswith("NeMoModelCheckpoint") for name in callbacks)
     config, from_beside = configuration(path, state) if by_nemo else (_stated(state), ())
     return Checkpoint(
         path=path,
         kind=Kind.LIGHTNING,
         detail="of NeMo 1" if by_nemo else None,
-        architecture=decoder_config.named(nemo1_config.architecture(config), None, config),
+        architecture=nemo1_config.architecture(config),
         nbytes=path.stat().st_size,
         tensors=tensors,
         tokenizer=nemo1_config.tokenizer(config),
-        adapter=_adapter(config, tensors),
+        adapter=nemo1.adapter_of(config, tensors),
         notes=(*notes(state), *from_beside),
         version=f"Lightning {version}" if isinstance(version, str) else None,
     )
@@ -101,35 +91,15 @@ def configuration(
 
 
 def notes(state: Mapping[str, Any]) -> list[str]:
-    """What a state of Lightning holds beside the weights, in words."""
-    found = []
+    lines = []
     if type(state.get("epoch")) is int or type(state.get("global_step")) is int:
-        found.append(f"saved in epoch {state.get('epoch')}, after step {state.get('global_step')}")
-    optimizer = saved_tensors.tensors(state.get("optimizer_states"), "")
-    if optimizer:
-        found.append(f"{len(optimizer)} tensors of optimizer state beside the weights")
-    hyper = state.get("hyper_parameters")
-    if hyper:
+        lines.append(f"saved in epoch {state.get('epoch')}, after step {state.get('global_step')}")
+    if optimizer := saved_tensors.tensors(state.get("optimizer_states"), ""):
+        lines.append(f"{len(optimizer)} tensors of optimizer state beside the weights")
+    if hyper := state.get("hyper_parameters"):
         # OmegaConf's come as their class alone.
-        names = (
-            ", ".join(str(name) for name in list(hyper)[:20])
-            if isinstance(hyper, Mapping)
-            else str(hyper)
-        )
-        found.append(f"hyper-parameters, never instantiated here: {names}")
-    if callbacks := section(state, "callbacks"):
-        names = sorted({str(name).partition("{")[0] for name in callbacks})
-        found.append(f"state of callbacks: {', '.join(names[:10])}")
-    return found
-
-
-def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
-    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
-        return None
-    lora, stated = lora_layout.find(tensors), nemo1_config.adapter(config)
-    if lora is None:
-        return stated
-    found = stated or Adapter(None, None, (), None, None)
-    return dataclasses.replace(
-        found, rank=found.rank or lora.rank, targets=found.targets or lora.targets
-    )
+        names = list(hyper)[:20] if isinstance(hyper, Mapping) else [hyper]
+        lines.append(f"hyper-parameters, never instantiated here: {', '.join(map(str, names))}")
+    if callbacks := {str(name).partition("{")[0] for name in section(state, "callbacks")}:
+        lines.append(f"state of callbacks: {', '.join(sorted(callbacks)[:10])}")
+    return lines

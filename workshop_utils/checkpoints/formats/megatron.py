@@ -1,24 +1,23 @@
 """Checkpoints of Megatron-LM and Megatron-Bridge: one directory ``iter_XXXXXXX`` for each save.
 
-    .metadata, metadata.json, __0_0.distcp...  sharded weights (torch_dist), as NeMo has them,
-    without a prefix to the names
-    common.pt                                  state that is not sharded; of Megatron-LM with
-    ``args``, an argparse.Namespace (from
-                                               Megatron-Core 0.19 on an entry of the index instead)
-    run_config.yaml, train_state.pt            of Megatron-Bridge: the configuration, as a tree of
-    ``_target_`` and arguments
-    mp_rank_XX[_XXX]/model_optim_rng.pt        the old form: one file for each tensor-parallel (and
-    pipeline-parallel) rank
+    .metadata, metadata.json, *.distcp   sharded weights (torch_dist), as NeMo has them, without a
+                                         prefix to the names
+    common.pt                            state that is not sharded; of Megatron-LM with ``args``, an
+                                         argparse.Namespace (from Megatron-Core 0.19 on an entry of
+                                         the index instead)
+    run_config.yaml, train_state.pt      of Megatron-Bridge: the configuration, as a tree of
+                                         ``_target_`` and arguments
+    mp_rank_XX[_XXX]/model_optim_rng.pt  the old form: one file for each tensor-parallel (and
+                                         pipeline-parallel) rank
 
 The directory above has ``latest_checkpointed_iteration.txt`` (Megatron-Bridge also
-``latest_train_state.pt``).
-Sources: ``megatron/training/checkpointing.py`` (Megatron-LM) and
+``latest_train_state.pt``). Sources: ``megatron/training/checkpointing.py`` (Megatron-LM) and
 ``megatron/bridge/training/checkpointing.py`` (Megatron-Bridge 0.5).
 """
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,12 @@ from workshop_utils.checkpoints.formats.architecture import (
     text,
 )
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.rank_files import MEGATRON_STATE, megatron_rank_files
+from workshop_utils.checkpoints.formats.megatron_layout import EMBEDDING
+from workshop_utils.checkpoints.formats.rank_files import (
+    MEGATRON_STATE,
+    megatron_rank_files,
+    parts_note,
+)
 from workshop_utils.checkpoints.formats.rank_files import sizes as rank_sizes
 from workshop_utils.checkpoints.formats.restricted_pickle import MAX_BYTES
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
@@ -52,23 +56,25 @@ from workshop_utils.core.paths import shown
 
 RUN_CONFIG = "run_config.yaml"
 TRACKER = "latest_checkpointed_iteration.txt"
+_MARKS = (torch_dist.INDEX, "metadata.json", RUN_CONFIG)
+_NOT_OF_THE_MODEL = ("optimizer.", "chained_", "rng_state", "rerun_state")
 
 
 def looks_like(path: Path) -> bool:
     """Whether the directory ``path`` is one save of Megatron's, whole or not."""
-    return any(
-        (path / name).is_file() for name in (torch_dist.INDEX, "metadata.json", RUN_CONFIG)
-    ) or bool(_rank_files(path))
+    return any((path / name).is_file() for name in _MARKS) or bool(rank_files(path))
+
+
+def rank_files(path: Path) -> dict[tuple[int, int], str]:
+    """(tensor-parallel rank, pipeline-parallel rank) -> name of the file, in the old form."""
+    files = path.glob(f"mp_rank_*/{MEGATRON_STATE}")
+    return megatron_rank_files(str(file.relative_to(path)) for file in files)
 
 
 def latest(path: Path) -> Path | None:
-    """The latest save in the directory ``path`` of a run: the one that its tracker names, else the
-    one with the highest number."""
-    saves = sorted(
-        child
-        for child in path.iterdir()
-        if re.fullmatch(r"iter_\d+|release", child.name) and child.is_dir()
-    )
+    """The save in ``path`` that its tracker names, else the one with the highest number."""
+    names = (child for child in path.iterdir() if re.fullmatch(r"iter_\d+|release", child.name))
+    saves = sorted(child for child in names if child.is_dir())
     tracker = path / TRACKER
     if tracker.is_file() and tracker.stat().st_size < 100:
         word = tracker.read_text(encoding="utf-8", errors="replace").strip()
@@ -84,18 +90,19 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
 
     Raises :class:`DamagedCheckpoint` (a part is missing or broken) and :class:`UnsafeCheckpoint`.
     """
-    if ranks := _rank_files(path):
+    if ranks := rank_files(path):
         return _describe_ranks(path, ranks, report)
     backend = read_json(path / "metadata.json") if (path / "metadata.json").is_file() else {}
-    name = str(backend.get("sharded_backend", "torch_dist"))
-    notes: tuple[str, ...] = ()
+    name, notes = str(backend.get("sharded_backend", "torch_dist")), []
     if name == "zarr":
         (stored, files), objects = zarr_directory.read_directory(path, report), {}
-        notes += (zarr_directory.WAY_OUT,)
+        notes.append(zarr_directory.WAY_OUT)
     else:
         index = torch_dist.read_directory(path, report)
         stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
-    tensors = {name: tensor for name, tensor in stored.items() if not _is_optimizer(name)}
+    tensors = {
+        name: tensor for name, tensor in stored.items() if not name.startswith(_NOT_OF_THE_MODEL)
+    }
     if tensors and all(name.startswith("module.") for name in tensors):
         raise DamagedCheckpoint(
             f"{shown(path)} is the weights/ of a NeMo 2.0 checkpoint without the rest: context/ "
@@ -107,30 +114,37 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     except CheckpointError as fault:
         report(fault)
         state = {}
+    common = {"path": path, "nbytes": sum(files.values()), "tensors": tuple(tensors.values())}
     if lightning.VERSION in state:
-        return _of_nemo1(path, tensors, state, sum(files.values()), name)
+        # NeMo 1 saves a training with sharded weights as such a directory too, with Lightning's
+        # state in common.pt.
+        return Checkpoint(
+            kind=Kind.LIGHTNING,
+            detail=f"sharded, {name}",
+            architecture=None,
+            tokenizer=None,
+            adapter=None,
+            notes=tuple(lightning.notes(state)),
+            version=f"Lightning {state[lightning.VERSION]}",
+            storage=name,
+            **common,
+        )
     notes += _state_notes(state)
-    if len(stored) > len(tensors):
-        notes += (f"{len(stored) - len(tensors)} tensors of optimizer state beside the weights",)
+    if others := len(stored) - len(tensors):
+        notes.append(f"{others} tensors of optimizer state beside the weights")
     run, args = _run_config(path), section(state, "args")
-    notes += foreign_names.note(run, path / RUN_CONFIG)
+    rows = next((held for key, held in tensors.items() if key.endswith(EMBEDDING)), None)
     return Checkpoint(
-        path=path,
         kind=Kind.MEGATRON,
         detail=f"{'Megatron-Bridge' if run else 'Megatron-LM'}, {name}",
-        architecture=_architecture(run, args, tensors),
-        nbytes=sum(files.values()),
-        tensors=tuple(tensors.values()),
-        tokenizer=_tokenizer(path, run, args),
+        architecture=_architecture(section(run, "model") or args, tensors, rows),
+        tokenizer=_tokenizer(path, section(run, "tokenizer") or args),
         adapter=_adapter(run, tensors),
-        notes=notes,
+        notes=(*notes, *foreign_names.note(run, path / RUN_CONFIG)),
         version=_version(name, backend.get("sharded_backend_version"), state),
         storage=name,
+        **common,
     )
-
-
-def _is_optimizer(name: str) -> bool:
-    return name.startswith(("optimizer.", "chained_", "rng_state", "rerun_state"))
 
 
 def read_common(
@@ -143,21 +157,19 @@ def read_common(
     :func:`.torch_archive.read_state`.
     """
     file, stored = path / torch_dist.COMMON, objects.get(torch_dist.COMMON_STATE)
-    if file.is_file() or not stored:
-        where = shown(file)
-        if not file.is_file():
-            return {}, where
+    if file.is_file():
         with file.open("rb") as opened:
-            return saved_tensors.read_state(opened, where, report), where
+            return saved_tensors.read_state(opened, shown(file), report), shown(file)
+    if not stored:
+        return {}, shown(file)
     where = f"{shown(path / stored.file)}: {stored.name}"
     with (path / stored.file).open("rb") as opened:
         opened.seek(stored.start)
         content = opened.read(min(stored.length, MAX_BYTES))
     held = torch_archive.read_state(io.BytesIO(content), where, report)
     if not (isinstance(held, list) and len(held) == 1 and isinstance(held[0], dict)):
-        raise DamagedCheckpoint(
-            f"{where} holds a {type(held).__name__}, not a list of one dictionary."
-        )
+        kind = type(held).__name__
+        raise DamagedCheckpoint(f"{where} holds a {kind}, not a list of one dictionary.")
     return held[0], where
 
 
@@ -166,31 +178,14 @@ def _run_config(path: Path) -> Mapping[str, Any]:
 
 
 def _architecture(
-    run: Mapping[str, Any], args: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any], names: Collection[str], embedding: Tensor | None
 ) -> Architecture | None:
-    """From run_config.yaml's ``model`` or from the arguments."""
-    config = section(run, "model") or args
-    embedding = next(
-        (
-            tensor
-            for name, tensor in tensors.items()
-            if name.endswith("embedding.word_embeddings.weight")
-        ),
-        None,
-    )
-    sizes = decoder_config.megatron_core(
-        config, tensors, embedding.shape[0] if embedding and embedding.shape else None
-    )
-    if sizes is None:
-        return None
-    experts = {"num_moe_experts": size(config, "num_moe_experts", size(config, "num_experts"))}
-    return decoder_config.named(
-        sizes, decoder_config.family_of_target(config.get("_target_")), dict(config) | experts
-    )
+    rows = embedding.shape[0] if embedding and embedding.shape else None
+    family = decoder_config.family_of_target(config.get("_target_"))
+    return decoder_config.megatron_core(config, names, rows, family)
 
 
-def _tokenizer(path: Path, run: Mapping[str, Any], args: Mapping[str, Any]) -> str | None:
-    described = section(run, "tokenizer") or args
+def _tokenizer(path: Path, described: Mapping[str, Any]) -> str | None:
     kind = described.get("tokenizer_type")
     name = described.get("tokenizer_model") or described.get("vocab_file")
     here = " (a copy is in tokenizer/)" if (path / "tokenizer").is_dir() else ""
@@ -214,93 +209,46 @@ def _adapter(run: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter |
 
 
 def _version(backend: str, version: Any, state: Mapping[str, Any]) -> str:
-    found = f"{backend} {version}" if version is not None else backend
-    return (
-        f"{found}, checkpoint version {state['checkpoint_version']}"
-        if isinstance(state.get("checkpoint_version"), int | float)
-        else found
-    )
+    checkpoint = state.get("checkpoint_version")
+    stated = f", checkpoint version {checkpoint}" if isinstance(checkpoint, int | float) else ""
+    return f"{backend}{'' if version is None else f' {version}'}{stated}"
 
 
-def _state_notes(state: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        (f"saved after iteration {state['iteration']:,}",)
-        if type(state.get("iteration")) is int
-        else ()
-    )
+def _state_notes(state: Mapping[str, Any]) -> list[str]:
+    iteration = state.get("iteration")
+    return [f"saved after iteration {iteration:,}"] if type(iteration) is int else []
 
 
-def _of_nemo1(
-    path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], nbytes: int, backend: str
-) -> Checkpoint:
-    """NeMo 1 saves a training with sharded weights as such a directory too, with Lightning's state
-    in common.pt."""
-    return Checkpoint(
-        path=path,
-        kind=Kind.LIGHTNING,
-        detail=f"sharded, {backend}",
-        architecture=None,
-        nbytes=nbytes,
-        tensors=tuple(tensors.values()),
-        tokenizer=None,
-        adapter=None,
-        notes=tuple(lightning.notes(state)),
-        version=f"Lightning {state[lightning.VERSION]}",
-        storage=backend,
-    )
-
-
-def _rank_files(path: Path) -> dict[tuple[int, int], Path]:
-    """(tensor-parallel rank, pipeline-parallel rank) -> file, in the old form."""
-    names = (str(file.relative_to(path)) for file in path.glob(f"mp_rank_*/{MEGATRON_STATE}"))
-    return {rank: path / name for rank, name in megatron_rank_files(names).items()}
-
-
-def _describe_ranks(
-    path: Path, ranks: Mapping[tuple[int, int], Path], report: Report
-) -> Checkpoint:
-    """The old form: the pieces that each rank holds; names come once for each rank, and the file
-    tells which."""
+def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], str], report: Report) -> Checkpoint:
+    """The old form; names come once for each rank, and the file tells which."""
     sizes = rank_sizes(ranks)
     if sizes[0] * sizes[1] != len(ranks):
-        report(
-            DamagedCheckpoint(
-                f"{shown(path)} has {len(ranks)} parts for parallel sizes {sizes[0]:,} and "
-                f"{sizes[1]:,}: some are missing."
-            )
-        )
+        has = f"{shown(path)} has {len(ranks)} parts for parallel sizes {sizes[0]:,} and"
+        report(DamagedCheckpoint(f"{has} {sizes[1]:,}: some are missing."))
     tensors: list[Tensor] = []
     state: Mapping[str, Any] = {}
-    for _, file in sorted(ranks.items()):
+    for part in sorted(ranks.values()):
         try:
-            with file.open("rb") as opened:
-                state = saved_tensors.read_state(opened, shown(file), report)
+            with (path / part).open("rb") as opened:
+                state = saved_tensors.read_state(opened, shown(path / part), report)
         except CheckpointError as fault:
             report(fault)
             continue
-        part = str(file.relative_to(path))
-        for key in sorted(
-            key for key in state if isinstance(key, str) and re.fullmatch(r"model\d*", key)
-        ):
+        models = (key for key in state if isinstance(key, str) and re.fullmatch(r"model\d*", key))
+        for key in sorted(models):
             tensors += saved_tensors.tensors(state[key], part)
-    args = section(state, "args")
-    note = (
-        f"the old form, one file for each of {len(ranks)} ranks (tensor-parallel size "
-        f"{sizes[0]}, pipeline-parallel size {sizes[1]}): shapes are those of the parts, and "
-        "what every rank holds is listed and counted for each"
-    )
+    args, whole = section(state, "args"), tensors if len(ranks) == 1 else []
+    rows = next((tensor for tensor in whole if tensor.name.endswith(EMBEDDING)), None)
     return Checkpoint(
         path=path,
         kind=Kind.MEGATRON,
         detail="Megatron-LM, torch",
-        architecture=_architecture(
-            {}, args, {} if len(ranks) > 1 else {tensor.name: tensor for tensor in tensors}
-        ),
-        nbytes=sum(file.stat().st_size for file in ranks.values()),
+        architecture=_architecture(args, {tensor.name for tensor in whole}, rows),
+        nbytes=sum((path / name).stat().st_size for name in ranks.values()),
         tensors=tuple(tensors),
-        tokenizer=_tokenizer(path, {}, args),
+        tokenizer=_tokenizer(path, args),
         adapter=None,
-        notes=(note, *_state_notes(state)),
+        notes=(f"the old form: {parts_note(len(ranks), sizes)}", *_state_notes(state)),
         version=_version("torch", None, state),
         storage="torch",
         parallel=sizes,

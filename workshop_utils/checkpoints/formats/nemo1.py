@@ -10,13 +10,14 @@ Source: ``NLPSaveRestoreConnector`` (``nemo/collections/nlp/parts/nlp_overrides.
 """
 
 import dataclasses
+import itertools
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from workshop_utils.checkpoints.formats import (
-    decoder_config,
     foreign_names,
     lora_layout,
     nemo1_config,
@@ -27,11 +28,19 @@ from workshop_utils.checkpoints.formats import (
     torch_dist,
     zarr_directory,
 )
-from workshop_utils.checkpoints.formats.architecture import Architecture, section, text
+from workshop_utils.checkpoints.formats.architecture import (
+    Architecture,
+    number,
+    section,
+    size,
+    text,
+)
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.findings import Report, stop
+from workshop_utils.checkpoints.formats.gpt_classes import TITLES
+from workshop_utils.checkpoints.formats.megatron_layout import EMBEDDING
 from workshop_utils.checkpoints.formats.nemo_archive import CONFIG, WEIGHTS
-from workshop_utils.checkpoints.formats.rank_files import rank_files
+from workshop_utils.checkpoints.formats.rank_files import parts_note, rank_files
 from workshop_utils.checkpoints.formats.rank_files import sizes as rank_sizes
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
@@ -40,6 +49,7 @@ from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint
 from workshop_utils.core.paths import shown
 
 SHARDED = "model_weights"
+_FOLDER = f"{SHARDED}/"
 VIEW = "bridge.json"
 """Lies in a view of a NeMo 2.0 checkpoint and names it (see
 :mod:`workshop_utils.checkpoints.convert.bridge`)."""
@@ -68,53 +78,68 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     sizes, config = files.sizes(), read_config(files)
     ranks = rank_files(sizes)
     tensors, parallel, notes = _tensors(files, sizes, ranks, config, report)
-    view = _view_of(path) if path.is_dir() and (path / VIEW).is_file() else None
-    adapter = None if view else _adapter(config, tensors, parallel)
+    is_view = not files.are_members and (path / VIEW).is_file()
+    view = shown(path / str(read_json(path / VIEW).get("view_of"))) if is_view else None
+    adapter = None if is_view else adapter_of(config, tensors, parallel[0])
+    if files.are_members:
+        kind = Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
+    else:
+        kind = Kind.BRIDGED_VIEW if is_view else Kind.NEMO1_DIRECTORY
+    if view:
+        notes = (f"a view of the NeMo 2.0 checkpoint {view}", *notes)
     ours = section(config, "workshop")
-    made_for = ours.get("reader")
-    if made_for:
-        notes += (
-            f"q, k, v rows: {ours.get('qkv_order')}; alpha baked in: {ours.get('alpha_baked_in')}",
-        )
-    notes += foreign_names.note(config, files.where(CONFIG))
-    version = config.get("nemo_version")
+    if made_for := ours.get("reader"):
+        order, baked = ours.get("qkv_order"), ours.get("alpha_baked_in")
+        notes += (f"q, k, v rows: {order}; alpha baked in: {baked}",)
+    version, weights = text(config, "nemo_version"), {*ranks.values()}
+    family = TITLES.get(str(ours.get("family")))
     return Checkpoint(
         path=path,
-        kind=Kind.BRIDGED_VIEW if view else _kind(files, adapter),
+        kind=kind,
         detail=None,
-        architecture=_architecture(config, tensors, parallel[0], ours.get("family")),
-        nbytes=sum(
-            size
-            for name, size in sizes.items()
-            if name.startswith(f"{SHARDED}/") or name in ranks.values()
-        ),
+        architecture=_architecture(config, tensors, parallel[0], family),
+        nbytes=sum(sizes[name] for name in sizes if name in weights or name.startswith(_FOLDER)),
         tensors=tensors,
         tokenizer=_tokenizer(config),
         adapter=adapter,
-        notes=((f"a view of the NeMo 2.0 checkpoint {view}",) if view else ()) + notes,
-        version=f"NeMo {version}" if isinstance(version, str) else None,
+        notes=notes + foreign_names.note(config, files.where(CONFIG)),
+        version=f"NeMo {version}" if version is not None else None,
         folder="" if files.are_members or ranks else SHARDED,
         parallel=parallel,
         made_for=str(made_for) if made_for else None,
-        storage=_storage(sizes),
+        storage="torch_dist" if _FOLDER + torch_dist.INDEX in sizes else "torch",
         view_of=view,
     )
 
 
 def read_config(files: Files) -> dict[str, Any]:
-    """``model_config.yaml``. Errors as :func:`.nemo_archive.read_config` and
-    :func:`.safe_text.read_yaml`."""
-    return (
-        nemo_archive.read_config(files.place)
-        if files.are_members
-        else safe_text.read_yaml(files.place / CONFIG)
+    if files.are_members:
+        return nemo_archive.read_config(files.place)
+    return safe_text.read_yaml(files.place / CONFIG)
+
+
+def adapter_of(
+    config: Mapping[str, Any], tensors: Sequence[Tensor], width: int = 1
+) -> Adapter | None:
+    """The LoRA settings, completed from the tensors; None for a whole model, which may have been
+    trained with the same settings. ``width`` is the tensor-parallel size of parts."""
+    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
+        return None
+    lora, base = lora_layout.find(tensors), text(config, "restore_from_path")
+    peft = section(config, "peft")
+    stated = section(peft, "lora_tuning") if peft.get("peft_scheme") == "lora" else {}
+    targets = stated.get("target_modules")
+    named = tuple(map(str, targets)) if isinstance(targets, list) else ()
+    # Tensor parallelism may split the rank of the adapter, too.
+    rank = lora.rank if lora and width == 1 else None
+    return Adapter(
+        rank=size(stated, "adapter_dim", rank),
+        alpha=number(stated, "alpha"),
+        targets=named or (lora.targets if lora else ()),
+        base=base,
+        base_is_here=os.path.exists(base) if base else None,
+        variant="LoRA" if lora or stated else "not LoRA",
     )
-
-
-def _kind(files: Files, adapter: Adapter | None) -> Kind:
-    if not files.are_members:
-        return Kind.NEMO1_DIRECTORY
-    return Kind.NEMO1_ARCHIVE_ADAPTER if adapter else Kind.NEMO1_ARCHIVE
 
 
 def _tensors(
@@ -124,133 +149,75 @@ def _tensors(
     config: Mapping[str, Any],
     report: Report,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
-    """The tensors, the tensor- and pipeline-parallel sizes of parts that were not merged, and
-    notes."""
+    """The tensors, the sizes of model parallelism of parts that were not merged, and notes."""
+    sharded, notes = files.below(SHARDED), ()
     if WEIGHTS in sizes:
         with files.open(WEIGHTS) as file:
-            return (
-                tuple(saved_tensors.read(file, files.where(WEIGHTS), WEIGHTS, report)),
-                (1, 1),
-                (),
-            )
-    sharded = files.below(SHARDED)
-    if _storage(sizes) == "torch_dist":
-        found = sharded.read_index(report).tensors.values()
-        return (
-            tuple(
-                _moved(tensor, files) for tensor in found if not tensor.name.startswith("optimizer")
-            ),
-            (1, 1),
-            (),
-        )
-    if _storage(sizes) == "zarr":
-        found = zarr_directory.read(sharded.sizes(), sharded.read, sharded.where(), report).values()
-        return tuple(_moved(tensor, files) for tensor in found), (1, 1), (zarr_directory.WAY_OUT,)
-    if not ranks:
+            tensors = saved_tensors.read(file, files.where(WEIGHTS), WEIGHTS, report)
+        return tuple(tensors), (1, 1), ()
+    if _FOLDER + torch_dist.INDEX in sizes:
+        stored = sharded.read_index(report).tensors.values()
+        stored = [tensor for tensor in stored if not tensor.name.startswith("optimizer")]
+    elif any(name.startswith(_FOLDER) and name.endswith("/.zarray") for name in sizes):
+        where = sharded.where()
+        stored = zarr_directory.read(sharded.sizes(), sharded.read, where, report).values()
+        notes = (zarr_directory.WAY_OUT,)
+    elif ranks:
+        return _ranks(files, ranks, config, report)
+    else:
         raise DamagedCheckpoint(
             f"{shown(files.place)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor "
             "mp_rank_00/."
         )
-    return _ranks(files, ranks, config, report)
+    return tuple(_moved(tensor, files) for tensor in stored), (1, 1), notes
 
 
 def _moved(tensor: Tensor, files: Files) -> Tensor:
-    """``tensor`` with the files of its chunks as members of the archive; in a directory they are
-    relative to ``folder``."""
+    """The files of its chunks as members of the archive; in a directory they are in ``folder``."""
     if not files.are_members:
         return tensor
-    chunks = tuple(
-        dataclasses.replace(chunk, file=f"{SHARDED}/{chunk.file}") for chunk in tensor.chunks
-    )
-    return dataclasses.replace(tensor, chunks=chunks)
+    chunks = (dataclasses.replace(chunk, file=_FOLDER + chunk.file) for chunk in tensor.chunks)
+    return dataclasses.replace(tensor, chunks=tuple(chunks))
 
 
 def _ranks(
     files: Files, ranks: Mapping[tuple[int, int], str], config: Mapping[str, Any], report: Report
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The pieces that each rank holds; names come once for each rank, and the file tells which."""
-    sizes = tuple(
-        max(found, nemo1_config.size(config, f"{name}_model_parallel_size", 1))
-        for found, name in zip(rank_sizes(ranks), ("tensor", "pipeline"), strict=True)
+    width, stages = (
+        max(there, size(config, f"{name}_model_parallel_size", 1))
+        for there, name in zip(rank_sizes(ranks), ("tensor", "pipeline"), strict=True)
     )
-    if sizes[0] * sizes[1] > MAX_RANKS:
+    where = shown(files.place)
+    if width * stages > MAX_RANKS:
         raise DamagedCheckpoint(
-            f"{shown(files.place)} claims parallel sizes {sizes[0]:,} and {sizes[1]:,}; no model "
-            "has so many parts."
+            f"{where} claims parallel sizes {width:,} and {stages:,}; no model has so many parts."
         )
-    for rank in ((tensor, pipeline) for tensor in range(sizes[0]) for pipeline in range(sizes[1])):
+    for rank in itertools.product(range(width), range(stages)):
         if rank not in ranks:
-            report(
-                DamagedCheckpoint(
-                    f"{shown(files.place)} lacks the part of tensor-parallel rank {rank[0]}, "
-                    f"pipeline-parallel rank {rank[1]}."
-                )
-            )
-    found: list[Tensor] = []
+            missing = f"tensor-parallel rank {rank[0]}, pipeline-parallel rank {rank[1]}"
+            report(DamagedCheckpoint(f"{where} lacks the part of {missing}."))
+    tensors: list[Tensor] = []
     for name in sorted(ranks.values()):
         try:
             with files.open(name) as file:
-                found += saved_tensors.read(file, files.where(name), name, report)
+                tensors += saved_tensors.read(file, files.where(name), name, report)
         except CheckpointError as fault:
             report(fault)
-    note = (
-        f"written by {len(ranks)} model-parallel ranks (tensor-parallel size {sizes[0]}, "
-        f"pipeline-parallel size {sizes[1]}) whose parts are not merged: shapes are those of the "
-        "parts, and what every rank holds is listed and counted for each"
-    )
-    return tuple(found), sizes, (note,)
+    sizes = width, stages
+    return tuple(tensors), sizes, (f"written by {parts_note(len(ranks), sizes)}",)
 
 
 def _architecture(
-    config: Mapping[str, Any], tensors: tuple[Tensor, ...], ranks: int, family: Any
+    config: Mapping[str, Any], tensors: tuple[Tensor, ...], ranks: int, family: str | None
 ) -> Architecture | None:
     """``ranks`` is the tensor-parallel size of parts: each has its share of the vocabulary."""
-    sizes = decoder_config.named(
-        nemo1_config.architecture(config), decoder_config.FAMILIES.get(str(family)), config
-    )
+    sizes = nemo1_config.architecture(config, family)
     if sizes is None or sizes.vocabulary:
         return sizes
-    embedding = next(
-        (tensor for tensor in tensors if tensor.name.endswith("embedding.word_embeddings.weight")),
-        None,
-    )
-    return (
-        dataclasses.replace(sizes, vocabulary=ranks * embedding.shape[0])
-        if embedding and embedding.shape
-        else sizes
-    )
-
-
-def _adapter(
-    config: Mapping[str, Any], tensors: tuple[Tensor, ...], parallel: tuple[int, int]
-) -> Adapter | None:
-    """The LoRA settings, completed from the tensors; None for a whole model, which may have been
-    trained with the same settings."""
-    if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
-        return None
-    lora, stated = lora_layout.find(tensors), nemo1_config.adapter(config)
-    base = text(config, "restore_from_path")
-    found = stated or Adapter(
-        None, None, (), base, Path(base).exists() if base else None, variant="not LoRA"
-    )
-    if lora is None:
-        return found
-    # Tensor parallelism may split the rank of the adapter, too.
-    rank = found.rank or (lora.rank if parallel[0] == 1 else None)
-    return dataclasses.replace(
-        found, rank=rank, targets=found.targets or lora.targets, variant="LoRA"
-    )
-
-
-def _view_of(path: Path) -> str:
-    return shown(path / str(read_json(path / VIEW).get("view_of")))
-
-
-def _storage(sizes: Mapping[str, int]) -> str:
-    if WEIGHTS not in sizes and f"{SHARDED}/{torch_dist.INDEX}" in sizes:
-        return "torch_dist"
-    zarr = any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in sizes)
-    return "zarr" if zarr and WEIGHTS not in sizes else "torch"
+    tables = (tensor.shape for tensor in tensors if tensor.name.endswith(EMBEDDING))
+    rows = next(tables, ())[:1]
+    return dataclasses.replace(sizes, vocabulary=ranks * rows[0]) if rows else sizes
 
 
 def _tokenizer(config: Mapping[str, Any]) -> str | None:

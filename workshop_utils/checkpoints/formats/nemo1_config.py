@@ -6,65 +6,30 @@ read in NeMo 2.4.1
 (``nemo/collections/nlp/models/language_modeling/{megatron_gpt_model,megatron_base_model}.py``).
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from workshop_utils.checkpoints.formats import gpt_config
-from workshop_utils.checkpoints.formats.architecture import (
-    Architecture,
-    number,
-    section,
-    size,
-    text,
+from workshop_utils.checkpoints.formats import decoder_config, gpt_config
+from workshop_utils.checkpoints.formats.architecture import Architecture, section, text
+from workshop_utils.checkpoints.formats.gpt_classes import (
+    BASE,
+    FAMILIES,
+    MUST_BE_DEFAULT,
+    ROPE_SCALING,
+    Family,
 )
-from workshop_utils.checkpoints.formats.gpt_classes import BASE, FAMILIES, ROPE_SCALING, Family
-from workshop_utils.checkpoints.formats.summary import Adapter
 from workshop_utils.core.errors import UnsupportedCheckpoint
 
 
-def architecture(config: Mapping[str, Any]) -> Architecture | None:
-    """The sizes that ``config`` states, or None when one that has no default is missing or no
-    number."""
-    layers, hidden, heads = (
-        size(config, name) for name in ("num_layers", "hidden_size", "num_attention_heads")
-    )
-    if not (layers and hidden and heads):
-        return None
+def architecture(config: Mapping[str, Any], family: str | None = None) -> Architecture | None:
+    """What ``config`` states, or None; without a ``family`` the features tell it."""
     scaled = config.get("scale_positional_embedding") is True
-    return Architecture(
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        groups=size(config, "num_query_groups", heads),
-        head_dim=size(config, "kv_channels", hidden // heads),
-        ffn=size(config, "ffn_hidden_size", 4 * hidden),
-        vocabulary=size(config, "override_vocab_size"),
-        tied=config.get("share_embeddings_and_output_weights", True) is True,
-        rope_base=number(config, "rotary_base", 10000),
-        rope_scaling={name: config.get(name) for name in ROPE_SCALING} if scaled else None,
-    )
-
-
-def adapter(config: Mapping[str, Any]) -> Adapter | None:
-    """The LoRA settings in ``config``, or None when it describes a whole model."""
-    peft = config.get("peft")
-    lora = (
-        peft.get("lora_tuning")
-        if isinstance(peft, Mapping) and peft.get("peft_scheme") == "lora"
-        else None
-    )
-    if not isinstance(lora, Mapping):
-        return None
-    base = text(config, "restore_from_path")
-    targets = lora.get("target_modules")
-    return Adapter(
-        rank=size(lora, "adapter_dim"),
-        alpha=number(lora, "alpha"),
-        targets=tuple(str(target) for target in targets) if isinstance(targets, list) else (),
-        base=base,
-        base_is_here=os.path.exists(base) if base else None,
-    )
+    tied = "share_embeddings_and_output_weights"
+    own = {tied: config.get(tied, True) is True, "vocab_size": config.get("override_vocab_size")}
+    own["padded_vocab_size"] = None
+    for name, default in ROPE_SCALING.items():
+        own[name] = config.get(name, default) if scaled else None
+    return decoder_config.megatron_core({**config, **own}, family=family)
 
 
 def tokenizer(config: Mapping[str, Any]) -> str | None:
@@ -75,33 +40,6 @@ def tokenizer(config: Mapping[str, Any]) -> str | None:
     return f"{described.get('library')}: {described.get('type') or described.get('model')}"
 
 
-SAME_NAME = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "init_method_std",
-    "hidden_dropout",
-    "attention_dropout",
-    "layernorm_epsilon",
-    "layernorm_zero_centered_gamma",
-    "persist_layer_norm",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_interleaved",
-    "seq_len_interpolation_factor",
-    "share_embeddings_and_output_weights",
-    "make_vocab_size_divisible_by",
-    "qk_layernorm",
-    "window_size",
-    "num_moe_experts",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-)
 RENAMED = {
     "encoder_seq_length": "seq_length",
     "rotary_percentage": "rotary_percent",
@@ -109,6 +47,11 @@ RENAMED = {
     "qkv_bias": "add_qkv_bias",
 }
 """Key of ``model_config.yaml`` -> field of :mod:`.gpt_classes`."""
+
+_OTHERWISE = ("vocab_size", "normalization", "activation_func", "gated_linear_unit")
+_NOT_SAME = {*RENAMED.values(), *MUST_BE_DEFAULT, *_OTHERWISE}
+SAME_NAME = tuple(name for name in BASE if name not in _NOT_SAME)
+"""Fields that both have."""
 
 _ABSENT = {
     "position_embedding_type": "learned_absolute",
@@ -166,10 +109,8 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     if config.get("scale_positional_embedding"):
         # The four keys have these very defaults in NeMo 1, too.
         scaling = {name: config.get(name, default) for name, default in ROPE_SCALING.items()}
-    activation, norm = (
-        config.get("activation", "gelu"),
-        str(config.get("normalization", "layernorm")).lower(),
-    )
+    activation = config.get("activation", "gelu")
+    norm = str(config.get("normalization", "layernorm")).lower()
     for name, value, known in (
         ("activation", activation, ACTIVATIONS),
         ("normalization", norm, _NORMS),
@@ -178,71 +119,51 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
             raise UnsupportedCheckpoint(
                 f"{where}: {name} is {value!r}; known are {', '.join(known)}."
             )
-    stated = {name: config[name] for name in SAME_NAME if config.get(name) is not None}
-    stated |= {
-        name: value
-        for name, value in _ABSENT.items()
-        if name in SAME_NAME and config.get(name) is None
-    }
-    stated |= {
-        field: config.get(name, _ABSENT.get(name, BASE[field])) for name, field in RENAMED.items()
-    }
-    stated |= scaling
+    stated = {name: config.get(name) for name in SAME_NAME}
+    stated = {name: _ABSENT.get(name) if held is None else held for name, held in stated.items()}
+    stated = {name: held for name, held in stated.items() if held is not None} | scaling
+    for name, field in RENAMED.items():
+        stated[field] = config.get(name, _ABSENT.get(name, BASE[field]))
     stated["activation_func"], stated["gated_linear_unit"] = ACTIVATIONS[activation]
-    stated["normalization"] = _NORMS[norm][0]
-    stated["layernorm_zero_centered_gamma"] = _NORMS[norm][1] or config.get(
-        "layernorm_zero_centered_gamma", False
-    )
-    stated["qk_layernorm"] = (
-        config.get("qk_layernorm", False) and config.get("name") == "decoder_block_gpt"
-    )
+    stated["normalization"], one_less = _NORMS[norm]
+    zero_centered = one_less or config.get("layernorm_zero_centered_gamma", False)
+    stated["layernorm_zero_centered_gamma"] = zero_centered
+    has_norms = config.get("name") == "decoder_block_gpt"
+    stated["qk_layernorm"] = config.get("qk_layernorm", False) and has_norms
     fields = gpt_config.typed(stated, BASE | scaling, f"{where}: ")
-    family = _family(config, fields)
+    named = text(section(config, "workshop"), "family")
+    family = FAMILIES[named] if named in FAMILIES else family_of_features(fields)
     gpt_config.check(fields, family, f"{where}: ", "model_config.yaml")
     return fields, family
 
 
 def _check_kind(config: Mapping[str, Any], where: str) -> None:
-    """Refuse what is no plain GPT of Megatron-Core."""
     target = str(config.get("target", ""))
-    if target and not target.startswith(
-        "nemo.collections.nlp.models.language_modeling.megatron_gpt_"
-    ):
-        raise UnsupportedCheckpoint(
-            f"{where}: target is {target!r}; only GPT models (MegatronGPTModel and its kin) can "
-            "be converted."
-        )
-    if not config.get("mcore_gpt", False):
-        raise UnsupportedCheckpoint(
-            f"{where}: mcore_gpt is {config.get('mcore_gpt')!r}: a model of the transformer that "
-            "NeMo had before Megatron-Core. Convert it first with NeMo's "
+    gpt = "nemo.collections.nlp.models.language_modeling.megatron_gpt_"
+    position = config.get("position_embedding_type")
+    why = None
+    if target and not target.startswith(gpt):
+        known = "GPT models (MegatronGPTModel and its kin)"
+        why = f"target is {target!r}; only {known} can be converted."
+    elif not config.get("mcore_gpt", False):
+        why = (
+            f"mcore_gpt is {config.get('mcore_gpt')!r}: a model of the transformer that NeMo had "
+            "before Megatron-Core. Convert it first with NeMo's "
             "scripts/nlp_language_modeling/convert_nemo_gpt_to_mcore.py."
         )
-    if config.get("name", "") not in _SPECS:
-        raise UnsupportedCheckpoint(
-            f"{where}: name is {config.get('name')!r}, which are no layers of a plain GPT "
-            f"({', '.join(_SPECS[1:])})."
-        )
-    for name in _MUST_BE_OFF:
-        if config.get(name):
-            raise UnsupportedCheckpoint(
-                f"{where}: {name} is {config[name]!r}; no family that is supported here has that."
-            )
-    if config.get("position_embedding_type", _ABSENT["position_embedding_type"]) != "rope":
-        raise UnsupportedCheckpoint(
-            f"{where}: position_embedding_type is {config.get('position_embedding_type')!r}; "
-            "only rope is supported."
-        )
-
-
-def _family(config: Mapping[str, Any], fields: Mapping[str, Any]) -> Family:
-    named = text(section(config, "workshop"), "family")
-    return FAMILIES[named] if named in FAMILIES else family_of_features(fields)
+    elif config.get("name", "") not in _SPECS:
+        plain = ", ".join(_SPECS[1:])
+        why = f"name is {config.get('name')!r}, which are no layers of a plain GPT ({plain})."
+    elif on := [name for name in _MUST_BE_OFF if config.get(name)]:
+        why = f"{on[0]} is {config[on[0]]!r}; no family that is supported here has that."
+    elif position != "rope":
+        why = f"position_embedding_type is {position!r}; only rope is supported."
+    if why:
+        raise UnsupportedCheckpoint(f"{where}: {why}")
 
 
 def family_of_features(fields: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint that does not name it: a Llama, unless ``fields`` has what only
-    another family has."""
+    """A Llama, unless ``fields`` has what only another family has."""
     signs = {
         "mixtral": fields["num_moe_experts"],
         "qwen3": fields["qk_layernorm"],
@@ -263,8 +184,7 @@ _CONSTANT = {
     "name": "",
     "transformer_engine": True,
     # A checkpoint written without Transformer Engine has no _extra_state entries; that is logged
-    # and no error. Whoever writes this
-    # file makes sure that every weight is there.
+    # and no error. Whoever writes this file makes sure that every weight is there.
     "dist_ckpt_load_strictness": "log_all",
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
@@ -322,18 +242,19 @@ def from_fields(
         raise UnsupportedCheckpoint(
             f"{where}: the weights are {dtype}; the script path takes {', '.join(_PRECISION)}."
         )
-    activation = _key_of(ACTIVATIONS, (fields["activation_func"], fields["gated_linear_unit"]))
-    normalization = _key_of(
-        _NORMS,
-        (
-            fields["normalization"],
-            fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"],
-        ),
-    )
-    for name, value in (("activation_func", activation), ("normalization", normalization)):
-        if value is None:
+    names = {}
+    one_less = fields["normalization"] == "LayerNorm" and fields["layernorm_zero_centered_gamma"]
+    for field, table, second in (
+        ("activation_func", ACTIVATIONS, fields["gated_linear_unit"]),
+        ("normalization", _NORMS, one_less),
+    ):
+        pair = fields[field], second
+        names[field] = next(
+            (name for name, stands_for in table.items() if stands_for == pair), None
+        )
+        if names[field] is None:
             raise UnsupportedCheckpoint(
-                f"{where}: config.{name} is {fields[name]!r}, which the script path does not know."
+                f"{where}: config.{field} is {fields[field]!r}, unknown to the script path."
             )
     scaling = {name: fields[name] for name in ROPE_SCALING if name in fields}
     return {
@@ -343,8 +264,8 @@ def from_fields(
         **{name: fields[name] for name in SAME_NAME},
         **{new: fields[old] for new, old in RENAMED.items()},
         "max_position_embeddings": fields["seq_length"],
-        "activation": activation,
-        "normalization": normalization,
+        "activation": names["activation_func"],
+        "normalization": names["normalization"],
         "precision": _PRECISION[dtype],
         "override_vocab_size": rows,
         "scale_positional_embedding": bool(scaling),
@@ -353,7 +274,3 @@ def from_fields(
         # Not NeMo's: for the way back to NeMo 2.0, which has a class for each family.
         "workshop": {"family": family.name},
     }
-
-
-def _key_of(table: Mapping[str, tuple], value: tuple) -> str | None:
-    return next((name for name, stands_for in table.items() if stands_for == value), None)

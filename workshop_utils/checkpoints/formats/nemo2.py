@@ -1,10 +1,11 @@
 """NeMo 2.0 checkpoint directories (torch_dist), read without torch.
 
     NAME/context/model.yaml       architecture and tokenizer, as a tree of ``_target_`` (class) and
-    arguments NAME/context/nemo_tokenizer/  the tokenizer
+                                  arguments
+    NAME/context/nemo_tokenizer/  the tokenizer
     NAME/weights/metadata.json    which backend wrote the weights
     NAME/weights/.metadata        index: tensor -> chunks -> file, first byte, length (a pickle; see
-    restricted_pickle)
+                                  restricted_pickle)
     NAME/weights/__0_0.distcp     the bytes; one or more files for each process that wrote
     NAME/weights/common.pt        state that is not sharded (a pickle; never opened here)
 
@@ -29,6 +30,7 @@ from workshop_utils.checkpoints.formats import (
 )
 from workshop_utils.checkpoints.formats.architecture import Architecture, number, section, text
 from workshop_utils.checkpoints.formats.findings import Report, stop
+from workshop_utils.checkpoints.formats.megatron_layout import EMBEDDING
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.checkpoints.formats.tensor import Tensor
@@ -41,6 +43,9 @@ from workshop_utils.core.errors import (
 )
 from workshop_utils.core.hashing import of_contents
 from workshop_utils.core.paths import shown
+
+PREFIX = "module."
+"""Of the names of the model's own tensors."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,19 @@ class Nemo2Checkpoint:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether these are only the weights of an adapter."""
         return self.adapter is not None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ``weights/``."""
         return sum(self.files.values())
 
+    @property
+    def config(self) -> Path:
+        return self.path / "context" / "model.yaml"
+
     def model_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the model itself, without those of the optimizer (their names lack the
-        ``module.`` prefix)."""
-        return {name: tensor for name, tensor in self.tensors.items() if name.startswith("module.")}
+        """Without those of the optimizer, whose names lack :data:`PREFIX`."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(PREFIX)}
 
 
 def looks_like(path: Path) -> bool:
@@ -93,83 +99,71 @@ def locate(path: Path) -> Path:
     if looks_like(path):
         return path
     here = path.resolve()
-    for above in list(here.parents)[:3]:
+    for above in here.parents[:3]:
         if looks_like(above) and here.relative_to(above).parts[0] in ("weights", "context"):
-            raise NotACheckpoint(
-                f"{shown(path)} is a part of a NeMo 2.0 checkpoint. Give its top directory: "
-                f"{shown(above)}"
-            )
-    below = (
-        sorted(child for child in path.iterdir() if child.is_dir() and looks_like(child))
-        if path.is_dir()
-        else []
-    )
-    if below:
-        names = ", ".join(shown(child) for child in below[:5])
-        raise NotACheckpoint(
-            f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
-        )
+            raise NotACheckpoint(a_part_of(path, above, "NeMo 2.0 checkpoint"))
+    if below := sorted(filter(looks_like, path.iterdir())) if path.is_dir() else []:
+        raise NotACheckpoint(holds(path, below))
     raise NotACheckpoint(
         f"{shown(path)} is not a NeMo 2.0 checkpoint: it has neither context/model.yaml nor "
         "weights/.metadata."
     )
 
 
+def a_part_of(path: Path, top: Path, kind: str = "checkpoint") -> str:
+    return f"{shown(path)} is a part of a {kind}. Give its top directory: {shown(top)}"
+
+
+def holds(path: Path, below: list[Path]) -> str:
+    names = ", ".join(map(shown, below[:5]))
+    return f"{shown(path)} is not a checkpoint but holds {len(below)}. Give one of them: {names}"
+
+
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the NeMo 2.0 directory ``path``, also one of zarr; errors and faults as
-    :func:`read`."""
-    found = _read(path, report, ("torch_dist", "zarr"))
-    tensors = found.model_tensors()
-    architecture, notes = _architecture(found, tensors, report)
-    backend = found.backend["sharded_backend"]
+    """Describe the directory ``path``, also one of zarr; errors and faults as :func:`read`."""
+    held = _read(path, report, ("torch_dist", "zarr"))
+    tensors = held.model_tensors()
+    architecture, notes = _architecture(held, tensors, report)
+    backend = held.backend["sharded_backend"]
     notes += (zarr_directory.WAY_OUT,) if backend == "zarr" else ()
-    if optimizer := len(found.tensors) - len(tensors):
+    if optimizer := len(held.tensors) - len(tensors):
         notes += (f"{optimizer} tensors of optimizer state beside the weights",)
-    notes += foreign_names.note(found.model, path / "context" / "model.yaml")
     return Checkpoint(
         path=path,
-        kind=Kind.NEMO2_ADAPTER if found.is_adapter else Kind.NEMO2,
+        kind=Kind.NEMO2_ADAPTER if held.is_adapter else Kind.NEMO2,
         detail=backend,
         architecture=architecture,
-        nbytes=found.nbytes,
+        nbytes=held.nbytes,
         tensors=tuple(tensors.values()),
-        tokenizer=_tokenizer(path / "context", found.model),
-        adapter=_adapter(found, tensors) if found.is_adapter else None,
-        notes=notes,
-        version=f"{backend} {found.backend.get('sharded_backend_version')}",
+        tokenizer=_tokenizer(path / "context", held.model),
+        adapter=_adapter(held, tensors) if held.is_adapter else None,
+        notes=notes + foreign_names.note(held.model, held.config),
+        version=f"{backend} {held.backend.get('sharded_backend_version')}",
         folder="weights",
         storage=backend,
     )
 
 
 def _architecture(
-    found: Nemo2Checkpoint, tensors: Mapping[str, Tensor], report: Report
+    held: Nemo2Checkpoint, tensors: Mapping[str, Tensor], report: Report
 ) -> tuple[Architecture | None, tuple[str, ...]]:
-    """The sizes of a family that can be converted, with the defaults of its class; of any other as
-    ``model.yaml`` states them."""
-    embedding = tensors.get("module.embedding.word_embeddings.weight")
-    rows = embedding.shape[0] if embedding and embedding.shape else None
-    config, notes = section(found.model, "config"), ()
+    """With the defaults of its class where that is known, else as ``model.yaml`` states it."""
+    notes, target = (), held.model.get("_target_")
     try:
-        fields = gpt_config.read_fields(found.model, shown(found.path / "context" / "model.yaml"))
-        sizes = gpt_config.architecture(fields, rows)
+        fields = gpt_config.read_fields(held.model, shown(held.config))
     except UnsupportedCheckpoint as error:
-        fields, sizes, notes = (
-            config,
-            decoder_config.megatron_core(config, tensors, rows),
-            (str(error),),
-        )
+        fields, notes = section(held.model, "config"), (str(error),)
     except (DamagedCheckpoint, UnsafeCheckpoint) as fault:
         report(fault)
         return None, ()
-    target = found.model.get("_target_")
+    embedding = tensors.get(PREFIX + EMBEDDING)
+    rows = embedding.shape[0] if embedding and embedding.shape else None
     family = decoder_config.family_of_target(target) or str(target).rpartition(".")[2]
-    return decoder_config.named(sizes, family, fields), notes
+    return decoder_config.megatron_core(fields, tensors, rows, family), notes
 
 
 def tokenizer_name(model: Mapping[str, Any]) -> str | None:
-    """The directory or file below ``context/``, or the repository on the Hub, that ``model`` (a
-    ``model.yaml``) names as its tokenizer."""
+    """What ``model.yaml`` names: a place below ``context/``, or a repository on the Hub."""
     described = section(model, "tokenizer")
     name = described.get("pretrained_model_name") or described.get("model_path")
     # NeMo's wrapper around a string that was no path when the checkpoint was written.
@@ -189,13 +183,10 @@ def _tokenizer(context: Path, model: Mapping[str, Any]) -> str | None:
     return f"{kind}, {count:,} tokens" if count else kind
 
 
-def _adapter(found: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
+def _adapter(held: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
     """Rank and targets as the tensors have them; alpha and kind as ``model_transform`` has them."""
-    lora = lora_layout.find(tensors.values())
-    transform, base = (
-        section(found.model, "model_transform"),
-        text(found.adapter, "model_ckpt_path"),
-    )
+    lora, transform = lora_layout.find(tensors.values()), section(held.model, "model_transform")
+    base = text(held.adapter, "model_ckpt_path")
     variant = str(transform.get("_target_", "LoRA")).rpartition(".")[2] or "LoRA"
     return Adapter(
         rank=lora.rank if lora else None,
@@ -219,53 +210,36 @@ def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
 
 
 def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpoint:
-    """As :func:`read`, for a directory that one of ``backends`` wrote."""
-    weights = path / "weights"
-    _refuse_half_written(path)
-    backend = read_json(weights / "metadata.json")
-    if backend.get("sharded_backend") not in backends:
-        raise UnsupportedCheckpoint(
-            f"{shown(weights / 'metadata.json')}: sharded_backend is "
-            f"{backend.get('sharded_backend')!r}; only torch_dist can be read. "
-            f"{zarr_directory.WAY_OUT}."
-        )
-    adapter_file = weights / "adapter_metadata.json"
-    if backend["sharded_backend"] == "zarr":
-        tensors, files = zarr_directory.read_directory(weights, report)
-        objects = {}
-    else:
-        index = torch_dist.read_directory(weights, report)
-        tensors, objects, files = index.tensors, index.objects, torch_dist.file_sizes(weights)
-    return Nemo2Checkpoint(
-        path=path,
-        model=read_yaml(path / "context" / "model.yaml"),
-        backend=backend,
-        adapter=read_json(adapter_file) if adapter_file.exists() else None,
-        tensors=tensors,
-        objects=objects,
-        files=files,
-    )
-
-
-def _refuse_half_written(path: Path) -> None:
+    weights, real = path / "weights", path.resolve()
     # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it; NAME-last may
     # be a link to that.
-    real = path.resolve()
-    marker = real.parent / f"{real.name}-unfinished"
-    if marker.exists():
+    if (real.parent / f"{real.name}-unfinished").exists():
         raise DamagedCheckpoint(
-            f"{shown(path)} is half-written: {marker.name} lies beside it. Use an earlier "
+            f"{shown(path)} is half-written: {real.name}-unfinished lies beside it. Use an earlier "
             "checkpoint."
         )
     needed = ("context/model.yaml", "weights/metadata.json")
-    missing = [name for name in needed if not (path / name).is_file()]
-    if missing:
+    if missing := ", ".join(name for name in needed if not (path / name).is_file()):
         raise DamagedCheckpoint(
-            f"{shown(path)} lacks {', '.join(missing)}. Copy or make the checkpoint again."
+            f"{shown(path)} lacks {missing}. Copy or make the checkpoint again."
         )
+    backend = read_json(weights / "metadata.json")
+    kind = backend.get("sharded_backend")
+    if kind not in backends:
+        raise UnsupportedCheckpoint(
+            f"{shown(weights / 'metadata.json')}: sharded_backend is {kind!r}; only torch_dist can "
+            f"be read. {zarr_directory.WAY_OUT}."
+        )
+    if kind == "zarr":
+        (tensors, files), objects = zarr_directory.read_directory(weights, report), {}
+    else:
+        index = torch_dist.read_directory(weights, report)
+        tensors, objects, files = index.tensors, index.objects, torch_dist.file_sizes(weights)
+    adapter, model = weights / "adapter_metadata.json", read_yaml(path / "context" / "model.yaml")
+    stated = read_json(adapter) if adapter.exists() else None
+    return Nemo2Checkpoint(path, model, backend, stated, tensors, objects, files)
 
 
 def contents_of(checkpoint: Path) -> dict[str, dict[str, str]]:
-    """Digests of what the NeMo 2.0 directory ``checkpoint`` is loaded from, wherever it lies: part
-    -> file in it -> digest."""
+    """Digests of what ``checkpoint`` is loaded from, wherever it lies: part -> file -> digest."""
     return {part: of_contents(checkpoint / part) for part in ("context", "weights")}

@@ -5,9 +5,8 @@ Symbols: ``nh`` attention heads, ``ng`` query groups (key/value heads), ``hd`` c
 
 ``interleaved``
     Megatron-Core and NeMo, group by group: ``[q .. q, k, v]`` with ``nh / ng`` query heads in a
-    group.
-    Source: ``MCoreSelfAttentionMixin.get_query_key_value_tensors`` (nemo-toolkit 2.4.1), which
-        views the output as ``[ng, (nh / ng + 2) * hd]`` and splits the last axis.
+    group. Source: ``MCoreSelfAttentionMixin.get_query_key_value_tensors`` (nemo-toolkit 2.4.1),
+    which views the output as ``[ng, (nh / ng + 2) * hd]`` and splits the last axis.
 ``qkv``
     TensorRT-LLM's ``attn_qkv``: all query heads, then all key heads, then all value heads. Query
     head ``h`` belongs to group ``h // (nh / ng)``, as in Hugging Face's ``repeat_kv``.
@@ -33,7 +32,6 @@ class Heads(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Rows of the fused matrix."""
         return (self.attention + 2 * self.groups) * self.channels
 
 
@@ -42,16 +40,10 @@ def split(rows: Tensor, heads: Heads, order: Order) -> tuple[Tensor, Tensor, Ten
     ``[ng*hd, r]``."""
     nh, ng, hd = heads
     if order == "qkv":
-        query, key, value = rows.split([nh * hd, ng * hd, ng * hd])
-        return query, key, value
-    per_group = rows.reshape(ng, nh // ng + 2, hd, -1)
-    query, key, value = per_group[:, :-2], per_group[:, -2], per_group[:, -1]
-    columns = rows.shape[1]
-    return (
-        query.reshape(nh * hd, columns),
-        key.reshape(ng * hd, columns),
-        value.reshape(ng * hd, columns),
-    )
+        return rows.split([nh * hd, ng * hd, ng * hd])
+    groups = rows.reshape(ng, nh // ng + 2, hd, -1)
+    parts = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return tuple(part.reshape(-1, rows.shape[1]) for part in parts)
 
 
 def join(query: Tensor, key: Tensor, value: Tensor, heads: Heads, order: Order) -> Tensor:
@@ -61,17 +53,10 @@ def join(query: Tensor, key: Tensor, value: Tensor, heads: Heads, order: Order) 
 
     if order == "qkv":
         return torch.cat([query, key, value])
-    nh, ng, hd = heads
-    columns = query.shape[1]
-    per_group = [
-        query.reshape(ng, nh // ng, hd, columns),
-        key.reshape(ng, 1, hd, columns),
-        value.reshape(ng, 1, hd, columns),
-    ]
-    return torch.cat(per_group, dim=1).reshape(heads.rows, columns)
+    groups = [part.reshape(heads.groups, -1, query.shape[1]) for part in (query, key, value)]
+    return torch.cat(groups, dim=1).reshape(heads.rows, -1)
 
 
 def reorder(rows: Tensor, heads: Heads, have: Order, want: Order) -> Tensor:
-    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``; the same
-    tensor when they agree."""
+    """``rows`` ``[(nh+2*ng)*hd, r]`` moved from the order ``have`` to the order ``want``."""
     return rows if have == want else join(*split(rows, heads, have), heads, want)

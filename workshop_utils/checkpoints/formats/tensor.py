@@ -56,7 +56,6 @@ class Tensor:
 
     @property
     def elements(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -66,7 +65,6 @@ class Tensor:
 
     @property
     def files(self) -> list[str]:
-        """The files that hold it, sorted."""
         return sorted({chunk.file for chunk in self.chunks})
 
 

@@ -13,23 +13,25 @@ NAMES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def is_one(path: Path) -> bool:
-    """Whether the directory ``path`` holds a tokenizer."""
     return any((path / name).is_file() for name in NAMES)
 
 
 def describe(path: Path) -> str | None:
-    """``class, number of tokens`` of the tokenizer in the directory ``path``; None where there is
-    none."""
+    """``class, number of tokens`` of the tokenizer in ``path``; None where there is none."""
     if not is_one(path):
         return None
-    kind = _kind(path)
+    kind = next(name for name in NAMES if (path / name).is_file())
+    if kind == NAMES[0]:
+        try:
+            kind = str(read_json(path / kind).get("tokenizer_class"))
+        except CheckpointError:
+            kind = f"{kind} cannot be read"
     count = vocabulary(path)
     return f"{kind}, {count:,} tokens" if count else kind
 
 
 def vocabulary(path: Path) -> int | None:
-    """Number of tokens of the tokenizer in the directory ``path``, or None where that is not cheap
-    to tell."""
+    """Number of tokens of the tokenizer in ``path``; None where that is not cheap to tell."""
     fast, sentencepiece = path / "tokenizer.json", path / "tokenizer.model"
     try:
         if fast.is_file() and fast.stat().st_size <= MAX_BYTES:
@@ -37,14 +39,12 @@ def vocabulary(path: Path) -> int | None:
         if sentencepiece.is_file() and sentencepiece.stat().st_size <= MAX_BYTES:
             return count_pieces(sentencepiece.read_bytes())
     except CheckpointError:
-        # A tokenizer that cannot be read does not keep the weights from being described.
-        return None
+        pass  # A tokenizer that cannot be read does not keep the weights from being described.
     return None
 
 
 def count_pieces(content: bytes) -> int | None:
-    """Number of pieces in a SentencePiece model: fields 1 of a protobuf message
-    (sentencepiece_model.proto). None if it is none."""
+    """Pieces of a SentencePiece model: fields 1 of its protobuf message. None if it is none."""
     at, count = 0, 0
     while at < len(content):
         tag, at = _varint(content, at)
@@ -68,24 +68,12 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
     return value, at
 
 
-def _kind(path: Path) -> str:
-    if (path / "tokenizer_config.json").is_file():
-        try:
-            return str(read_json(path / "tokenizer_config.json").get("tokenizer_class"))
-        except CheckpointError:
-            return "tokenizer_config.json cannot be read"
-    return next(name for name in NAMES if (path / name).is_file())
-
-
 def _count_fast(described: dict) -> int | None:
     model, added = described.get("model"), described.get("added_tokens")
     known = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(known, dict | list):
         return None
+    entries = known if isinstance(known, list) else ()
+    inside = {entry[0] for entry in entries if isinstance(entry, list) and entry} or known
     more = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    inside = (
-        known
-        if isinstance(known, dict)
-        else {entry[0] for entry in known if isinstance(entry, list) and entry}
-    )
     return len(known) + sum(str(token.get("content")) not in inside for token in more)

@@ -60,19 +60,16 @@ class Index:
 
 
 def read_directory(weights: Path, report: Report = stop) -> Index:
-    """The index of the directory ``weights``; errors as :func:`read_index`, also for a missing or
-    too large file."""
+    """As :func:`read_index`, also for a missing or too large file."""
     path = weights / INDEX
     if not path.is_file():
         raise DamagedCheckpoint(f"{shown(path)} is missing.")
-    return read_index(
-        restricted_pickle.read_bytes(path), shown(weights), file_sizes(weights), report
-    )
+    data = restricted_pickle.read_bytes(path)
+    return read_index(data, shown(weights), file_sizes(weights), report)
 
 
 def file_sizes(weights: Path) -> dict[str, int]:
-    """Bytes of each file in the directory ``weights``, by name; a link counts as the file that it
-    leads to."""
+    """Bytes of each file by name; a link counts as the file that it leads to."""
     return {file.name: file.stat().st_size for file in sorted(weights.iterdir()) if file.is_file()}
 
 
@@ -91,30 +88,27 @@ def read_index(data: bytes, where: str, files: Mapping[str, int], report: Report
 
 
 def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Report) -> Index:
-    index = restricted_pickle.load_index(data, f"{where}/{INDEX}", report)
+    place = f"{where}/{INDEX}"
+    index = restricted_pickle.load_index(data, place, report)
     entries, stored = index.get("state_dict_metadata"), index.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise DamagedCheckpoint(
-            f"{where}/{INDEX} has no list of tensors or no list of their places."
-        )
+        raise DamagedCheckpoint(f"{place} has no list of tensors or no list of their places.")
     places = _places(stored, where, files, report)
     del index, stored
     tensors, objects = {}, {}
     for name, entry in entries.items():
         try:
             if not isinstance(name, str) or len(name) > MAX_NAME:
-                raise DamagedCheckpoint(f"{where}/{INDEX} lists something without a sound name.")
+                raise DamagedCheckpoint(f"{place} lists something without a sound name.")
+            is_object = isinstance(entry, restricted_pickle.BytesStorageMetadata)
             if isinstance(entry, restricted_pickle.TensorStorageMetadata):
-                tensors[name] = _tensor(where, name, entry, places)
-            elif (
-                isinstance(entry, restricted_pickle.BytesStorageMetadata) and (name, None) in places
-            ):
-                if place := places[name, None]:
-                    objects[name] = StoredObject(name, *place)
+                tensors[name] = _tensor(place, name, entry, places)
+            elif is_object and (name, None) in places:
+                if held := places[name, None]:
+                    objects[name] = StoredObject(name, *held)
             else:
                 raise DamagedCheckpoint(
-                    f"{where}/{INDEX}: {name!r} is of an unknown kind or has no place in any file.",
-                    name,
+                    f"{place}: {name!r} is of an unknown kind or has no place in any file.", name
                 )
         except CheckpointError as fault:
             report(fault)
@@ -124,26 +118,20 @@ def _read_index(data: bytes, where: str, files: Mapping[str, int], report: Repor
 def _places(
     stored: dict, where: str, files: Mapping[str, int], report: Report
 ) -> dict[tuple, tuple[str, int, int] | None]:
-    """(name, offset in the tensor) -> (file, start, length), or None for a place that was reported.
-    A file is reported once."""
+    """(name, offset in the tensor) -> (file, start, length), or None for one that was reported."""
     places = {}
     broken: dict[str, dict[str, int]] = {}
     while stored:
         # Taken out one by one, so that there are never two full lists of 100,000 places.
         key, place = stored.popitem()
-        name, offset = getattr(key, "fqn", None), getattr(key, "offset", None)
-        if (
-            not isinstance(name, str)
-            or len(name) > MAX_NAME
-            or not (offset is None or _is_shape(offset))
-        ):
+        name, offset = item = getattr(key, "fqn", None), getattr(key, "offset", None)
+        sound = isinstance(name, str) and len(name) <= MAX_NAME
+        if not sound or not (offset is None or _is_shape(offset)):
             report(DamagedCheckpoint(f"{where}/{INDEX} lists a place without a sound name."))
             continue
-        item = name, offset
         if item in places:
-            report(
-                DamagedCheckpoint(f"{where}/{INDEX} lists two places for {name} at {offset}.", name)
-            )
+            twice = f"{where}/{INDEX} lists two places for {name} at {offset}."
+            report(DamagedCheckpoint(twice, name))
             continue
         try:
             file, start, length = places[item] = _place(where, name, place, files)
@@ -161,19 +149,13 @@ def _places(
 
 
 def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> DamagedCheckpoint:
-    """What to say of a file that is missing (``size`` None) or too short for the entries in
-    ``ends``: name -> last byte."""
     names = sorted(ends)
-    held = ", ".join(names[:SHOWN]) + (
-        f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    )
     only = names[0] if len(names) == 1 else None
+    held = ", ".join(names[:SHOWN])
+    held += f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     if size is None:
-        return DamagedCheckpoint(
-            f"{path} is missing; it holds {held}. Copy the checkpoint again, all of it.",
-            only,
-            Code.MISSING_FILE,
-        )
+        why = f"is missing; it holds {held}. Copy the checkpoint again, all of it."
+        return DamagedCheckpoint(f"{path} {why}", only, Code.MISSING_FILE)
     return DamagedCheckpoint(
         f"{path} has {size:,} bytes but {held} end{'s' if only else ''} at byte "
         f"{max(ends.values()):,}: the file is cut off. Copy the checkpoint again.",
@@ -183,31 +165,19 @@ def _broken_file(path: str, size: int | None, ends: Mapping[str, int]) -> Damage
 
 
 def _place(where: str, name: str, place: Any, files: Mapping[str, int]) -> tuple[str, int, int]:
-    """(file, start, length) of one stored item, once the file is known to lie in the directory."""
-    file, start, length = (
-        getattr(place, "relative_path", None),
-        getattr(place, "offset", None),
-        getattr(place, "length", None),
-    )
-    if (
-        not isinstance(file, str)
-        or len(file) > MAX_NAME
-        or not (_is_size(start) and _is_size(length))
-    ):
-        raise DamagedCheckpoint(
-            f"{where}/{INDEX}: {name} has no sound file, offset and length.", name
-        )
+    here = f"{where}/{INDEX}: {name}"
+    file, start = getattr(place, "relative_path", None), getattr(place, "offset", None)
+    length = getattr(place, "length", None)
+    named = isinstance(file, str) and len(file) <= MAX_NAME
+    if not named or not (_is_size(start) and _is_size(length)):
+        raise DamagedCheckpoint(f"{here} has no sound file, offset and length.", name)
     if getattr(place, "transform_descriptors", None):
-        raise UnsupportedCheckpoint(
-            f"{where}/{INDEX}: {name} is stored compressed, which NeMo never writes.", name
-        )
+        raise UnsupportedCheckpoint(f"{here} is stored compressed, which NeMo never writes.", name)
     if file not in files:
         parts = PurePosixPath(file)
         if parts.is_absolute() or ".." in parts.parts or "\\" in file or "\0" in file:
             raise UnsafeCheckpoint(
-                f"{where}/{INDEX}: {name} lies in {file!r}, outside the checkpoint. It was not "
-                "read.",
-                name,
+                f"{here} lies in {file!r}, outside the checkpoint. It was not read.", name
             )
     return file, start, length
 
@@ -216,45 +186,27 @@ def _tensor(
     where: str, name: str, entry: restricted_pickle.TensorStorageMetadata, places: dict
 ) -> Tensor:
     """The tensor, without the chunks whose place was reported."""
+    here = f"{where}: {name}"
     shape, properties, chunks = entry.get("size"), entry.get("properties"), entry.get("chunks")
-    dtype = (
-        properties.get("dtype")
-        if isinstance(properties, restricted_pickle.TensorProperties)
-        else None
-    )
-    dtype = str(dtype).removeprefix("torch.")
+    is_known = isinstance(properties, restricted_pickle.TensorProperties)
+    dtype = str(properties.get("dtype") if is_known else None).removeprefix("torch.")
     if dtype in restricted_pickle.OTHER_DTYPE_BYTES:
-        raise UnsupportedCheckpoint(
-            f"{where}/{INDEX}: {name} is of {dtype}, which NeMo never writes.", name
-        )
+        raise UnsupportedCheckpoint(f"{here} is of {dtype}, which NeMo never writes.", name)
     if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
-        raise DamagedCheckpoint(
-            f"{where}/{INDEX}: {name} has no sound shape, dtype and list of chunks.", name
-        )
+        raise DamagedCheckpoint(f"{here} has no sound shape, dtype and list of chunks.", name)
     found, shapes = [], {}
     for chunk in chunks:
-        offsets, sizes = (
-            (chunk.get("offsets"), chunk.get("sizes"))
-            if isinstance(chunk, restricted_pickle.Record)
-            else (None, None)
-        )
-        if (
-            not _is_shape(offsets)
-            or not _is_shape(sizes)
-            or not len(offsets) == len(sizes) == len(shape)
-        ):
-            raise DamagedCheckpoint(
-                f"{where}/{INDEX}: a chunk of {name} has no sound offset and shape.", name
-            )
+        is_record = isinstance(chunk, restricted_pickle.Record)
+        offsets, sizes = (chunk.get("offsets"), chunk.get("sizes")) if is_record else (None, None)
+        sound = _is_shape(offsets) and _is_shape(sizes)
+        if not sound or not len(offsets) == len(sizes) == len(shape):
+            raise DamagedCheckpoint(f"{here}: a chunk has no sound offset and shape.", name)
         # Each place serves one chunk: a list that names one chunk over and over would take for
         # ever.
         place = places.pop((name, offsets), ())
         if place == ():
-            raise DamagedCheckpoint(
-                f"{where}/{INDEX}: the chunk of {name} at {offsets} has no place in any file of "
-                "its own.",
-                name,
-            )
+            lost = f"its chunk at {offsets} has no place in any file of its own."
+            raise DamagedCheckpoint(f"{here}: {lost}", name)
         if place:
             file, start, length = place
             found.append(Chunk(offsets, shapes.setdefault(sizes, sizes), file, start, length))
@@ -262,10 +214,7 @@ def _tensor(
 
 
 def _is_shape(value: Any) -> bool:
-    """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
-    if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
-        return False
-    return all(not (type(item) is not int or not 0 <= item < 2**63) for item in value)
+    return type(value) is tuple and len(value) <= MAX_DIMENSIONS and all(map(_is_size, value))
 
 
 def _is_size(value: Any) -> bool:

@@ -80,8 +80,7 @@ def write_index(
 
 
 def renamed(entries: Iterable[Tensor | StoredObject], old: str, new: str) -> list:
-    """``entries`` with the prefix ``new`` in place of ``old`` (``module.`` in NeMo 2.0, ``model.``
-    in NeMo 1)."""
+    """``entries`` with the prefix ``new`` in place of ``old``."""
     return [
         dataclasses.replace(entry, name=new + entry.name.removeprefix(old)) for entry in entries
     ]
@@ -99,8 +98,7 @@ def link(files: Iterable[str], source: Path, directory: Path, target: Path) -> N
 
 
 def append(file: IO[bytes], name: str, offsets: tuple[int, ...], elements: torch.Tensor) -> Chunk:
-    """Write one chunk at the end of ``file``, called ``name`` in the index, and return its
-    place."""
+    """Write one chunk at the end of ``file``, called ``name`` in the index; its place."""
     import torch
 
     start = file.tell()

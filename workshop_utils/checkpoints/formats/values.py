@@ -9,7 +9,6 @@ import contextlib
 import io
 import math
 import zipfile
-from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 from workshop_utils.checkpoints.formats import nemo_archive
@@ -22,19 +21,12 @@ if TYPE_CHECKING:
     import numpy
 
 
-@contextlib.contextmanager
-def open_part(checkpoint: Checkpoint, file: str) -> Iterator[IO[bytes]]:
-    """The file of ``checkpoint`` that a chunk names, open for reading: beside the index, a member
-    of the archive, or the file itself."""
+def open_part(checkpoint: Checkpoint, file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """The file of ``checkpoint`` that a chunk names, open for reading where it lies."""
     if checkpoint.kind in (Kind.NEMO1_ARCHIVE, Kind.NEMO1_ARCHIVE_ADAPTER):
-        with nemo_archive.open_member(checkpoint.path, file) as member:
-            yield member
-        return
-    path = (
-        checkpoint.path if checkpoint.path.is_file() else checkpoint.path / checkpoint.folder / file
-    )
-    with path.open("rb") as opened:
-        yield opened
+        return nemo_archive.open_member(checkpoint.path, file)
+    path = checkpoint.path
+    return (path if path.is_file() else path / checkpoint.folder / file).open("rb")
 
 
 def read_tensor(
@@ -48,12 +40,9 @@ def read_tensor(
     """
     import numpy
 
-    first, last = (0, math.inf) if layer is None else (layer, layer + 1)
-    chosen = [
-        chunk
-        for chunk in tensor.chunks
-        if layer is None or (chunk.offsets[0] < last and chunk.offsets[0] + chunk.shape[0] > first)
-    ]
+    chosen = tensor.chunks
+    if layer is not None:
+        chosen = [c for c in chosen if c.offsets[0] <= layer < c.offsets[0] + c.shape[0]]
     values = numpy.empty(tensor.shape if layer is None else (1, *tensor.shape[1:]), dtype(tensor))
     if sum(math.prod(chunk.shape) for chunk in chosen) < values.size:
         raise DamagedCheckpoint(
@@ -61,11 +50,11 @@ def read_tensor(
         )
     for chunk in chosen:
         piece = read_chunk(checkpoint, tensor, chunk)
+        pairs = zip(chunk.offsets, chunk.shape, strict=True)
+        place = tuple(slice(start, start + size) for start, size in pairs)
         if layer is not None:
-            piece = piece[layer - chunk.offsets[0] : layer - chunk.offsets[0] + 1]
-            place = (slice(0, 1), *_place(chunk)[1:])
-        else:
-            place = _place(chunk)
+            piece = piece[layer - chunk.offsets[0]][None]
+            place = (slice(0, 1), *place[1:])
         values[place] = piece
     return values if layer is None else values[0]
 
@@ -109,37 +98,21 @@ def dtype(tensor: Tensor) -> "numpy.dtype":
     return numpy.dtype(getattr(ml_dtypes, tensor.dtype, tensor.dtype))
 
 
-def _place(chunk: Chunk) -> tuple[slice, ...]:
-    return tuple(
-        slice(start, start + size) for start, size in zip(chunk.offsets, chunk.shape, strict=True)
-    )
-
-
 def _elements(content: bytes, needed: int, tensor: Tensor, where: str) -> bytes:
     """The elements in the ``torch.save`` archive ``content``."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = [entry for entry in archive.infolist() if entry.filename.endswith("/data/0")]
-            if (
-                len(stored) != 1
-                or stored[0].compress_type != zipfile.ZIP_STORED
-                or stored[0].file_size != needed
-            ):
+            sound = [e for e in stored if e.compress_type == zipfile.ZIP_STORED]
+            if len(stored) != 1 or not sound or sound[0].file_size != needed:
                 raise DamagedCheckpoint(
                     f"{where}: {tensor.name} has no {needed:,} bytes of elements where the index "
                     "says.",
                     tensor.name,
                 )
             return archive.read(stored[0])
-    # ValueError: a place before the start of the bytes.
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-    ) as error:
+    # NotImplementedError is a RuntimeError; ValueError: a place before the start of the bytes.
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError) as error:
         raise DamagedCheckpoint(
             f"{where}: the bytes of {tensor.name} are damaged: {error}", tensor.name
         ) from error

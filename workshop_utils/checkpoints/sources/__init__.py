@@ -41,5 +41,4 @@ def fetch(name: str, progress: bool = True) -> Path:
 
 
 def source_of(model: Model):
-    """The module that gets ``model``."""
     return importlib.import_module(f"{__name__}.{model.source}")

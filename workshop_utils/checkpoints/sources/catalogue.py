@@ -42,25 +42,19 @@ class Model:
 
     @property
     def hub_id(self) -> str | None:
-        """The model's id on the Hub, where it comes from there, or where its licence stands on its
-        page there."""
-        page = (
-            self.address
-            if self.source == "huggingface"
-            else self.licence_url.removeprefix("https://huggingface.co/")
-        )
+        """Id on the Hub of the model, or of the page there that has its licence."""
+        page = self.licence_url.removeprefix("https://huggingface.co/")
+        page = self.address if self.source == "huggingface" else page
         return page if page.count("/") == 1 else None
 
 
 def catalogue() -> dict[str, Model]:
-    """Every model of the manifest, by name. Raises WorkshopError when the manifest is missing or an
-    entry is wrong."""
+    """Every model of the manifest, by name."""
     return _read(paths.repository_file("models/manifest.yaml"))
 
 
 def find(name: str) -> Model:
-    """The model called ``name``. Raises WorkshopError with all names, and the nearest, when there
-    is none."""
+    """Raises WorkshopError with all names, and the nearest, when there is none."""
     models = catalogue()
     if name in models:
         return models[name]
@@ -79,49 +73,39 @@ def directory(given: Path | str, place: Callable[[str], Path] = paths.huggingfac
         NotACheckpoint: it is the path of nothing, no name of a model (as :func:`find`), or one that
             is not here yet.
     """
-    for found in (Path(given), place(str(given))):
-        if found.is_dir():
-            return found
-    if Path(given).exists():
-        raise NotACheckpoint(
-            f"{paths.shown(given)} is a file: give the directory of a model, or a name from "
-            "`workshop models`."
+    for path in (Path(given), place(str(given))):
+        if path.is_dir():
+            return path
+    name = str(given)
+    if Path(given).exists() or Path(given).name != name:
+        what = (
+            f"{paths.shown(given)} is a file" if Path(given).exists() else f"{name} does not exist"
         )
-    if Path(given).name != str(given):
         raise NotACheckpoint(
-            f"{given} does not exist: give the directory of a model, or a name from `workshop "
-            "models`."
+            f"{what}: give the directory of a model, or a name from `workshop models`."
         )
     try:
-        model = find(str(given))
+        model = find(name)
     except WorkshopError as error:
         raise NotACheckpoint(
-            f"{given} is no directory of a model: {error}, `workshop models fetch NAME` gets one."
+            f"{name} is no directory of a model: {error}, `workshop models fetch NAME` gets one."
         ) from None
-    raise NotACheckpoint(
-        f"{model.name} is not at {paths.shown(place(model.name))}: `workshop models fetch "
-        f"{model.name}` gets it."
-    )
+    here = paths.shown(place(model.name))
+    raise NotACheckpoint(f"{name} is not at {here}: `workshop models fetch {name}` gets it.")
 
 
 def location(model: Model) -> Path:
-    """Directory of ``model`` on this machine, whether it is there or not."""
-    return (
-        paths.nemo2_checkpoint(model.name)
-        if model.format == "nemo2"
-        else paths.huggingface_model(model.name)
-    )
+    place = paths.nemo2_checkpoint if model.format == "nemo2" else paths.huggingface_model
+    return place(model.name)
 
 
 def is_present(model: Model) -> bool:
-    """Whether the whole of ``model`` lies at its :func:`location`: a directory with a part missing
-    or cut off does not count."""
-    return wholeness.CHECKS[model.format](location(model))
+    """A directory with a part missing or cut off does not count."""
+    return getattr(wholeness, model.format)(location(model))
 
 
 @cache
 def _read(manifest: Path) -> dict[str, Model]:
-
     try:
         entries = yaml.safe_load(manifest.read_text(encoding="utf-8"))
     except OSError as error:
@@ -135,17 +119,15 @@ def _read(manifest: Path) -> dict[str, Model]:
 
 
 def _model(manifest: Path, name: str, entry: dict) -> Model:
-    wanted = {field.name for field in fields(Model)} - {"name"}
+    known = {field.name for field in fields(Model)} - {"name"}
     where = f"{paths.shown(manifest)}, {name}"
-    for key in sorted(wanted ^ set(entry)):
-        raise WorkshopError(
-            f"{where}: the field '{key}' is {'missing' if key in wanted else 'unknown'}"
-        )
+    for key in sorted(known ^ entry.keys()):
+        wrong = "missing" if key in known else "unknown"
+        raise WorkshopError(f"{where}: the field '{key}' is {wrong}")
     for key, allowed in (("source", SOURCES), ("format", FORMATS)):
         if entry[key] not in allowed:
-            raise WorkshopError(
-                f"{where}: {key} is '{entry[key]}', which is none of {', '.join(allowed)}"
-            )
+            none = f"which is none of {', '.join(allowed)}"
+            raise WorkshopError(f"{where}: {key} is '{entry[key]}', {none}")
     return Model(name=name, **entry)
 
 

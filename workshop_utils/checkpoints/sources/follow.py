@@ -27,17 +27,10 @@ def run(
     The bar counts the bytes written under ``folder`` towards ``size``. The command is stopped when
     this function is interrupted.
     """
-    with (
-        log.open("w") as output,
-        progress_bar(total=size, desc=label, unit="B", unit_scale=True, shown=progress) as bar,
-    ):
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-        )
+    bars = {"total": size, "desc": label, "unit": "B", "unit_scale": True}
+    with log.open("w") as output, progress_bar(**bars, shown=progress) as bar:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, env=environment, **streams)
         try:
             while process.poll() is None:
                 bar.update(min(size, sum(_written(folder))) - bar.n)
@@ -51,8 +44,7 @@ def run(
 
 
 def _written(folder: Path) -> Iterator[int]:
-    """Bytes on the disk of each file under ``folder``: blocks, because some clients give a file its
-    full size at once."""
+    """Bytes on the disk of each file: some clients give a file its full size at once."""
     for here, _, names in os.walk(folder):
         for name in names:
             try:

@@ -6,18 +6,18 @@ fetched in its cache and resumes there. Our directory takes the weights from the
 where the file system allows it, so they lie on the disk once.
 """
 
+import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils.checkpoints.sources import pad_token, proxy, wholeness
 from workshop_utils.checkpoints.sources.catalogue import Model
-from workshop_utils.core import paths
+from workshop_utils.core import hashing, paths
 from workshop_utils.core.errors import FetchError, GatedModel
 from workshop_utils.core.progress import progress_bar_class
 
@@ -35,12 +35,11 @@ WANTED = (
     "LICENSE*",
     "USE_POLICY*",
 )
-SHA256_LENGTH = 64  # hexadecimal digits
-GIT_SHA1_LENGTH = 40
+_TOKENS = "https://huggingface.co/settings/tokens"
+_CUT = re.compile(r"file should be of size (\d+) but has size (\d+) \((?:.*/)?([^/]+)\)")
 
 
 def plan(model: Model) -> str:
-    """What :func:`download` does, for people to read."""
     at = f" at {model.revision[:12]}" if model.revision else ""
     return (
         f"snapshot_download of {model.address}{at} (weights, tokenizer and configuration), check "
@@ -56,57 +55,53 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
     anything else that fails. A new start resumes.
     """
     snapshot = _snapshot(model, progress)
-    files = sorted(
-        file
-        for file in snapshot.iterdir()
-        if file.is_file() and any(file.match(pattern) for pattern in WANTED)
-    )
-    for file in files:
+    # The snapshot may hold what somebody else fetched, too.
+    found = {file for pattern in WANTED for file in snapshot.glob(pattern) if file.is_file()}
+    for file in found:
         _check(model, file)
-    with paths.new_directory(target) as made:
-        for file in files:
-            _place(file, made / file.name)
-        pad_token.ensure(made)
-        if not wholeness.huggingface(made):
+    with paths.new_directory(target) as part:
+        for file in found:
+            _place(file, part / file.name)
+        pad_token.ensure(part)
+        if not wholeness.huggingface(part):
+            there = ", ".join(sorted(file.name for file in found)) or "nothing"
             raise FetchError(
-                f"{model.address}: only a part of it is in the Hub's cache "
-                f"({', '.join(f.name for f in files) or 'nothing'}), and the Hub could not be "
-                "asked for the rest. Go online, unset HF_HUB_OFFLINE and start again; it resumes"
+                f"{model.address}: only a part of it is in the Hub's cache ({there}), and the Hub "
+                "could not be asked for the rest. Go online, unset HF_HUB_OFFLINE and start again; "
+                "it resumes"
             )
 
 
 def _snapshot(model: Model, progress: bool) -> Path:
-    """The snapshot's directory in the Hub's cache."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("DO_NOT_TRACK", "1")
     # The Hub's own transfer protocol (Xet) cannot resume a file; plain HTTP can.
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "HF_HUB_DISABLE_XET"):
+        os.environ.setdefault(name, "1")
     import requests
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
 
-    were_off = are_progress_bars_disabled()
-    if not progress:
-        disable_progress_bars()
-    try:
-        bars = {"tqdm_class": progress_bar_class()} if progress else {}
-        return Path(
-            snapshot_download(
+    bars = {"tqdm_class": progress_bar_class()} if progress else {}
+    with contextlib.nullcontext() if progress else _no_bars():
+        try:
+            snapshot = snapshot_download(
                 model.address, revision=model.revision, allow_patterns=list(WANTED), **bars
             )
-        )
-    except (
-        requests.RequestException,
-        OSError,
-    ) as error:  # every error of the Hub's client is one or the other
-        raise _explained(model, error) from error
+        # Every error of the Hub's client is one or the other.
+        except (requests.RequestException, OSError) as error:
+            raise _explained(model, error) from error
+    return Path(snapshot)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    from huggingface_hub import utils
+
+    were_off = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
     finally:
         if not were_off:
-            enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def _explained(model: Model, error: BaseException) -> FetchError:
@@ -118,47 +113,46 @@ def _explained(model: Model, error: BaseException) -> FetchError:
     if isinstance(error, errors.GatedRepoError) or status == 403 or (status == 401 and model.gated):
         return GatedModel(_how_to_get_access(model, status))
     if isinstance(error, errors.RepositoryNotFoundError):
-        return FetchError(
-            f"{model.address}: the Hub has no such repository ({status}), or it is private and "
-            "HF_TOKEN may not see it"
+        why = (
+            f"the Hub has no such repository ({status}), or it is private and HF_TOKEN may not "
+            "see it"
         )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FetchError(
-            f"{model.address}: the Hub has no revision {model.revision}; see models/manifest.yaml"
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):
+    elif isinstance(error, errors.RevisionNotFoundError):
+        why = f"the Hub has no revision {model.revision}; see models/manifest.yaml"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
         # The client says so whenever it has nothing cached; why it had to look there is the cause.
-        caused_by_answer = isinstance(error.__cause__, errors.HfHubHTTPError)
-        return (
-            _explained(model, error.__cause__)
-            if caused_by_answer
-            else FetchError(_unreachable(model, error))
-        )
-    if status == 401:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            return _explained(model, error.__cause__)
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+            why = (
+                "HF_HUB_OFFLINE is set and the Hub's cache (HF_HOME) does not hold it. Unset "
+                "HF_HUB_OFFLINE"
+            )
+        else:
+            why = (
+                f"the Hub cannot be reached.{_proxy(error)} Check the network (or HF_ENDPOINT) and "
+                "start again; it resumes"
+            )
+    elif status == 401:
         return GatedModel(_how_to_get_access(model, status))
-    if status is not None:
-        return FetchError(
-            f"{model.address}: the Hub answered {status}.{_proxy(error)} Try again later; it "
-            "resumes"
-        )
-    if isinstance(error, requests.RequestException):
-        return FetchError(
-            f"{model.address}: the connection broke ({type(error).__name__}).{_proxy(error)} "
-            "Start again; it resumes where it stopped"
-        )
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return FetchError(
-            f"{model.address}: no space left on the disk of the Hub's cache (HF_HOME); "
+    elif status is not None:
+        why = f"the Hub answered {status}.{_proxy(error)} Try again later; it resumes"
+    elif isinstance(error, requests.RequestException):
+        broke = f"the connection broke ({type(error).__name__}).{_proxy(error)}"
+        why = f"{broke} Start again; it resumes where it stopped"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        why = (
+            "no space left on the disk of the Hub's cache (HF_HOME); "
             f"{model.size / 1e9:.1f} GB are needed"
         )
-    if cut := re.search(
-        r"file should be of size (\d+) but has size (\d+) \((?:.*/)?([^/]+)\)", str(error)
-    ):
-        return FetchError(
-            f"{model.address}, {cut[3]}: the connection broke after {cut[2]} of {cut[1]} bytes. "
-            "Start again; it resumes where it stopped"
+    elif cut := _CUT.search(str(error)):
+        why = (
+            f"{cut[3]}: the connection broke after {cut[2]} of {cut[1]} bytes. Start again; it "
+            "resumes where it stopped"
         )
-    return FetchError(f"{model.address}: {' '.join(str(error).split())}. Start again; it resumes")
+    else:
+        why = f"{' '.join(str(error).split())}. Start again; it resumes"
+    return FetchError(f"{model.address}: {why}")
 
 
 def _how_to_get_access(model: Model, status: int | None) -> str:
@@ -168,31 +162,19 @@ def _how_to_get_access(model: Model, status: int | None) -> str:
     if get_token() is None:
         return (
             f"{model.address} is gated. Open {page}, sign in and accept its licence "
-            f"({model.licence}); make a token that may read at "
-            "https://huggingface.co/settings/tokens; then set HF_TOKEN to it and start again"
+            f"({model.licence}); make a token that may read at {_TOKENS}; then set HF_TOKEN to it "
+            "and start again"
         )
     if status == 401:
         return (
             f"{model.address}: the Hub refuses the token (401). Make a new one that may read at "
-            "https://huggingface.co/settings/tokens and set HF_TOKEN to it"
+            f"{_TOKENS} and set HF_TOKEN to it"
         )
     return (
         f"{model.address} is gated and the account of this token has no access (403). Open "
         f"{page} with that account, accept the licence ({model.licence}) and wait until the page "
         "says that access is granted; a fine-grained token also needs the permission to read "
         "gated repositories"
-    )
-
-
-def _unreachable(model: Model, error: BaseException) -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return (
-            f"{model.address}: HF_HUB_OFFLINE is set and the Hub's cache (HF_HOME) does not hold "
-            "it. Unset HF_HUB_OFFLINE"
-        )
-    return (
-        f"{model.address}: the Hub cannot be reached.{_proxy(error)} Check the network (or "
-        "HF_ENDPOINT) and start again; it resumes"
     )
 
 
@@ -210,29 +192,23 @@ def _check(model: Model, file: Path) -> None:
     The Hub names a large file by its sha256 and a small one by its git blob id. A file that differs
     leaves the cache, so that the next start fetches it anew.
     """
+    from huggingface_hub.utils.sha import git_hash
+
     blob = file.resolve()
-    wanted = model.files.get(file.name, blob.name)
-    if len(wanted) == SHA256_LENGTH:
-        found = _digest(blob, hashlib.sha256)
-    elif len(wanted) == GIT_SHA1_LENGTH:
-        found = _digest(
-            blob,
-            lambda: hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False),
-        )
+    expected = model.files.get(file.name, blob.name)
+    if len(expected) == 64:
+        digest = hashing.sha256(blob)
+    elif len(expected) == 40:
+        digest = git_hash(blob.read_bytes())
     else:  # a cache without symbolic links (some Windows machines): nothing to compare with
         return
-    if found != wanted:
+    if digest != expected:
         blob.unlink()
         file.unlink(missing_ok=True)
         raise FetchError(
-            f"{model.address}, {file.name}: its checksum is {found}, {wanted} was expected. The "
+            f"{model.address}, {file.name}: its checksum is {digest}, {expected} was expected. The "
             "damaged copy was deleted; start again"
         )
-
-
-def _digest(file: Path, new_digest: Callable) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, new_digest).hexdigest()
 
 
 def _place(cached: Path, target: Path) -> None:
@@ -242,13 +218,10 @@ def _place(cached: Path, target: Path) -> None:
     A link shares its permissions with the cache: where those are not what the umask gives, a copy
     is made.
     """
-    if (
-        cached.suffix == ".safetensors"
-        and stat.S_IMODE(cached.stat().st_mode) == paths.new_file_mode()
-    ):
-        try:
+    mode = stat.S_IMODE(cached.stat().st_mode)
+    if cached.suffix == ".safetensors" and mode == paths.new_file_mode():
+        # Not where the cache is on another file system, or this one has no hard links.
+        with contextlib.suppress(OSError):
             os.link(cached.resolve(), target)
             return
-        except OSError:  # the cache is on another file system, or this one has no hard links
-            pass
     shutil.copyfile(cached, target)

@@ -23,10 +23,16 @@ from workshop_utils.core.progress import progress_bar
 
 SDK = "ngcsdk==4.37.0"
 KEY_PAGE = "https://org.ngc.nvidia.com/setup/api-keys"
+_SAID = {
+    r"Client Error: 401|Invalid apikey|Missing API key": "refused",
+    r"Client Error: 403": "no access",
+    r"accept terms": "terms",
+    r"Client Error: 404|could not be found": "not found",
+}
+"""What the ``ngc`` command prints -> kind of failure."""
 
 
 def plan(model: Model) -> str:
-    """What :func:`download` does, for people to read."""
     client = "the ngc command" if shutil.which("ngc") else f"{SDK} in {paths.shown(_environment())}"
     return (
         f"download {model.address} with {client}, check the size (and sha256, where stated) of "
@@ -61,21 +67,12 @@ def _key() -> str | None:
 
 
 def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
-    """Run the driver in the client's environment and show what it reports."""
-    command = [
-        str(_python_of_sdk()),
-        str(Path(__file__).with_name("ngc_driver.py")),
-        model.address,
-        str(staging),
-    ]
+    driver = Path(__file__).with_name("ngc_driver.py")
+    command = [str(_python_of_sdk()), str(driver), model.address, str(staging)]
+    bars = {"total": model.size, "desc": model.name, "unit": "B", "unit_scale": True}
     said: dict = {}
     log = staging / "driver.log"
-    with (
-        log.open("w") as errors,
-        progress_bar(
-            total=model.size, desc=model.name, unit="B", unit_scale=True, shown=progress
-        ) as bar,
-    ):
+    with log.open("w") as errors, progress_bar(**bars, shown=progress) as bar:
         driver = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
             for line in driver.stdout:
@@ -92,18 +89,8 @@ def _with_sdk(model: Model, staging: Path, progress: bool) -> None:
 
 
 def _with_command(model: Model, staging: Path, progress: bool) -> None:
-    """Run ``ngc registry model download-version`` and follow the growing files."""
-    command = [
-        "ngc",
-        "registry",
-        "model",
-        "download-version",
-        model.address,
-        "--dest",
-        str(staging),
-        "--format_type",
-        "json",
-    ]
+    command = ["ngc", "registry", "model", "download-version", model.address]
+    command += ["--dest", str(staging), "--format_type", "json"]
     environment = dict(os.environ)
     if key := _key():  # older versions of the command read no other name
         environment["NGC_CLI_API_KEY"] = key
@@ -111,21 +98,11 @@ def _with_command(model: Model, staging: Path, progress: bool) -> None:
     status = follow.run(command, log, staging, model.size, model.name, progress, environment)
     text = log.read_text(errors="replace")
     if status != 0:
-        raise _explained(model, _kind(text), " ".join(text.split())[-300:])
-
-
-def _kind(text: str) -> str:
-    """What kind of failure the ``ngc`` command printed."""
-    kinds = {
-        r"Client Error: 401|Invalid apikey|Missing API key": "refused",
-        r"Client Error: 403": "no access",
-    }
-    kinds |= {r"accept terms": "terms", r"Client Error: 404|could not be found": "not found"}
-    return next((kind for pattern, kind in kinds.items() if re.search(pattern, text)), "failed")
+        kinds = (kind for pattern, kind in _SAID.items() if re.search(pattern, text))
+        raise _explained(model, next(kinds, "failed"), " ".join(text.split())[-300:])
 
 
 def _explained(model: Model, kind: str, message: str) -> FetchError:
-    """A failure of either client as an error that says what to do."""
     if kind == "refused":
         return GatedModel(
             f"{model.address}: NGC refuses the key in NGC_API_KEY (401). Make a new personal key "
@@ -141,33 +118,27 @@ def _explained(model: Model, kind: str, message: str) -> FetchError:
         return FetchError(
             f"{model.address}: NGC has no such model or version (404), or this key may not see it"
         )
-    said = proxy.of_environment(
-        os.environ.get("NGC_CLI_API_URL") or "https://api.ngc.nvidia.com", message
-    )
+    url = os.environ.get("NGC_CLI_API_URL") or "https://api.ngc.nvidia.com"
+    through = proxy.of_environment(url, message)
     if "make a connection" in message or "not reachable" in message:
-        return FetchError(
-            f"{model.address}: NGC cannot be reached.{said} Check the network and start again; "
-            "finished files are kept"
-        )
-    message = proxy.without_credentials(message)
-    return FetchError(
-        f"{model.address}: NGC's client failed: {message}.{said} Start again; finished files are "
-        "kept"
-    )
+        why = f"NGC cannot be reached.{through} Check the network and start again"
+    else:
+        said = proxy.without_credentials(message)
+        why = f"NGC's client failed: {said}.{through} Start again"
+    return FetchError(f"{model.address}: {why}; finished files are kept")
 
 
 def _move(model: Model, staging: Path, target: Path) -> None:
-    """Take the checkpoint out of ``staging``; NGC puts it in a folder named after model and
-    version."""
-    found = next((file.parent.parent for file in staging.rglob("context/model.yaml")), None)
-    if found is None or not wholeness.nemo2(found):
+    """NGC puts the checkpoint in a folder named after model and version."""
+    checkpoint = next((file.parent.parent for file in staging.rglob("context/model.yaml")), None)
+    if checkpoint is None or not wholeness.nemo2(checkpoint):
         raise FetchError(
             f"{model.address}: what NGC sent is not a whole NeMo 2.0 checkpoint (context/ and "
             f"weights/). Delete {paths.shown(staging)} and start again"
         )
-    with paths.new_directory(target) as made:
-        for part in found.iterdir():
-            part.rename(made / part.name)
+    with paths.new_directory(target) as part:
+        for child in checkpoint.iterdir():
+            child.rename(part / child.name)
 
 
 def _environment() -> Path:
@@ -177,17 +148,12 @@ def _environment() -> Path:
 def _python_of_sdk() -> Path:
     """The Python of the client's environment, which is made (again) when it was never finished."""
     environment = _environment()
-    python = environment / "bin" / "python"
-    finished = environment / f"{SDK}.installed"
+    python, finished = environment / "bin" / "python", environment / f"{SDK}.installed"
     if not finished.is_file():
-        _run(
-            [sys.executable, "-m", "venv", "--clear", str(environment)],
-            "a virtual environment cannot be made",
-        )
-        _run(
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", SDK],
-            f"{SDK} cannot be installed",
-        )
+        venv = [sys.executable, "-m", "venv", "--clear", str(environment)]
+        _run(venv, "a virtual environment cannot be made")
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", SDK]
+        _run(pip, f"{SDK} cannot be installed")
         finished.touch()
     return python
 

@@ -50,7 +50,6 @@ def main(target: str, directory: Path) -> int:
 
 
 def key() -> str | None:
-    """The API key in the environment, or None."""
     return os.environ.get("NGC_API_KEY") or os.environ.get("NGC_CLI_API_KEY")
 
 
@@ -71,7 +70,6 @@ def download(models, target: str, directory: Path) -> None:
             continue
 
         def report(completed, *_, before=before):
-            """Tell the progress; ``completed`` is the bytes of this file."""
             say(done=before + completed, total=total)
 
         result = models.download_version(
@@ -85,7 +83,7 @@ def download(models, target: str, directory: Path) -> None:
 
 
 def check(result, file) -> None:
-    """The client reports a failed transfer only in its result."""
+    # The client reports a failed transfer only in its result.
     if result.status != "Completed":
         raise OSError(
             f"{file.path}: the transfer ended as '{result.status}' after "
@@ -101,7 +99,6 @@ def check(result, file) -> None:
 
 
 def say(**message) -> None:
-    """Print one JSON line on standard output."""
     print(json.dumps(message), file=sys.__stdout__, flush=True)
 
 

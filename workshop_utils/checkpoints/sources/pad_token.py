@@ -22,8 +22,12 @@ def ensure(directory: Path) -> None:
     offers none.
     """
     tokenizer = _read(directory / "tokenizer_config.json")
-    ids = _special_ids(directory)
-    end, pad = _content(tokenizer.get("eos_token")), _content(tokenizer.get("pad_token"))
+    # Id of each added token; special tokens are all among them.
+    added = _read(directory / "tokenizer.json")["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    # A special token is stored as its text, or as an object that holds it.
+    stated = (tokenizer.get(name) for name in ("eos_token", "pad_token"))
+    end, pad = (token["content"] if isinstance(token, dict) else token for token in stated)
     if pad is None or pad == end:
         pad = next((token for token in CANDIDATES if token in ids and token != end), None)
         if pad is None:
@@ -37,24 +41,10 @@ def ensure(directory: Path) -> None:
         _update(directory / name, pad_token_id=ids[pad])
 
 
-def _special_ids(directory: Path) -> dict[str, int]:
-    """Id of each added token; special tokens are all among them."""
-    return {
-        token["content"]: token["id"]
-        for token in _read(directory / "tokenizer.json")["added_tokens"]
-    }
-
-
-def _content(token: str | dict | None) -> str | None:
-    """A special token is stored as its text, or as an object that holds it."""
-    return token["content"] if isinstance(token, dict) else token
-
-
 def _update(file: Path, **values) -> None:
     if file.exists():
-        paths.write_text(
-            file, json.dumps(_read(file) | values, indent=2, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(_read(file) | values, indent=2, ensure_ascii=False)
+        paths.write_text(file, f"{text}\n")
 
 
 def _read(file: Path) -> dict:

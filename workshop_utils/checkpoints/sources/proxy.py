@@ -33,8 +33,7 @@ def of_environment(url: str, said: str) -> str:
 
 
 def of_pip(said: str) -> str:
-    """For pip, which prints ``said``, and may have a proxy in its own configuration; empty without
-    a proxy."""
+    """For pip, which printed ``said``, and may have a proxy in its own configuration."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, check=False, capture_output=True, text=True).stdout
     own = {

