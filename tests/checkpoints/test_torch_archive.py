@@ -164,7 +164,6 @@ def test_a_foreign_name_is_reported_and_the_rest_is_read(capsys):
         "x.ckpt is a pickle that would call __builtin__.print when it is loaded "
         "(__builtin__.print('executed'))"
     ) in str(faults[0])
-    assert torch_archive.scan(saved({"mine": Mine()}), "x") == ["__builtin__.print('executed')"]
     assert capsys.readouterr().out == ""
 
 

@@ -1,11 +1,11 @@
 """Files that ``torch.save`` wrote (``model_weights.ckpt``, ``common.pt``, ``.bin``, ``.ckpt``),
 read without torch.
 
-Such a file is a zip of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``, ``NAME/data/1``...: the
-bytes of each storage, which the pickle refers to by persistent ids ``("storage", type, key, device,
-elements)``. A tensor is an offset, a shape and strides in a storage. Only the pickle is read, and
-restricted; of the storages only their places are told. Source of the format:
-``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
+Such a file is a zip (:mod:`.torch_zip`) of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``,
+``NAME/data/1``...: the bytes of each storage, which the pickle refers to by persistent ids
+``("storage", type, key, device, elements)``. A tensor is an offset, a shape and strides in a
+storage. Only the pickle is read, and restricted; of the storages only their places are told. Source
+of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from workshop_utils.checkpoints.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.pickle_machine import Harmful, Inert, Sealed
+from workshop_utils.checkpoints.formats.pickle_machine import Harmful, Inert, StandIn
 from workshop_utils.checkpoints.formats.restricted_pickle import (
     MAX_DIMENSIONS,
     OTHER_DTYPE_BYTES,
@@ -86,8 +86,7 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage: ``start`` is None where the zip lacks it. ``faults`` collects those of its
-    tensors."""
+    """``start`` is None where the zip lacks it. ``faults`` collects those of its tensors."""
 
     dtype: str
     key: str
@@ -96,7 +95,6 @@ class _Storage:
     faults: list["_Faulty"]
 
     def fault(self, why: str) -> "_Faulty":
-        """A stand-in for a tensor that contradicts this storage, also added to ``faults``."""
         self.faults.append(_Faulty(why))
         return self.faults[-1]
 
@@ -108,20 +106,21 @@ class _Faulty:
     why: str
 
 
-class _State(dict, metaclass=Sealed):
+class _State(StandIn, dict):
     """``collections.OrderedDict`` and ``defaultdict``; attributes (``_metadata``) are dropped."""
+
+    __slots__ = ()
 
     def __init__(self, *arguments: Any) -> None:
         if any(isinstance(argument, dict | list | tuple) for argument in arguments):
             raise pickle.UnpicklingError("a mapping made from arguments")
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
 
-
-class _Namespace(dict, metaclass=Sealed):
+class _Namespace(StandIn, dict):
     """``argparse.Namespace``: a dictionary of its attributes."""
+
+    __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
@@ -165,7 +164,7 @@ class Buffer(Named):
         self.content: Any = arguments[0] if arguments else b""
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the bytes; the position is dropped."""
+        # The position is dropped.
         self.content = state[0] if type(state) is tuple and state else state
 
 
@@ -201,7 +200,8 @@ def _items(values: Any = ()) -> Any:
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
-    """``torch._utils._rebuild_parameter(data, requires_grad, hooks)``."""
+    """``torch._utils._rebuild_parameter(data, requires_grad, hooks)``, and ``..._with_state``, for
+    a parameter with attributes, which Megatron-Core sets."""
     return data
 
 
@@ -242,12 +242,6 @@ def _tensor(
     return SavedTensor(shape, storage.dtype, storage.start + offset * item, elements * item)
 
 
-def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
-    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which
-    Megatron-Core sets."""
-    return data
-
-
 def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of
     another type, or with attributes."""
@@ -266,9 +260,7 @@ def _calls_within(data: bytes) -> tuple[str, ...]:
         pickles = 1
     elif not data.startswith(_OLD_FORMAT):
         return (f"{data[:20]!a}...",)
-    calls, whole = restricted_pickle.scan_all(
-        data, "a storage in a pickle", _INNER, lambda key: Inert("storage"), pickles
-    )
+    calls, whole = restricted_pickle.scan_all(data, _INNER, lambda key: Inert("storage"), pickles)
     return tuple(calls) or (() if whole == pickles else (f"{data[:20]!a}...",))
 
 
@@ -287,7 +279,7 @@ def _load_from_bytes(content: Any) -> "_Storage":
     except UnicodeEncodeError:
         raise pickle.UnpicklingError("a storage that is loaded from no bytes") from None
     if calls := _calls_within(data):
-        raise Harmful("torch.storage._load_from_bytes", list(calls))
+        raise Harmful("torch.storage._load_from_bytes", calls)
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
 
 
@@ -327,7 +319,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
@@ -388,26 +380,19 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
     calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages, faults))
     _calls_within.cache_clear()
     for call in calls:
-        report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
+        report(restricted_pickle.unsafe(where, [call]))
     if state is None and calls:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     _check_extent(state, where)
     return _without_faulty({"": state}, where, "", report).get("") if faults else state
 
 
-def scan(file: IO[bytes], where: str) -> list[str]:
-    """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as
-    :func:`read_tensors`."""
-    data, storages = torch_zip.read(file, where, _ALLOWED)
-    return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
-
-
-def scan_bare(data: bytes, where: str) -> list[str] | None:
+def scan_bare(data: bytes) -> list[str] | None:
     """What pickles one after the other, in no zip, would call; None where that is not known: the
     first is not whole, and Python's own machine may go on where this one stops. A first byte that
     is no opcode stops both.
     """
-    calls, whole = restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
+    calls, whole = restricted_pickle.scan_all(data, _ALLOWED, lambda key: Inert("storage"))
     _calls_within.cache_clear()
     return (
         calls if calls or whole or data[:1].decode("latin-1") not in pickletools.code2op else None
@@ -447,8 +432,6 @@ def _check_extent(state: Any, where: str) -> None:
     seen: dict[int, tuple[int, int]] = {}
 
     def extent(value: Any, depth: int) -> tuple[int, int]:
-        """Number of values in ``value``, itself included, and of levels. Raises
-        :class:`DamagedCheckpoint` above the limits."""
         if id(value) not in seen:
             count, levels = 1, 1
             for child in _children(value):
@@ -478,7 +461,7 @@ def _finder(
     storages: dict[str, tuple[int, int]], faults: list[_Faulty]
 ) -> Callable[[Any], _Storage]:
     def find(reference: Any) -> _Storage:
-        """The storage that a persistent id names; ``elements`` are bytes for an untyped one."""
+        # ``elements`` are bytes for an untyped storage.
         if not isinstance(reference, tuple) or len(reference) < 5:
             raise pickle.UnpicklingError("a reference to something that is no storage")
         kind, storage_type, key, _, elements = reference[:5]

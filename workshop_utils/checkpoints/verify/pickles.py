@@ -139,9 +139,9 @@ def _check_inner(report: Report, where: str, content: bytes | None, extra_state:
     if content is not None and content[:4] == b"PK\x03\x04":
         torch_archive.read_state(io.BytesIO(content), where, report.add)
         return
-    calls = None if content is None else torch_archive.scan_bare(content, where)
+    calls = None if content is None else torch_archive.scan_bare(content)
     if calls:
-        report.add(restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls))
+        report.add(restricted_pickle.unsafe(where, calls))
     elif calls is None and extra_state:
         report.add(
             UnsafeCheckpoint(
