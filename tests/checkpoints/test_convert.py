@@ -456,9 +456,7 @@ def test_other_formats_get_a_sentence(checkpoint, root, tokenizer):
     (root / "old" / "weights" / "metadata.json").write_text(
         '{"sharded_backend": "zarr", "sharded_backend_version": 1}'
     )
-    with pytest.raises(
-        UnsupportedCheckpoint, match="zarr weights cannot be read here.*load and save"
-    ):
+    with pytest.raises(UnsupportedCheckpoint, match="zarr is deprecated.*load and save"):
         readers.read(root / "old")
     (root / "gguf.gguf").write_bytes(b"GGUF")
     with pytest.raises((DamagedCheckpoint, UnsupportedCheckpoint)):

@@ -40,7 +40,6 @@ def answers(kind: Kind, **changes) -> dict[str, tuple[str, str]]:
 OTHER = dataclasses.replace(LLAMA, family="gemma")
 CASES = {
     "nemo2": (Kind.NEMO2, {"detail": "torch_dist"}),
-    "nemo2 zarr": (Kind.NEMO2, {"detail": "zarr"}),
     "nemo2 of another family": (Kind.NEMO2, {"architecture": OTHER}),
     "nemo2 adapter": (Kind.NEMO2_ADAPTER, {"adapter": LORA}),
     "nemo2 adapter without base": (

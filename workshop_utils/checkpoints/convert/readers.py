@@ -13,7 +13,6 @@ from workshop_utils.checkpoints.formats import (
     nemo2,
     saved_tensors,
     torch_dist,
-    zarr_directory,
 )
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.findings import Report, stop
@@ -24,10 +23,6 @@ from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.core.paths import shown
 
-ZARR = (
-    "zarr weights cannot be read here, and NeMo has dropped them: load and save the checkpoint "
-    "once with the NeMo that wrote it."
-)
 _WAYS_OUT = {
     Kind.LIGHTNING: "weights and optimizer state as NeMo 1 saves them in training. Let NeMo 1 write a .nemo "  # noqa: E501
     "of it (nemo/collections/nlp: examples/nlp/language_modeling/megatron_ckpt_to_nemo.py), "
@@ -55,10 +50,6 @@ def read(path: Path, tokenizer: Tokenizer | None = None, report: Report = stop) 
     found = identify(path, report)
     if found.kind in _WAYS_OUT:
         raise UnsupportedCheckpoint(f"{shown(path)} is a {found.kind}, {_WAYS_OUT[found.kind]}")
-    if (found.detail and "zarr" in found.detail) or any(
-        name.endswith(zarr_directory.WAY_OUT) for name in found.notes
-    ):
-        raise UnsupportedCheckpoint(f"{shown(path)}: {ZARR}")
     # NeMo 1 looks tokenizers up in the current directory: every path that is written has to be
     # absolute.
     path = path.resolve()
@@ -106,7 +97,9 @@ def _nemo1(path: Path, tokenizer: Tokenizer | None, report: Report) -> Source:
             else read_json(files.place / "metadata.json").get("sharded_backend")
         )
         if backend != "torch_dist":
-            raise UnsupportedCheckpoint(f"{shown(path)}: sharded_backend is {backend!r}; {ZARR}")
+            raise UnsupportedCheckpoint(
+                f"{shown(path)}: sharded_backend is {backend!r}; only torch_dist is read."
+            )
         index = files.read_index(report)
         tensors = {
             name: tensor for name, tensor in index.tensors.items() if name.startswith("model.")

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from workshop_utils.checkpoints.formats import decoder_config
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind, dtypes
+from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind, dtypes
 from workshop_utils.checkpoints.formats.tensor import Tensor, whole
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedCheckpoint
 from workshop_utils.core.paths import shown
@@ -101,7 +101,8 @@ class Header:
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the GGUF file ``path``; errors as :func:`read_header`."""
+    """Describe the GGUF file ``path``; errors as :func:`read_header`, and UnsupportedCheckpoint for
+    an adapter."""
     header = read_header(path, report)
     fields, names = header.fields, {tensor.name for tensor in header.tensors}
     vocabulary = _length(fields.get("tokenizer.ggml.tokens"))
@@ -113,6 +114,11 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         notes.append(f"one of {parts} files; the tensors of the others are not listed")
     if "rope_freqs.weight" in names:
         notes.append("the scaling of the rope is in the tensor rope_freqs.weight")
+    if fields.get("general.type") == "adapter":
+        raise UnsupportedCheckpoint(
+            f"{shown(path)} is a LoRA for llama.cpp (llama-cli --lora), which nothing here reads. "
+            "Give the PEFT adapter that it was made of."
+        )
     return Checkpoint(
         path=path,
         kind=Kind.GGUF,
@@ -121,7 +127,6 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         nbytes=path.stat().st_size,
         tensors=header.tensors,
         tokenizer=_tokenizer(fields, vocabulary),
-        adapter=_adapter(fields, header.tensors),
         notes=tuple(notes),
         version=f"GGUF {header.version}",
     )
@@ -307,27 +312,4 @@ def _tokenizer(fields: dict[str, Any], vocabulary: int | None) -> str | None:
     pre = fields.get("tokenizer.ggml.pre")
     return f"{kind}{f' ({pre})' if pre else ''}, in the file" + (
         f", {vocabulary:,} tokens" if vocabulary else ""
-    )
-
-
-def _adapter(fields: dict[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
-    """A LoRA for llama.cpp: ``blk.0.attn_q.weight.lora_a`` has the shape (r, in)."""
-    if fields.get("general.type") != "adapter":
-        return None
-    halves = [
-        tensor for tensor in tensors if tensor.name.endswith(".lora_a") and len(tensor.shape) == 2
-    ]
-    ranks = {tensor.shape[0] for tensor in halves}
-    base = fields.get("general.base_model.0.repo_url", fields.get("general.base_model.0.name"))
-    alpha = fields.get("adapter.lora.alpha")
-    return Adapter(
-        rank=ranks.pop() if len(ranks) == 1 else None,
-        alpha=alpha if isinstance(alpha, int | float) else None,
-        targets=tuple(
-            sorted(
-                {tensor.name.removesuffix(".weight.lora_a").rpartition(".")[2] for tensor in halves}
-            )
-        ),
-        base=base if isinstance(base, str) else None,
-        base_is_here=None,
     )

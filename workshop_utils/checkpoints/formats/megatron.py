@@ -90,11 +90,9 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     name = str(backend.get("sharded_backend", "torch_dist"))
     notes: tuple[str, ...] = ()
     if name == "zarr":
-        (stored, files), objects = zarr_directory.read_directory(path, report), {}
-        notes += (zarr_directory.WAY_OUT,)
-    else:
-        index = torch_dist.read_directory(path, report)
-        stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
+        raise zarr_directory.unsupported(shown(path))
+    index = torch_dist.read_directory(path, report)
+    stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
     tensors = {name: tensor for name, tensor in stored.items() if not _is_optimizer(name)}
     if tensors and all(name.startswith("module.") for name in tensors):
         raise DamagedCheckpoint(

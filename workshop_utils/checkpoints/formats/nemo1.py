@@ -142,8 +142,7 @@ def _tensors(
             (),
         )
     if any(name.startswith(f"{SHARDED}/") and name.endswith("/.zarray") for name in sizes):
-        found = zarr_directory.read(sharded.sizes(), sharded.read, sharded.where(), report).values()
-        return tuple(_moved(tensor, files) for tensor in found), (1, 1), (zarr_directory.WAY_OUT,)
+        raise zarr_directory.unsupported(sharded.where())
     if not ranks:
         raise DamagedCheckpoint(
             f"{shown(files.place)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor "

@@ -116,13 +116,11 @@ def locate(path: Path) -> Path:
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the NeMo 2.0 directory ``path``, also one of zarr; errors and faults as
-    :func:`read`."""
-    found = _read(path, report, ("torch_dist", "zarr"))
+    """Describe the NeMo 2.0 directory ``path``; errors and faults as :func:`read`."""
+    found = _read(path, report)
     tensors = found.model_tensors()
     architecture, notes = _architecture(found, tensors, report)
     backend = found.backend["sharded_backend"]
-    notes += (zarr_directory.WAY_OUT,) if backend == "zarr" else ()
     if optimizer := len(found.tensors) - len(tensors):
         notes += (f"{optimizer} tensors of optimizer state beside the weights",)
     notes += foreign_names.note(found.model, path / "context" / "model.yaml")
@@ -214,35 +212,29 @@ def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
     off or contradictory), :class:`UnsafeCheckpoint` (the index would run code or leaves the
     directory) and :class:`UnsupportedCheckpoint` (zarr).
     """
-    return _read(locate(path), report, ("torch_dist",))
+    return _read(locate(path), report)
 
 
-def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpoint:
-    """As :func:`read`, for a directory that one of ``backends`` wrote."""
+def _read(path: Path, report: Report) -> Nemo2Checkpoint:
     weights = path / "weights"
     _refuse_half_written(path)
     backend = read_json(weights / "metadata.json")
-    if backend.get("sharded_backend") not in backends:
+    if backend.get("sharded_backend") != "torch_dist":
         raise UnsupportedCheckpoint(
             f"{shown(weights / 'metadata.json')}: sharded_backend is "
             f"{backend.get('sharded_backend')!r}; only torch_dist can be read. "
             f"{zarr_directory.WAY_OUT}."
         )
     adapter_file = weights / "adapter_metadata.json"
-    if backend["sharded_backend"] == "zarr":
-        tensors, files = zarr_directory.read_directory(weights, report)
-        objects = {}
-    else:
-        index = torch_dist.read_directory(weights, report)
-        tensors, objects, files = index.tensors, index.objects, torch_dist.file_sizes(weights)
+    index = torch_dist.read_directory(weights, report)
     return Nemo2Checkpoint(
         path=path,
         model=read_yaml(path / "context" / "model.yaml"),
         backend=backend,
         adapter=read_json(adapter_file) if adapter_file.exists() else None,
-        tensors=tensors,
-        objects=objects,
-        files=files,
+        tensors=index.tensors,
+        objects=index.objects,
+        files=torch_dist.file_sizes(weights),
     )
 
 

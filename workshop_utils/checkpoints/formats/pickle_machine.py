@@ -176,84 +176,91 @@ class Machine(pickle._Unpickler):
                 self.seen.pop(GETATTR.text, None)
 
     def _run(self) -> Any:
-        # What an index is made of, written out: seven million opcodes for 100,000 chunks.
+        # What an index is made of is written out, the commonest first: it is seven million opcodes
+        # for 100,000 chunks.
         data, stack, marks, memo = self.data, self.stack, self.metastack, self.memo
-        push, pop, remember, dispatch = stack.append, stack.pop, memo.append, self.dispatch
+        push, pop, remember = stack.append, stack.pop, memo.append
         uint16, int32, uint32 = (struct.Struct(form).unpack_from for form in ("<H", "<i", "<I"))
-        call, build, fill = self._call, self._build, self._fill
         at = self.at
         while True:
             op = data[at]
             at += 1
-            if op >= 0x80:
-                if op != 0x94:
-                    if op == 0x81:  # NEWOBJ
-                        arguments = pop()
-                        stack[-1] = call(stack[-1], arguments)
-                    elif op == 0x85:  # TUPLE1
-                        stack[-1] = (stack[-1],)
-                    elif op == 0x87:  # TUPLE3
-                        third, second = pop(), pop()
-                        stack[-1] = (stack[-1], second, third)
-                    elif op == 0x8C:  # SHORT_BINUNICODE
-                        end = at + 1 + data[at]
-                        push(str(data[at + 1 : end], "utf-8"))
-                        at = end
-                    elif op == 0x8A:  # LONG1
-                        end = at + 1 + data[at]
-                        push(int.from_bytes(data[at + 1 : end], "little", signed=True))
-                        at = end
-                    else:
-                        self.at = at
-                        self._rare(op)
-                        at = self.at
-                    # Also the end of the data, which is an IndexError: no pickle ends with these.
-                    if data[at] != 0x94:
-                        continue
+            if op < 0x80:
+                if op == 0x6A:  # LONG_BINGET
+                    push(memo[uint32(data, at)[0]])
+                    at += 4
+                    continue
+                if op == 0x68:  # BINGET
+                    push(memo[data[at]])
                     at += 1
-                remember(stack[-1])  # MEMOIZE
-            elif op == 0x6A:  # LONG_BINGET
-                push(memo[uint32(data, at)[0]])
-                at += 4
-            elif op == 0x68:  # BINGET
-                push(memo[data[at]])
-                at += 1
-            elif op == 0x4B:  # BININT1
-                push(data[at])
-                at += 1
-            elif op == 0x4D:  # BININT2
-                push(uint16(data, at)[0])
-                at += 2
-            elif op == 0x28:  # MARK
-                marks.append(len(stack))
-            elif op == 0x29:  # EMPTY_TUPLE
-                push(())
-            elif op == 0x7D:  # EMPTY_DICT
-                push({})
-            elif op == 0x75:  # SETITEMS
-                fill(self.pop_mark())
-            elif op == 0x62:  # BUILD
-                state = pop()
-                build(stack[-1], state)
-            elif op == 0x52:  # REDUCE
+                    continue
+                if op == 0x4B:  # BININT1
+                    push(data[at])
+                    at += 1
+                    continue
+                if op == 0x4D:  # BININT2
+                    push(uint16(data, at)[0])
+                    at += 2
+                    continue
+                if op == 0x28:  # MARK
+                    marks.append(len(stack))
+                    continue
+                if op == 0x29:  # EMPTY_TUPLE
+                    push(())
+                    continue
+                if op == 0x75:  # SETITEMS
+                    self._fill(self.pop_mark())
+                    continue
+                if op == 0x62:  # BUILD
+                    state = pop()
+                    self._build(stack[-1], state)
+                    continue
+                if op == 0x7D:  # EMPTY_DICT
+                    push({})
+                elif op == 0x52:  # REDUCE
+                    arguments = pop()
+                    stack[-1] = self._call(stack[-1], arguments)
+                elif op == 0x4A:  # BININT
+                    push(int32(data, at)[0])
+                    at += 4
+                elif op == 0x58:  # BINUNICODE
+                    end = at + 4 + uint32(data, at)[0]
+                    push(str(data[at + 4 : end], "utf-8"))
+                    at = end
+                elif op == 0x2E:  # STOP
+                    self.at = at
+                    return pop()
+                else:
+                    self.at = at
+                    self._rare(op)
+                    at = self.at
+            elif op == 0x81:  # NEWOBJ
                 arguments = pop()
-                stack[-1] = call(stack[-1], arguments)
-            elif op == 0x4A:  # BININT
-                push(int32(data, at)[0])
-                at += 4
-            elif op == 0x4E:  # NONE
-                push(None)
-            elif op == 0x58:  # BINUNICODE
-                end = at + 4 + uint32(data, at)[0]
-                push(str(data[at + 4 : end], "utf-8"))
+                stack[-1] = self._call(stack[-1], arguments)
+            elif op == 0x85:  # TUPLE1
+                stack[-1] = (stack[-1],)
+            elif op == 0x87:  # TUPLE3
+                third, second = pop(), pop()
+                stack[-1] = (stack[-1], second, third)
+            elif op == 0x8C:  # SHORT_BINUNICODE
+                end = at + 1 + data[at]
+                push(str(data[at + 1 : end], "utf-8"))
                 at = end
-            elif op == 0x2E:  # STOP
-                self.at = at
-                return pop()
+            elif op == 0x8A:  # LONG1
+                end = at + 1 + data[at]
+                push(int.from_bytes(data[at + 1 : end], "little", signed=True))
+                at = end
+            elif op == 0x94:  # MEMOIZE
+                remember(stack[-1])
             else:
                 self.at = at
                 self._rare(op)
                 at = self.at
+            # MEMOIZE follows all that an index makes. At the end of the data, where no pickle ends,
+            # this is an IndexError.
+            if data[at] == 0x94:
+                remember(stack[-1])
+                at += 1
 
     def _rare(self, op: int) -> None:
         run = self.dispatch.get(op)
@@ -284,7 +291,7 @@ class Machine(pickle._Unpickler):
         return self.storage(pid) if self.storage else super().persistent_load(pid)
 
     def _call(self, what: Any, arguments: Any) -> Any:
-        if isinstance(what, Foreign):
+        if type(what) is Foreign:
             if what is GETATTR and _is_member(arguments):
                 self.members += 1
                 return Inert(f"{arguments[0].text}.{arguments[1]}")
@@ -315,7 +322,14 @@ class Machine(pickle._Unpickler):
         self.stack[-1] = self._call(self.stack[-1], arguments)
 
     def _build(self, what: Any, state: Any) -> None:
-        if isinstance(what, Foreign):
+        if (
+            type(state) is dict
+            and len(state) < 9
+            and isinstance(what, Record)
+            and self.harmless.issuperset(state)
+        ):
+            what.__setstate__(state)
+        elif type(what) is Foreign:
             self._note(f"{what.text}.__setstate__", (state,))
         elif not isinstance(what, StandIn):
             raise pickle.UnpicklingError(f"it tries to change {type(what).__name__}")
@@ -352,9 +366,7 @@ class Machine(pickle._Unpickler):
         """Put down the call of ``what`` in place of its bare name."""
         if len(self.seen) < MAX_CALLS:
             self.seen.pop(what, None)
-            inside = (
-                ", ".join(map(_text, arguments[:4])) if type(arguments) is tuple else "..."
-            )
+            inside = ", ".join(map(_text, arguments[:4])) if type(arguments) is tuple else "..."
             self.seen[f"{what}({inside})"] = None
 
     # Containers.

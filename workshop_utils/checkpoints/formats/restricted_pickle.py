@@ -205,8 +205,18 @@ def scan_all(
 
 
 _WRITERS = frozenset(
-    "torch megatron nemo transformer_engine lightning pytorch_lightning omegaconf numpy "
-    "transformers peft".split()
+    [
+        "torch",
+        "megatron",
+        "nemo",
+        "transformer_engine",
+        "lightning",
+        "pytorch_lightning",
+        "omegaconf",
+        "numpy",
+        "transformers",
+        "peft",
+    ]
 )
 
 

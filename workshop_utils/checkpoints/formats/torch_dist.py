@@ -262,7 +262,10 @@ def _is_shape(value: Any) -> bool:
     """Whether ``value`` is a tuple of sizes that fit in 64 bits."""
     if type(value) is not tuple or len(value) > MAX_DIMENSIONS:
         return False
-    return all(not (type(item) is not int or not 0 <= item < 2**63) for item in value)
+    for item in value:  # noqa: SIM110 (a generator takes three times as long, 300,000 times)
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
 
 
 def _is_size(value: Any) -> bool:

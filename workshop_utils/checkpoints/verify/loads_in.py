@@ -138,12 +138,6 @@ def _families() -> str:
 def _nemo2(checkpoint: Checkpoint) -> Answers:
     path, name = _quoted(checkpoint.path), _name(checkpoint)
     call = _nemo2_call(shown(checkpoint.path))
-    if checkpoint.detail == "zarr":
-        once = (
-            "load it once with NeMo 2.0 on Megatron-Core 0.13 and save it again; then inspect "
-            "the new directory"
-        )
-        return _all("after", once) | {NEMO2: ("yes", f"{call}; only on Megatron-Core before 0.16")}
     if not _is_convertible(checkpoint):
         export = (
             f'llm.export_ckpt(path="{shown(checkpoint.path)}", target="hf", output_path=NEW), if '
@@ -359,7 +353,7 @@ def _lightning(checkpoint: Checkpoint) -> Answers:
 def _megatron(checkpoint: Checkpoint) -> Answers:
     path, text, detail = _quoted(checkpoint.path), shown(checkpoint.path), str(checkpoint.detail)
     name = f"{checkpoint.path.resolve().parent.name}-{_name(checkpoint)}"
-    if detail.endswith((", torch", ", zarr")):
+    if detail.endswith(", torch"):
         return _all(
             "after",
             "load it with Megatron-LM and save it with --ckpt-format torch_dist; then inspect "
@@ -457,12 +451,6 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
 
 def _gguf(checkpoint: Checkpoint) -> Answers:
     path = _quoted(checkpoint.path)
-    if checkpoint.adapter:
-        return _all(
-            "no",
-            f"an adapter for llama.cpp (llama-cli --lora {path}); give the PEFT adapter that it "
-            "was made from",
-        )
     vllm = ("yes", f"vllm serve {path} --tokenizer BASE (experimental in vLLM)")
     kind = str(checkpoint.detail).partition(",")[0]
     if kind not in _GGUF_IN_TRANSFORMERS:

@@ -122,14 +122,9 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         ]
         pickles.check_objects(report, checkpoint)
     ranges += places.ranges(tensors)
-    if checkpoint.detail == "zarr":
-        report.untold.append(
-            "whether the chunks of zarr are whole: they are listed, and not read, here"
-        )
-    else:
-        sizes = _sizes(checkpoint, base, {one.file for one in ranges})
-        places.check_files(report, where, sizes, ranges, _data_starts(base, sizes))
-        places.check_chunks(report, where, tensors)
+    sizes = _sizes(checkpoint, base, {one.file for one in ranges})
+    places.check_files(report, where, sizes, ranges, _data_starts(base, sizes))
+    places.check_chunks(report, where, tensors)
     companions.note_leftovers(report, checkpoint.path, base, {one.file for one in ranges})
     _BY_KIND.get(checkpoint.kind, _check_others)(report, checkpoint, base)
     if deep:
@@ -162,8 +157,7 @@ def _data_starts(base: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     context, where = checkpoint.path / "context", shown(weights)
     companions.check_backend(report, weights)
-    if checkpoint.detail != "zarr":
-        pickles.check_common(report, checkpoint)
+    pickles.check_common(report, checkpoint)
     model = read_yaml(context / "model.yaml")
     companions.check_targets(report, context / "model.yaml", model)
     if (context / "io.json").is_file():
