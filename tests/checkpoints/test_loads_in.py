@@ -103,7 +103,6 @@ CASES = {
         Kind.GGUF,
         {"detail": "mamba2, Q4_1", "architecture": OTHER},
     ),
-    "gguf adapter": (Kind.GGUF, {"detail": "llama, float32", "adapter": LORA}),
 }
 
 

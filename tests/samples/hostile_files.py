@@ -218,6 +218,7 @@ def states() -> dict[str, bytes]:
         "a negative offset": tensor(offset=b"J\xff\xff\xff\xff"),
         "a shape without strides": tensor(stride=b")"),
         "elements that are no number": tensor(elements=b"N"),
+        "a tensor that is changed afterwards": tensor()[:-2] + b"(" + b"N" * 4 + b"tbs.",
         "no tensors": b"N.",
     }
     return {way: b"\x80\x04" + content for way, content in ways.items()}
