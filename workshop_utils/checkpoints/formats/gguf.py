@@ -127,6 +127,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         nbytes=path.stat().st_size,
         tensors=header.tensors,
         tokenizer=_tokenizer(fields, vocabulary),
+        adapter=None,
         notes=tuple(notes),
         version=f"GGUF {header.version}",
     )
