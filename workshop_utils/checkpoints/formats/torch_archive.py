@@ -36,21 +36,11 @@ MAX_VALUES = 1_000_000
 """Values of a state dict, those counted twice that it refers to twice: a list of two references to
 a list of two... grows so."""
 
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
+_STORAGES = dict(
+    Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64",
+    Int="int32", Short="int16", Char="int8", Byte="uint8", Bool="bool", Untyped="uint8",
+    ComplexFloat="complex64", ComplexDouble="complex128",
+)  # fmt: skip
 
 _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
@@ -68,9 +58,8 @@ class SavedTensor:
     """A tensor in such a file: shape, dtype by name, and its bytes.
 
     Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the
-    file, ready for ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share
-    them: tied weights, or views of one another. Both are None for a tensor whose elements do not
-    lie one after the other in that order (strides of a transposed view).
+    file. Two tensors may share them: tied weights, or views of one another. Both are None for a
+    tensor whose elements do not lie one after the other (strides of a transposed view).
     """
 
     shape: tuple[int, ...]
@@ -189,11 +178,6 @@ def _encode(text: Any, encoding: Any = None) -> Any:
     return Named("bytes")
 
 
-def _no_bytes() -> bytes:
-    """``bytes()``, as protocol 2 writes an empty one."""
-    return b""
-
-
 def _items(values: Any = ()) -> Any:
     """``set(list)``: the list."""
     return values if isinstance(values, list | tuple) else []
@@ -309,6 +293,7 @@ def _sizes(values: Any) -> bool:
     )
 
 
+_BUILTINS = ("builtins", "__builtin__")
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _State,
     ("collections", "defaultdict"): _State,
@@ -324,39 +309,23 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
     ("_io", "BytesIO"): Buffer,
-    **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
+    **{("torch", f"{name}Storage"): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in _BYTES},
-    ("builtins", "bytes"): _no_bytes,
-    ("__builtin__", "bytes"): _no_bytes,
-    **{
-        (module, name): _items
-        for module in ("builtins", "__builtin__")
-        for name in ("set", "frozenset")
-    },
+    **{(module, name): _items for module in _BUILTINS for name in ("set", "frozenset")},
+    # As protocol 2 writes empty ones.
+    **{(module, "bytes"): lambda: b"" for module in _BUILTINS},
+    **{name: Class(".".join(name)) for name in pickled_names.names(pickled_names.STATE)},
+    **{name: Named(".".join(name)) for name in pickled_names.names(pickled_names.VALUES)},
+    **pickled_names.enumerations(),
 }
-_ALLOWED |= {
-    (module, name): Class(f"{module}.{name}")
-    for module, name in pickled_names.names(pickled_names.STATE)
-}
-_ALLOWED |= {
-    (module, name): Named(f"{module}.{name}")
-    for module, name in pickled_names.names(pickled_names.VALUES)
-}
-_ALLOWED |= pickled_names.enumerations()
 _INNER = dict(_ALLOWED)
 _ALLOWED["torch.storage", "_load_from_bytes"] = _load_from_bytes
 
 
 def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:
     """Name -> tensor of the flat state dict in ``file``; ``where`` names it in errors. Entries that
-    are no tensors are left out.
-
-    Raises :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` (two readers would see two files,
-    or a program of TorchScript) and :class:`UnsupportedCheckpoint` (the format of torch before 1.6,
-    which is no zip). To ``report`` go: each name that the pickle would call (UnsafeCheckpoint), and
-    each tensor that does not fit its storage (DamagedCheckpoint), which is left out.
-    """
+    are no tensors are left out; errors as :func:`read_state`."""
     state = read_state(file, where, report)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not tensors by name.")
@@ -373,7 +342,11 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
 
     An ``argparse.Namespace`` is a dictionary, other known classes (enumerations, OmegaConf) are
     :class:`Named`, names outside the list are :class:`.pickle_machine.Foreign`; both print as their
-    text. Never deeper than MAX_DEPTH, never endless. Errors as :func:`read_tensors`.
+    text. Never deeper than MAX_DEPTH, never endless. Raises :class:`DamagedCheckpoint`,
+    :class:`UnsafeCheckpoint` (two readers would see two files, or a program of TorchScript) and
+    :class:`UnsupportedCheckpoint` (the format of torch before 1.6, which is no zip). To ``report``
+    go: each name that the pickle would call (UnsafeCheckpoint), and each tensor that does not fit
+    its storage (DamagedCheckpoint), which is left out.
     """
     data, storages = torch_zip.read(file, where, _ALLOWED)
     faults: list[_Faulty] = []
@@ -426,20 +399,19 @@ def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
 
 
 def _check_extent(state: Any, where: str) -> None:
-    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, and references
-    to references."""
-    # id -> (values in it, levels of it)
+    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, references to
+    references."""
     seen: dict[int, tuple[int, int]] = {}
 
     def extent(value: Any, depth: int) -> tuple[int, int]:
+        # Number of values in ``value``, itself included, and of levels.
         if id(value) not in seen:
-            count, levels = 1, 1
-            for child in _children(value):
+            count = levels = 1
+            for child in value.values() if isinstance(value, dict) else value:
+                more, below = 1, 0
                 if child and isinstance(child, dict | list | tuple):
                     more, below = extent(child, depth + 1) if depth < MAX_DEPTH else (0, MAX_DEPTH)
-                    count, levels = count + more, max(levels, below + 1)
-                else:
-                    count += 1
+                count, levels = count + more, max(levels, below + 1)
             if count > MAX_VALUES or levels > MAX_DEPTH:
                 raise DamagedCheckpoint(
                     f"{where} is nested more than {MAX_DEPTH} deep, contains itself, or holds "
@@ -448,13 +420,8 @@ def _check_extent(state: Any, where: str) -> None:
             seen[id(value)] = count, levels
         return seen[id(value)]
 
-    extent(state, 1)
-
-
-def _children(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
+    if isinstance(state, dict | list | tuple):
+        extent(state, 1)
 
 
 def _finder(
