@@ -129,10 +129,9 @@ def test_a_lightning_checkpoint():
         "pytorch-lightning_version": "2.4.0",
         "state_dict": state,
         "hyper_parameters": collections.OrderedDict(a=1),
-        "optimizer_states": [
-            {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.98)}]}
-        ],
-    }
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups":
+            [{"betas": (0.9, 0.98)}]}],
+    }  # fmt: skip
     found = torch_archive.read_state(saved(checkpoint), "x")
     shapes = {
         tensor.name: tensor.shape for tensor in saved_tensors.tensors(found["state_dict"], "x")

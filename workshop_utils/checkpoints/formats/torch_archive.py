@@ -229,7 +229,12 @@ def _tensor(
 def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of
     another type, or with attributes."""
-    if rebuild not in (_tensor, _typed_tensor, _parameter) or type(arguments) is not tuple:
+    # At most eight are written; a long tuple would be copied each time.
+    if (
+        rebuild not in (_tensor, _typed_tensor, _parameter)
+        or type(arguments) is not tuple
+        or len(arguments) > MAX_DIMENSIONS
+    ):
         raise pickle.UnpicklingError("a tensor that is put together by something else")
     return rebuild(*arguments)
 
