@@ -33,7 +33,6 @@ def adapter(**changes):
 #: Kind and fields of a description such as the readers give.
 MODELS = {
     "nemo2": (Kind.NEMO2, {"detail": "torch_dist"}),
-    "nemo2 zarr": (Kind.NEMO2, {"detail": "zarr"}),
     "nemo2 of another family": (Kind.NEMO2, OTHER),
     "nemo2 adapter": (Kind.NEMO2_ADAPTER, adapter()),
     "nemo2 adapter without base": (Kind.NEMO2_ADAPTER, adapter(base_is_here=False)),
@@ -48,7 +47,7 @@ MODELS = {
     "lightning": (Kind.LIGHTNING, {}),
     "lightning of nemo": (Kind.LIGHTNING, {"detail": "of NeMo 1"}),
     "megatron-lm": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"}),
-    "megatron-lm old": (Kind.MEGATRON, {"detail": "Megatron-LM, torch", "parallel": (2, 1)}),
+    "megatron-lm old": (Kind.MEGATRON, {"storage": "torch", "parallel": (2, 1)}),
     "megatron-lm of another family": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"} | OTHER),
     "megatron-bridge": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"}),
     "megatron-bridge of another family": (
@@ -63,7 +62,6 @@ MODELS = {
     "gguf": (Kind.GGUF, {"detail": "llama, Q4_1"}),
     "gguf of another family": (Kind.GGUF, {"detail": "gemma2, Q4_1"} | OTHER),
     "gguf of an architecture that transformers lacks": (Kind.GGUF, {"detail": "mamba2"} | OTHER),
-    "gguf adapter": (Kind.GGUF, {"detail": "llama, float32"} | adapter()),
 }  # fmt: skip
 FILES = (
     "peft", "peft dora", "peft of a large rank", "peft without base", "nemo1 adapter",

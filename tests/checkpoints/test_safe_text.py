@@ -113,14 +113,12 @@ def test_other_ways_to_name_something():
     tree = {
         "target": "os.system",
         "tokenizer": {"_target_": GENUINE[7], "trust_remote_code": True},
-        "base": {
-            "tokenizer": {"library": "tabular", "vocab_file": "nemo:a.pkl"},
-            "library": "${x}",
-        },
+        "base": {"tokenizer": {"library": "tabular", "vocab_file": "nemo:a.pkl"}, "library":
+            "${x}"},
         "partial": {"_target_": "functools.partial", "_args_": [{"_target_": "os.system"}]},
         "list": {"_target_": ["os.system"]},
         "object": {"type": "pyref", "module": "os", "name": "system"},
-    }
+    }  # fmt: skip
     assert safe_text.foreign_targets(tree) == [
         ("target", "os.system"),
         ("tokenizer.trust_remote_code", "True"),
@@ -177,14 +175,9 @@ def test_what_io_json_would_do_without_naming_it():
     pickled = {"type": pyref(GENUINE[0]), "items": [["", leaf("../a.pkl")]], "metadata": None}
     tree = {
         "root": {},
-        "objects": {
-            "names": names,
-            "described": described,
-            "config": config,
-            "model": pickled,
-            "odd": {"type": "pyref?", "module": "os", "name": "system"},
-        },
-    }
+        "objects": {"names": names, "described": described, "config": config, "model":
+            pickled, "odd": {"type": "pyref?", "module": "os", "name": "system"}},
+    }  # fmt: skip
     assert safe_text.foreign_targets(tree) == [
         ("objects.config", "trust_remote_code=True"),
         ("objects.model", f"the pickle ../a.pkl, to make {GENUINE[0]} of it"),

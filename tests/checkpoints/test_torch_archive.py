@@ -129,10 +129,9 @@ def test_a_lightning_checkpoint():
         "pytorch-lightning_version": "2.4.0",
         "state_dict": state,
         "hyper_parameters": collections.OrderedDict(a=1),
-        "optimizer_states": [
-            {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"betas": (0.9, 0.98)}]}
-        ],
-    }
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups":
+            [{"betas": (0.9, 0.98)}]}],
+    }  # fmt: skip
     found = torch_archive.read_state(saved(checkpoint), "x")
     shapes = {
         tensor.name: tensor.shape for tensor in saved_tensors.tensors(found["state_dict"], "x")
@@ -164,7 +163,6 @@ def test_a_foreign_name_is_reported_and_the_rest_is_read(capsys):
         "x.ckpt is a pickle that would call __builtin__.print when it is loaded "
         "(__builtin__.print('executed'))"
     ) in str(faults[0])
-    assert torch_archive.scan(saved({"mine": Mine()}), "x") == ["__builtin__.print('executed')"]
     assert capsys.readouterr().out == ""
 
 

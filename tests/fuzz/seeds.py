@@ -112,36 +112,20 @@ def write(directory: Path) -> None:
         getattr(writer, step)()
     seeds = {
         "index": {"torch": _index()},
-        "scan": {
-            "reduce": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01x\x85R.",
-            "old": b"(S'x'\niposix\nsystem\n.",
-            "index": _index(),
-        },
-        "state": {
-            "torch": pickled,
-            **{
-                f"protocol{n}": pickle.dumps({"a": [1, 2.5, (None, True), b"x", {3}]}, n)
-                for n in range(6)
-            },
-        },
+        "scan": {"reduce": b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01x\x85R.",
+            "old": b"(S'x'\niposix\nsystem\n.", "index": _index()},
+        "state": {"torch": pickled, **{f"protocol{n}": pickle.dumps({"a": [1, 2.5, (None,
+            True), b"x", {3}]}, n) for n in range(6)}},
         "lightning": {"torch": saved},
-        "tar": {
-            "gnu": _tar("w", False, config, saved),
-            "pax": _tar("w", True, config, b"x"),
-            "gzip": _tar("w:gz", True, config, b"x"),
-        },
-        "yaml": {
-            "model": config,
-            "odd": b"%YAML 1.1\n---\n? a\n: !!float 1:2\nc: |\n  x\nd: 2001-01-01\n...",
-        },
+        "tar": {"gnu": _tar("w", False, config, saved), "pax": _tar("w", True, config,
+            b"x"), "gzip": _tar("w:gz", True, config, b"x")},
+        "yaml": {"model": config,
+            "odd": b"%YAML 1.1\n---\n? a\n: !!float 1:2\nc: |\n  x\nd: 2001-01-01\n..."},
         "json": {"config": as_json},
-        "safetensors": {
-            "numpy": safetensors.numpy.save(
-                {"a": zeros((2, 3), dtype="float32"), "b": zeros(4, dtype="int8")}
-            )
-        },
+        "safetensors": {"numpy": safetensors.numpy.save({"a": zeros((2, 3), dtype="float32"),
+            "b": zeros(4, dtype="int8")})},
         "gguf_header": {"gguf": gguf_file.read_bytes()},
-    }
+    }  # fmt: skip
     gguf_file.unlink()
     for target, files in seeds.items():
         (directory / target).mkdir(exist_ok=True)

@@ -64,24 +64,13 @@ def gadgets(command: str) -> dict[str, bytes]:
         "BUILD": b"cfoo\nBar\n)\x81}" + short("x") + words[:-1] + b"sb.",
         "eval": b"cbuiltins\neval\n" + code + b"R.",
         "exec of Python 2": b"c__builtin__\nexec\n" + code + b"R.",
-        "getattr": b"cbuiltins\ngetattr\n"
-        + b"cbuiltins\n__import__\n"
-        + short("os")
-        + b"\x85R"
-        + short("system")
-        + b"\x86R"
-        + words
-        + b"R.",
+        "getattr": b"cbuiltins\ngetattr\n" + b"cbuiltins\n__import__\n" + short("os") + b"\x85R"
+            + short("system") + b"\x86R" + words + b"R.",
         "import": b"cimportlib\nimport_module\n" + short("antigravity") + b"\x85R.",
         "reduce": b"cfunctools\nreduce\ncoperator\nadd\n" + words + b"\x86R.",
         "runpy": b"crunpy\n_run_code\n" + code[:-1] + b"}\x86R.",
-        "pickle in a pickle": b"c_pickle\nloads\nC"
-        + bytes([len(words) + 18])
-        + b"\x80\x04"
-        + system
-        + words
-        + b"R."
-        + b"\x85R.",
+        "pickle in a pickle": b"c_pickle\nloads\nC" + bytes([len(words) + 18]) + b"\x80\x04"
+            + system + words + b"R." + b"\x85R.",
         "torch.load": b"ctorch\nload\n" + words + b"R.",
         "torch's bytes": b"ctorch.storage\n_load_from_bytes\nC\x01x\x85R.",
         "torch.hub": b"ctorch.hub\nload\n" + short("a/b") + short("c") + b"\x86R.",
@@ -100,7 +89,7 @@ def gadgets(command: str) -> dict[str, bytes]:
         "EXT4": b"\x84\x05\x01\x01\x01" + words + b"R.",
         "memo": system + b"\x940" + words + b"\x940h\x00h\x01R.",
         "through DUP": system + b"20" + words + b"R.",
-    }
+    }  # fmt: skip
     return {way: b"\x80\x04" + content for way, content in ways.items()}
 
 
@@ -135,31 +124,26 @@ def breaking_pickles() -> dict[str, bytes]:
         "marks": b"\x80\x04" + b"(" * 900_000 + b".",
         "sets": b"\x80\x04(" + b"\x8f" * 900_000 + b"l.",
         "dictionaries": b"\x80\x04(" + b"}" * 900_000 + b"l.",
-        "number of 300,000 bytes": b"\x80\x04\x8b"
-        + struct.pack("<I", 300_000)
-        + b"\x01" * 300_000
-        + b".",
+        "number of 300,000 bytes": b"\x80\x04\x8b" + struct.pack("<I", 300_000) + b"\x01" *
+            300_000 + b".",
         "number of 300,000 digits": b"\x80\x02L" + b"9" * 300_000 + b"L\n.",
         "large number as a key": b"\x80\x04}\x8a\x40" + b"\x01" * 64 + b"Ns.",
-        "keys of one hash": b"\x80\x04}("
-        + b"".join(
-            b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(60_000)
-        )
-        + b"u.",
-        "tuples as keys": b"\x80\x04}("
-        + b"".join(b"M" + struct.pack("<H", n) + b"\x85N" for n in range(60_000))
-        + b"u.",
+        "keys of one hash": b"\x80\x04}(" + b"".join(b"\x8a\x0b" + (n * (2**61 -
+            1)).to_bytes(11, "little") + b"N" for n in range(60_000)) + b"u.",
+        "tuples as keys": b"\x80\x04}(" + b"".join(b"M" + struct.pack("<H", n) + b"\x85N" for n
+            in range(60_000)) + b"u.",
         "a dictionary as a key": b"\x80\x04}}Ns.",
         "a key without a value": b"\x80\x04}(K\x01u.",
         "items into a number": b"\x80\x04K\x01K\x02K\x03s.",
         "a mark below the stack": b"\x80\x04NN(00u.",
-        "change of a class": b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.",  # noqa: E501
+        "change of a class":
+            b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x0c\x00\x00\x00__setstate__K\x01s\x86b.",
         "persistent name": b"\x80\x02Px\n.",
         "call of a number": b"\x80\x04K\x01)R.",
         "call with a list": b"\x80\x04ctorch\nSize\n]R.",
         "half a surrogate": b"\x80\x02V\\ud800\n.",
         "line without end": b"\x80\x02I" + b"1" * 500_000,
-    }
+    }  # fmt: skip
     return ways
 
 
@@ -210,16 +194,15 @@ def states() -> dict[str, bytes]:
         "strides that lead outside": tensor(stride=b"K\x09\x85"),
         "a storage that is missing": tensor(key="7"),
         "a shape of 2^63": tensor(size=big + b"\x85"),
-        "a shape of 2^90": tensor(
-            size=(b"\x8a\x05" + (2**30).to_bytes(5, "little")) * 3 + b"\x87",
-            stride=b"K\x00K\x00K\x00\x87",
-        ),
+        "a shape of 2^90": tensor(size=(b"\x8a\x05" + (2**30).to_bytes(5, "little")) * 3 +
+            b"\x87", stride=b"K\x00K\x00K\x00\x87"),
         "an offset of 2^63": tensor(offset=big),
         "a negative offset": tensor(offset=b"J\xff\xff\xff\xff"),
         "a shape without strides": tensor(stride=b")"),
         "elements that are no number": tensor(elements=b"N"),
+        "a tensor that is changed afterwards": tensor()[:-2] + b"(" + b"N" * 4 + b"tbs.",
         "no tensors": b"N.",
-    }
+    }  # fmt: skip
     return {way: b"\x80\x04" + content for way, content in ways.items()}
 
 
@@ -256,21 +239,17 @@ def _zips(evil: bytes) -> dict[str, tuple[bytes, str]]:
         "a bomb": (archive(bytes(60_000_000), method=zipfile.ZIP_DEFLATED), DAMAGED),
         "a pickle before the zip": (evil + good, UNSAFE),
         "something before the zip": (b"x" * 100 + good, DAMAGED),
-        "TorchScript": (
-            archive(b"\x80\x02}.", ("a/constants.pkl", b""), ("a/code/x.py", b"")),
-            UNSAFE,
-        ),
+        "TorchScript": (archive(b"\x80\x02}.", ("a/constants.pkl", b""), ("a/code/x.py",
+            b"")), UNSAFE),
         "a zip as its pickle": (archive(good), DAMAGED),
         "no pickle": (archive(b"").replace(b"a/data.pkl", b"a/data.pkx"), DAMAGED),
         "big-endian": (order, UNSUPPORTED),
         "a pickle alone": (evil, UNSAFE),
         "several pickles": (b"\x80\x02N." + b"\x80\x02N." + evil, UNSAFE),
-        "pickles of the time before": (
-            b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.",
-            UNSUPPORTED,
-        ),
+        "pickles of the time before":
+            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.", UNSUPPORTED),
         "directory of parts elsewhere": (bytes(many), DAMAGED),
-    }
+    }  # fmt: skip
 
 
 def _twice(evil: bytes) -> bytes:
@@ -337,123 +316,69 @@ def _tars(evil: bytes) -> dict[str, tuple[bytes, str]]:
     digits = _raw(b"p", b"%011o" % 60_000, b"x", b"1" * 60_000) + _raw(b"a", b"%011o" % 0, b"0")
     end = bytes(1024)
     return {
-        **{
-            f"the name {path}": (tar(*GOOD, (path, b"x")), UNSAFE)
-            for path in (
-                "../outside",
-                "a/../../outside",
-                "/absolute",
-                "..\\outside",
-                "C:\\x",
-                "a\nb",
-                "a\x1b[2J",
-                "..",
-            )
-        },
+        **{f"the name {path}": (tar(*GOOD, (path, b"x")), UNSAFE) for path in
+            ("../outside", "a/../../outside", "/absolute", "..\\outside", "C:\\x",
+            "a\nb", "a\x1b[2J", "..")},
         "a symbolic link": (tar(*GOOD, special("link", tarfile.SYMTYPE, "/etc/passwd")), UNSAFE),
         "a hard link": (tar(*GOOD, special("link", tarfile.LNKTYPE, "model_config.yaml")), UNSAFE),
-        "a link as the weights": (
-            tar(GOOD[0], special("model_weights.ckpt", tarfile.SYMTYPE, "/etc/passwd")),
-            UNSAFE,
-        ),
+        "a link as the weights": (tar(GOOD[0], special("model_weights.ckpt",
+            tarfile.SYMTYPE, "/etc/passwd")), UNSAFE),
         "a character device": (tar(*GOOD, special("device", tarfile.CHRTYPE)), UNSAFE),
         "a block device": (tar(*GOOD, special("device", tarfile.BLKTYPE)), UNSAFE),
         "a pipe": (tar(*GOOD, special("pipe", tarfile.FIFOTYPE)), UNSAFE),
         "an unknown type": (tar(*GOOD, special("x", b"Z")), UNSAFE),
         "a sparse file": (body + _raw(b"x", b"%011o" % 0, b"S") + end, UNSAFE),
-        "a directory with content": (
-            body + _raw(b"d/", b"%011o" % 512, b"5", bytes(512)) + end,
-            UNSAFE,
-        ),
+        "a directory with content": (body + _raw(b"d/", b"%011o" % 512, b"5", bytes(512)) +
+            end, UNSAFE),
         "one name twice": (tar(*GOOD, GOOD[0]), UNSAFE),
         "one name twice, with a dot": (tar(*GOOD, (".//model_config.yaml", b"a: 1")), UNSAFE),
         "one name twice, in capitals": (tar(*GOOD, ("MODEL_CONFIG.yaml", b"a: 1")), UNSAFE),
-        "one name twice, in Unicode": (
-            tar(*GOOD, ("caf\u00e9", b""), (unicodedata.normalize("NFD", "caf\u00e9"), b"")),
-            UNSAFE,
-        ),
-        "a directory in the place of a file": (
-            tar(*GOOD, special("model_config.yaml", tarfile.DIRTYPE)),
-            UNSAFE,
-        ),
+        "one name twice, in Unicode": (tar(*GOOD, ("caf\u00e9", b""),
+            (unicodedata.normalize("NFD", "caf\u00e9"), b"")), UNSAFE),
+        "a directory in the place of a file": (tar(*GOOD, special("model_config.yaml",
+            tarfile.DIRTYPE)), UNSAFE),
         "PAX path": (tar(*GOOD, _pax(path="../outside"), **pax), UNSAFE),
-        "PAX path with a NUL": (
-            body
-            + _raw(b"p", b"%011o" % 13, b"x", b"13 path=a\0bc\n")
-            + _raw(b"a", b"0" * 11, b"0")
-            + end,
-            UNSAFE,
-        ),
+        "PAX path with a NUL": (body + _raw(b"p", b"%011o" % 13, b"x", b"13 path=a\0bc\n") +
+            _raw(b"a", b"0" * 11, b"0") + end, UNSAFE),
         "PAX linkpath": (tar(*GOOD, _pax(linkpath="/etc/passwd"), **pax), UNSAFE),
-        "PAX sparse": (
-            tar(*GOOD, _pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}), **pax),
-            UNSAFE,
-        ),
-        "PAX size": (
-            body
-            + _raw(b"p", b"%011o" % 20, b"x", b"20 size=9999999999 \n"[:20])
-            + _raw(b"a", b"0" * 11, b"0")
-            + end,
-            DAMAGED,
-        ),
-        "PAX size below zero": (
-            body
-            + _raw(b"p", b"%011o" % 12, b"x", b"12 size=-99\n")
-            + _raw(b"a", b"0" * 11, b"0")
-            + end,
-            DAMAGED,
-        ),
+        "PAX sparse": (tar(*GOOD, _pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+            **pax), UNSAFE),
+        "PAX size": (body + _raw(b"p", b"%011o" % 20, b"x", b"20 size=9999999999 \n"[:20]) +
+            _raw(b"a", b"0" * 11, b"0") + end, DAMAGED),
+        "PAX size below zero": (body + _raw(b"p", b"%011o" % 12, b"x", b"12 size=-99\n") +
+            _raw(b"a", b"0" * 11, b"0") + end, DAMAGED),
         "PAX for all entries": (tar(*GOOD, pax_headers={"path": "x"}, **pax), UNSAFE),
         "PAX of digits": (body + digits * 16 + end, DAMAGED),
-        "PAX of 60,000 characters": (
-            body
-            + _raw(b"p", b"%011o" % len(record), b"x", record)
-            + _raw(b"a", b"0" * 11, b"0")
-            + end,
-            DAMAGED,
-        ),
-        "PAX of 10 MB": (
-            body + _raw(b"p", b"%011o" % 10_000_000, b"x", bytes(900_000)) + end,
-            DAMAGED,
-        ),
-        "PAX before nothing": (
-            body + _raw(b"p", b"%011o" % 12, b"x", b"12 path=abc\n") + end,
-            DAMAGED,
-        ),
+        "PAX of 60,000 characters": (body + _raw(b"p", b"%011o" % len(record), b"x", record) +
+            _raw(b"a", b"0" * 11, b"0") + end, DAMAGED),
+        "PAX of 10 MB": (body + _raw(b"p", b"%011o" % 10_000_000, b"x", bytes(900_000)) +
+            end, DAMAGED),
+        "PAX before nothing": (body + _raw(b"p", b"%011o" % 12, b"x", b"12 path=abc\n") +
+            end, DAMAGED),
         "GNU long name": (tar(*GOOD, ("../" * 60 + "outside", b"x")), UNSAFE),
         "GNU long link": (tar(*GOOD, special("link", tarfile.SYMTYPE, "x" * 200)), UNSAFE),
-        "a negative size": (
-            _raw(b"a", b"\xff" + (2**88 - 1024).to_bytes(11, "big"), b"0") + good,
-            NOTHING,
-        ),
-        "a size of 2^80": (
-            body + _raw(b"a", b"\x80" + (2**80).to_bytes(11, "big"), b"0") + end,
-            DAMAGED,
-        ),
+        "a negative size": (_raw(b"a", b"\xff" + (2**88 - 1024).to_bytes(11, "big"), b"0") +
+            good, NOTHING),
+        "a size of 2^80": (body + _raw(b"a", b"\x80" + (2**80).to_bytes(11, "big"), b"0") +
+            end, DAMAGED),
         "a size of 8 GB": (body + _raw(b"a", b"77777777777\0", b"0") + end, DAMAGED),
         "no end": (body, DAMAGED),
         "a damaged header": (body + b"x" * 512 + end, DAMAGED),
-        "a gzip bomb": (
-            gzip.compress(body + _raw(b"a", b"77777777777\0", b"0") + bytes(150_000_000)),
-            UNSAFE,
-        ),
+        "a gzip bomb": (gzip.compress(body + _raw(b"a", b"77777777777\0", b"0") +
+            bytes(150_000_000)), UNSAFE),
         "a gzip cut off": (tar(*GOOD, mode="w:gz")[:-40], DAMAGED),
         "gzip of something else": (gzip.compress(b"hello" * 1000), NOTHING),
         "gzip in gzip": (gzip.compress(tar(*GOOD, mode="w:gz")), NOTHING),
-        "100,000 entries": (
-            gzip.compress(b"".join(_raw(b"%d" % n, b"0" * 11, b"0") for n in range(100_000)) + end),
-            DAMAGED,
-        ),
+        "100,000 entries": (gzip.compress(b"".join(_raw(b"%d" % n, b"0" * 11, b"0") for n in
+            range(100_000)) + end), DAMAGED),
         "weights that run a command": (tar(GOOD[0], (GOOD[1][0], archive(evil))), UNSAFE),
         "weights that are a pickle": (tar(GOOD[0], (GOOD[1][0], evil)), UNSAFE),
-        "a configuration with a tag": (
-            tar(("model_config.yaml", b"a: !!python/name:os.system"), GOOD[1]),
-            UNSAFE,
-        ),
+        "a configuration with a tag": (tar(("model_config.yaml",
+            b"a: !!python/name:os.system"), GOOD[1]), UNSAFE),
         "a .nemo in a .nemo": (tar(("a.nemo", good)), DAMAGED),
         "nothing": (b"", NOTHING),
         "zeros": (bytes(10_240), NOTHING),
-    }
+    }  # fmt: skip
 
 
 def yamls(command: str) -> dict[str, tuple[bytes, str]]:
@@ -471,10 +396,8 @@ def yamls(command: str) -> dict[str, tuple[bytes, str]]:
         "module": (b"!!python/module:antigravity : 1", UNSAFE),
         "tuple": (b"a: !!python/tuple [1, 2]", UNSAFE),
         "long tag": (b"a: !<tag:yaml.org,2002:python/object/apply:os.system> [x]", UNSAFE),
-        "tag of a prefix": (
-            b"%TAG !x! tag:yaml.org,2002:python/\n---\na: !x!name:os.system ''",
-            UNSAFE,
-        ),
+        "tag of a prefix":
+            (b"%TAG !x! tag:yaml.org,2002:python/\n---\na: !x!name:os.system ''", UNSAFE),
         "as a key": (b"? !!python/name:os.system\n: 1", UNSAFE),
         "aliases": (laughs, DAMAGED),
         "merge keys": (merges, DAMAGED),
@@ -501,7 +424,7 @@ def yamls(command: str) -> dict[str, tuple[bytes, str]]:
         "nothing": (b"", DAMAGED),
         "cut off": (b"a: [1, 2", DAMAGED),
         "a tab": (b"a:\n\t- 1\n  b: 2", DAMAGED),
-    }
+    }  # fmt: skip
 
 
 def jsons() -> dict[str, bytes]:
@@ -578,18 +501,17 @@ def _gguf() -> dict[str, tuple[bytes, str]]:
         "2^63 pairs": (header(0, 2**63), DAMAGED),
         "a key of 2^63 bytes": (header(0, 1) + text(b"a", 2**63), DAMAGED),
         "an unknown type of value": (header(0, 1) + text(b"a") + struct.pack("<I", 99), DAMAGED),
-        "an array of 2^62": (header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 0, 2**62), DAMAGED),
-        "an array of 2^62 strings": (
-            header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 8, 2**62),
-            DAMAGED,
-        ),
+        "an array of 2^62": (header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 0, 2**62),
+            DAMAGED),
+        "an array of 2^62 strings": (header(0, 1) + text(b"a") + struct.pack("<IIQ", 9, 8,
+            2**62), DAMAGED),
         "arrays in arrays": (header(0, 1) + nested, DAMAGED),
         "a dimension of 2^63": (tensor([2**63]), DAMAGED),
         "dimensions that overflow": (tensor([2**32, 2**32, 2]), DAMAGED),
         "99 dimensions": (tensor([1] * 99), DAMAGED),
         "an offset of 2^63": (tensor([4], 0, 2**63), DAMAGED),
         "cut off": (tensor([4])[:40], DAMAGED),
-    }
+    }  # fmt: skip
 
 
 def _indexes() -> dict[str, tuple[bytes, str]]:
@@ -642,33 +564,23 @@ def _indexes() -> dict[str, tuple[bytes, str]]:
             metadata.storage_data[MetadataIndex(name, torch.Size((number,)))] = place
 
     return {
-        **{
-            f"the file {path!r}": (index((path, 0, 100)), UNSAFE)
-            for path in ("../x", "/etc/passwd", "a/../../x", "..\\x", "a\0b")
-        },
-        **{
-            f"the offset {value!r}": (index(("__0_0.distcp", value, 100)), DAMAGED)
-            for value in (-1, 2**63, 2**70, 2**62, True, 1.0, None)
-        },
-        **{
-            f"the length {value!r}": (index(("__0_0.distcp", 0, value)), DAMAGED)
-            for value in (-1, 2**63, 2**70, 2**62, "1")
-        },
-        **{
-            f"the size {value!r}": (index(size=value), DAMAGED)
-            for value in ((-1, 4), (2**63, 1), (2**70,), (True, 4), "ab", None, [2, 4], ((1, 2), 4))
-        },
+        **{f"the file {path!r}": (index((path, 0, 100)), UNSAFE) for path in ("../x",
+            "/etc/passwd", "a/../../x", "..\\x", "a\0b")},
+        **{f"the offset {value!r}": (index(("__0_0.distcp", value, 100)), DAMAGED) for value in
+            (-1, 2**63, 2**70, 2**62, True, 1.0, None)},
+        **{f"the length {value!r}": (index(("__0_0.distcp", 0, value)), DAMAGED) for value in
+            (-1, 2**63, 2**70, 2**62, "1")},
+        **{f"the size {value!r}": (index(size=value), DAMAGED) for value in ((-1, 4), (2**63, 1),
+            (2**70,), (True, 4), "ab", None, [2, 4], ((1, 2), 4))},
         "a chunk of another rank": (index(chunk=(torch.Size((0,)), torch.Size((2,)))), DAMAGED),
-        "a chunk without a place": (
-            index(change=lambda metadata: metadata.storage_data.clear()),
-            DAMAGED,
-        ),
+        "a chunk without a place": (index(change=lambda metadata:
+            metadata.storage_data.clear()), DAMAGED),
         "a chunk named over and over": (index(change=many), DAMAGED),
         "a long name": (index(change=long_name), DAMAGED),
         "a shape of 65 dimensions": (index(size=torch.Size((1,) * 65)), DAMAGED),
         "a file that is missing": (index(("__9_9.distcp", 0, 100)), DAMAGED),
         "compressed": (index(("__0_0.distcp", 0, 100, ["zstd"])), UNSUPPORTED),
-    }
+    }  # fmt: skip
 
 
 def corpus(command: str) -> list[Case]:

@@ -2,7 +2,7 @@
 one line of JSON for each.
 
 A file is ``NUMBER.READER``. Its address space may grow by 200 MB and the file's own size; a file
-that takes longer than 5 s ends the process, even inside C.
+that takes more than 5 s of the processor, or waits for a minute, ends the process, even inside C.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import faulthandler
 import io
 import json
 import resource
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -54,15 +55,22 @@ def _address_space() -> int:
 @contextlib.contextmanager
 def bounded(size: int) -> Iterator[None]:
     """Inside, the address space may grow by MEMORY and ``size`` bytes, and the process ends after
-    SECONDS."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY + size, hard))
-    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    SECONDS of the processor."""
+    most = {
+        resource.RLIMIT_AS: _address_space() + MEMORY + size,
+        resource.RLIMIT_CPU: int(time.process_time()) + SECONDS + 1,
+    }
+    hard = {kind: resource.getrlimit(kind)[1] for kind in most}
+    for kind, limit in most.items():
+        resource.setrlimit(kind, (limit, hard[kind]))
+    faulthandler.register(signal.SIGXCPU, chain=True)
+    faulthandler.dump_traceback_later(60, exit=True)
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        for kind, limit in hard.items():
+            resource.setrlimit(kind, (limit, limit))
 
 
 def main(directory: Path) -> None:

@@ -13,7 +13,6 @@ from workshop_utils.checkpoints.formats import (
     nemo2,
     saved_tensors,
     torch_dist,
-    zarr_directory,
 )
 from workshop_utils.checkpoints.formats.files import Files
 from workshop_utils.checkpoints.formats.findings import Report, stop
@@ -61,8 +60,6 @@ def read(path: Path, tokenizer: Tokenizer | None = None, report: Report = stop) 
     path = path.resolve()
     if kind is Kind.NEMO2:
         return of_nemo2(nemo2.read(path, report), tokenizer)
-    if any(name.endswith("/.zarray") for name in Files(path).sizes()):
-        raise UnsupportedCheckpoint(f"{shown(path)}: {zarr_directory.WAY_OUT}.")
     return (megatron.read if kind is Kind.MEGATRON else _nemo1)(path, tokenizer, report)
 
 

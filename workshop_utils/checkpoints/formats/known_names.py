@@ -16,29 +16,13 @@ _LLM = r"nemo\.collections\.llm\."
 _TOKENIZERS = r"nemo\.collections\.common\.tokenizers\."
 _PYTORCH = r"nemo\.lightning\.pytorch\."
 _CORE = r"megatron\.core\."
-_CALLBACKS = [
-    "DdpParityChecker",
-    "DeepEPCallback",
-    "FLOPsMeasurementCallback",
-    "GarbageCollectionCallback",
-    "JitConfig",
-    "JitTransform",
-    "MM_FLOPsMeasurementCallback",
-    "MegatronCommOverlapCallback",
-    "MegatronEnableExperimentalCallback",
-    "MegatronProgressBar",
-    "MegatronTokenDropCallback",
-    "MemoryMonitor",
-    "ModelCheckpoint",
-    "ModelTransform",
-    "NsysCallback",
-    "OptimizerMonitor",
-    "ParameterDebugger",
-    "PreemptionCallback",
-    "ProgressPrinter",
-    "RuntimeEstimator",
-    "SpeedMonitor",
-]
+_CALLBACKS = (
+    "DdpParityChecker|DeepEPCallback|FLOPsMeasurementCallback|GarbageCollectionCallback|"
+    "JitConfig|JitTransform|MM_FLOPsMeasurementCallback|MegatronCommOverlapCallback|"
+    "MegatronEnableExperimentalCallback|MegatronProgressBar|MegatronTokenDropCallback|"
+    "MemoryMonitor|ModelCheckpoint|ModelTransform|NsysCallback|OptimizerMonitor|"
+    "ParameterDebugger|PreemptionCallback|ProgressPrinter|RuntimeEstimator|SpeedMonitor"
+)
 
 KNOWN = re.compile(
     "|".join(
@@ -58,7 +42,7 @@ KNOWN = re.compile(
             _TOKENIZERS
             + r"(?:huggingface\.)?(?:\w+_tokenizers?\.)?(?:Auto|SentencePiece|Tiktoken|Null|ByteLevel)Tokenizer",  # noqa: E501
             # The run.
-            _PYTORCH + rf"callbacks\.(?:\w+\.)?(?:{'|'.join(_CALLBACKS)})",
+            _PYTORCH + rf"callbacks\.(?:\w+\.)?(?:{_CALLBACKS})",
             _PYTORCH + r"optim\.(?:\w+\.)?\w*(?:OptimizerModule|Scheduler)",
             _PYTORCH
             + r"strategies\.(?:\w+_strategy\.)?(?:MegatronStrategy|FSDP2?Strategy|ParallelismConfig)",  # noqa: E501

@@ -95,11 +95,9 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     backend = read_json(path / "metadata.json") if (path / "metadata.json").is_file() else {}
     name, notes = str(backend.get("sharded_backend", "torch_dist")), []
     if name == "zarr":
-        (stored, files), objects = zarr_directory.read_directory(path, report), {}
-        notes.append(zarr_directory.WAY_OUT)
-    else:
-        index = torch_dist.read_directory(path, report)
-        stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
+        raise zarr_directory.unsupported(shown(path))
+    index = torch_dist.read_directory(path, report)
+    stored, objects, files = index.tensors, index.objects, torch_dist.file_sizes(path)
     tensors = {
         name: tensor for name, tensor in stored.items() if not name.startswith(_NOT_OF_THE_MODEL)
     }

@@ -150,7 +150,7 @@ def _tensors(
     report: Report,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int], tuple[str, ...]]:
     """The tensors, the sizes of model parallelism of parts that were not merged, and notes."""
-    sharded, notes = files.below(SHARDED), ()
+    sharded = files.below(SHARDED)
     if WEIGHTS in sizes:
         with files.open(WEIGHTS) as file:
             tensors = saved_tensors.read(file, files.where(WEIGHTS), WEIGHTS, report)
@@ -159,9 +159,7 @@ def _tensors(
         stored = sharded.read_index(report).tensors.values()
         stored = [tensor for tensor in stored if not tensor.name.startswith("optimizer")]
     elif any(name.startswith(_FOLDER) and name.endswith("/.zarray") for name in sizes):
-        where = sharded.where()
-        stored = zarr_directory.read(sharded.sizes(), sharded.read, where, report).values()
-        notes = (zarr_directory.WAY_OUT,)
+        raise zarr_directory.unsupported(sharded.where())
     elif ranks:
         return _ranks(files, ranks, config, report)
     else:
@@ -169,7 +167,7 @@ def _tensors(
             f"{shown(files.place)} has no weights: neither {WEIGHTS} nor {SHARDED}/ nor "
             "mp_rank_00/."
         )
-    return tuple(_moved(tensor, files) for tensor in stored), (1, 1), notes
+    return tuple(_moved(tensor, files) for tensor in stored), (1, 1), ()
 
 
 def _moved(tensor: Tensor, files: Files) -> Tensor:

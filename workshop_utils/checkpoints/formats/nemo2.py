@@ -120,12 +120,11 @@ def holds(path: Path, below: list[Path]) -> str:
 
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
-    """Describe the directory ``path``, also one of zarr; errors and faults as :func:`read`."""
-    held = _read(path, report, ("torch_dist", "zarr"))
+    """Describe the directory ``path``; errors and faults as :func:`read`."""
+    held = read(path, report)
     tensors = held.model_tensors()
     architecture, notes = _architecture(held, tensors, report)
     backend = held.backend["sharded_backend"]
-    notes += (zarr_directory.WAY_OUT,) if backend == "zarr" else ()
     if optimizer := len(held.tensors) - len(tensors):
         notes += (f"{optimizer} tensors of optimizer state beside the weights",)
     return Checkpoint(
@@ -206,10 +205,7 @@ def read(path: Path, report: Report = stop) -> Nemo2Checkpoint:
     off or contradictory), :class:`UnsafeCheckpoint` (the index would run code or leaves the
     directory) and :class:`UnsupportedCheckpoint` (zarr).
     """
-    return _read(locate(path), report, ("torch_dist",))
-
-
-def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpoint:
+    path = locate(path)
     weights, real = path / "weights", path.resolve()
     # NeMo's ModelCheckpoint puts this marker beside a checkpoint while it writes it; NAME-last may
     # be a link to that.
@@ -224,20 +220,15 @@ def _read(path: Path, report: Report, backends: tuple[str, ...]) -> Nemo2Checkpo
             f"{shown(path)} lacks {missing}. Copy or make the checkpoint again."
         )
     backend = read_json(weights / "metadata.json")
-    kind = backend.get("sharded_backend")
-    if kind not in backends:
+    if (kind := backend.get("sharded_backend")) != "torch_dist":
         raise UnsupportedCheckpoint(
             f"{shown(weights / 'metadata.json')}: sharded_backend is {kind!r}; only torch_dist can "
             f"be read. {zarr_directory.WAY_OUT}."
         )
-    if kind == "zarr":
-        (tensors, files), objects = zarr_directory.read_directory(weights, report), {}
-    else:
-        index = torch_dist.read_directory(weights, report)
-        tensors, objects, files = index.tensors, index.objects, torch_dist.file_sizes(weights)
+    index, files = torch_dist.read_directory(weights, report), torch_dist.file_sizes(weights)
     adapter, model = weights / "adapter_metadata.json", read_yaml(path / "context" / "model.yaml")
     stated = read_json(adapter) if adapter.exists() else None
-    return Nemo2Checkpoint(path, model, backend, stated, tensors, objects, files)
+    return Nemo2Checkpoint(path, model, backend, stated, index.tensors, index.objects, files)
 
 
 def contents_of(checkpoint: Path) -> dict[str, dict[str, str]]:

@@ -48,6 +48,17 @@ MAX_READ = 4 * 1024**3
 """Bytes that :func:`read_member` takes into memory."""
 
 
+_BROKEN = (
+    tarfile.TarError,
+    ValueError,
+    OverflowError,
+    EOFError,
+    OSError,
+    zlib.error,
+    RecursionError,  # a header before a header before a header...
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One file in the archive: its name without a leading ``./``, as it is stored, and its bytes
@@ -103,7 +114,11 @@ def _members(path: Path, version: tuple[int, ...]) -> tuple[Member, ...]:
                     files.append(member)
                 if len(names) > MAX_MEMBERS:
                     raise DamagedCheckpoint(f"{shown(path)} has more than {MAX_MEMBERS:,} entries.")
-    except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError, zlib.error) as error:
+    except _Sparse:
+        raise UnsafeCheckpoint(
+            f"{shown(path)} has a sparse entry; a .nemo holds only plain files. Nothing was read."
+        ) from None
+    except _BROKEN as error:
         if names:
             raise DamagedCheckpoint(
                 f"{shown(path)} is damaged after its first {len(names)} entries: {error}. Copy "
@@ -143,11 +158,13 @@ def open_member(path: Path, name: str) -> Iterator[IO[bytes]]:
 
     In an archive compressed with gzip each step back reads the archive from its start again.
     """
-    wanted = next((member for member in members(path) if member.name == name), None)
-    if wanted is None:
+    member = next((member for member in members(path) if member.name == name), None)
+    if member is None:
         raise DamagedCheckpoint(f"{shown(path)} has no {name}.")
-    with _open(Path(path)) as file, io.BufferedReader(_Section(file, wanted)) as section:
-        yield section
+    entry = tarfile.TarInfo(name)
+    entry.offset_data, entry.size = member.start, member.size
+    with _open(Path(path)) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        yield archive.extractfile(entry)
 
 
 def is_compressed(path: Path) -> bool:
@@ -192,51 +209,41 @@ class _Inflated(gzip.GzipFile):
             )
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As the base class. Raises :class:`UnsafeCheckpoint` where ``offset`` is beyond the
-        limit."""
         self._check(offset)
         return super().seek(offset, whence)
 
     def read(self, size: int | None = -1) -> bytes:
-        """As the base class. Raises :class:`UnsafeCheckpoint` where ``size`` bytes would end beyond
-        the limit."""
         self._check(self.tell() + max(size or 0, 0))
         return super().read(size)
 
 
-class _Section(io.RawIOBase):
-    """One member of an archive as a file."""
+class _Sparse(Exception):
+    """An entry whose bytes do not lie one after the other."""
 
-    def __init__(self, file: IO[bytes], member: Member) -> None:
-        self._file, self._member, self._at = file, member, 0
 
-    def readable(self) -> bool:
-        """True."""
-        return True
+class _Entry(tarfile.TarInfo):
+    """A header as tarfile reads it, but for what takes memory by the file's word or hides where an
+    entry's bytes lie."""
 
-    def seekable(self) -> bool:
-        """True."""
-        return True
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _HEADERS and self.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header has {self.size:,} bytes")
+        return super()._proc_member(archive)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position of the member, which may be after its end, and return it. Raises OSError
-        before its start."""
-        at = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._member.size}[whence]
-        )
-        if at < 0:
-            raise OSError(f"position {at} of a file")
-        self._at = at
-        return at
+    def _refuse(self, *arguments: Any) -> None:
+        raise _Sparse
 
-    def readinto(self, buffer: bytearray) -> int:
-        """Fill ``buffer`` from where it is, up to the member's end; the number of bytes read."""
-        count = max(0, min(len(buffer), self._member.size - self._at))
-        self._file.seek(self._member.start + self._at)
-        found = self._file.read(count)
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_sparse = _refuse
+
+
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE)
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -244,92 +251,32 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _entries(path: Path, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """The entries of a tar with their true names, sizes and places, without a look at any link or
-    at what a name leads to.
-
-    ``tarfile``'s own loop reads a header of any length, takes a quadratic time for some, and ends
-    without a word at a damaged one.
-    """
-    at = 0
-    name, size = None, None
-    while True:
-        file.seek(at)
-        block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("it is cut off" if at else "it is too short")
-        try:
-            entry = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.EOFHeaderError:
-            if name is not None or size is not None:
-                raise tarfile.ReadError("it ends after the name of an entry") from None
-            return
-        entry.offset_data = at + tarfile.BLOCKSIZE
-        if not 0 <= entry.size < 2**60:
-            raise tarfile.ReadError(f"an entry has {entry.size:,} bytes")
-        if entry.type in (
-            tarfile.XHDTYPE,
-            tarfile.SOLARIS_XHDTYPE,
-            tarfile.XGLTYPE,
-            tarfile.GNUTYPE_LONGNAME,
-        ):
-            if entry.size > MAX_HEADER:
-                raise tarfile.ReadError(f"a header has {entry.size:,} bytes")
-            content = file.read(entry.size)
-            if len(content) < entry.size:
-                raise tarfile.ReadError("it is cut off inside a header")
-            if entry.type == tarfile.GNUTYPE_LONGNAME:
-                name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
-            else:
-                fields = _pax_fields(path, content)
-                if entry.type == tarfile.XGLTYPE and fields:
-                    raise UnsafeCheckpoint(
-                        f"{shown(path)} changes {', '.join(fields)} for all its entries. Nothing "
-                        "was read."
-                    )
-                name, size = (
-                    fields.get("path", name),
-                    int(fields["size"]) if "size" in fields else size,
-                )
-        else:
-            entry.name = entry.name if name is None else name
-            entry.size = entry.size if size is None else size
+    """The entries of a tar, none of which is looked up by tarfile."""
+    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Entry) as archive:
+        for entry in archive:
+            # Before the next one, which would be looked for at a place before this one.
             if not 0 <= entry.size < 2**60:
                 raise tarfile.ReadError(f"an entry has {entry.size:,} bytes")
+            if archive.pax_headers:
+                raise UnsafeCheckpoint(
+                    f"{shown(path)} changes {', '.join(archive.pax_headers)} for all its entries. "
+                    "Nothing was read."
+                )
+            if "linkpath" in entry.pax_headers or entry.pax_headers.get("hdrcharset") == "BINARY":
+                raise UnsafeCheckpoint(
+                    f"{shown(path)} has an entry with a link or a character set of its own; a "
+                    ".nemo holds only plain files. Nothing was read."
+                )
             if not entry.isfile() and entry.size:
                 raise UnsafeCheckpoint(
                     f"{shown(path)}: {entry.name!r} is no file but has {entry.size:,} bytes. "
                     "Nothing was read."
                 )
-            name, size = None, None
             yield entry
-        at = entry.offset_data + -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-
-
-def _pax_fields(path: Path, content: bytes) -> dict[str, str]:
-    """``path`` and ``size`` in the records ``LENGTH KEY=VALUE`` of an extended header; others do
-    not matter, or are refused."""
-    fields = {}
-    at = 0
-    while at < len(content) and content[at]:
-        digits, space, _ = content[at : at + 20].partition(b" ")
-        length = int(digits) if space and digits.isdigit() else 0
-        key, equals, value = content[at + len(digits) + 1 : at + length].partition(b"=")
-        if not equals or not value.endswith(b"\n") or at + length > len(content):
-            raise tarfile.ReadError("a damaged extended header")
-        key = key.decode("utf-8", "surrogateescape")
-        if (
-            key == "linkpath"
-            or key.startswith("GNU.sparse.")
-            or (key == "hdrcharset" and b"UTF-8" not in value)
-        ):
-            raise UnsafeCheckpoint(
-                f"{shown(path)} has an entry with {key!r}; a .nemo holds only plain files. "
-                "Nothing was read."
-            )
-        if key in ("path", "size"):
-            fields[key] = value[:-1].decode("utf-8", "surrogateescape")
-        at += length
-    return fields
+        # tarfile ends without a word at a damaged header, and where the end is missing.
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut off, or a header is damaged")
 
 
 def _checked(path: Path, entry: tarfile.TarInfo) -> Member:
@@ -344,7 +291,7 @@ def _checked(path: Path, entry: tarfile.TarInfo) -> Member:
             f"{shown(path)} holds {name!r}, which leads out of the directory it is unpacked in. "
             "Nothing was read."
         )
-    if entry.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.DIRTYPE):
+    if entry.type not in _PLAIN:
         kind = "a link" if entry.issym() or entry.islnk() else "neither a file nor a directory"
         raise UnsafeCheckpoint(
             f"{shown(path)}: {name!r} is {kind}; a .nemo holds only files. Nothing was read."

@@ -24,34 +24,27 @@ class Written(NamedTuple):
 
 
 _DCP = "torch.distributed.checkpoint"
+_RECIPE = "transformer_engine.common.recipe"
 _PATHS = "Path PosixPath PurePath PurePosixPath WindowsPath PureWindowsPath"
 _BUILTINS = "bool bytearray complex dict float int list object slice str tuple type"
 
 INDEX = (
     Written("torch", "Size", "torch 2.4 to 2.15"),
     Written("torch.serialization", "_get_layout", "torch 2.4 to 2.15"),
-    Written(
-        f"{_DCP}.metadata",
-        "Metadata MetadataIndex TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata "
-        "TensorProperties",
-        "torch 2.4 to 2.15",
-    ),
+    Written(f"{_DCP}.metadata", "Metadata MetadataIndex TensorStorageMetadata ChunkStorageMetadata "
+        "BytesStorageMetadata TensorProperties", "torch 2.4 to 2.15"),
     Written(f"{_DCP}.metadata", "StorageMeta", "torch 2.4 to 2.15"),
     Written(f"{_DCP}.filesystem", "_StorageInfo _StoragePrefix", "torch 2.4 to 2.15"),
     Written(f"{_DCP}.planner", "SavePlan", "Megatron-Core 0.16 to 0.19, nvidia-resiliency-ext 0.7"),
     Written(f"{_DCP}.planner", "WriteItem TensorWriteData", "Megatron-Core 0.11 to 0.19"),
     Written(f"{_DCP}.planner", "BytesIOWriteData", "torch 2.8 to 2.15"),
-    Written(
-        "megatron.core.dist_checkpointing.strategies.torch",
-        "MCoreSavePlan",
-        "Megatron-Core 0.11 to 0.15",
-    ),
-    Written(
-        "megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata", "Megatron-Core 0.15"
-    ),
+    Written("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan",
+        "Megatron-Core 0.11 to 0.15"),
+    Written("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata",
+        "Megatron-Core 0.15"),
     Written("pathlib", _PATHS, "torch; Megatron-Core 0.11 and 0.12; before Python 3.13"),
     Written("pathlib._local", _PATHS, "torch, with Python 3.13"),
-)
+)  # fmt: skip
 """Names in ``.metadata``, the index of a torch_dist checkpoint.
 
 Source: ``torch/distributed/checkpoint/{metadata,filesystem,planner}.py`` and
@@ -76,44 +69,19 @@ STATE = (
     Written("omegaconf.base", "ContainerMetadata Metadata", "OmegaConf 2.3, in NeMo 1"),
     Written("omegaconf.dictconfig", "DictConfig", "OmegaConf 2.3, in NeMo 1"),
     Written("omegaconf.listconfig", "ListConfig", "OmegaConf 2.3, in NeMo 1"),
-    Written(
-        "omegaconf.nodes",
-        "AnyNode BooleanNode FloatNode IntegerNode StringNode",
-        "OmegaConf 2.3, in NeMo 1",
-    ),
-    Written(
-        "megatron.core.optimizer.optimizer_config", "OptimizerConfig", "Megatron-Core 0.16 to 0.19"
-    ),
-    Written(
-        "megatron.core.extensions.transformer_engine",
-        "TEDelayedScaling",
-        "Megatron-Core 0.11 to 0.19",
-    ),
-    Written(
-        "transformer_engine.common.recipe",
-        "_OverrideLinearPrecision",
-        "Transformer Engine 1.0 to 1.13",
-    ),
-    Written(
-        "transformer_engine.common.recipe",
-        "DelayedScaling _FormatHelper",
-        "Transformer Engine 1.0 to 2.9",
-    ),
-    Written(
-        "transformer_engine.common.recipe", "MXFP8BlockScaling", "Transformer Engine 2.0 to 2.9"
-    ),
-    Written(
-        "transformer_engine.common.recipe",
-        "Float8CurrentScaling MMParams QParams",
-        "Transformer Engine 2.2 to 2.9",
-    ),
-    Written(
-        "transformer_engine.common.recipe", "Float8BlockScaling", "Transformer Engine 2.3 to 2.9"
-    ),
-    Written(
-        "transformer_engine.common.recipe", "NVFP4BlockScaling", "Transformer Engine 2.8 and 2.9"
-    ),
-)
+    Written("omegaconf.nodes", "AnyNode BooleanNode FloatNode IntegerNode StringNode",
+        "OmegaConf 2.3, in NeMo 1"),
+    Written("megatron.core.optimizer.optimizer_config", "OptimizerConfig",
+        "Megatron-Core 0.16 to 0.19"),
+    Written("megatron.core.extensions.transformer_engine", "TEDelayedScaling",
+        "Megatron-Core 0.11 to 0.19"),
+    Written(_RECIPE, "_OverrideLinearPrecision", "Transformer Engine 1.0 to 1.13"),
+    Written(_RECIPE, "DelayedScaling _FormatHelper", "Transformer Engine 1.0 to 2.9"),
+    Written(_RECIPE, "MXFP8BlockScaling", "Transformer Engine 2.0 to 2.9"),
+    Written(_RECIPE, "Float8CurrentScaling MMParams QParams", "Transformer Engine 2.2 to 2.9"),
+    Written(_RECIPE, "Float8BlockScaling", "Transformer Engine 2.3 to 2.9"),
+    Written(_RECIPE, "NVFP4BlockScaling", "Transformer Engine 2.8 and 2.9"),
+)  # fmt: skip
 """Names of values in what ``torch.save`` wrote: ``common.pt``, ``.ckpt``, ``.bin``, and the objects
 inside ``.distcp`` files.
 
@@ -123,84 +91,49 @@ tensors together is in :mod:`.torch_archive`.
 """
 
 VALUES = (
-    Written(
-        "signal",
-        " ".join(signal.Signals.__members__),
-        "Megatron-Core 0.16 to 0.19, before Python 3.11.5: the member's own name",
-    ),
+    Written("signal", " ".join(signal.Signals.__members__),
+        "Megatron-Core 0.16 to 0.19, before Python 3.11.5: the member's own name"),
     Written("torch", "Tensor", "torch 2.4 to 2.15, as the type of a tensor with attributes"),
-    Written(
-        "torch.nn.parameter",
-        "Parameter",
-        "torch 2.4 to 2.15, as the type of a tensor with attributes",
-    ),
-)
+    Written("torch.nn.parameter", "Parameter",
+        "torch 2.4 to 2.15, as the type of a tensor with attributes"),
+)  # fmt: skip
 """Names in the same files that are looked up and never called."""
 
 _ENUMS = "megatron.core.transformer.enums"
 _RERUN = "megatron.core.rerun_state_machine"
 ENUMERATIONS = (
-    (
-        f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
-        "TORCH_CONTIGUOUS_FORMAT TORCH_CHANNELS_LAST TORCH_PRESERVE_FORMAT",
-        "torch 2.4 to 2.15",
-    ),
+    (f"{_DCP}.metadata._MEM_FORMAT_ENCODING",
+        "TORCH_CONTIGUOUS_FORMAT TORCH_CHANNELS_LAST TORCH_PRESERVE_FORMAT", "torch 2.4 to 2.15"),
     (f"{_DCP}.planner.WriteItemType", "TENSOR SHARD BYTE_IO", "Megatron-Core 0.11 to 0.19"),
-    (
-        "megatron.core.enums.ModelType",
+    ("megatron.core.enums.ModelType",
         "encoder_or_decoder encoder_and_decoder retro_encoder retro_decoder",
-        "Megatron-Core 0.11 to 0.19",
-    ),
-    (
-        "megatron.core.enums.Fp8Recipe",
-        "delayed tensorwise mxfp8 blockwise custom",
-        "Megatron-Core 0.12 to 0.19",
-    ),
+        "Megatron-Core 0.11 to 0.19"),
+    ("megatron.core.enums.Fp8Recipe", "delayed tensorwise mxfp8 blockwise custom",
+        "Megatron-Core 0.12 to 0.19"),
     ("megatron.core.enums.Fp4Recipe", "nvfp4 custom", "Megatron-Core 0.15 to 0.19"),
-    (
-        f"{_RERUN}.RerunDiagnostic",
-        "CORRECT_RESULT TRANSIENT_ERROR PERSISTENT_ERROR",
-        "Megatron-Core 0.11 to 0.19",
-    ),
-    (
-        f"{_RERUN}.RerunMode",
-        "DISABLED VALIDATE_RESULTS REPORT_DETERMINISM_STATS",
-        "Megatron-Core 0.11 to 0.19",
-    ),
-    (
-        f"{_RERUN}.RerunState",
-        (
-            "NOT_RUNNING_YET INITIAL_RUN RERUNNING_IN_PLACE WILL_RERUN_FROM_CHECKPOINT "
-            "RERUNNING_FROM_CHECKPOINT RERUNNING_AGAIN_FROM_CHECKPOINT"
-        ),
-        "Megatron-Core 0.11 to 0.19",
-    ),
+    (f"{_RERUN}.RerunDiagnostic", "CORRECT_RESULT TRANSIENT_ERROR PERSISTENT_ERROR",
+        "Megatron-Core 0.11 to 0.19"),
+    (f"{_RERUN}.RerunMode", "DISABLED VALIDATE_RESULTS REPORT_DETERMINISM_STATS",
+        "Megatron-Core 0.11 to 0.19"),
+    (f"{_RERUN}.RerunState",
+        "NOT_RUNNING_YET INITIAL_RUN RERUNNING_IN_PLACE WILL_RERUN_FROM_CHECKPOINT "
+        "RERUNNING_FROM_CHECKPOINT RERUNNING_AGAIN_FROM_CHECKPOINT", "Megatron-Core 0.11 to 0.19"),
     (f"{_ENUMS}.ModelType", "encoder_or_decoder encoder_and_decoder", "Megatron-Core 0.11 to 0.19"),
     (f"{_ENUMS}.LayerType", "embedding loss encoder decoder mtp", "Megatron-Core 0.11 to 0.19"),
     (f"{_ENUMS}.AttnType", "self_attn cross_attn", "Megatron-Core 0.11 to 0.19"),
-    (
-        f"{_ENUMS}.AttnMaskType",
+    (f"{_ENUMS}.AttnMaskType",
         "padding causal no_mask padding_causal arbitrary causal_bottom_right",
-        "Megatron-Core 0.11 to 0.19",
-    ),
+        "Megatron-Core 0.11 to 0.19"),
     (f"{_ENUMS}.AttnBackend", "flash fused unfused local auto", "Megatron-Core 0.11 to 0.19"),
-    (
-        f"{_ENUMS}.CudaGraphScope",
+    (f"{_ENUMS}.CudaGraphScope",
         "full_iteration attn mlp moe moe_router moe_preprocess mamba full_iteration_inference",
-        "Megatron-Core 0.16 to 0.19",
-    ),
-    (
-        f"{_ENUMS}.CudaGraphModule",
-        "attn mlp moe moe_router moe_preprocess mamba",
-        "Megatron-Core 0.18 and 0.19",
-    ),
+        "Megatron-Core 0.16 to 0.19"),
+    (f"{_ENUMS}.CudaGraphModule", "attn mlp moe moe_router moe_preprocess mamba",
+        "Megatron-Core 0.18 and 0.19"),
     (f"{_ENUMS}.InferenceCudaGraphScope", "none layer block", "Megatron-Core 0.18 and 0.19"),
-    (
-        "transformer_engine.common.recipe.Format",
-        "E4M3 E5M2 HYBRID",
-        "Transformer Engine 1.0 to 2.9",
-    ),
-)
+    (f"{_RECIPE}.Format", "E4M3 E5M2 HYBRID",
+        "Transformer Engine 1.0 to 2.9"),
+)  # fmt: skip
 """Enumerations in either, with the names of their members in all versions."""
 
 

@@ -215,28 +215,23 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     objects = objects if isinstance(objects, dict) else {}
 
     def visit(node: Any, path: str) -> None:
-        """Collect what is foreign in ``node``, which stands at ``path``."""
         if isinstance(node, dict):
             for key, value in node.items():
                 here = f"{path}.{plain(str(key), 100)}" if path else plain(str(key), 100)
-                if key == "_target_" or (
-                    key == "target" and isinstance(value, str) and _DOTTED.fullmatch(value)
-                ):
-                    known = isinstance(value, str) and (
-                        KNOWN.fullmatch(value) or (key == "target" and NEMO1_MODEL.fullmatch(value))
-                    )
-                    if not known:
-                        found.append((here, plain(str(value), 200)))
-                elif (
-                    key == "library"
-                    and isinstance(value, str)
-                    and (value == "tabular" or "${" in value)
-                ):
-                    found.append((here, plain(value, 100)))
-                elif key == "trust_remote_code" and value not in (False, None):
-                    found.append((here, plain(str(value), 200)))
+                text = value if isinstance(value, str) else ""
+                if key == "_target_":
+                    foreign = not KNOWN.fullmatch(text)
+                elif key == "target" and _DOTTED.fullmatch(text):
+                    foreign = not (KNOWN.fullmatch(text) or NEMO1_MODEL.fullmatch(text))
+                elif key == "library" and text:
+                    foreign = text == "tabular" or "${" in text
+                elif key == "trust_remote_code":
+                    foreign = value not in (False, None)
                 else:
                     visit(value, here)
+                    continue
+                if foreign:
+                    found.append((here, plain(str(value), 200)))
             # Whatever its "type" says: NeMo imports the name before fiddle looks at that.
             if node.get("type") == "pyref" or {"type", "module", "name"} <= node.keys():
                 name = f"{node.get('module')}.{node.get('name')}"

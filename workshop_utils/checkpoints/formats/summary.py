@@ -47,7 +47,7 @@ class Checkpoint:
     its writer. ``nbytes`` are the files of the weights, which lie in ``path / folder``.
     ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
     merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names,
-    ``storage`` how Megatron-Core stores the weights (torch_dist, torch or zarr), ``view_of`` the
+    ``storage`` how Megatron-Core stores the weights (torch_dist or torch), ``view_of`` the
     checkpoint whose weights a view shows. ``notes`` are sentences on what else to know.
     """
 

@@ -1,11 +1,11 @@
 """Files that ``torch.save`` wrote (``model_weights.ckpt``, ``common.pt``, ``.bin``, ``.ckpt``),
 read without torch.
 
-Such a file is a zip of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``, ``NAME/data/1``...: the
-bytes of each storage, which the pickle refers to by persistent ids ``("storage", type, key, device,
-elements)``. A tensor is an offset, a shape and strides in a storage. Only the pickle is read, and
-restricted; of the storages only their places are told. Source of the format:
-``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
+Such a file is a zip (:mod:`.torch_zip`) of ``NAME/data.pkl``, a pickle, and of ``NAME/data/0``,
+``NAME/data/1``...: the bytes of each storage, which the pickle refers to by persistent ids
+``("storage", type, key, device, elements)``. A tensor is an offset, a shape and strides in a
+storage. Only the pickle is read, and restricted; of the storages only their places are told. Source
+of the format: ``torch/serialization.py`` and ``torch/_utils.py`` (torch 2.13).
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from workshop_utils.checkpoints.formats import pickled_names, restricted_pickle, torch_zip
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.pickle_machine import Harmful, Inert, Sealed
+from workshop_utils.checkpoints.formats.pickle_machine import Harmful, Inert, StandIn
 from workshop_utils.checkpoints.formats.restricted_pickle import (
     MAX_DIMENSIONS,
     OTHER_DTYPE_BYTES,
@@ -36,21 +36,11 @@ MAX_VALUES = 1_000_000
 """Values of a state dict, those counted twice that it refers to twice: a list of two references to
 a list of two... grows so."""
 
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "UntypedStorage": "uint8",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
+_STORAGES = dict(
+    Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64",
+    Int="int32", Short="int16", Char="int8", Byte="uint8", Bool="bool", Untyped="uint8",
+    ComplexFloat="complex64", ComplexDouble="complex128",
+)  # fmt: skip
 
 _BYTES = DTYPE_BYTES | OTHER_DTYPE_BYTES
 
@@ -68,9 +58,8 @@ class SavedTensor:
     """A tensor in such a file: shape, dtype by name, and its bytes.
 
     Its elements, row-major and little-endian, are the bytes ``[start, start + length)`` of the
-    file, ready for ``tensor.whole(name, shape, dtype, file, start, length)``. Two tensors may share
-    them: tied weights, or views of one another. Both are None for a tensor whose elements do not
-    lie one after the other in that order (strides of a transposed view).
+    file. Two tensors may share them: tied weights, or views of one another. Both are None for a
+    tensor whose elements do not lie one after the other (strides of a transposed view).
     """
 
     shape: tuple[int, ...]
@@ -86,8 +75,7 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A storage: ``start`` is None where the zip lacks it. ``faults`` collects those of its
-    tensors."""
+    """``start`` is None where the zip lacks it. ``faults`` collects those of its tensors."""
 
     dtype: str
     key: str
@@ -96,7 +84,6 @@ class _Storage:
     faults: list["_Faulty"]
 
     def fault(self, why: str) -> "_Faulty":
-        """A stand-in for a tensor that contradicts this storage, also added to ``faults``."""
         self.faults.append(_Faulty(why))
         return self.faults[-1]
 
@@ -108,20 +95,21 @@ class _Faulty:
     why: str
 
 
-class _State(dict, metaclass=Sealed):
+class _State(StandIn, dict):
     """``collections.OrderedDict`` and ``defaultdict``; attributes (``_metadata``) are dropped."""
+
+    __slots__ = ()
 
     def __init__(self, *arguments: Any) -> None:
         if any(isinstance(argument, dict | list | tuple) for argument in arguments):
             raise pickle.UnpicklingError("a mapping made from arguments")
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
-        """Drop the state."""
 
-
-class _Namespace(dict, metaclass=Sealed):
+class _Namespace(StandIn, dict):
     """``argparse.Namespace``: a dictionary of its attributes."""
+
+    __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
         if type(state) is not dict:
@@ -165,7 +153,7 @@ class Buffer(Named):
         self.content: Any = arguments[0] if arguments else b""
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the bytes; the position is dropped."""
+        # The position is dropped.
         self.content = state[0] if type(state) is tuple and state else state
 
 
@@ -190,18 +178,14 @@ def _encode(text: Any, encoding: Any = None) -> Any:
     return Named("bytes")
 
 
-def _no_bytes() -> bytes:
-    """``bytes()``, as protocol 2 writes an empty one."""
-    return b""
-
-
 def _items(values: Any = ()) -> Any:
     """``set(list)``: the list."""
     return values if isinstance(values, list | tuple) else []
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
-    """``torch._utils._rebuild_parameter(data, requires_grad, hooks)``."""
+    """``torch._utils._rebuild_parameter(data, requires_grad, hooks)``, and ``..._with_state``, for
+    a parameter with attributes, which Megatron-Core sets."""
     return data
 
 
@@ -242,16 +226,15 @@ def _tensor(
     return SavedTensor(shape, storage.dtype, storage.start + offset * item, elements * item)
 
 
-def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
-    """``torch._utils._rebuild_parameter_with_state``: a parameter with attributes, which
-    Megatron-Core sets."""
-    return data
-
-
 def _from_type(rebuild: Any, type_: Any, arguments: Any, state: Any) -> Any:
     """``torch._tensor._rebuild_from_type_v2(function, type, arguments, state)``: a tensor of
     another type, or with attributes."""
-    if rebuild not in (_tensor, _typed_tensor, _parameter) or type(arguments) is not tuple:
+    # At most eight are written; a long tuple would be copied each time.
+    if (
+        rebuild not in (_tensor, _typed_tensor, _parameter)
+        or type(arguments) is not tuple
+        or len(arguments) > MAX_DIMENSIONS
+    ):
         raise pickle.UnpicklingError("a tensor that is put together by something else")
     return rebuild(*arguments)
 
@@ -266,9 +249,7 @@ def _calls_within(data: bytes) -> tuple[str, ...]:
         pickles = 1
     elif not data.startswith(_OLD_FORMAT):
         return (f"{data[:20]!a}...",)
-    calls, whole = restricted_pickle.scan_all(
-        data, "a storage in a pickle", _INNER, lambda key: Inert("storage"), pickles
-    )
+    calls, whole = restricted_pickle.scan_all(data, _INNER, lambda key: Inert("storage"), pickles)
     return tuple(calls) or (() if whole == pickles else (f"{data[:20]!a}...",))
 
 
@@ -287,7 +268,7 @@ def _load_from_bytes(content: Any) -> "_Storage":
     except UnicodeEncodeError:
         raise pickle.UnpicklingError("a storage that is loaded from no bytes") from None
     if calls := _calls_within(data):
-        raise Harmful("torch.storage._load_from_bytes", list(calls))
+        raise Harmful("torch.storage._load_from_bytes", calls)
     return _Storage("uint8", _IN_PICKLE, None, 0, [])
 
 
@@ -317,6 +298,7 @@ def _sizes(values: Any) -> bool:
     )
 
 
+_BUILTINS = ("builtins", "__builtin__")
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _State,
     ("collections", "defaultdict"): _State,
@@ -327,44 +309,28 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter_with_state,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("torch.serialization", "_get_layout"): layout,
     ("torch", "Size"): size,
     ("_io", "BytesIO"): Buffer,
-    **{("torch", name): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
+    **{("torch", f"{name}Storage"): f"torch.{dtype}" for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): "torch.uint8",
     **{("torch", name): f"torch.{name}" for name in _BYTES},
-    ("builtins", "bytes"): _no_bytes,
-    ("__builtin__", "bytes"): _no_bytes,
-    **{
-        (module, name): _items
-        for module in ("builtins", "__builtin__")
-        for name in ("set", "frozenset")
-    },
+    **{(module, name): _items for module in _BUILTINS for name in ("set", "frozenset")},
+    # As protocol 2 writes empty ones.
+    **{(module, "bytes"): lambda: b"" for module in _BUILTINS},
+    **{name: Class(".".join(name)) for name in pickled_names.names(pickled_names.STATE)},
+    **{name: Named(".".join(name)) for name in pickled_names.names(pickled_names.VALUES)},
+    **pickled_names.enumerations(),
 }
-_ALLOWED |= {
-    (module, name): Class(f"{module}.{name}")
-    for module, name in pickled_names.names(pickled_names.STATE)
-}
-_ALLOWED |= {
-    (module, name): Named(f"{module}.{name}")
-    for module, name in pickled_names.names(pickled_names.VALUES)
-}
-_ALLOWED |= pickled_names.enumerations()
 _INNER = dict(_ALLOWED)
 _ALLOWED["torch.storage", "_load_from_bytes"] = _load_from_bytes
 
 
 def read_tensors(file: IO[bytes], where: str, report: Report = stop) -> dict[str, SavedTensor]:
     """Name -> tensor of the flat state dict in ``file``; ``where`` names it in errors. Entries that
-    are no tensors are left out.
-
-    Raises :class:`DamagedCheckpoint`, :class:`UnsafeCheckpoint` (two readers would see two files,
-    or a program of TorchScript) and :class:`UnsupportedCheckpoint` (the format of torch before 1.6,
-    which is no zip). To ``report`` go: each name that the pickle would call (UnsafeCheckpoint), and
-    each tensor that does not fit its storage (DamagedCheckpoint), which is left out.
-    """
+    are no tensors are left out; errors as :func:`read_state`."""
     state = read_state(file, where, report)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{where} holds a {type(state).__name__}, not tensors by name.")
@@ -381,33 +347,30 @@ def read_state(file: IO[bytes], where: str, report: Report = stop) -> Any:
 
     An ``argparse.Namespace`` is a dictionary, other known classes (enumerations, OmegaConf) are
     :class:`Named`, names outside the list are :class:`.pickle_machine.Foreign`; both print as their
-    text. Never deeper than MAX_DEPTH, never endless. Errors as :func:`read_tensors`.
+    text. Never deeper than MAX_DEPTH, never endless. Raises :class:`DamagedCheckpoint`,
+    :class:`UnsafeCheckpoint` (two readers would see two files, or a program of TorchScript) and
+    :class:`UnsupportedCheckpoint` (the format of torch before 1.6, which is no zip). To ``report``
+    go: each name that the pickle would call (UnsafeCheckpoint), and each tensor that does not fit
+    its storage (DamagedCheckpoint), which is left out.
     """
     data, storages = torch_zip.read(file, where, _ALLOWED)
     faults: list[_Faulty] = []
     calls, state = restricted_pickle.survey(data, where, _ALLOWED, _finder(storages, faults))
     _calls_within.cache_clear()
     for call in calls:
-        report(restricted_pickle.unsafe(where, call.partition("(")[0], [call]))
+        report(restricted_pickle.unsafe(where, [call]))
     if state is None and calls:
         raise DamagedCheckpoint(f"{where} breaks off after what it would call.")
     _check_extent(state, where)
     return _without_faulty({"": state}, where, "", report).get("") if faults else state
 
 
-def scan(file: IO[bytes], where: str) -> list[str]:
-    """What the pickle in ``file`` would call; see :func:`.restricted_pickle.scan`. Errors as
-    :func:`read_tensors`."""
-    data, storages = torch_zip.read(file, where, _ALLOWED)
-    return restricted_pickle.scan(data, where, _ALLOWED, _finder(storages, []))
-
-
-def scan_bare(data: bytes, where: str) -> list[str] | None:
+def scan_bare(data: bytes) -> list[str] | None:
     """What pickles one after the other, in no zip, would call; None where that is not known: the
     first is not whole, and Python's own machine may go on where this one stops. A first byte that
     is no opcode stops both.
     """
-    calls, whole = restricted_pickle.scan_all(data, where, _ALLOWED, lambda key: Inert("storage"))
+    calls, whole = restricted_pickle.scan_all(data, _ALLOWED, lambda key: Inert("storage"))
     _calls_within.cache_clear()
     return (
         calls if calls or whole or data[:1].decode("latin-1") not in pickletools.code2op else None
@@ -441,22 +404,19 @@ def _without_faulty(value: Any, where: str, path: str, report: Report) -> Any:
 
 
 def _check_extent(state: Any, where: str) -> None:
-    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, and references
-    to references."""
-    # id -> (values in it, levels of it)
+    """Refuse what a loop over it would not get to the end of: cycles, deep nesting, references to
+    references."""
     seen: dict[int, tuple[int, int]] = {}
 
     def extent(value: Any, depth: int) -> tuple[int, int]:
-        """Number of values in ``value``, itself included, and of levels. Raises
-        :class:`DamagedCheckpoint` above the limits."""
+        # Number of values in ``value``, itself included, and of levels.
         if id(value) not in seen:
-            count, levels = 1, 1
-            for child in _children(value):
+            count = levels = 1
+            for child in value.values() if isinstance(value, dict) else value:
+                more, below = 1, 0
                 if child and isinstance(child, dict | list | tuple):
                     more, below = extent(child, depth + 1) if depth < MAX_DEPTH else (0, MAX_DEPTH)
-                    count, levels = count + more, max(levels, below + 1)
-                else:
-                    count += 1
+                count, levels = count + more, max(levels, below + 1)
             if count > MAX_VALUES or levels > MAX_DEPTH:
                 raise DamagedCheckpoint(
                     f"{where} is nested more than {MAX_DEPTH} deep, contains itself, or holds "
@@ -465,20 +425,15 @@ def _check_extent(state: Any, where: str) -> None:
             seen[id(value)] = count, levels
         return seen[id(value)]
 
-    extent(state, 1)
-
-
-def _children(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list | tuple) else ()
+    if isinstance(state, dict | list | tuple):
+        extent(state, 1)
 
 
 def _finder(
     storages: dict[str, tuple[int, int]], faults: list[_Faulty]
 ) -> Callable[[Any], _Storage]:
     def find(reference: Any) -> _Storage:
-        """The storage that a persistent id names; ``elements`` are bytes for an untyped one."""
+        # ``elements`` are bytes for an untyped storage.
         if not isinstance(reference, tuple) or len(reference) < 5:
             raise pickle.UnpicklingError("a reference to something that is no storage")
         kind, storage_type, key, _, elements = reference[:5]

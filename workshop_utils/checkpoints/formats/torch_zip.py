@@ -144,9 +144,9 @@ def _no_zip(
     if start[:1] == b"\x80":
         file.seek(0)
         data = file.read(MAX_PICKLE)
-        calls, _ = restricted_pickle.scan_all(data, where, allowed, lambda key: Inert("storage"))
+        calls, _ = restricted_pickle.scan_all(data, allowed, lambda key: Inert("storage"))
         if calls:
-            return restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls)
+            return restricted_pickle.unsafe(where, calls)
     if start[:2] == b"\x80\x02":
         return UnsupportedCheckpoint(
             f"{where} is in the format of torch before 1.6. Load and save it once: "

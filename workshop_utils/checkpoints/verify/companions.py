@@ -11,7 +11,7 @@ from workshop_utils.checkpoints.verify.report import Report
 from workshop_utils.core.errors import CheckpointError
 from workshop_utils.core.paths import shown
 
-_BACKENDS = {"sharded": [("torch_dist", 1), ("zarr", 1)], "common": [("torch", 1)]}
+_BACKENDS = {"sharded": [("torch_dist", 1)], "common": [("torch", 1)]}
 _LEFTOVERS = ("*-unfinished", "*.partial", "*.incomplete", "*.tmp")
 
 

@@ -89,13 +89,6 @@ def _is_convertible(checkpoint: Checkpoint) -> bool:
 def _nemo2(checkpoint: Checkpoint) -> Answers:
     path, text, name = quoted(checkpoint.path), shown(checkpoint.path), name_of(checkpoint)
     call = f'llm.generate(path="{text}", ...), llm.finetune with RestoreConfig(path="{text}")'
-    if checkpoint.detail == "zarr":
-        once = (
-            "load it once with NeMo 2.0 on Megatron-Core 0.13 and save it again; then inspect "
-            "the new directory"
-        )
-        only = f"{call}; only on Megatron-Core before 0.16"
-        return for_all("after", once) | {NEMO2: ("yes", only)}
     if not _is_convertible(checkpoint):
         export = (
             f'llm.export_ckpt(path="{text}", target="hf", output_path=NEW), if NeMo has an '
@@ -146,7 +139,7 @@ def _lightning(checkpoint: Checkpoint) -> Answers:
 def _megatron(checkpoint: Checkpoint) -> Answers:
     path, text, detail = quoted(checkpoint.path), shown(checkpoint.path), str(checkpoint.detail)
     name = f"{checkpoint.path.resolve().parent.name}-{name_of(checkpoint)}"
-    if detail.endswith((", torch", ", zarr")):
+    if checkpoint.storage == "torch":
         again = (
             "load it with Megatron-LM and save it with --ckpt-format torch_dist; then inspect "
             "the new iter_ directory"
@@ -216,12 +209,6 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
 
 def _gguf(checkpoint: Checkpoint) -> Answers:
     path = quoted(checkpoint.path)
-    if checkpoint.adapter:
-        why = (
-            f"an adapter for llama.cpp (llama-cli --lora {path}); give the PEFT adapter that it "
-            "was made from"
-        )
-        return for_all("no", why)
     vllm = {VLLM: ("yes", f"vllm serve {path} --tokenizer BASE (experimental in vLLM)")}
     kind = str(checkpoint.detail).partition(",")[0]
     if kind not in GGUF:

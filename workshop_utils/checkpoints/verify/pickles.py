@@ -7,6 +7,7 @@ that ``torch.save`` wrote (``torch/distributed/checkpoint/default_planner.py``, 
 it, which Transformer Engine loads (``transformer_engine/pytorch/module/base.py``).
 """
 
+import contextlib
 import io
 import itertools
 from collections.abc import Iterator
@@ -97,51 +98,39 @@ def _check(report: Report, where: str, content: bytes, extra_state: bool = False
         )
         return
     try:
-        found = torch_archive.read_state(io.BytesIO(content), where, report.add)
-        for inner in _inner(found, content):
+        state = torch_archive.read_state(io.BytesIO(content), where, report.add)
+        for inner in _inner(state, content):
             if inner != b"":
                 _check_inner(report, where, inner, extra_state)
     except CheckpointError as error:
         report.add(error)
 
 
-def _inner(found: Any, content: bytes) -> Iterator[bytes | None]:
+def _inner(value: Any, content: bytes) -> Iterator[bytes | None]:
     """What the value of an object holds as bytes; None for what would be loaded and cannot be
     told."""
-    if isinstance(found, torch_archive.Buffer):
-        if isinstance(found.content, bytes | torch_archive.LongBytes):
-            yield from _inner(found.content, content)
-        else:
-            yield None
-    elif isinstance(found, torch_archive.SavedTensor):
-        if 0 in found.shape:
-            yield b""
-        elif found.dtype == "uint8" and found.contiguous:
-            yield content[found.start : found.start + found.length]
-        else:
-            yield None
-    elif isinstance(found, bytes | torch_archive.LongBytes):
-        yield _bytes(found)
-    elif isinstance(found, list | tuple):
-        for item in found:
+    if isinstance(value, bytes | torch_archive.LongBytes):
+        # What is no Latin-1 the loader fails on, too.
+        with contextlib.suppress(UnicodeEncodeError):
+            yield bytes(value)
+    elif isinstance(value, torch_archive.Buffer):
+        plain = isinstance(value.content, bytes | torch_archive.LongBytes)
+        yield from _inner(value.content, content) if plain else [None]
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _inner(item, content)
-
-
-def _bytes(found: "bytes | torch_archive.LongBytes") -> bytes:
-    try:
-        return bytes(found)
-    except UnicodeEncodeError:
-        # No Latin-1: the loader would fail on it, too.
-        return b""
+    elif isinstance(value, torch_archive.SavedTensor) and 0 not in value.shape:
+        known = value.dtype == "uint8" and value.contiguous
+        yield content[value.start : value.start + value.length] if known else None
 
 
 def _check_inner(report: Report, where: str, content: bytes | None, extra_state: bool) -> None:
     if content is not None and content[:4] == b"PK\x03\x04":
         torch_archive.read_state(io.BytesIO(content), where, report.add)
         return
-    calls = None if content is None else torch_archive.scan_bare(content, where)
+    calls = None if content is None else torch_archive.scan_bare(content)
     if calls:
-        report.add(restricted_pickle.unsafe(where, calls[0].partition("(")[0], calls))
+        report.add(restricted_pickle.unsafe(where, calls))
     elif calls is None and extra_state:
         report.add(
             UnsafeCheckpoint(

@@ -119,13 +119,9 @@ def _check(report: Report, checkpoint: Checkpoint, deep: bool, progress: bool) -
         pickles.check_objects(report, checkpoint)
     held += places.ranges(tensors)
     named = {part.file for part in held}
-    if checkpoint.storage == "zarr":
-        message = "whether the chunks of zarr are whole: they are listed, and not read, here"
-        report.unknown(message, Code.VALUES)
-    else:
-        sizes = _sizes(checkpoint, base, named)
-        places.check_files(report, sizes, held, _data_starts(base, sizes))
-        places.check_chunks(report, tensors)
+    sizes = _sizes(checkpoint, base, named)
+    places.check_files(report, sizes, held, _data_starts(base, sizes))
+    places.check_chunks(report, tensors)
     companions.note_leftovers(report, checkpoint.path, base, named)
     _BY_KIND.get(checkpoint.kind, _check_others)(report, checkpoint, base)
     if deep:
@@ -157,8 +153,7 @@ def _data_starts(base: Path, sizes: Collection[str]) -> dict[str, int]:
 def _check_nemo2(report: Report, checkpoint: Checkpoint, weights: Path) -> None:
     context, tensors = checkpoint.path / "context", checkpoint.tensors
     companions.check_backend(report, weights)
-    if checkpoint.storage != "zarr":
-        pickles.check_common(report, checkpoint)
+    pickles.check_common(report, checkpoint)
     model = read_yaml(context / "model.yaml")
     companions.check_targets(report, context / "model.yaml", model)
     io = context / "io.json"
