@@ -104,13 +104,7 @@ def test_configuration_and_build(qwen3):
 def test_import_and_data(qwen3):
     assert [
         line for line in (qwen3 / "all.txt").read_text().splitlines() if line.startswith("== ")
-    ] == [
-        "== import",
-        "== data",
-        "== train",
-        "== test",
-        "== export",
-    ]
+    ] == ["== import", "== data", "== train", "== test", "== export"]
     described = (qwen3 / "out/imported_hf_ckpt/context/model.yaml").read_text()
     assert "qk_layernorm: true" in described and f"kv_channels: {HEAD_DIM}" in described
     sizes = [

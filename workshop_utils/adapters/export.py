@@ -30,9 +30,7 @@ from workshop_utils.core.paths import shown
 
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
 _CARD = "README.md"
-ELSEWHERE = "Choose another --out"
-"""Of the errors about what stands where an export would go;
-:mod:`workshop_utils.training.recipe.deliver` has no such option, and says it otherwise."""
+ELSEWHERE = "Choose another place"
 _PEFT_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|workshop_export\.json|README\.md"
 )

@@ -20,19 +20,19 @@ from pathlib import Path
 _INHERITED = str(Path(__file__).parent / "inherited")
 
 
-def apply() -> None:
+def apply(device: str | None = None) -> None:
     """Register every patch, for this process and for the processes it starts. Calling it again
     changes nothing.
 
-    ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is
-    imported for that.
+    ``device`` "cpu", or without it ``WORKSHOP_DEVICE=cpu``, hides the GPUs of a machine that has
+    some. Has to run before torch is imported for that.
     """
     from workshop_utils.core import home
 
     from . import megatron_core, nemo2, nemo_script_path, paged_attention, torch_cuda  # noqa: F401  each registers its patches when imported
     from .registry import activate
 
-    if os.environ.get("WORKSHOP_DEVICE") == "cpu":
+    if (device or os.environ.get("WORKSHOP_DEVICE")) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     home.use_writable_places()  # NeMo makes directories when it is imported
     inherit(os.environ)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils.checkpoints import sources
+from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound, verify
@@ -116,19 +117,12 @@ def find_source(hf_model_id: str) -> Source:
         raise WorkshopError(
             f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision."
         )
-    known = [
-        one
-        for one in sources.catalogue().values()
-        if one.source == "huggingface" and one.address == address
-    ]
-    if known and revision in ("", known[0].revision):
-        return Source(known[0].name, model=known[0])
-    return Source(
-        plain,
-        model=_unlisted(
-            plain.replace("/", "--"), "huggingface", address, revision or None, "huggingface"
-        ),
-    )
+    known = _listed("huggingface", address)
+    if known and revision in ("", known.revision):
+        return Source(known.name, model=known)
+    page = f"https://huggingface.co/{address}"
+    folder = plain.replace("/", "--")
+    return _unlisted(plain, folder, "huggingface", address, revision or None, page, "huggingface")
 
 
 def _of_ngc(name: str) -> Source:
@@ -138,28 +132,31 @@ def _of_ngc(name: str) -> Source:
             f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
             "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
         )
-    known = [
-        one
-        for one in sources.catalogue().values()
-        if one.source == "ngc" and one.address == address
-    ]
-    if known:
-        return Source(known[0].name, model=known[0])
-    return Source(
-        name, model=_unlisted(re.sub(r"[/:]", "--", address), "ngc", address, None, "nemo2")
-    )
+    if known := _listed("ngc", address):
+        return Source(known.name, model=known)
+    folder, page = re.sub(r"[/:]", "--", address), "https://catalog.ngc.nvidia.com"
+    return _unlisted(name, folder, "ngc", address, None, page, "nemo2")
+
+
+def _listed(source: str, address: str) -> sources.Model | None:
+    known = sources.catalogue().values()
+    wanted = (source, address)
+    return next((model for model in known if (model.source, model.address) == wanted), None)
 
 
 def _unlisted(
-    name: str, source: str, address: str, revision: str | None, form: str
-) -> sources.Model:
+    name: str,
+    folder: str,
+    source: str,
+    address: str,
+    revision: str | None,
+    page: str,
+    form: str,
+) -> Source:
     """A model that the catalogue does not list; its licence is not known here, so the messages
     point to its page."""
-    site = "https://huggingface.co" if source == "huggingface" else "https://catalog.ngc.nvidia.com"
-    page = f"{site}/{address}" if source == "huggingface" else site
-    return sources.Model(
-        name, address, 0, source, address, revision, 0, "see its page", page, False, form, {}
-    )
+    about = (revision, 0, "see its page", page, False, form, {})
+    return Source(name, model=sources.Model(folder, address, 0, source, address, *about))
 
 
 def _make(source: Source, target: Path, trust: bool) -> None:
@@ -174,27 +171,21 @@ def _make(source: Source, target: Path, trust: bool) -> None:
         )
     with paths.new_directory(target) as part:
         if kind is Kind.NEMO2:
-            from workshop_utils.checkpoints.formats import nemo2
-
             directory = nemo2.locate(directory).resolve()
             require_sound(directory, trust, (Kind.NEMO2,))
             for name in ("context", "weights"):
                 (part / name).symlink_to(directory / name, target_is_directory=True)
         else:
-            made = part / "checkpoint"
-            _import(directory, made, source.name, trust)
-            for content in made.iterdir():
+            _import(directory, part / "checkpoint", source.name, trust)
+            for content in (part / "checkpoint").iterdir():
                 content.rename(part / content.name)
-            made.rmdir()
-        record = {
-            "source": source.name,
-            "revision": source.model and source.model.revision,
-            "files": of_contents(directory),
-        }
+            (part / "checkpoint").rmdir()
+        revision = source.model and source.model.revision
+        record = {"source": source.name, "revision": revision, "files": of_contents(directory)}
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
-def _import(model: Path, made: Path, name: str, trust: bool) -> None:
+def _import(model: Path, out: Path, name: str, trust: bool) -> None:
     """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a
     notebook's kernel."""
     from workshop_utils.checkpoints.convert.huggingface import check
@@ -204,7 +195,7 @@ def _import(model: Path, made: Path, name: str, trust: bool) -> None:
     check(model)
     require_sound(model, trust, (Kind.HUGGINGFACE,))
     print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
-    run_quietly("import", str(model), "--out", str(made), *(["--trust"] if trust else []))
+    run_quietly("import", str(model), "--out", str(out), *(["--trust"] if trust else []))
 
 
 def _fetched(source: Source) -> Path:
@@ -226,30 +217,22 @@ def _is_reusable(source: Source, target: Path, trust: bool) -> bool:
     OutputExists for foreign content."""
     if not target.exists() and not target.is_symlink():
         return False
-    where = paths.shown(target)
-    record = _read_record(target)
+    where, record = paths.shown(target), _read_record(target)
     foreign = not target.is_dir() or {item.name for item in target.iterdir()} - _PARTS
     sound = not foreign and _is_sound(target, trust)
     if foreign or (record is None and sound):
-        what = (
-            "a checkpoint, and nothing says what it was made from"
-            if sound
-            else "something that is no import of this command"
-        )
+        what = "something that is no import of this command"
+        what = "a checkpoint, and nothing says what it was made from" if sound else what
         raise OutputExists(
             f"{where} holds {what}. Nothing was replaced. Move it away, or set nemo_ckpt_dir to "
             "another directory."
         )
-    if not sound:
-        print(
-            f"{where} is not whole (an interrupted or damaged import); it is imported again.",
-            file=sys.stderr,
-        )
-    elif reason := _difference(record, source):
-        print(f"{where} was made from {reason}; it is imported again.", file=sys.stderr)
-    else:
-        return True
-    return False
+    fault = "is not whole (an interrupted or damaged import)"
+    if sound:
+        fault = (other := _difference(record, source)) and f"was made from {other}"
+    if fault:
+        print(f"{where} {fault}; it is imported again.", file=sys.stderr)
+    return not fault
 
 
 def _is_sound(target: Path, trust: bool) -> bool:
@@ -265,10 +248,10 @@ def _is_sound(target: Path, trust: bool) -> bool:
 
 def _read_record(target: Path) -> dict | None:
     try:
-        found = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def _difference(record: dict, source: Source) -> str | None:
@@ -288,23 +271,20 @@ def _difference(record: dict, source: Source) -> str | None:
 def _wait_for_first_rank(
     source: Source, target: Path, timeout: float, trust: bool, rank: int
 ) -> Path:
-    patience = waiting.Patience(timeout)
+    patience, where = waiting.Patience(timeout), paths.shown(target)
     while not (
-        _read_record(target)
-        and not _difference(_read_record(target), source)
+        (record := _read_record(target))
+        and not _difference(record, source)
         and _is_sound(target, trust)
     ):
         who = waiting.holder(target) or "rank 0"
         if patience.spent():
             raise WaitedTooLong(
-                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for "
-                f"{paths.shown(target)}, which {who} should have made from {source.name}. If the "
-                "disks of the machines are not shared, run `workshop recipe import` on each of "
-                "them first, or set nemo_ckpt_dir to a shared directory. If rank 0 failed, its "
-                "error stands in its log."
+                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for {where}, which "
+                f"{who} should have made from {source.name}. If the disks of the machines are not "
+                "shared, run `workshop recipe import` on each of them first, or set nemo_ckpt_dir "
+                "to a shared directory. If rank 0 failed, its error stands in its log."
             )
-        patience.say(
-            f"rank {rank} waits for {paths.shown(target)}, which {who} makes from {source.name}"
-        )
+        patience.say(f"rank {rank} waits for {where}, which {who} makes from {source.name}")
         time.sleep(min(waiting.PAUSE, timeout))
     return target

@@ -36,9 +36,8 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    target = Path(target)
-    lock = FileLock(target.parent / f".{target.name}.lock")
-    patience = Patience(timeout)
+    target, note = Path(target), _note(Path(target))
+    lock, patience = FileLock(target.parent / f".{target.name}.lock"), Patience(timeout)
     while True:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,15 +57,9 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
                 f"{paths.shown(target)} cannot be made ({error.strerror}: {error.filename}). "
                 "Give another place."
             ) from None
-    note = _note(target)
     try:
-        mine = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "doing": doing,
-            "since": f"{datetime.now():%H:%M:%S}",
-        }
-        paths.write_text(note, json.dumps(mine))
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "doing": doing}
+        paths.write_text(note, json.dumps(mine | {"since": f"{datetime.now():%H:%M:%S}"}))
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -87,7 +80,7 @@ class Patience:
     """Counts down ``timeout`` seconds, and says what is waited for: at once, then every minute."""
 
     def __init__(self, timeout: float):
-        self.timeout, self._started, self._said = timeout, time.monotonic(), None
+        self.timeout, self._started, self._said = timeout, time.monotonic(), -REPEAT
 
     def spent(self) -> bool:
         """Whether the time is over."""
@@ -96,14 +89,11 @@ class Patience:
     def say(self, what: str) -> None:
         """Print ``what`` to standard error, with the time left, unless a line is less than a minute
         old."""
-        now = time.monotonic()
-        if self._said is None or now - self._said >= REPEAT:
-            self._said = now
-            print(
-                f"{what}; {max(0.0, self.timeout - (now - self._started)):.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+        waited = time.monotonic() - self._started
+        if waited - self._said >= REPEAT:
+            self._said = waited
+            left = max(0.0, self.timeout - waited)
+            print(f"{what}; {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def remove_leftovers(target: Path) -> None:
@@ -111,10 +101,8 @@ def remove_leftovers(target: Path) -> None:
     the lock held: nobody writes them."""
     for pattern in (f".{target.name}.*.partial", f".{target.name}.*.old"):
         for left in target.parent.glob(pattern):
-            print(
-                f"{paths.shown(left)}: left by a program that was stopped; removed.",
-                file=sys.stderr,
-            )
+            said = "left by a program that was stopped; removed."
+            print(f"{paths.shown(left)}: {said}", file=sys.stderr)
             shutil.rmtree(left)
 
 
