@@ -22,8 +22,8 @@ from workshop_utils.training.recipe import options, plan, predict
 
 ROWS = [(f"number {i}?", f"it is {i}") for i in range(5)]
 GREEDY, LIMITS = (
-    nemo2_engine.Sampling(temperature=0, num_tokens_to_generate=8),
-    nemo2_engine.Limits(buffer_size_gb=0.05, inference_max_seq_length=64),
+    Sampling(temperature=0, num_tokens_to_generate=8),
+    nemo2_engine.EngineLimits(buffer_size_gb=0.05, inference_max_seq_length=64),
 )
 
 
@@ -181,7 +181,7 @@ def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
     ):
         predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", GREEDY, LIMITS, "vllm")
     with pytest.raises(WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"):
-        nemo2_engine.Sampling(top_k=5)
+        Sampling(top_k=5)
     with pytest.raises(DataError, match="does not exist"):
         predict.read_test_rows(tmp_path / "test.jsonl")
     with pytest.raises(CheckpointError, match="compare_base off"):
@@ -201,9 +201,9 @@ def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
 
 def test_greedy_sampling_says_so():
     assert (
-        nemo2_engine.Sampling(temperature=0).greedy
-        and nemo2_engine.Sampling(top_k=1).greedy
-        and not nemo2_engine.Sampling().greedy
+        Sampling(temperature=0).greedy
+        and Sampling(top_k=1).greedy
+        and not Sampling().greedy
     )
     assert nemo2_engine.too_long(60, GREEDY, LIMITS).endswith(
         "together more than 64 (inference_max_seq_length)."
