@@ -11,16 +11,13 @@ import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.core import paths
-from workshop_utils.core.errors import TrainingFailed, WorkshopError
+from workshop_utils.core.errors import WorkshopError
 from workshop_utils.core.hashing import sha256
 from workshop_utils.training.recipe import choose_checkpoint
 from workshop_utils.training.recipe.callbacks import TRACE
@@ -28,7 +25,7 @@ from workshop_utils.training.recipe.plan import ONE_MACHINE, RUN, Resolved, on_c
 from workshop_utils.training.recipe.prepare_data import load_prepared, require_whole_batch
 from workshop_utils.training.runs import launch, run_record
 from workshop_utils.training.runs.environment import training_environment
-from workshop_utils.training.runs.events import read_events
+from workshop_utils.training.runs.events import last_step, read_events
 
 WATCHING = (
     "log_every_n_steps",
@@ -72,6 +69,8 @@ class Job(run_record.Run):
     """One run of the recipe path."""
 
     resolved: Resolved
+    again = "--no-resume, or resume: false"
+    elsewhere = "set another output_dir"
 
     @property
     def run_dir(self) -> Path:
@@ -140,25 +139,8 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
     """
     _require_ready(resolved)
     job = Job(resolved)
-    resolved.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(resolved.output_dir / f".{RUN}.lock").acquire(blocking=False):
-            if resolved.options.resume and _has_finished(job):
-                print(
-                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. "
-                    "(--no-resume, or resume: false, trains again.)"
-                )
-            else:
-                launch.prepare(
-                    job, fresh=not resolved.options.resume, switch="--no-resume, or resume: false"
-                )
-                _run(job, progress is not False)
-            return _result(job)
-    except Timeout:
-        raise WorkshopError(
-            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set "
-            "another output_dir."
-        ) from None
+    launch.make(job, lambda: _run(job, progress is not False), not resolved.options.resume)
+    return _result(job)
 
 
 def _require_ready(resolved: Resolved) -> None:
@@ -178,14 +160,6 @@ def _require_ready(resolved: Resolved) -> None:
             "import` with the same options first."
         )
     require_whole_batch(load_prepared(resolved.data_dir), resolved.global_batch_size)
-
-
-def _has_finished(job: Job) -> bool:
-    record = run_record.read(job)
-    return (
-        record.get("fingerprint") == job.fingerprint()
-        and record.get("status") == run_record.FINISHED
-    )
 
 
 def _run(job: Job, progress: bool) -> None:
@@ -222,26 +196,10 @@ def _run(job: Job, progress: bool) -> None:
         (job.run_dir / TRACE).mkdir(exist_ok=True)  # NeMo asks for it
     if job.device == "cpu":
         environment["WORKSHOP_DEVICE"] = "cpu"
-    began = time.monotonic()
-    record = run_record.begin(job)
-    try:
-        command = [sys.executable, "-m", "workshop_utils.training.recipe.job", str(asked)]
-        status = launch.run_logged(command, environment, job.log, job.events if progress else None)
-    except KeyboardInterrupt:
-        run_record.end(job, record, run_record.INTERRUPTED, time.monotonic() - began, None)
-        print(launch.stopped(job.run_dir))
-        raise
-    cause = _cause(job.log) if status else None
-    run_record.end(
-        job,
-        record,
-        run_record.FAILED if status else run_record.FINISHED,
-        time.monotonic() - began,
-        status,
-        cause,
+    command = [sys.executable, "-m", "workshop_utils.training.recipe.job", str(asked)]
+    launch.run_recorded(
+        job, command, environment, progress, lambda status: _cause(job.log) if status else None
     )
-    if cause:
-        raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(job.log)}")
     for line in mismatches(job.log):
         print(f"note: {line}", file=sys.stderr)
 
@@ -265,7 +223,7 @@ def mismatches(log: Path) -> list[str]:
 
 def _result(job: Job) -> TrainResult:
     events = read_events(job.events)
-    steps = max((event["step"] for event in events if event["event"] == "step"), default=0)
+    steps = last_step(job.events)
     best = choose_checkpoint.choose(job.run_dir, "best")
     return TrainResult(
         run_dir=job.run_dir,
