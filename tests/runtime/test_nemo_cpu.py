@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from workshop_utils.runtime import nemo_cpu
-from workshop_utils.runtime.nemo_cpu import (
-    torch_cuda,
-)
+from workshop_utils.runtime.nemo_cpu import torch_cuda
 from workshop_utils.runtime.nemo_cpu.registry import LIBRARIES, PATCHES
+
+nemo_cpu.apply()
 
 FAULTS = {
     "cuda_calls_do_nothing": None,  # see test_torch_without_cuda_refuses

@@ -156,7 +156,7 @@ def test_only_a_run_with_a_checkpoint_is_said_to_continue(planned, monkeypatch, 
         raise KeyboardInterrupt
 
     plan = planned()
-    monkeypatch.setattr(train, "run_logged", interrupted)
+    monkeypatch.setattr(launch, "run_logged", interrupted)
     with pytest.raises(KeyboardInterrupt):
         script.finetune(plan, progress=False)
     assert said in capsys.readouterr().out

@@ -2,6 +2,7 @@
 and user."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 from workshop_utils.cli import main
 from workshop_utils.core.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.core.hashing import sampled
+from workshop_utils.runtime.device import Device
 from workshop_utils.training.script import failure_cause, make_plan, run_logged
 from workshop_utils.training.script.configuration import compose
 from workshop_utils.training.script.plan import SCRIPT, parse_overrides, script_path
@@ -251,10 +253,10 @@ def test_a_place_where_nothing_can_be_made_is_told(root, base):
         [f"model.restore_from_path={base}", f"exp_manager.exp_dir={root}/file/x"]
     ).preflight.problems
     assert "exp_manager.exp_dir: file is no folder" in problem
-    shutil.rmtree(root / "runs")
+    plan = make_plan([f"model.restore_from_path={base}", f"exp_manager.exp_dir={root}/x"])
     (root / "runs").touch()
     with pytest.raises(WorkshopError, match="runs/finetune/data/tiny-lora cannot be written"):
-        make_plan([f"model.restore_from_path={base}"])
+        plan.write_rows()
 
 
 @pytest.mark.parametrize(
@@ -504,11 +506,59 @@ def test_missing_tickets_are_named(root, base):
         make_plan([f"model.restore_from_path={base}"])
 
 
-def test_the_command_makes_the_tickets_where_they_are_missing(root, base, capsys):
-    """The README's commands, in their order: no earlier one makes them."""
-    shutil.rmtree(root / "data")
-    assert main(["finetune", "--dry-run", f"model.restore_from_path={base}"]) == 0
-    assert len((root / "data" / "tickets" / "train.jsonl").read_text().splitlines()) > 100
+@pytest.mark.parametrize("tickets", [True, False])
+def test_a_dry_run_leaves_the_disk_as_it_was(root, base, capsys, tickets):
+    """And launching writes what the plan named: the rows, and the tickets of the README's other
+    commands."""
+    if not tickets:
+        shutil.rmtree(root / "data")
+
+    def listing():
+        return {
+            str(path.relative_to(root)): (
+                path.lstat().st_mtime_ns,
+                path.lstat().st_mode,
+                path.read_bytes() if path.is_file() else None,
+            )
+            for path in (root, *root.rglob("*"))
+        }
+
+    before = listing()
+    words = [f"model.restore_from_path={base}"]
+    assert main(["finetune", "--dry-run", *words]) == 0
+    assert listing() == before
+    plan = make_plan(words)
+    assert listing() == before
+    fingerprint = plan.fingerprint()
+    plan.write_rows()
+    assert [rows.path.read_bytes() for rows in plan.data] == [rows.content for rows in plan.data]
+    assert (root / "data" / "tickets" / "train.jsonl").exists()
+    assert plan.fingerprint() == make_plan(words).fingerprint() == fingerprint
+    assert all(str(rows.path) in " ".join(plan.command) for rows in plan.data)
+    assert "tokens a row" in capsys.readouterr().out
+
+
+def test_the_configuration_is_composed_once(root, base, monkeypatch):
+    calls = []
+
+    def composed(*words):
+        calls.append(words)
+        return compose(*words)
+
+    monkeypatch.setattr("workshop_utils.training.script.plan.compose", composed)
+    make_plan([f"model.restore_from_path={base}"])
+    assert len(calls) == 1
+
+
+def test_a_device_is_passed_and_told_to_the_processes(root, base, monkeypatch):
+    monkeypatch.delenv("WORKSHOP_DEVICE")
+    before = dict(os.environ)
+    plan = make_plan(
+        [f"model.restore_from_path={base}"], device=Device("cpu", "32", "fp32", "a test")
+    )
+    assert plan.device.reason == "a test"
+    assert plan.environment["WORKSHOP_DEVICE"] == plan.overrides["trainer.accelerator"] == "cpu"
+    assert os.environ == before
 
 
 def test_a_later_override_wins():

@@ -62,6 +62,7 @@ def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils.cli import overrides
     from workshop_utils.core import paths
+    from workshop_utils.runtime.device import choose_device
     from workshop_utils.training import script
 
     plan = script.make_plan(
@@ -71,6 +72,7 @@ def run(args) -> int:
         name=args.name,
         nproc_per_node=args.nproc_per_node,
         trust=args.trust,
+        device=choose_device(),
     )
     print(f"device: {plan.device}")
     print(

@@ -2,6 +2,7 @@
 too large to read each time."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -16,16 +17,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sampled(path: Path) -> str:
-    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly from its first byte to its
-    last.
+def sampled(file: Path | bytes) -> str:
+    """Hex digest of the size of a file, or of what is to be one, and of ``PIECES`` pieces spread
+    evenly from its first byte to its last.
 
     Training changes whole tensors, so other weights of the same shape have another digest. A change
     between two pieces is not seen.
     """
-    size = path.stat().st_size
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
     found = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
         if size <= PIECES * PIECE:
             found.update(stream.read())
         else:

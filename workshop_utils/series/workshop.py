@@ -88,7 +88,9 @@ class Workshop:
             f"exp_manager.name={run_dir.name}",
             "exp_manager.resume_if_exists=false",
         )
-        settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
+        plan = self.plan(*place, *overrides)
+        plan.write_rows()
+        settings = plan.overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:

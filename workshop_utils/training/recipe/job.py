@@ -11,16 +11,13 @@ import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.core import paths
-from workshop_utils.core.errors import TrainingFailed, WorkshopError
+from workshop_utils.core.errors import WorkshopError
 from workshop_utils.core.hashing import sha256
 from workshop_utils.training.recipe import choose_checkpoint
 from workshop_utils.training.recipe.build import TRACE, finetune_recipe
@@ -35,7 +32,7 @@ from workshop_utils.training.recipe.plan import (
 from workshop_utils.training.recipe.prepare_data import load_prepared, require_whole_batch
 from workshop_utils.training.runs import launch, run_record
 from workshop_utils.training.runs.environment import training_environment
-from workshop_utils.training.runs.events import read_events
+from workshop_utils.training.runs.events import last_step, read_events
 
 _PLACES = ("output_dir", "nemo_ckpt_dir", "data_dir")
 _NOT_DECISIVE = (
@@ -72,6 +69,8 @@ class Job(run_record.Run):
     """One run of the recipe path."""
 
     resolved: Resolved
+    again = "--no-resume, or resume: false"
+    elsewhere = "set another output_dir"
 
     @property
     def run_dir(self) -> Path:
@@ -126,26 +125,9 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
             run.
     """
     _require_ready(resolved)
-    job, resume = Job(resolved), resolved.options.resume
-    resolved.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(resolved.output_dir / f".{RUN}.lock").acquire(blocking=False):
-            record = run_record.read(job)
-            finished = record.get("status") == run_record.FINISHED
-            if resume and finished and record.get("fingerprint") == job.fingerprint():
-                print(
-                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. "
-                    "(--no-resume, or resume: false, trains again.)"
-                )
-            else:
-                launch.prepare(job, fresh=not resume, switch="--no-resume, or resume: false")
-                _run(job, progress is not False)
-            return _result(job)
-    except Timeout:
-        raise WorkshopError(
-            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set "
-            "another output_dir."
-        ) from None
+    job = Job(resolved)
+    launch.make(job, lambda: _run(job, progress is not False), not resolved.options.resume)
+    return _result(job)
 
 
 def _require_ready(resolved: Resolved) -> None:
@@ -168,31 +150,12 @@ def _require_ready(resolved: Resolved) -> None:
 
 
 def _run(job: Job, progress: bool) -> None:
-    """Run the job in a process of its own, and write down how it ended."""
-    began, record, cause = time.monotonic(), run_record.begin(job), None
-    try:
-        status = _start(job, progress)
-    except KeyboardInterrupt:
-        run_record.end(job, record, run_record.INTERRUPTED, time.monotonic() - began, None)
-        print(launch.stopped(job.run_dir))
-        raise
-    seconds, ended = time.monotonic() - began, run_record.FINISHED
-    if status:
-        cause, ended = _cause(job.log), run_record.FAILED
-    run_record.end(job, record, ended, seconds, status, cause)
-    if cause:
-        raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(job.log)}")
-    for line in mismatches(job.log):
-        print(f"note: {line}", file=sys.stderr)
-
-
-def _start(job: Job, progress: bool) -> int:
-    """Exit status of ``python -m`` of this module on the options and the places, as JSON."""
+    """``python -m`` of this module on the options and the places, as JSON."""
     options, asked = job.resolved.options, job.record.with_name("job.json")
     places = {name: str(getattr(job.resolved, name)) for name in _PLACES}
     paths.write_text(asked, json.dumps(dataclasses.asdict(options) | places, indent=2))
     environment = training_environment(job.run_dir, options.gpus_per_node) | {
-        "WORKSHOP_EVENTS": str(job.events),
+        "WORKSHOP_DEVICE": job.device,
         "PL_GLOBAL_SEED": str(options.seed),
         "NEMORUN_HOME": str(asked.with_name("nemo_run")),
         # NeMo-Run starts the `torchrun` that it finds first.
@@ -204,10 +167,12 @@ def _start(job: Job, progress: bool) -> int:
         environment = dict(environment.items() - off)
     if options.enable_pytorch_profiler:
         (job.run_dir / TRACE).mkdir(exist_ok=True)  # NeMo asks for it
-    if job.device == "cpu":
-        environment["WORKSHOP_DEVICE"] = "cpu"
     command = [sys.executable, "-m", "workshop_utils.training.recipe.job", str(asked)]
-    return launch.run_logged(command, environment, job.log, job.events if progress else None)
+    launch.run_recorded(
+        job, command, environment, progress, lambda status: _cause(job.log) if status else None
+    )
+    for line in mismatches(job.log):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def _cause(log: Path) -> str:
@@ -226,8 +191,7 @@ def mismatches(log: Path) -> list[str]:
 
 
 def _result(job: Job) -> TrainResult:
-    events = read_events(job.events)
-    steps = max((event["step"] for event in events if event["event"] == "step"), default=0)
+    events, steps = read_events(job.events), last_step(job.events)
     losses = [event["loss"] for event in events if event["event"] == "validation"]
     return TrainResult(
         run_dir=job.run_dir,
