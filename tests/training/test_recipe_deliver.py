@@ -16,20 +16,16 @@ from workshop_utils.core.errors import (
     WorkshopError,
 )
 from workshop_utils.training.recipe import deliver, options, plan
+from workshop_utils.training.recipe.presets import preset
 
 
 def resolved(output_dir, **changes):
     given = {
         "hf_model_id": str(output_dir),
-        "recipe_cls_name": "llama32_1b",
         "output_dir": str(output_dir),
-        "gpus_per_node": 1,
-        "tensor_parallel_size": 1,
-        "device": "cpu",
-        "precision": "32",
         "hfdc_dataset_name": "x",
     }
-    return plan.resolve(options.RecipeOptions(**given | changes))
+    return plan.resolve(options.from_mapping(preset("cpu") | given | changes))
 
 
 @pytest.fixture
@@ -53,18 +49,14 @@ def nemo(monkeypatch):
             self.exports += 1
             (folder / "config.json").write_text(json.dumps({"number": self.exported}))
 
-        def logits(self, number):
-            return numpy.full((2, 3, 4), number)
+    def exported(path, ids):
+        return numpy.full((2, 3, 4), json.loads((path / "config.json").read_text())["number"])
 
-    made = Nemo()
-    monkeypatch.setattr(deliver, "to_huggingface", made.to_huggingface)
-    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: made.logits(1.0))
-    monkeypatch.setattr(
-        deliver,
-        "huggingface_logits",
-        lambda path, ids: made.logits(json.loads((path / "config.json").read_text())["number"]),
-    )
-    return made
+    stand_in = Nemo()
+    monkeypatch.setattr(deliver, "to_huggingface", stand_in.to_huggingface)
+    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: numpy.full((2, 3, 4), 1.0))
+    monkeypatch.setattr(deliver, "huggingface_logits", exported)
+    return stand_in
 
 
 def test_a_full_fine_tune_keeps_the_dots_of_its_name(full, nemo, tmp_path, capsys):
@@ -143,21 +135,16 @@ def test_an_adapter_through_every_form(nemo2_trained, bridged_tiny, tmp_path, sc
     settings = trained(nemo2_trained, scheme, bridged_tiny, tmp_path)
     model, peft = deliver.export(settings, "hf_model"), deliver.export(settings, "hf_peft")
     merged = model.with_name(model.name.replace(".hf_model", ".merged"))
-    assert {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()} == set(
-        deliver.FORMS
-    )
+    forms = {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()}
+    assert forms == set(deliver.FORMS)
     assert (merged / "weights" / ".metadata").is_file() and (peft / "adapter_config.json").is_file()
-    ids = [[5, 6, 7, 8, 200, 11]]
+    ids, hf = [[5, 6, 7, 8, 200, 11]], bridged_tiny / "hf" / "tiny"
     tuned = deliver.huggingface_logits(model, ids)
     rows = tuned.shape[-1]  # NeMo's exporter keeps only those that the tokenizer has
-    base = deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids)[..., :rows]
+    base = deliver.huggingface_logits(hf, ids)[..., :rows]
     assert abs(tuned - base).max() > 0.05, "else the comparisons of this test say nothing"
-    assert (
-        abs(
-            tuned - deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids, peft)[..., :rows]
-        ).max()
-        < 1e-4
-    )
+    adapted = deliver.huggingface_logits(hf, ids, peft)[..., :rows]
+    assert abs(tuned - adapted).max() < 1e-4
 
 
 @pytest.fixture
@@ -211,38 +198,30 @@ def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(
     """The exporter writes the adapter of another run: right in form, wrong in what it computes."""
     other = next((nemo2_trained / "canonical_lora" / "checkpoints").glob("*-last"))
     right, settings = export_adapter, trained(nemo2_trained, "lora", bridged_tiny, tmp_path)
-    monkeypatch.setattr(
-        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
-    )
+
+    def wrong(adapter, *args, **options):
+        return right(other, *args, **options)
+
+    def contents(folder):
+        if form == "merged":
+            return [file.stat().st_mtime_ns for file in sorted((folder / "weights").iterdir())]
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    monkeypatch.setattr(deliver, "export_adapter", wrong)
     with pytest.raises(ConformanceFailed, match="its logits differ .* It was not kept"):
         deliver.export(settings, form)
     assert not list((tmp_path / "exports").iterdir())
     monkeypatch.undo()
-    made = deliver.export(settings, form)
-    before = (
-        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
-        if form == "merged"
-        else [path.read_bytes() for path in sorted(made.iterdir())]
-    )
-    monkeypatch.setattr(
-        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
-    )
-    with pytest.raises(
-        OutputExists,
-        match="made from another adapter.* Move it away, or replace it with --overwrite",
-    ):
+    exported = deliver.export(settings, form)
+    before = contents(exported)
+    monkeypatch.setattr(deliver, "export_adapter", wrong)
+    taken = "made from another adapter.* Choose another place, or replace it with --overwrite"
+    with pytest.raises(OutputExists, match=taken):
         deliver.export(settings, form)
     with pytest.raises(ConformanceFailed, match="It was not kept"):
         deliver.export(settings, form, overwrite=True)
-    after = (
-        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
-        if form == "merged"
-        else [path.read_bytes() for path in sorted(made.iterdir())]
-    )
-    assert after == before and list((tmp_path / "exports").iterdir()) == [made]
-    (made / "notes.md").write_text("somebody else's")
-    with pytest.raises(
-        OutputExists,
-        match="holds 'notes.md', which no export wrote: it is not replaced. Move it away.$",
-    ):
+    assert contents(exported) == before and list((tmp_path / "exports").iterdir()) == [exported]
+    (exported / "notes.md").write_text("somebody else's")
+    foreign = "holds 'notes.md', which no export wrote: it is not replaced. Choose another place.$"
+    with pytest.raises(OutputExists, match=foreign):
         deliver.export(settings, form, overwrite=True)

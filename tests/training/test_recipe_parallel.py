@@ -27,10 +27,11 @@ ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 GROUPS, HEAD_DIM = 2, 16  # of the tiny model, with two heads a group
 LOADED = """
 import sys, numpy
-from workshop_utils.inference import nemo2_engine
-parameters = engines.Model(sys.argv[1]).core.named_parameters()
-numpy.savez(sys.argv[2], **{name: one.detach().numpy() for name, one in parameters if ".adapter." in name})
-"""  # noqa: E501
+from workshop_utils.inference.nemo2_engine import Model
+parameters = Model(sys.argv[1]).core.named_parameters()
+adapter = {name: one.detach().numpy() for name, one in parameters if ".adapter." in name}
+numpy.savez(sys.argv[2], **adapter)
+"""
 
 
 RUNS = [

@@ -19,9 +19,8 @@ from workshop_utils.checkpoints.formats.nemo2 import contents_of
 from workshop_utils.core.errors import DataError, GenerationFailed, TrainingFailed, WorkshopError
 from workshop_utils.training.recipe import build, deliver, job
 from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
-from workshop_utils.training.recipe.options import from_mapping
-from workshop_utils.training.recipe.options import names as option_names
-from workshop_utils.training.recipe.plan import Resolved, resolve
+from workshop_utils.training.recipe.options import FIELDS, from_mapping
+from workshop_utils.training.recipe.plan import Resolved, require_possible, resolve
 from workshop_utils.training.recipe.prepare_data import prepare
 from workshop_utils.training.recipe.presets import preset
 from workshop_utils.training.runs.events import read_events
@@ -88,11 +87,11 @@ def stand_in(folder: Path) -> Path:
 def test_what_a_cpu_cannot_do_is_refused_with_the_reason(tmp_path, monkeypatch, changes, words):
     monkeypatch.setenv("WORKSHOP_DEVICE", "cpu")
     with pytest.raises(WorkshopError, match=words):
-        build.require_possible(settled(tmp_path, **changes))
+        require_possible(settled(tmp_path, **changes))
 
 
 def test_nothing_is_refused_that_a_gpu_can_do(tmp_path):
-    build.require_possible(
+    require_possible(
         settled(
             tmp_path, device="gpu", precision="bf16-mixed", packed_sequence=True, micro_batch_size=1
         )
@@ -279,19 +278,23 @@ def tensorboard_tags(folder: Path) -> set[str]:
 def test_nemo_builds_every_watcher(tmp_path):
     """In a process of its own, because it loads NeMo: the options in turn, each with the early
     stopping that is always there."""
-    names = [name for name in option_names() if name.startswith("enable_")]
-    (tmp_path / "trace").mkdir()  # the profiler asks for it; a training makes it
+    names = [name for name in FIELDS if name.startswith("enable_")]
+    (tmp_path / "nemo_logs/trace").mkdir(
+        parents=True
+    )  # the profiler asks for it; a training makes it
     program = textwrap.dedent(f"""
-        from pathlib import Path
         from workshop_utils.runtime import nemo_cpu
         nemo_cpu.apply()
         import fiddle, torch
-        torch.cuda.memory._record_memory_history = lambda **_: None  # torch without CUDA lacks what it calls
-        from workshop_utils.training.recipe.callbacks import callbacks
+        # torch without CUDA lacks what it calls
+        torch.cuda.memory._record_memory_history = lambda **_: None
+        from workshop_utils.training.recipe.build import callbacks
         from workshop_utils.training.recipe.options import RecipeOptions
+        from workshop_utils.training.recipe.plan import resolve
         for name in {names!r}:
-            print("made", *(type(fiddle.build(one)).__name__ for one in callbacks(RecipeOptions(**{{name: True}}), Path({str(tmp_path)!r}))))
-    """)  # noqa: E501
+            plan = resolve(RecipeOptions(output_dir={str(tmp_path)!r}, **{{name: True}}))
+            print("made", *(type(fiddle.build(one)).__name__ for one in callbacks(plan)))
+    """)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"WORKSHOP_DEVICE": "cpu"},
