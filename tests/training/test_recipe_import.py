@@ -30,7 +30,7 @@ IMPORT = (
     "timeout=200))"
 )
 
-TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0")
+TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "1")
 TORCHRUN |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
 TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599", "TORCHELASTIC_RUN_ID": "x"}
 
@@ -125,32 +125,6 @@ def test_a_killed_holder_holds_nothing(tmp_path, base, held):
     held.wait()
     assert import_base(str(base), tmp_path / "base", timeout=5) == tmp_path / "base"
     assert waiting.holder(tmp_path / "base") is None
-
-
-def test_a_rank_whose_disk_never_gets_it(tmp_path, base, capfd):
-    with pytest.raises(
-        WaitedTooLong,
-        match=r"rank 3 on .* waited 0\.5 s .* `workshop recipe import` on each of them first",
-    ):
-        import_base(str(base), tmp_path / "base", timeout=0.5, rank=3)
-    assert "rank 3 waits for" in capfd.readouterr().err
-    assert not (tmp_path / "base").exists()
-
-
-def test_the_rank_of_torchrun_counts(tmp_path, base, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(WaitedTooLong, match="rank 1 on"):
-        import_base(str(base), tmp_path / "base", timeout=0.2)
-
-
-def test_another_rank_gets_what_the_first_made(tmp_path, base):
-    code = IMPORT.replace("timeout=200", "timeout=60, rank=1")
-    waiter = python(code, base, tmp_path / "base")
-    while "rank 1 waits" not in (line := waiter.stderr.readline()):
-        assert line, "it ended without waiting"
-    import_base(str(base), tmp_path / "base")
-    out, err = waiter.communicate(timeout=60)
-    assert out == f"at {tmp_path / 'base'}\n", err
 
 
 def test_a_place_where_nothing_can_be_made(tmp_path, base):

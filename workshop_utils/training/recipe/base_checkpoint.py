@@ -9,9 +9,7 @@ checkpoint with the same record that also passes verification is reused.
 import json
 import os
 import re
-import socket
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from workshop_utils.core.errors import (
     CheckpointError,
     NotACheckpoint,
     OutputExists,
-    WaitedTooLong,
     WorkshopError,
 )
 from workshop_utils.core.hashing import of_contents
@@ -58,7 +55,6 @@ def import_base(
     target: Path,
     timeout: float = TIMEOUT,
     trust: bool = False,
-    rank: int | None = None,
 ) -> Path:
     """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not
     there; ``target``.
@@ -68,9 +64,8 @@ def import_base(
     ``ngc://org/team/model:version``. A NeMo 2.0 source is linked to, not copied.
 
     Where several processes ask at once, one imports; the others wait up to ``timeout`` seconds and
-    say for whom. Under torchrun only ``rank`` 0 (default: the environment's RANK) imports, and the
-    other ranks wait for the checkpoint to appear on their disk. What an interrupted import left is
-    removed and the import done again. With ``trust``, findings of verification are only printed.
+    say for whom. What an interrupted import left is removed and the import done again. With
+    ``trust``, findings of verification are only printed.
 
     Raises:
         WorkshopError: there is no such model, directory or name.
@@ -78,18 +73,13 @@ def import_base(
         CheckpointError: the source is unsafe, damaged, or of a family that NeMo cannot import.
         OutputExists: ``target`` holds something that this function did not make; nothing is
             replaced.
-        WaitedTooLong: another process did not finish in time, or this rank's disk never got the
-            checkpoint.
+        WaitedTooLong: another process did not finish in time.
     """
     source, target = find_source(hf_model_id), Path(os.path.abspath(target))
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    if rank > 0:
-        return _wait_for_first_rank(source, target, timeout, trust, rank)
     with waiting.alone_on(target, f"importing {source.name}", timeout):
         waiting.remove_leftovers(target)
-        if _is_reusable(source, target, trust):
-            return target
-        _make(source, target, trust)
+        if not _is_reusable(source, target, trust):
+            _make(source, target, trust)
     return target
 
 
@@ -98,13 +88,17 @@ def find_source(hf_model_id: str) -> Source:
     when it is nothing."""
     name = hf_model_id.strip()
     if name.startswith("ngc://"):
-        return _of_ngc(name)
+        address = name.removeprefix("ngc://")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
+            raise WorkshopError(
+                f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
+                "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
+            )
+        return _at("ngc", address, None, name)
     plain = name.removeprefix("hf://").rstrip("/")
     if Path(plain).expanduser().is_dir():
         directory = Path(plain).expanduser().resolve()
         return Source(str(directory), directory=directory)
-    if plain in sources.catalogue():
-        return Source(plain, model=sources.find(plain))
     if plain.startswith((".", "/", "~")) or plain.count("/") > 1:
         raise WorkshopError(
             f"hf_model_id: {plain} is no directory. Give a Hugging Face id (org/model), a name "
@@ -117,44 +111,20 @@ def find_source(hf_model_id: str) -> Source:
         raise WorkshopError(
             f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision."
         )
-    known = _listed("huggingface", address)
-    if known and revision in ("", known.revision):
-        return Source(known.name, model=known)
-    page = f"https://huggingface.co/{address}"
-    folder = plain.replace("/", "--")
-    return _unlisted(plain, folder, "huggingface", address, revision or None, page, "huggingface")
+    return _at("huggingface", address, revision or None, plain)
 
 
-def _of_ngc(name: str) -> Source:
-    address = name.removeprefix("ngc://")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
-        raise WorkshopError(
-            f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
-            "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
-        )
-    if known := _listed("ngc", address):
-        return Source(known.name, model=known)
-    folder, page = re.sub(r"[/:]", "--", address), "https://catalog.ngc.nvidia.com"
-    return _unlisted(name, folder, "ngc", address, None, page, "nemo2")
-
-
-def _listed(source: str, address: str) -> sources.Model | None:
-    known = sources.catalogue().values()
-    wanted = (source, address)
-    return next((model for model in known if (model.source, model.address) == wanted), None)
-
-
-def _unlisted(
-    name: str,
-    folder: str,
-    source: str,
-    address: str,
-    revision: str | None,
-    page: str,
-    form: str,
-) -> Source:
-    """A model that the catalogue does not list; its licence is not known here, so the messages
-    point to its page."""
+def _at(source: str, address: str, revision: str | None, name: str) -> Source:
+    """The model of the catalogue at ``address``, else one that it does not list: the licence of
+    that is not known here, so the messages point to its page."""
+    for model in sources.catalogue().values():
+        same = (model.source, model.address) == (source, address)
+        if same and revision in (None, model.revision):
+            return Source(model.name, model=model)
+    page, form = "https://catalog.ngc.nvidia.com", "nemo2"
+    if source == "huggingface":
+        page, form = f"https://huggingface.co/{address}", "huggingface"
+    folder = re.sub("[/:]", "--", name.removeprefix("ngc://"))
     about = (revision, 0, "see its page", page, False, form, {})
     return Source(name, model=sources.Model(folder, address, 0, source, address, *about))
 
@@ -266,25 +236,3 @@ def _difference(record: dict, source: Source) -> str | None:
     except CheckpointError:
         return None
     return f"another state of {paths.shown(source.here)}" if changed else None
-
-
-def _wait_for_first_rank(
-    source: Source, target: Path, timeout: float, trust: bool, rank: int
-) -> Path:
-    patience, where = waiting.Patience(timeout), paths.shown(target)
-    while not (
-        (record := _read_record(target))
-        and not _difference(record, source)
-        and _is_sound(target, trust)
-    ):
-        who = waiting.holder(target) or "rank 0"
-        if patience.spent():
-            raise WaitedTooLong(
-                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for {where}, which "
-                f"{who} should have made from {source.name}. If the disks of the machines are not "
-                "shared, run `workshop recipe import` on each of them first, or set nemo_ckpt_dir "
-                "to a shared directory. If rank 0 failed, its error stands in its log."
-            )
-        patience.say(f"rank {rank} waits for {where}, which {who} makes from {source.name}")
-        time.sleep(min(waiting.PAUSE, timeout))
-    return target
