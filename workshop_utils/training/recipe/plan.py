@@ -96,13 +96,8 @@ class Resolved:
         """How to draw tokens, and what the engines may hold. Raises WorkshopError where options
         contradict each other."""
         given = self.options
-        sampling = Sampling(
-            given.temperature,
-            given.top_k,
-            given.top_p,
-            given.num_tokens_to_generate,
-            given.random_seed,
-        )
+        drawn = (given.temperature, given.top_k, given.top_p, given.num_tokens_to_generate)
+        sampling = Sampling(*drawn, given.random_seed)
         names = [field.name for field in dataclasses.fields(nemo2_engine.EngineLimits)]
         limits = nemo2_engine.EngineLimits(**{name: getattr(given, name) for name in names})
         nemo2_engine.check(sampling, limits)
@@ -113,11 +108,7 @@ def resolve(given: RecipeOptions) -> Resolved:
     """Check the options ``given`` against one another and fill in what depends on several.
 
     Raises:
-        WorkshopError: the recipe does not exist or cannot be fine-tuned, the ranks cannot be
-            divided by the parallel sizes, two profilers are on, the learning rate would never get
-            to its peak, a ratio leaves a split empty, no prompt could be answered, a full fine-tune
-            is to be merged, a layer or a converter is not there, or a path has an unknown
-            {placeholder}.
+        WorkshopError: the first thing that cannot be, with the options that contradict each other.
     """
     recipe = index.find(given.recipe_cls_name)
     given = _completed(given)
@@ -206,65 +197,41 @@ def _check(given: RecipeOptions, recipe: index.Recipe) -> None:
     _check_layers(targets)
     fused = all(name.endswith("linear_qkv") for name in targets)
     aim = "no_merge exports an adapter" if given.no_merge else "target: nemo2 merges an adapter"
-    into = "" if given.no_merge else " into its base"
-    for wrong, reason in (
-        (
-            len(profilers) > 1,
-            f"{' and '.join(profilers)} are both on. Each would measure the others: switch on "
-            "one profiler.",
-        ),
-        (
-            given.context_parallel_size > 1 and given.max_seq_length % multiple,
-            f"max_seq_length {given.max_seq_length} must be a multiple of 2 x "
-            f"context_parallel_size ({multiple}).",
-        ),
-        (
-            given.node_rank >= given.num_nodes,
-            f"node_rank is {given.node_rank}, but there are num_nodes {given.num_nodes}; "
-            "they are numbered from 0.",
-        ),
-        (
-            given.packed_sequence and given.micro_batch_size != 1,
-            "packed_sequence puts several rows into one sequence, so micro_batch_size must be "
-            f"1, not {given.micro_batch_size}. Raise max_seq_length instead.",
-        ),
-        (
-            given.val_check_interval > given.max_steps,
-            f"val_check_interval {given.val_check_interval} is above max_steps {given.max_steps}: "
-            "nothing would be validated, and so no checkpoint saved. Lower it.",
-        ),
-        (
-            warmup and warmup >= given.max_steps,
-            f"warmup_steps{whose} must be below max_steps {given.max_steps}, or the learning rate "
-            f"never gets to its peak. Set warmup_steps={given.max_steps // 10}, for example.",
-        ),
-        # `DoRALinear._get_weight_norm` and `ParallelLinearDoRAAdapter.sharded_state_dict` of
-        # nemo/collections/llm/peft/dora.py
-        (
-            given.peft_scheme == "dora" and given.tensor_parallel_size > 1 and not fused,
-            f"peft_scheme is dora and tensor_parallel_size {given.tensor_parallel_size}: NeMo "
-            f"{index.nemo_version()} takes the norm of linear_proj and linear_fc2 from each "
-            "rank's columns alone, and saves the magnitudes of linear_fc1 in the order of the "
-            "ranks, so that the adapter would compute something else once it is loaded. Set "
-            "tensor_parallel_size=1 (pipeline_parallel_size may be more), "
-            "lora_target_modules=linear_qkv, or peft_scheme=lora.",
-        ),
-        (
-            given.use_modelopt,
-            "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not "
-            "run with its torch. Leave it out.",
-        ),
-        (
-            given.full_ft and (given.no_merge or given.target == "nemo2"),
-            f"{aim}{into}, and a full fine-tune has none: its checkpoint is a whole NeMo 2.0 "
-            "model. For Hugging Face leave no_merge out and set target: hf.",
-        ),
-        (
-            given.target == "nemo2" and given.no_merge,
-            "no_merge exports an adapter for Hugging Face; with target: nemo2 the adapter is "
-            "merged into the base. Choose one of them.",
-        ),
-    ):
+    aim += "" if given.no_merge else " into its base"
+    adapter = given.no_merge or given.target == "nemo2"
+    never = given.val_check_interval > given.max_steps
+    packed = given.packed_sequence and given.micro_batch_size != 1
+    # `DoRALinear._get_weight_norm` and `ParallelLinearDoRAAdapter.sharded_state_dict` of
+    # nemo/collections/llm/peft/dora.py
+    dora = given.peft_scheme == "dora" and given.tensor_parallel_size > 1 and not fused
+    reasons = {
+        f"{' and '.join(profilers)} are both on. Each would measure the others: switch on one "
+        "profiler.": len(profilers) > 1,
+        f"max_seq_length {given.max_seq_length} must be a multiple of 2 x context_parallel_size "
+        f"({multiple}).": given.context_parallel_size > 1 and given.max_seq_length % multiple,
+        f"node_rank is {given.node_rank}, but there are num_nodes {given.num_nodes}; they are "
+        "numbered from 0.": given.node_rank >= given.num_nodes,
+        "packed_sequence puts several rows into one sequence, so micro_batch_size must be 1, not "
+        f"{given.micro_batch_size}. Raise max_seq_length instead.": packed,
+        f"val_check_interval {given.val_check_interval} is above max_steps {given.max_steps}: "
+        "nothing would be validated, and so no checkpoint saved. Lower it.": never,
+        f"warmup_steps{whose} must be below max_steps {given.max_steps}, or the learning rate "
+        f"never gets to its peak. Set warmup_steps={given.max_steps // 10}, for example.": warmup
+        and warmup >= given.max_steps,
+        f"peft_scheme is dora and tensor_parallel_size {given.tensor_parallel_size}: NeMo "
+        f"{index.nemo_version()} takes the norm of linear_proj and linear_fc2 from each rank's "
+        "columns alone, and saves the magnitudes of linear_fc1 in the order of the ranks, so that "
+        "the adapter would compute something else once it is loaded. Set tensor_parallel_size=1 "
+        "(pipeline_parallel_size may be more), lora_target_modules=linear_qkv, or "
+        "peft_scheme=lora.": dora,
+        "use_modelopt is for quantised models; this workshop has none, and ModelOpt does not run "
+        "with its torch. Leave it out.": given.use_modelopt,
+        f"{aim}, and a full fine-tune has none: its checkpoint is a whole NeMo 2.0 model. For "
+        "Hugging Face leave no_merge out and set target: hf.": given.full_ft and adapter,
+        "no_merge exports an adapter for Hugging Face; with target: nemo2 the adapter is merged "
+        "into the base. Choose one of them.": given.target == "nemo2" and given.no_merge,
+    }
+    for reason, wrong in reasons.items():
         if wrong:
             raise WorkshopError(reason)
 

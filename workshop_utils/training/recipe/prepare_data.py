@@ -136,14 +136,12 @@ def prepare(
     ``timeout`` seconds.
 
     Raises:
-        DataError: a column is missing, a row is wrong, a split would be empty, rows need a chat
-            template and there is none.
+        DataError: of data, templates or converter; nothing of an earlier preparation has changed.
         FetchError: the Hub cannot be reached.
         OutputExists: ``data_dir`` holds other things; nothing was replaced.
         WaitedTooLong: another process is still at it.
     """
-    data_dir = Path(data_dir)
-    tokenizer_dir = _tokenizer_dir(tokenizer_dir)
+    data_dir, tokenizer_dir = Path(data_dir), _tokenizer_dir(tokenizer_dir)
     with waiting.alone_on(data_dir, f"preparing {config.dataset_name}", timeout):
         _require_ours(data_dir)
         source = dataset_sources.find(config)
@@ -167,8 +165,7 @@ def load_prepared(data_dir: Path) -> Prepared:
     """What :func:`prepare` made in ``data_dir``. Raises :class:`DataError` when it made nothing
     there, or a file has changed since."""
     data_dir = Path(data_dir)
-    marker = _read_marker(data_dir)
-    if marker is None:
+    if (marker := _read_marker(data_dir)) is None:
         raise DataError(
             f"{paths.shown(data_dir)} holds no prepared data ({MARKER} is missing). Run "
             "`workshop recipe data` first."
@@ -229,18 +226,11 @@ def _key(
 ) -> dict[str, Any]:
     """Everything that shapes the rows and their statistics, as it looks after a round trip through
     JSON."""
-    whole = config.describe() | {
-        "format": _FORMAT,
-        "revision": revision,
-        "tokenizer": tokenizer_dir
-        and {
-            name: sha256(tokenizer_dir / name)
-            for name in _TOKENIZER_FILES
-            if (tokenizer_dir / name).is_file()
-        },
-        "max_seq_length": max_seq_length,
-    }
-    return json.loads(json.dumps(whole, default=str))
+    files = [tokenizer_dir / name for name in _TOKENIZER_FILES] if tokenizer_dir else []
+    tokenizer = {file.name: sha256(file) for file in files if file.is_file()}
+    source = {"format": _FORMAT, "revision": revision}
+    texts = {"tokenizer": tokenizer, "max_seq_length": max_seq_length}
+    return json.loads(json.dumps(config.describe() | source | texts, default=str))
 
 
 def _tokenizer_dir(given: Path | None) -> Path | None:
@@ -297,16 +287,9 @@ def _write(
             stream.writelines(_lines(rows.select(positions)))
         split = _statistics(file, len(positions), between, tokenizer_dir, max_seq_length)
         statistics[name], files[file.name] = asdict(split), sha256(file)
-    about = {
-        "statistics": statistics,
-        "source_rows": sum(map(len, loaded)),
-        "left_out": left_out,
-        "repeated": division.repeated,
-        "leaks": division.dropped,
-        "prompt_template": between,
-        "max_seq_length": max_seq_length,
-        "revision": source.revision,
-    }
+    about = {"statistics": statistics, "source_rows": sum(map(len, loaded)), "left_out": left_out}
+    about |= {"repeated": division.repeated, "leaks": division.dropped, "revision": source.revision}
+    about |= {"prompt_template": between, "max_seq_length": max_seq_length}
     return {"files": files, "prepared": about}
 
 
@@ -323,16 +306,16 @@ def _between(ends: set[str], name: str) -> str:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """The bars of the ``datasets`` library on or off, and afterwards as they were."""
+    """The bars of the ``datasets`` library off unless ``shown``, and afterwards as they were."""
     import datasets
 
-    were_on = datasets.is_progress_bar_enabled()
-    if not shown:
+    off = datasets.is_progress_bar_enabled() and not shown
+    if off:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if were_on:
+        if off:
             datasets.enable_progress_bars()
 
 
