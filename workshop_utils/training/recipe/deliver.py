@@ -59,15 +59,11 @@ def export(
     checkpoint: Path | str | None = None,
     overwrite: bool | None = None,
 ) -> Path:
-    """Export a checkpoint of the run; returns the new directory. What the options say fills in what
-    is not given.
+    """Export a checkpoint of the run (best, last, or a directory) in one of the :data:`FORMS`;
+    returns the new directory. What the options say fills in what is not given.
 
-    An export of the same checkpoint is compared again and reused.
-
-    Args:
-        form: one of :data:`FORMS`.
-        checkpoint: best, last, or a directory.
-        overwrite: replace an export of another checkpoint, or a spoilt one.
+    An export of the same checkpoint is compared again and reused. With ``overwrite`` one of another
+    checkpoint, or a spoilt one, is replaced.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
@@ -78,9 +74,9 @@ def export(
         GenerationFailed: NeMo failed; with what it wrote last.
     """
     options = resolved.options
-    form = form or (
-        "hf_peft" if options.no_merge else "merged" if options.target == "nemo2" else "hf_model"
-    )
+    if form is None:
+        whole = "merged" if options.target == "nemo2" else "hf_model"
+        form = "hf_peft" if options.no_merge else whole
     if form not in FORMS:
         raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
     chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))

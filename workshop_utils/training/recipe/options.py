@@ -32,7 +32,9 @@ SCRIPTS = {TRAIN: "training", DATA: "data", TEST: "test", EXPORT: "export"}
 
 def _option(script: str, default: Any, text: str, added: bool = False, **limits: Any) -> Any:
     """A field of the reference's ``script`` with its help; ``added``: the reference lacks it.
-    ``limits`` are arguments of pydantic's ``Field``."""
+    ``limits`` are arguments of pydantic's ``Field``; without any a whole number is 1 or more."""
+    if type(default) is int:
+        limits = limits or {"ge": 1}
     about = {"script": script, "help": text, "added": added, "limits": limits}
     kind = "default_factory" if default is dict else "default"
     return dataclasses.field(metadata=about, **{kind: default})
@@ -71,10 +73,8 @@ class RecipeOptions:
         "the prepared training, validation and test rows",
     )
     # Machines
-    num_nodes: int = _train(
-        1, "machines; more than one is planned and not started: see node_rank", ge=1
-    )
-    gpus_per_node: int = _train(8, "processes a machine: one a GPU", ge=1)
+    num_nodes: int = _train(1, "machines; more than one is planned and not started: see node_rank")
+    gpus_per_node: int = _train(8, "processes a machine: one a GPU")
     node_rank: int = _train(
         0,
         "number of this machine, from 0; the command trains on one, several take one of "
@@ -82,24 +82,21 @@ class RecipeOptions:
         ge=0,
     )
     tensor_parallel_size: int = _train(
-        8, "ranks that share each layer in training; test and export run on one process", ge=1
+        8, "ranks that share each layer in training; test and export run on one process"
     )
     pipeline_parallel_size: int = _train(
         1,
         "groups of layers, each on ranks of its own, in training; test and export run on one "
         "process",
-        ge=1,
     )
-    context_parallel_size: int = _train(1, "ranks that share each sequence", ge=1)
+    context_parallel_size: int = _train(1, "ranks that share each sequence")
     # Training
-    max_steps: int = _train(10000, "optimizer steps", ge=1)
-    val_check_interval: int = _train(
-        800, "steps between validations; each may save a checkpoint", ge=1
-    )
-    log_every_n_steps: int = _train(10, "steps between lines of the log", ge=1)
-    micro_batch_size: int = _train(8, "rows that one forward pass takes", ge=1)
-    accumulate_grad_batches: int = _train(8, "micro batches an optimizer step", ge=1)
-    limit_val_batches: int = _train(80, "batches a validation", ge=1)
+    max_steps: int = _train(10000, "optimizer steps")
+    val_check_interval: int = _train(800, "steps between validations; each may save a checkpoint")
+    log_every_n_steps: int = _train(10, "steps between lines of the log")
+    micro_batch_size: int = _train(8, "rows that one forward pass takes")
+    accumulate_grad_batches: int = _train(8, "micro batches an optimizer step")
+    limit_val_batches: int = _train(80, "batches a validation")
     early_stopping_patience: int = _train(
         3, "validations without improvement before training stops", ge=0
     )
@@ -178,12 +175,9 @@ class RecipeOptions:
         "flan1m-alpaca-uncensored)",
     )
     hfdc_split: str = _data("train", "which split is divided into training, validation and test")
-    hfdc_train_split_ratio: float = _data(0.9, "share of the rows for training", ge=0, le=1)
+    hfdc_train_split_ratio: float = _data(0.9, "share of the rows for training")
     hfdc_val_test_split_ratio: float = _data(
-        0.5,
-        "share of the remaining rows for the test set; the others are for validation",
-        ge=0,
-        le=1,
+        0.5, "share of the remaining rows for the test set; the others are for validation"
     )
     hfdc_input_template: str | None = _data(
         None,
@@ -195,7 +189,7 @@ class RecipeOptions:
     hfdc_field_mapping: dict[str, str] = _data(  # noqa: RUF009
         dict, """field of the templates to column, as JSON: '{"question": "instruction"}'"""
     )
-    hfdc_num_proc: int = _data(8, "processes that prepare rows", ge=1)
+    hfdc_num_proc: int = _data(8, "processes that prepare rows")
     hfdc_load_kwargs: dict[str, Any] = _data(  # noqa: RUF009
         dict, """further arguments of datasets.load_dataset, as JSON: '{"revision": "main"}'"""
     )
@@ -209,7 +203,7 @@ class RecipeOptions:
         None, "the run to test or export; none: {output_dir}/nemo_logs"
     )
     test_path: str | None = _test(None, "rows to test; none: test.jsonl of data_dir")
-    max_samples: int = _test(1024, "rows of the test set at most", ge=1)
+    max_samples: int = _test(1024, "rows of the test set at most")
     temperature: float = _test(0.1, "sampling temperature; 0: always the likeliest token", ge=0)
     top_k: int = _test(
         0, "sample among the k likeliest tokens; 0: all; 1: always the likeliest", ge=0
@@ -220,12 +214,12 @@ class RecipeOptions:
         ge=0,
         le=1,
     )
-    num_tokens_to_generate: int = _test(512, "new tokens an answer", ge=1)
+    num_tokens_to_generate: int = _test(512, "new tokens an answer")
     random_seed: int = _test(42, "seed of the sampling", ge=0)
-    max_batch_size: int = _test(16, "requests at a time", ge=1)
-    block_size_tokens: int = _test(256, "tokens of a block of the key-value cache", ge=1)
+    max_batch_size: int = _test(16, "requests at a time")
+    block_size_tokens: int = _test(256, "tokens of a block of the key-value cache")
     buffer_size_gb: float = _test(20.0, "memory of the key-value cache, GB", ge=0.001)
-    max_tokens: int = _test(65536, "tokens of all requests of a step", ge=1)
+    max_tokens: int = _test(65536, "tokens of all requests of a step")
     inference_max_seq_length: int = _test(8192, "tokens of prompt and answer together", ge=2)
     inference_engine: Literal["dynamic", "static"] = _test(
         "dynamic", "Megatron-Core's engine: requests join and leave, or fixed batches", added=True
@@ -331,12 +325,8 @@ def from_mapping(
 
 
 def from_file(path: Path, base: RecipeOptions | None = None) -> RecipeOptions:
-    """``base`` with the options of a YAML file on top: a mapping of names to values.
-
-    Raises:
-        WorkshopError: there is no such file, it is not YAML or no mapping, or as
-            :func:`from_mapping`.
-    """
+    """``base`` with the options of a YAML file on top. Raises as :func:`from_mapping`, and where
+    the file holds no mapping."""
     from workshop_utils.core.yaml_file import read_mapping
 
     return from_mapping(read_mapping(path), base, where=f"{path}: ")

@@ -91,12 +91,8 @@ class TestReport:
 def test(
     resolved: Resolved, checkpoint: Path | str | None = None, progress: bool = True
 ) -> TestReport:
-    """Answer up to ``max_samples`` test rows with the chosen checkpoint and, with ``compare_base``,
-    with the base; measure both.
-
-    Args:
-        resolved: see :func:`workshop_utils.training.recipe.plan.resolve`.
-        checkpoint: best, last, or a directory; by default the option ``checkpoint``.
+    """Answer up to ``max_samples`` test rows with ``checkpoint`` (best, last, or a directory; by
+    default the option) and, with ``compare_base``, with the base; measure both.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
@@ -114,18 +110,12 @@ def test(
             "is to be compared with it. Import the base, or switch compare_base off."
         )
 
+    folder = resolved.output_dir / "predictions"
+
     def answered(model: Path, name: str, its_base: Path | None = None) -> Predictions:
-        return predict(
-            model,
-            rows,
-            resolved.output_dir / "predictions" / f"{name}.jsonl",
-            *resolved.engine(),
-            options.inference_engine,
-            options.trust,
-            progress,
-            its_base,
-            resolved.device,
-        )
+        file, engine = folder / f"{name}.jsonl", (*resolved.engine(), options.inference_engine)
+        where = (its_base, resolved.device)
+        return predict(model, rows, file, *engine, options.trust, progress, *where)
 
     before = answered(base, BASE) if base else None
     after = answered(chosen, chosen.name, own)
@@ -138,12 +128,8 @@ def test(
 
 
 def read_test_rows(file: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Prompt and label of the rows of ``file``, from its start. Rows are ``{"input", "output"}``,
-    as the data phase writes them.
-
-    Raises:
-        DataError: the file is missing, or a row is not what it should be.
-    """
+    """Prompt and label of the first rows of ``file``: ``{"input", "output"}``, as the data phase
+    writes them. Raises DataError for a missing file or an unusable row."""
     turns = [row["messages"] for row in chat_data.read_rows(file)[:limit]]
     return [(chat_data.prompt_turns(one)[-1]["content"], one[-1]["content"]) for one in turns]
 
@@ -161,9 +147,7 @@ def predict(
     device: str | None = None,
 ) -> Predictions:
     """Answer ``rows`` (prompt, label) with a NeMo 2.0 checkpoint, in a process of its own, and
-    write ``file``.
-
-    ``base`` takes the place of the one that an adapter names.
+    write ``file``. ``base`` takes the place of the one that an adapter names.
 
     Raises: as :func:`test`, and WorkshopError for an unknown engine or an impossible sampling.
     """
@@ -182,19 +166,12 @@ def predict(
     partial, speed = file.with_name(f".{file.name}.partial"), {}
     known = _resume(partial, mark)
     if left := [row for row in range(len(rows)) if row not in known]:
-        job = {
-            "checkpoint": str(checkpoint.resolve()),
-            "engine": engine,
-            "sampling": asdict(sampling),
-            "limits": asdict(limits),
-            "trust": trust,
-            "base": base and str(base),
-            "device": device,
-            "answers": str(partial.resolve()),
-            # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has
-            # never seen them.
-            "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left],
-        }
+        job = {"checkpoint": str(checkpoint.resolve()), "base": base and str(base), "trust": trust}
+        job |= {"engine": engine, "sampling": asdict(sampling), "limits": asdict(limits)}
+        job |= {"device": device, "answers": str(partial.resolve())}
+        # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has
+        # never seen them.
+        job["rows"] = [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left]
         with _bar(partial, len(rows), checkpoint.name, progress):
             speed = _answer(job, checkpoint)
         speed = speed if len(left) == len(rows) else {}
