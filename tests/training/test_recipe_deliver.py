@@ -70,11 +70,8 @@ def test_a_full_fine_tune_keeps_the_dots_of_its_name(full, nemo, tmp_path, capsy
 
 def test_other_logits_are_no_export(full, nemo, tmp_path):
     nemo.exported = 1.01
-    with pytest.raises(
-        ConformanceFailed,
-        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for "
-        r"float32 weights. It was not kept",
-    ):
+    message = "differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for "
+    with pytest.raises(ConformanceFailed, match=message + "float32 weights. It was not kept"):
         deliver.export(resolved(tmp_path))
     nemo.exported = float("nan")
     with pytest.raises(ConformanceFailed):
@@ -87,10 +84,8 @@ def test_an_export_of_the_same_is_reused_of_another_replaced_when_asked(full, ne
     assert deliver.export(resolved(tmp_path)) == made and nemo.exports == 1
     with (full / "weights" / "common.pt").open("ab") as file:
         file.write(b"trained on")
-    with pytest.raises(
-        OutputExists,
-        match="is an export of another checkpoint. It was left as it is. --overwrite replaces it",
-    ):
+    another = "is an export of another checkpoint. It was left as it is. --overwrite replaces it"
+    with pytest.raises(OutputExists, match=another):
         deliver.export(resolved(tmp_path))
     assert deliver.export(resolved(tmp_path, overwrite=True)) == made and nemo.exports == 2
     (made / deliver.RECORD).unlink()
@@ -109,10 +104,9 @@ def test_a_spoilt_export_is_noticed_and_replaced_when_asked(full, nemo, tmp_path
 
 
 def test_what_cannot_be_exported(full, nemo, tmp_path):
-    with pytest.raises(UnsupportedAdapter, match="is a full fine-tune: it has no adapter"):
-        deliver.export(resolved(tmp_path, no_merge=True))
-    with pytest.raises(UnsupportedAdapter, match="whole NeMo 2.0 model as it is"):
-        deliver.export(resolved(tmp_path, target="nemo2"))
+    for changes in ({"no_merge": True}, {"target": "nemo2"}):
+        with pytest.raises(UnsupportedAdapter, match="has no adapter, and is a whole NeMo 2.0 mod"):
+            deliver.export(resolved(tmp_path, **changes))
     with pytest.raises(WorkshopError, match="it is one of hf_peft, merged, hf_model"):
         deliver.export(resolved(tmp_path), "gguf")
     assert not (tmp_path / "exports").exists()
@@ -120,13 +114,9 @@ def test_what_cannot_be_exported(full, nemo, tmp_path):
 
 def trained(folder, scheme, base, tmp_path, **changes):
     """The run of ``scheme`` that NeMo trained, as the recipe path finds it."""
-    return resolved(
-        tmp_path,
-        hf_model_id=str(base / "hf" / "tiny"),
-        nemo_ckpt_dir=str(base / "nemo2" / "tiny"),
-        nemo_logs_dir=str(folder / scheme),
-        **changes,
-    )
+    places = {"hf_model_id": base / "hf" / "tiny", "nemo_ckpt_dir": base / "nemo2" / "tiny"}
+    places = {name: str(path) for name, path in places.items()}
+    return resolved(tmp_path, nemo_logs_dir=str(folder / scheme), **places, **changes)
 
 
 @pytest.mark.slow
@@ -164,29 +154,20 @@ def moved(nemo2_trained, bridged_tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_base_that_was_moved_is_found_where_the_options_say(moved, bridged_tiny, tmp_path):
-    settings = resolved(
-        tmp_path,
-        hf_model_id=str(bridged_tiny / "hf" / "tiny"),
-        nemo_ckpt_dir=str(tmp_path / "base"),
-        checkpoint="last",
-    )
+    model, base = str(bridged_tiny / "hf" / "tiny"), str(tmp_path / "base")
+    settings = resolved(tmp_path, hf_model_id=model, nemo_ckpt_dir=base, checkpoint="last")
     assert (deliver.export(settings, "hf_peft") / "adapter_config.json").is_file()
-    moved.write_text(
-        json.dumps(
-            {"fingerprint": {"base": {"context": {}, "weights": {"__0_0.distcp": "another"}}}}
-        )
-    )
-    with pytest.raises(
-        DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"
-    ):
+    other = {"context": {}, "weights": {"__0_0.distcp": "another"}}
+    moved.write_text(json.dumps({"fingerprint": {"base": other}}))
+    gone = "model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"
+    with pytest.raises(DamagedCheckpoint, match=gone):
         deliver.export(settings, "hf_peft")
 
 
 @pytest.mark.slow
 def test_a_full_fine_tune_for_transformers(nemo2_trained, bridged_tiny, tmp_path):
-    model = deliver.export(
-        trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft")
-    )
+    settings = trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft")
+    model = deliver.export(settings)
     assert (model / "config.json").is_file() and (model / "tokenizer.json").is_file()
 
 
