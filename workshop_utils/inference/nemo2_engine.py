@@ -395,10 +395,9 @@ def static(
         controller = TextGenerationController(model.wrapper, model.tokenizer)
         asked = [prompts[request] for request in batch]
         engine = StaticInferenceEngine(controller, size, seed)
-        for request, done in zip(
-            batch, engine.generate(asked, sampling_params=parameters), strict=True
-        ):
-            yield model.answer(request, done.generated_tokens.tolist())
+        answers = engine.generate(asked, sampling_params=parameters)
+        for request, answer in zip(batch, answers, strict=True):
+            yield model.answer(request, answer.generated_tokens.tolist())
 
 
 def _narrowed(

@@ -30,10 +30,10 @@ class PreparedDataModule(FineTuningDataModule):
     """``FineTuningDataModule`` with the settings that belong to the prepared rows of
     ``dataset_root``.
 
-    What stands between prompt and answer comes from the preparation. ``on_cpu`` (default: torch
-    sees no GPU) loads in this process, without pinned memory. ``packed_sequence_specs`` packs the
-    rows first, with the same settings; NeMo itself packs with its defaults. Lengths are in tokens,
-    batch sizes in rows, of all ranks together for ``global_batch_size``.
+    What stands between prompt and answer comes from the preparation. Without a GPU rows are loaded
+    in this process, without pinned memory. ``packed_sequence_specs`` packs the rows first, with the
+    same settings; NeMo itself packs with its defaults. Lengths are in tokens, batch sizes in rows,
+    of all ranks together for ``global_batch_size``.
 
     Raises:
         DataError: ``dataset_root`` holds no prepared rows, or they were changed since.
@@ -50,12 +50,11 @@ class PreparedDataModule(FineTuningDataModule):
         seed: int = 1234,
         num_workers: int = 8,
         packed_sequence_specs: "PackedSequenceSpecs | None" = None,
-        on_cpu: bool | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
     ):
         import torch
 
-        self.on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+        self.on_cpu = not torch.cuda.is_available()
         self.prepared = load_prepared(dataset_root)
         settings = {"prompt_template": self.prepared.prompt_template}
         super().__init__(

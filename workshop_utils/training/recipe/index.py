@@ -26,13 +26,12 @@ FILE = Path(__file__).with_name("recipe_index.json")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: a module of ``nemo.collections.llm.recipes``.
+    """One recipe: a module of ``nemo.collections.llm.recipes``, and NeMo's classes in it.
 
-    ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``schemes``
-    are the values of ``peft_scheme`` that its ``finetune_recipe`` takes (none where it has none),
-    each with its own values of the options that may be left to it: ``learning_rate``,
-    ``warmup_steps``, ``lora_dim`` and so on. The fields after ``pretrain`` come from the first of
-    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
+    ``schemes`` are the values of ``peft_scheme`` that its ``finetune_recipe`` takes (none where it
+    has none), each with its own values of the options that may be left to it: ``learning_rate``,
+    ``lora_dim`` and so on. The fields after ``pretrain`` come from the first of them: ``base`` is
+    the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
     """
 
     name: str
