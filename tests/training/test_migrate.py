@@ -138,7 +138,7 @@ def test_no_key_is_dropped(tmp_path):
             one.source for arguments in made.parts.values() for one in arguments.values()
         } | set(made.left)
         text = path.read_text()
-        flat = _flat(yaml.safe_load(text))
+        flat = dict(_flat(yaml.safe_load(text)))
         known = {
             "exp_manager.create_early_stopping_callback",
             "model.optim.sched.name",
