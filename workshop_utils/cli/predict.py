@@ -19,13 +19,10 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "predict", help="answer a file of rows by the script path", description=HELP
     )
-    parser.add_argument(
-        "--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="where the predictions go (default: runs/predictions/)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`")
+    add("--out", type=Path, help="where the predictions go (default: runs/predictions/)")
+    add(
         "--trust",
         action="store_true",
         help="go on in spite of what the verification of base and adapter finds",
@@ -37,7 +34,9 @@ def run(args) -> int:
     """Answer, and say where."""
     from workshop_utils.cli import overrides
     from workshop_utils.core import paths
+    from workshop_utils.runtime.device import choose_device
     from workshop_utils.training.script.predict import predict
 
-    print(f"predictions: {paths.shown(predict(overrides(args), args.data, args.out, args.trust))}")
+    file = predict(overrides(args), args.data, args.out, args.trust, choose_device())
+    print(f"predictions: {paths.shown(file)}")
     return 0

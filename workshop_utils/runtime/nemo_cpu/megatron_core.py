@@ -36,18 +36,14 @@ def cuda_literals_in_megatron(module: ModuleType) -> None:
 @patch("megatron.core.optimizer.clip_grads", when=no_cuda)
 def clipping_on_cpu(module: ModuleType) -> None:
     """clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in the
-    first step.
-
-    Assert the CPU's type."""
+    first step."""
     name_types_of_the_cpu(module.clip_grad_by_total_norm_fp32)
 
 
 @patch("megatron.core.optimizer.optimizer", when=no_cuda)
 def bf16_optimizer_on_cpu(module: ModuleType) -> None:
     """the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' and
-    its like: TypeError.
-
-    Compare with the CPU's types."""
+    its like: TypeError."""
     name_types_of_the_cpu(module.Float16OptimizerWithFloat16Params.__init__)
 
 
@@ -75,9 +71,7 @@ FUSIONS = (
 @patch("megatron.core.transformer.transformer_config", when=no_transformer_engine)
 def fusions_off(module: ModuleType) -> None:
     """NeMo's LlamaConfig asks for fused kernels that come with Transformer Engine or Apex:
-    ValueError in __post_init__.
-
-    Turn the fusions off before the configuration checks itself."""
+    ValueError in __post_init__."""
     config = module.TransformerConfig
     check = config.__post_init__
 
@@ -111,9 +105,7 @@ def norm_before_the_experts(module: ModuleType) -> None:
 @patch("megatron.core.transformer.torch_norm", when=no_transformer_engine)
 def zero_centred_layer_norm(module: ModuleType) -> None:
     """Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine have:
-    AssertionError, 'zero_centered_gamma not supported by torch LayerNorm'.
-
-    The same norm in plain torch."""
+    AssertionError, 'zero_centered_gamma not supported by torch LayerNorm'."""
     torch, original = module.torch, module.WrappedTorchNorm.__new__
 
     class ZeroCentredLayerNorm(torch.nn.LayerNorm):
@@ -137,8 +129,6 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
 @patch("megatron.core.transformer.moe.moe_utils", when=no_transformer_engine)
 def router_without_transformer_engine(module: ModuleType) -> None:
     """the router of a mixture of experts asks whether te_general_gemm is there, a name that is only
-    set with Transformer Engine: NameError.
-
-    It is not: the router multiplies with torch then."""
+    set with Transformer Engine: NameError."""
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None

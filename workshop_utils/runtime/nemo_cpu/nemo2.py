@@ -12,9 +12,7 @@ from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
 
 @patch("nemo.lightning.io.pl", when=no_cuda)
 def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
-    """asserts torch.cuda.is_initialized() after loading a checkpoint.
-
-    Tensors loaded without a GPU are where they belong."""
+    """asserts torch.cuda.is_initialized() after loading a checkpoint."""
     module._fix_tensors_device = lambda checkpoint: checkpoint
 
 
@@ -38,21 +36,15 @@ def layer_norm_names_of_connectors(module: ModuleType) -> None:
     original = module.apply_transforms
 
     def names(model):
-        return (
-            (model if isinstance(model, module._ModelState) else getattr(model, "module", model))
-            .state_dict()
-            .keys()
-        )
+        is_state = isinstance(model, module._ModelState)
+        return (model if is_state else getattr(model, "module", model)).state_dict().keys()
 
     def apply_transforms(source, target, mapping, *args, **kwargs):
         if any("layer_norm_" in f"{key}{value}" for key, value in mapping.items()):
-            known = [*names(source), *names(target)]
-            fused = any(".linear_qkv.layer_norm_" in name for name in known)
-            if not fused and any(".pre_mlp_layernorm." in name for name in known):
-                mapping = {
-                    local_layer_norm_name(key): local_layer_norm_name(value)
-                    for key, value in mapping.items()
-                }
+            known = " ".join([*names(source), *names(target)])
+            if ".linear_qkv.layer_norm_" not in known and ".pre_mlp_layernorm." in known:
+                renamed = local_layer_norm_name
+                mapping = {renamed(key): renamed(value) for key, value in mapping.items()}
         return original(source, target, mapping, *args, **kwargs)
 
     module.apply_transforms = apply_transforms
@@ -83,9 +75,7 @@ def modelopt_at_import(module: ModuleType) -> None:
 
 @patch("nemo.collections.llm.modelopt.quantization.quantizer", when=no_modelopt)
 def export_without_modelopt(module: ModuleType) -> None:
-    """export_ckpt(target='hf') first asks ModelOpt whether the model is quantised.
-
-    It is not."""
+    """export_ckpt(target='hf') first asks ModelOpt whether the model is quantised."""
     module.export_hf_checkpoint = lambda *args, **kwargs: None
 
 
@@ -126,9 +116,7 @@ def lora_without_transformer_engine(module: ModuleType) -> None:
 @patch("nemo.collections.llm.peft.utils", when=no_transformer_engine)
 def adapters_without_transformer_engine(module: ModuleType) -> None:
     """Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for the
-    real ones: TypeError, 'isinstance() arg 2 must be a type'.
-
-    Say that Transformer Engine is not there."""
+    real ones: TypeError, 'isinstance() arg 2 must be a type'."""
     module.HAVE_TE = False
 
 
@@ -136,9 +124,7 @@ def adapters_without_transformer_engine(module: ModuleType) -> None:
 def timers_of_one_process(module: ModuleType) -> None:
     """rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the next
     collective operation of the others meets that one, and the run hangs at its first checkpoint
-    with two processes.
-
-    Print the timers only where there is one process."""
+    with two processes."""
     original = module.ProgressPrinter.log_megatron_timers
 
     def log_megatron_timers(self, timers):

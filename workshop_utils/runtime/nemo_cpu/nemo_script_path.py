@@ -10,6 +10,8 @@ from .nemo2 import local_layer_norm_name
 from .registry import always, no_apex, no_cuda, no_transformer_engine, patch
 from .torch_cuda import CpuTorch, name_types_of_the_cpu
 
+GPT_MODEL = "nemo.collections.nlp.models.language_modeling.megatron_gpt_model"
+
 
 @patch("nemo.collections.nlp.modules.common.megatron.adapters.mcore_mixins", when=always)
 def lora_mixin_forward(module: ModuleType) -> None:
@@ -62,15 +64,12 @@ def adapter_mixin_forward(module: ModuleType) -> None:
         return lambda block, inputs, output: (output[0] + adapter(output[0]), *output[1:])
 
     def forward(self, *args, **kwargs):
-        found = (
-            {part: self.get_adapter_module(name) for part, name in names.items()}
-            if self.is_adapter_available()
-            else {}
-        )
         hooks = [
             getattr(self, part).register_forward_hook(add(adapter))
-            for part, adapter in found.items()
-            if adapter is not None and self.adapter_cfg[names[part]]["enabled"]
+            for part, name in names.items()
+            if self.is_adapter_available()
+            and (adapter := self.get_adapter_module(name)) is not None
+            and self.adapter_cfg[name]["enabled"]
         ]
         try:
             return layer.forward(self, *args, **kwargs)
@@ -123,14 +122,10 @@ def steps_of_the_optimizer(module: ModuleType) -> None:
     original = module.optim_state_to_sharding_state
 
     def optim_state_to_sharding_state(state, *args, **kwargs):
-        steps = {
-            number: entry["step"] for number, entry in state["state"].items() if "step" in entry
-        }
         # The entries are the optimizer's own: it goes on with them.
-        state["state"] = {
-            number: {key: value for key, value in entry.items() if key != "step"}
-            for number, entry in state["state"].items()
-        }
+        state["state"] = {number: dict(entry) for number, entry in state["state"].items()}
+        entries = state["state"].items()
+        steps = {number: entry.pop("step") for number, entry in entries if "step" in entry}
         original(state, *args, **kwargs)
         for number, step in steps.items():
             state["state"][number]["step"] = step
@@ -140,9 +135,7 @@ def steps_of_the_optimizer(module: ModuleType) -> None:
 
 @patch("nemo.collections.nlp.parts.nlp_overrides", when=no_cuda)
 def resumed_tensors_stay_on_cpu(module: ModuleType) -> None:
-    """asserts torch.cuda.is_initialized() when a run resumes from a distributed checkpoint.
-
-    Tensors loaded without a GPU are where they belong."""
+    """asserts torch.cuda.is_initialized() when a run resumes from a distributed checkpoint."""
     module.NLPDDPStrategy._fix_tensors_device = lambda self, checkpoint: checkpoint
 
 
@@ -155,13 +148,9 @@ def container_version(module: ModuleType) -> None:
     os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "20.01")
 
 
-@patch(
-    "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine
-)
+@patch(GPT_MODEL, when=no_transformer_engine)
 def local_layer_spec(module: ModuleType) -> None:
-    """get_specs() builds every layer spec, Transformer Engine's too: NameError.
-
-    Megatron-Core's local layers are what can be built without Transformer Engine."""
+    """get_specs() builds every layer spec, Transformer Engine's too: NameError."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     def get_specs(spec_name, transformer_config=None, use_te=True, hyena_cfg=None, fp8=False):
@@ -176,14 +165,10 @@ def local_layer_spec(module: ModuleType) -> None:
     module.get_specs = get_specs
 
 
-@patch(
-    "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine
-)
+@patch(GPT_MODEL, when=no_transformer_engine)
 def process_groups_before_the_model(module: ModuleType) -> None:
     """Megatron-Core 0.13's local attention asks for process groups in its constructor; NeMo makes
-    them later.
-
-    Start the strategy's environment when the model is built."""
+    them later."""
     from megatron.core import parallel_state
 
     original = module.MegatronGPTModel.model_provider_func
@@ -199,9 +184,7 @@ def process_groups_before_the_model(module: ModuleType) -> None:
     module.MegatronGPTModel.model_provider_func = model_provider_func
 
 
-@patch(
-    "nemo.collections.nlp.models.language_modeling.megatron_gpt_model", when=no_transformer_engine
-)
+@patch(GPT_MODEL, when=no_transformer_engine)
 def layer_norm_names_of_state_dicts(module: ModuleType) -> None:
     """plain state dicts (adapters, merged models) name the layer norms as Transformer Engine fuses
     them.
@@ -261,9 +244,7 @@ def cast_under_autocast(module: ModuleType) -> None:
 
 @patch("nemo.collections.nlp.modules.common.megatron.build_model", when=no_apex)
 def parallel_attributes(module: ModuleType) -> None:
-    """takes set_defaults_if_not_set_tensor_model_parallel_attributes from Apex only: NameError.
-
-    Megatron-Core has the same function."""
+    """takes set_defaults_if_not_set_tensor_model_parallel_attributes from Apex only: NameError."""
     from megatron.core.tensor_parallel.layers import (
         set_defaults_if_not_set_tensor_model_parallel_attributes as helper,
     )
@@ -274,26 +255,20 @@ def parallel_attributes(module: ModuleType) -> None:
 @patch("nemo.core.optim.optimizer_with_main_params", when=no_apex)
 def master_weights_without_apex(module: ModuleType) -> None:
     """megatron_amp_O2: ImportError 'Apex was not found', although its kernels are only called for
-    fp16, which O2 refuses.
-
-    Say that Apex is there."""
+    fp16, which O2 refuses."""
     module.HAVE_APEX = True
 
 
 @patch("nemo.core.optim.optimizer_with_main_params", when=no_cuda)
 def master_weights_on_cpu(module: ModuleType) -> None:
     """megatron_amp_O2 compares types of parameters with 'torch.cuda.BFloat16Tensor' and its like:
-    TypeError on a CPU.
-
-    Write the names of the CPU's types into the constants of the constructor."""
+    TypeError on a CPU."""
     name_types_of_the_cpu(module.MainParamsOptimizerWrapper.__init__)
 
 
 @patch("nemo.collections.nlp.modules.common.megatron.clip_grads", when=no_apex)
 def gradient_norm(module: ModuleType) -> None:
-    """gradient clipping calls Apex's multi_tensor_applier and amp_C: NameError.
-
-    Megatron-Core has both in plain torch."""
+    """gradient clipping calls Apex's multi_tensor_applier and amp_C: NameError."""
     from megatron.core.utils import local_multi_tensor_applier, local_multi_tensor_l2_norm
 
     module.multi_tensor_applier = local_multi_tensor_applier
@@ -306,9 +281,7 @@ def gradient_norm(module: ModuleType) -> None:
     when=no_cuda,
 )
 def cuda_literals_in_nemo(module: ModuleType) -> None:
-    """device='cuda' is written in the source: 'Torch not compiled with CUDA enabled'.
-
-    Give the module a ``torch`` that makes its tensors on the CPU."""
+    """device='cuda' is written in the source: 'Torch not compiled with CUDA enabled'."""
     module.torch = CpuTorch(module.torch)
 
 

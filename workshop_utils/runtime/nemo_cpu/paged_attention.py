@@ -10,21 +10,15 @@ from .registry import always, patch
 
 def no_flash_attention() -> bool:
     """True when neither flash-attn nor its version for Hopper is installed, whatever the device."""
-    return all(
-        importlib.util.find_spec(name) is None for name in ("flash_attn", "flashattn_hopper")
-    )
+    return not any(map(importlib.util.find_spec, ("flash_attn", "flashattn_hopper")))
 
 
 @patch("megatron.core.transformer.attention", when=no_flash_attention)
 def paged_attention(module: ModuleType) -> None:
     """the dynamic engine reads its paged cache with two kernels of flash-attn: AssertionError,
-    'flash attn verion v2.7.3 and above is required for dynamic batching'.
-
-    The same two functions by torch's scaled_dot_product_attention."""
-    module.flash_attn_varlen_func, module.flash_attn_with_kvcache = (
-        attend_to_pages,
-        attend_one_token_to_pages,
-    )
+    'flash attn verion v2.7.3 and above is required for dynamic batching'."""
+    module.flash_attn_varlen_func = attend_to_pages
+    module.flash_attn_with_kvcache = attend_one_token_to_pages
     module.is_fa_min_version = lambda *args, **kwargs: True
 
 
@@ -32,9 +26,7 @@ def paged_attention(module: ModuleType) -> None:
 def chunks_of_finished_requests(module: ModuleType) -> None:
     """the rows of finished requests keep their chunk numbers (fill_ on a copy made by indexing); a
     shorter request in such a row gives chunks back that others still use: their cache is
-    overwritten, or 'The expanded size of the tensor must match'.
-
-    Forget what stands in the row before a request takes it."""
+    overwritten, or 'The expanded size of the tensor must match'."""
     original = module.DynamicInferenceContext.add_request
 
     def add_request(self, request_id, tokens, num_tokens_to_generate=None):

@@ -55,9 +55,7 @@ def cuda_calls_do_nothing(torch: ModuleType) -> None:
 
 @patch("torch", when=no_cuda)
 def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
-    """.cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'.
-
-    ``tensor.cuda()`` and ``module.cuda()`` return what they were called on."""
+    """.cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
@@ -65,18 +63,14 @@ def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
 @patch("lightning.fabric.utilities.device_dtype_mixin", when=no_cuda)
 def cuda_method_of_lightning_modules(module: ModuleType) -> None:
     """a LightningModule has a cuda() of its own, which NeMo's MegatronGPTModel.generate calls:
-    TypeError in torch.device('cuda', 'cpu').
-
-    As for other modules: return what it was called on."""
+    TypeError in torch.device('cuda', 'cpu')."""
     module._DeviceDtypeModuleMixin.cuda = lambda self, *args, **kwargs: self
 
 
 @patch("torch", when=no_cuda)
 def no_compilation(torch: ModuleType) -> None:
     """Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and minutes
-    on a CPU; there is nothing to fuse for.
-
-    Turn torch.compile off, in child processes too."""
+    on a CPU; there is nothing to fuse for."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch._dynamo.config.disable = True
 
@@ -84,9 +78,7 @@ def no_compilation(torch: ModuleType) -> None:
 @patch("torch", when=no_cuda)
 def autocast_of_autograd_functions(torch: ModuleType) -> None:
     """Megatron-Core's linear layers keep the state of the GPU's autocast for their backward pass:
-    'expected m1 and m2 to have the same dtype' in mixed precision on a CPU.
-
-    Keep the state of the CPU's autocast where that of a GPU is asked for."""
+    'expected m1 and m2 to have the same dtype' in mixed precision on a CPU."""
     for name in ("custom_fwd", "custom_bwd"):
         original = getattr(torch.amp, name)
         setattr(

@@ -135,10 +135,9 @@ def _steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:
     )
     there_are = f"but there are {steps} steps:"
     if type(interval) is int and interval > steps:
-        yield (
-            f"trainer.val_check_interval is {interval}, {there_are} no checkpoint would be kept. "
-            f"Set trainer.val_check_interval={max(1, steps // 3)}."
-        )
+        key = "trainer.val_check_interval"
+        kept = f"no checkpoint would be kept. Set {key}={max(1, steps // 3)}."
+        yield f"{key} is {interval}, {there_are} {kept}"
     if model.get("resume_from_checkpoint"):
         yield (
             "model.resume_from_checkpoint: NeMo 2.4.1 reads it nowhere. Leave it out: the same "
@@ -146,10 +145,8 @@ def _steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:
         )
     warmup = (model.optim.get("sched") or {}).get("warmup_steps")
     if warmup and warmup >= steps:
-        warnings.append(
-            f"model.optim.sched.warmup_steps is {warmup}, {there_are} model.optim.lr is never "
-            "reached."
-        )
+        late = f"{there_are} model.optim.lr is never reached."
+        warnings.append(f"model.optim.sched.warmup_steps is {warmup}, {late}")
 
 
 def _names(config: "DictConfig") -> Iterator[str]:
@@ -187,25 +184,19 @@ def _batches(config: "DictConfig", processes: int, facts: list[str]) -> Iterator
     from omegaconf import OmegaConf
 
     model, trainer = config.model, config.trainer
-    if trainer.devices != processes:
-        yield (
-            f"trainer.devices is {trainer.devices} but torchrun starts {processes} processes. "
-            f"Give --nproc-per-node={trainer.devices}."
-        )
-    if trainer.num_nodes != 1:
-        yield (
-            f"trainer.num_nodes is {trainer.num_nodes}; this command starts torchrun on this "
-            "machine alone. Leave it out."
-        )
+    if (devices := trainer.devices) != processes:
+        started = f"torchrun starts {processes} processes"
+        yield f"trainer.devices is {devices} but {started}. Give --nproc-per-node={devices}."
+    if (nodes := trainer.num_nodes) != 1:
+        alone = "this command starts torchrun on this machine alone"
+        yield f"trainer.num_nodes is {nodes}; {alone}. Leave it out."
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     context = model.get("context_parallel_size", 1)
     split, product = tensor * pipeline * context, f"TP {tensor} x PP {pipeline} x CP {context}"
     copies, rest = divmod(processes, split)
     if rest:
-        yield (
-            f"{processes} processes cannot be shared out: {product} needs a multiple of {split}. "
-            "Start more, or lower these sizes."
-        )
+        needs = f"{product} needs a multiple of {split}. Start more, or lower these sizes."
+        yield f"{processes} processes cannot be shared out: {needs}"
         return
     for where in ("model", "model.data.train_ds", "model.data.validation_ds"):
         settings = OmegaConf.select(config, where)
@@ -237,9 +228,8 @@ def _parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]
         yield "model.sequence_parallel needs model.tensor_model_parallel_size above 1."
     if tensor * pipeline > 1 and scheme == "ptuning":
         yield (
-            "model.peft.peft_scheme=ptuning with tensor- or pipeline-parallel size above 1: NeMo "
-            "writes a part for each rank, and those of ptuning are not put together. Leave the "
-            "sizes at 1: more processes are data-parallel then."
+            "model.peft.peft_scheme=ptuning: NeMo writes a part for each rank, and those of "
+            "ptuning are not put together. Leave the parallel sizes at 1."
         )
     if (
         scheme in ("lora", "adapter")
@@ -260,10 +250,8 @@ def _parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]
             f"below it: {fits}."
         )
     if sizes.layers % pipeline:
-        yield (
-            f"model.pipeline_model_parallel_size {pipeline} does not divide the {sizes.layers} "
-            "layers."
-        )
+        what = f"the {sizes.layers} layers"
+        yield f"model.pipeline_model_parallel_size {pipeline} does not divide {what}."
 
 
 def _hardware(config: "DictConfig", device: Device, facts: list[str]) -> Iterator[str]:
@@ -303,15 +291,11 @@ def _hardware(config: "DictConfig", device: Device, facts: list[str]) -> Iterato
             f"out: adamw is taken{', the same sums' * ('adam' in optimizer)}."
         )
     if model.get("fsdp"):
-        yield (
-            "model.fsdp: sharding by FSDP is for GPUs, and the workshop has not tried it. Leave "
-            "it out."
-        )
+        yield "model.fsdp: sharding by FSDP is for GPUs, and not tried here. Leave it out."
     if model.data.train_ds.get("packed_sequence") and _is_missing("transformer_engine"):
         yield (
             "model.data.train_ds.packed_sequence: only the attention of Transformer Engine, "
-            "which is not installed, keeps the rows of a pack apart. Leave it out, and give the "
-            "rows themselves."
+            "which is not installed, keeps the rows of a pack apart. Leave it out."
         )
 
 
@@ -354,14 +338,11 @@ def _to_go_on_from(source: Path, model: "DictConfig") -> Iterator[str]:
     theirs = (nemo_archive.read_config(source).get("peft") or {}) if is_nemo else {}
     section = SECTIONS.get(peft.peft_scheme)
     if (scheme := theirs.get("peft_scheme", peft.peft_scheme)) != peft.peft_scheme:
-        yield (
-            f"{where} is of the scheme {scheme}. Set model.peft.peft_scheme={scheme}, or leave "
-            "it out."
-        )
+        yield f"{where} is of the scheme {scheme}: set model.peft.peft_scheme, or leave it out."
     elif peft.peft_scheme == "none" or (is_nemo and not theirs):
         yield (
-            f"{where} would be loaded as an adapter, and is none or is given to a full "
-            "fine-tuning. Leave it out, or take it as the base."
+            f"{where} is no adapter, or is given to a full fine-tuning. Leave it out, or take it "
+            "as the base."
         )
     elif section:
         settings = theirs.get(section) or {}
@@ -370,18 +351,15 @@ def _to_go_on_from(source: Path, model: "DictConfig") -> Iterator[str]:
             ours = peft[section].get(key)
             if key in settings and _resolved(settings[key]) != _resolved(ours):
                 said = json.dumps(settings[key]).replace('"', "")
-                yield (
-                    f"{where} has {what} {said}; model.peft.{section}.{key} is {ours}. Set it to "
-                    f"{said}."
-                )
+                here = f"model.peft.{section}.{key} is {ours}. Set it to {said}."
+                yield f"{where} has {what} {said}; {here}"
     names = [member.name for member in nemo_archive.members(source)] if is_nemo else []
     run = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if (files := rank_files(names)) and (split := sizes_of(files)) != run:
         export = f"workshop export {paths.shown(source)} --to nemo --reader nemo"
         yield (
-            f"{where} holds the weights of TP {split[0]} x PP {split[1]}; NeMo looks for "
-            f"those of TP {run[0]} x PP {run[1]}. Set "
-            f"model.tensor_model_parallel_size={split[0]} and "
+            f"{where} holds the weights of TP {split[0]} x PP {split[1]}; NeMo looks for those of "
+            f"TP {run[0]} x PP {run[1]}. Set model.tensor_model_parallel_size={split[0]} and "
             f"model.pipeline_model_parallel_size={split[1]}"
             f"{f', or put its parts together: {export}' * (run == (1, 1))}."
         )
@@ -470,18 +448,14 @@ def _data(
 def _mixture(config: "DictConfig", files: dict[str, list[str]]) -> Iterator[str]:
     """Sampling probabilities and names have to match the files."""
     count, data = len(files.get("train_ds", [])), config.model.data
-    shares, key = data.train_ds.concat_sampling_probabilities, "concat_sampling_probabilities"
+    key = "model.data.train_ds.concat_sampling_probabilities"
+    shares = data.train_ds.concat_sampling_probabilities
     if count and (shares is None or len(shares) != count):
         even = ",".join([f"{1 / count:.3g}"] * count)
-        yield (
-            f"model.data.train_ds.{key} needs one share for each of {count} files, for instance "
-            f"[{even}]."
-        )
+        yield f"{key} needs one share for each of {count} files, for instance [{even}]."
     elif count and (abs(sum(shares) - 1) > 1e-3 or min(shares) < 0):
-        yield (
-            f"model.data.train_ds.{key} is {list(shares)} and adds up to {sum(shares):g}; it has "
-            "to be 1, of shares that are not below 0."
-        )
+        right = "it has to be 1, of shares that are not below 0"
+        yield f"{key} is {list(shares)} and adds up to {sum(shares):g}; {right}."
     for part in PARTS[1:]:
         names, of = data[part].names, len(files.get(part, []))
         if names is not None and of and (len(names) != of or len(set(names)) != of):
@@ -532,10 +506,8 @@ def _resources(
     if trainer.accelerator != "cpu" or not tokens:
         return
     if guess.memory + 2e9 * trainer.devices > memory():
-        seen.warnings.append(
-            f"this machine has {memory() / 1e9:.0f} GB of memory: lower model.micro_batch_size or "
-            "max_seq_length."
-        )
+        has = f"this machine has {memory() / 1e9:.0f} GB of memory"
+        seen.warnings.append(f"{has}: lower model.micro_batch_size or max_seq_length.")
     minutes = guess.operations / estimate.operations_per_second() / 60
     seen.facts.append(
         f"time: about {minutes:.1f} min for {trainer.max_steps} steps on these processors, after "
