@@ -15,7 +15,7 @@ from places import TESTS
 from workshop_utils.adapters.export import export
 from workshop_utils.adapters.proof import prove
 from workshop_utils.adapters.read import read_adapter
-from workshop_utils.adapters.rules.judge import judge
+from workshop_utils.adapters.rules import check
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
 
 pytestmark = pytest.mark.slow
@@ -157,7 +157,7 @@ def test_canonical_lora_says_why_its_rank_grew(trained, tmp_path):
 def test_no_server_reads_it_as_it_is(trained):
     _, adapters, _, _ = trained
     for reader in ("nim1", "nim2", "vllm", "trtllm"):
-        assert "distcp" in judge(adapters["lora"], reader).broken[0].fault
+        assert "distcp" in check(adapters["lora"], reader).broken[0].fault
 
 
 FAULTS = {

@@ -1,10 +1,11 @@
-"""Adapters of PEFT and of Lightning checkpoints as sources, merged models, and the proof: judged by
-PEFT and transformers themselves."""
+"""Adapters of PEFT and of Lightning checkpoints as sources, merged models, and the proof: compared
+with PEFT and transformers themselves."""
 
 import json
 from pathlib import Path
 
 import export_memory
+import numpy
 import pytest
 import torch
 from export_samples import (
@@ -21,12 +22,15 @@ from export_samples import (
     write_adapter,
 )
 from safetensors.torch import load_file, save_file
+from tiny_families import make_tiny_family
 
 from workshop_utils import cli
 from workshop_utils.adapters import merge
 from workshop_utils.adapters.export import export, export_adapter
-from workshop_utils.adapters.proof import prove
+from workshop_utils.adapters.proof import compare, load, prove
+from workshop_utils.adapters.proof import logits as logits_of
 from workshop_utils.adapters.read import read_adapter
+from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.core.errors import (
     ConformanceFailed,
     DamagedCheckpoint,
@@ -50,16 +54,19 @@ def base_of(root: Path, shape=GQA, **options) -> Path:
     return root / "base"
 
 
+def nemo_of(root: Path, shape=GQA, targets=("attention_qkv",), name="n", **fields) -> Path:
+    config = config_of(shape, targets) | fields
+    return write_adapter(root / f"{name}.nemo", config, tensors_of(shape, targets))
+
+
 def trained_by_peft(root: Path, modules=EVERY, base=None, **fields) -> Path:
     """A PEFT adapter that PEFT itself saves; B is not zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(5)
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": list(modules)}
-        | fields
-    )
+    given = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": list(modules)}
+    config = LoraConfig(**given | fields)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base or root / "base"), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,21 +76,26 @@ def trained_by_peft(root: Path, modules=EVERY, base=None, **fields) -> Path:
     return root / "peft"
 
 
-def answers(root: Path, adapter: Path) -> torch.Tensor:
+def answers(model: Path, adapter: Path | None = None) -> torch.Tensor:
+    """The logits of ``model``, with a PEFT ``adapter``, as transformers and PEFT load them."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return logits(
-        PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(root / "base"), str(adapter)
-        ).eval()
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32)
+    return logits((PeftModel.from_pretrained(loaded, str(adapter)) if adapter else loaded).eval())
 
 
-def model_answers(directory: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
+def same(found: torch.Tensor, expected: torch.Tensor, atol: float = 5e-4) -> None:
+    torch.testing.assert_close(found, expected, atol=atol, rtol=1e-3)
 
-    return logits(AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval())
+
+def state_of(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def rewrite_config(directory: Path, **fields) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 KINDS = {
@@ -105,32 +117,27 @@ KINDS = {
 def test_what_peft_trained_is_exported_to_every_form(root, kind, shape):
     base = base_of(root, shape)
     source = trained_by_peft(root, **KINDS[kind])
-    wanted = answers(root, source)
-    assert (wanted - model_answers(base)).abs().max() > 0.01
-    again = export(source, "hf-peft", root / "again")
-    torch.testing.assert_close(answers(root, again), wanted, atol=3e-4, rtol=1e-4)
-    merged = export(source, "hf-merged", root / "merged", base_model=str(base))
-    torch.testing.assert_close(model_answers(merged), wanted, atol=3e-4, rtol=1e-4)
+    expected = answers(base, source)
+    assert (expected - answers(base)).abs().max() > 0.01
+    same(answers(base, export(source, "hf-peft", root / "again")), expected)
+    same(answers(export(source, "hf-merged", root / "merged", base_model=str(base))), expected)
     if kind == "dora":
         with pytest.raises(UnsupportedAdapter, match="DoRA.*--to hf-merged"):
             export(source, "nemo", reader="nemo", base_model=str(base))
         return
     nemo = export(source, "nemo", root / "nemo", reader="nemo", base_model=str(base))
-    back = export(nemo, "hf-peft", root / "back")
-    torch.testing.assert_close(answers(root, back), wanted, atol=3e-4, rtol=1e-4)
+    same(answers(base, export(nemo, "hf-peft", root / "back")), expected)
 
 
 def test_separate_matrices_are_fused_exactly(root):
-    base = base_of(root)
-    made = export_adapter(
-        trained_by_peft(root, ["q_proj", "k_proj", "v_proj"]), "nemo", base_model=str(base)
-    )
-    assert (made.record.rank, made.record.qkv_order, made.record.base) == (12, "qkv", "base")
-    assert any("rank 12 in place of 4" in note for note in made.notes)
+    base = str(base_of(root))
+    source = trained_by_peft(root, ["q_proj", "k_proj", "v_proj"])
+    fused = export_adapter(source, "nemo", base_model=base)
+    assert (fused.record.rank, fused.record.qkv_order, fused.record.base) == (12, "qkv", "base")
+    assert any("rank 12 in place of 4" in note for note in fused.notes)
     # One A for q, k and v, as NeMo trains it: the rank stays.
-    nemo = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
-    peft = export(nemo, "hf-peft", root / "p")
-    assert export_adapter(peft, "nemo", root / "m", base_model=str(base)).record.rank == 4
+    peft = export(nemo_of(root), "hf-peft", root / "p")
+    assert export_adapter(peft, "nemo", root / "m", base_model=base).record.rank == 4
 
 
 def test_a_nemo_of_a_peft_adapter_needs_the_heads_of_its_base(root):
@@ -138,82 +145,50 @@ def test_a_nemo_of_a_peft_adapter_needs_the_heads_of_its_base(root):
     source = trained_by_peft(root)
     with pytest.raises(UnsupportedAdapter, match="attention_qkv only"):
         export(source, "nemo")
-    config = json.loads((source / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "org/base"
-    }
-    (source / "adapter_config.json").write_text(json.dumps(config))
+    rewrite_config(source, base_model_name_or_path="org/base")
     with pytest.raises(UnsupportedAdapter, match="--base DIR"):
         export(source, "nemo", reader="nemo")
 
 
-def qwen3(root: Path) -> Path:
-    from tiny_families import make_tiny_family
-
-    return make_tiny_family(root / "base", "qwen3")
-
-
 def test_qwen_3_for_which_nemo_has_no_exporter(root):
-    base = qwen3(root)
-    source = trained_by_peft(root, base=base)
-    wanted = answers(root, source)
+    base = make_tiny_family(root / "base", "qwen3")
+    source = trained_by_peft(root)
+    expected = answers(base, source)
     nemo = export(source, "nemo", root / "n", reader="nemo", base_model=str(base))
-    torch.testing.assert_close(
-        answers(root, export(nemo, "hf-peft", root / "b")), wanted, atol=5e-4, rtol=1e-4
-    )
-    torch.testing.assert_close(
-        model_answers(export(nemo, "hf-merged", root / "m", base_model=str(base))),
-        wanted,
-        atol=5e-4,
-        rtol=1e-4,
-    )
+    same(answers(base, export(nemo, "hf-peft", root / "b")), expected)
+    same(answers(export(nemo, "hf-merged", root / "m", base_model=str(base))), expected)
 
 
 NEMOTRON = Shape(hidden=64, channels=16, ffn=96, gated=False)
 
 
 def test_nemotron_whose_mlp_has_no_gate(root):
-    from tiny_families import make_tiny_family
     from transformers import AutoModelForCausalLM
 
     base = make_tiny_family(root / "base", "nemotron")
-    source = write_adapter(root / "n.nemo", config_of(NEMOTRON, ALL), tensors_of(NEMOTRON, ALL))
-    reference = add_like_nemo(
-        AutoModelForCausalLM.from_pretrained(base).eval(), NEMOTRON, tensors_of(NEMOTRON, ALL), 2.0
-    )
-    wanted = logits(reference)
-    assert (wanted - model_answers(base)).abs().max() > 0.1
+    source = nemo_of(root, NEMOTRON, ALL)
+    plain, trained = AutoModelForCausalLM.from_pretrained(base), tensors_of(NEMOTRON, ALL)
+    expected = logits(add_like_nemo(plain.eval(), NEMOTRON, trained, 2.0))
+    assert (expected - answers(base)).abs().max() > 0.1
     peft = export(source, "hf-peft", root / "p")
-    assert json.loads((peft / "adapter_config.json").read_text())["target_modules"] == sorted(
-        set(EVERY) - {"gate_proj"}
-    )
+    config = json.loads((peft / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(set(EVERY) - {"gate_proj"})
     merged = export(source, "hf-merged", root / "m", base_model=str(base))
     back = export(peft, "nemo", root / "b", reader="nemo", base_model=str(base))
-    for got in (
-        answers(root, peft),
-        model_answers(merged),
-        answers(root, export(back, "hf-peft", root / "p2")),
-    ):
-        torch.testing.assert_close(got, wanted, atol=5e-3, rtol=1e-3)
+    same(answers(base, peft), expected, 5e-3)
+    same(answers(merged), expected, 5e-3)
+    same(answers(base, export(back, "hf-peft", root / "p2")), expected, 5e-3)
     proof = prove(source, {"hf-peft": peft, "hf-merged": merged, "nemo": back}, base)
-    assert proof.proven and [form.proven for form in proof.forms] == [True, True, None], (
-        proof.table()
-    )
+    assert proof.proven and [form.proven for form in proof.forms] == [True, True, None]
     assert "has no gate" in proof.forms[2].untold
 
 
 def test_what_peft_trained_for_a_base_without_a_gate(root):
-    from tiny_families import make_tiny_family
-
     base = make_tiny_family(root / "base", "nemotron")
-    source = trained_by_peft(root, ["q_proj", "up_proj"], base)
+    source = trained_by_peft(root, ["q_proj", "up_proj"])
     nemo = export(source, "nemo", root / "n", reader="nemo", base_model=str(base))
     assert read_adapter(nemo).weights[1, "mlp_fc1"].linear_out.shape == (96, 4)
-    torch.testing.assert_close(
-        answers(root, export(nemo, "hf-peft", root / "b")),
-        answers(root, source),
-        atol=5e-4,
-        rtol=1e-4,
-    )
+    same(answers(base, export(nemo, "hf-peft", root / "b")), answers(base, source))
     base_of(root, Shape(hidden=64, channels=16, ffn=96))
     gated = trained_by_peft(root, ["gate_proj"])
     make_tiny_family(base, "nemotron")
@@ -221,21 +196,19 @@ def test_what_peft_trained_for_a_base_without_a_gate(root):
         read_adapter(gated, base)
 
 
-REFUSED = {
-    "kind": ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "bias": ({"bias": "all"}, "bias = 'all'"),
-    "pattern": ({"rank_pattern": {".*q_proj": 4}}, "is a pattern"),
-}
-
-
-@pytest.mark.parametrize("fault", REFUSED)
-def test_a_peft_adapter_that_no_form_can_hold(root, fault):
-    fields, words = REFUSED[fault]
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {".*q_proj": 4}}, "is a pattern"),
+    ],
+)
+def test_a_peft_adapter_that_no_form_can_hold(root, fields, words):
     base_of(root)
     source = trained_by_peft(root)
-    file = source / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    rewrite_config(source, **fields)
     with pytest.raises(UnsupportedAdapter, match=words):
         read_adapter(source)
 
@@ -244,45 +217,35 @@ def test_a_peft_adapter_of_another_base(root):
     base_of(root)
     source = trained_by_peft(root)
     tiny_llama(MHA).save_pretrained(root / "other")
-    with pytest.raises(DamagedCheckpoint, match="its base has"):
+    with pytest.raises(DamagedCheckpoint, match="with its base asks for"):
         export(source, "hf-merged", base_model=str(root / "other"))
-    nemo = write_adapter(root / "n.nemo", config_of(MHA), tensors_of(MHA))
+    nemo = nemo_of(root, MHA)
     with pytest.raises(UnsupportedAdapter, match="is not the base of"):
         export(nemo, "hf-merged", base_model=str(root / "base"))
     for wrong, words in ((None, "--base DIR"), ("nowhere", "is not here"), (str(root), "is none")):
-        with pytest.raises(UnsupportedAdapter, match=words):
-            export(nemo, "hf-merged", base_model=wrong)
-        with pytest.raises(UnsupportedAdapter, match="NeMo 2.0"):
-            export(nemo, "nemo2-merged", base_model=wrong)
+        for to, kind in (("hf-merged", words), ("nemo2-merged", "NeMo 2.0")):
+            with pytest.raises(UnsupportedAdapter, match=kind):
+                export(nemo, to, base_model=wrong)
 
 
 def test_prefixes_that_peft_would_skip_are_mended_when_trusted(root):
-    base_of(root)
+    base = base_of(root)
     source = trained_by_peft(root)
-    wanted = answers(root, source)
-    state = load_file(source / "adapter_model.safetensors")
-    save_file(
-        {key.removeprefix("base_model.model."): value for key, value in state.items()},
-        source / "adapter_model.safetensors",
-    )
+    expected = answers(base, source)
+    bare = {key.removeprefix("base_model.model."): each for key, each in state_of(source).items()}
+    save_file(bare, source / "adapter_model.safetensors")
     with pytest.raises(DamagedCheckpoint, match="base_model.model"):
         export(source, "hf-peft", root / "again")
-    torch.testing.assert_close(
-        answers(root, export(source, "hf-peft", root / "again", trust=True)),
-        wanted,
-        atol=2e-4,
-        rtol=1e-4,
-    )
+    same(answers(base, export(source, "hf-peft", root / "again", trust=True)), expected)
 
 
 def test_a_bin_file_is_read_without_torch_load(root):
-    base_of(root)
+    base = base_of(root)
     source = trained_by_peft(root)
-    wanted = answers(root, source)
-    state = load_file(source / "adapter_model.safetensors")
+    expected, state = answers(base, source), state_of(source)
     (source / "adapter_model.safetensors").unlink()
     torch.save(state, source / "adapter_model.bin")
-    torch.testing.assert_close(answers(root, export(source, "hf-peft", root / "again")), wanted)
+    same(answers(base, export(source, "hf-peft", root / "again")), expected)
 
 
 def ckpt(root: Path, config: dict | None, state: dict) -> Path:
@@ -312,16 +275,11 @@ def ckpt(root: Path, config: dict | None, state: dict) -> Path:
 
 @pytest.mark.parametrize("config", [config_of(GQA, ALL), None], ids=["in it", "beside it"])
 def test_a_lightning_checkpoint_is_exported_as_the_nemo_of_its_run(root, config):
-    state = tensors_of(GQA, ALL)
-    found = load_file(
-        export(ckpt(root, config, state), "hf-peft", root / "c") / "adapter_model.safetensors"
-    )
-    wanted = load_file(
-        export(write_adapter(root / "n.nemo", config_of(GQA, ALL), state), "hf-peft", root / "n")
-        / "adapter_model.safetensors"
-    )
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    path = ckpt(root, config, tensors_of(GQA, ALL))
+    found = state_of(export(path, "hf-peft", root / "c"))
+    expected = state_of(export(nemo_of(root, GQA, ALL), "hf-peft", root / "p"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_a_lightning_checkpoint_without_a_configuration(root):
@@ -333,31 +291,25 @@ def test_a_lightning_checkpoint_without_a_configuration(root):
 
 @pytest.mark.parametrize("to", ["nemo", "hf-peft", "hf-merged"])
 def test_a_chosen_dtype(root, to):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
-    path = export(source, to, base_model=str(base), dtype="bfloat16")
-    from workshop_utils.checkpoints.formats.identify import identify
-
+    base, source = str(base_of(root)), nemo_of(root)
+    path = export(source, to, base_model=base, dtype="bfloat16")
     assert identify(path).dtype == "bfloat16"
     if to == "hf-merged":
         assert json.loads((path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     with pytest.raises(OutputExists, match="another adapter, or for another reader, base or dtype"):
-        export(source, to, base_model=str(base))
+        export(source, to, base_model=base)
 
 
 def test_a_merged_model_keeps_the_dtype_and_the_files_of_its_base(root):
-    model = tiny_llama(GQA).bfloat16()
-    model.save_pretrained(root / "base", max_shard_size="20KB")
-    source = write_adapter(root / "n.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
-    merged = export(source, "hf-merged", base_model=str(root / "base"))
-    assert len(list(merged.glob("model-*.safetensors"))) == 2
-    wanted = {file.name for file in (root / "base").iterdir()} | {
-        "README.md",
-        "workshop_export.json",
-    }
-    assert {file.name for file in merged.iterdir()} == wanted
     from transformers import AutoModelForCausalLM
 
+    model = tiny_llama(GQA).bfloat16()
+    model.save_pretrained(root / "base", max_shard_size="20KB")
+    source = nemo_of(root, GQA, ALL)
+    merged = export(source, "hf-merged", base_model=str(root / "base"))
+    assert len(list(merged.glob("model-*.safetensors"))) == 2
+    files = {file.name for file in (root / "base").iterdir()}
+    assert {file.name for file in merged.iterdir()} == files | {"README.md", "workshop_export.json"}
     found = AutoModelForCausalLM.from_pretrained(merged, torch_dtype="auto")
     assert found.dtype == torch.bfloat16
     before, after = model.state_dict(), found.state_dict()
@@ -368,115 +320,100 @@ def test_a_merged_model_keeps_the_dtype_and_the_files_of_its_base(root):
 
 
 def test_a_wrong_merge_never_leaves_the_exporter(root, monkeypatch):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
+    base, source = str(base_of(root)), nemo_of(root, GQA, ALL)
     monkeypatch.setattr(merge, "updated", lambda weight, *_: weight)
     with pytest.raises(ConformanceFailed, match="update equals the trained one.*off by"):
-        export(source, "hf-merged", base_model=str(base))
+        export(source, "hf-merged", base_model=base)
     assert not list((root / "runs").rglob("*.safetensors"))
-    made = export_adapter(source, "hf-merged", base_model=str(base), check=False)
-    assert made.rules == ()
+    assert export_adapter(source, "hf-merged", base_model=base, check=False).rules == ()
 
 
 def test_somebody_s_model_is_not_replaced_by_a_merged_one(root):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
+    base, source = base_of(root), nemo_of(root)
+    options = {"base_model": str(base), "overwrite": True}
     with pytest.raises(OutputExists, match="which no export wrote|is the base itself"):
-        export(source, "hf-merged", base, base_model=str(base), overwrite=True)
-    merged = export(source, "hf-merged", base_model=str(base))
-    (merged / "thesis.pdf").write_text("x")
+        export(source, "hf-merged", base, **options)
+    (export(source, "hf-merged", **options) / "thesis.pdf").write_text("x")
     with pytest.raises(OutputExists, match=r"thesis\.pdf"):
-        export(source, "hf-merged", base_model=str(base), overwrite=True)
+        export(source, "hf-merged", **options)
 
 
-def test_arguments(root):
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
-    with pytest.raises(WorkshopError, match="dtype"):
-        export(source, "hf-peft", dtype="int8")
-    with pytest.raises(WorkshopError, match="workshop convert"):
-        export(source, "nemo2-merged", dtype="bfloat16")
+@pytest.mark.parametrize(
+    "to, dtype, words",
+    [("hf-peft", "int8", "dtype"), ("nemo2-merged", "bfloat16", "workshop convert")],
+)
+def test_arguments(root, to, dtype, words):
+    with pytest.raises(WorkshopError, match=words):
+        export(nemo_of(root), to, dtype=dtype)
 
 
 def test_the_command_prints_the_rules(root, capsys):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
-    assert cli.main(["export", str(source), "--to", "hf-merged", "--base", str(base)]) == 0
-    printed = capsys.readouterr().out
-    assert "✓ OK    each module's update equals the trained one" in printed
-    assert (
-        cli.main(["export", str(source), "--to", "hf-peft", "--no-check", "--dtype", "float16"])
-        == 0
-    )
+    run = ["export", str(nemo_of(root)), "--to"]
+    assert cli.main([*run, "hf-merged", "--base", str(base_of(root))]) == 0
+    assert "✓ OK    each module's update equals the trained one" in capsys.readouterr().out
+    assert cli.main([*run, "hf-peft", "--no-check", "--dtype", "float16"]) == 0
     assert "none, as you asked" in capsys.readouterr().out
 
 
 def test_the_proof(root):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
+    base, source = base_of(root), nemo_of(root)
+    half = root / "runs" / "exports" / "n" / "half"
     forms = {
         "hf-peft": export(source, "hf-peft"),
         "trtllm": export(source, "nemo"),
         "nemo": export(source, "nemo", reader="nemo"),
         "hf-merged": export(source, "hf-merged", base_model=str(base)),
-        "half": export(
-            source,
-            "hf-merged",
-            root / "runs" / "exports" / "n" / "half",
-            base_model=str(base),
-            dtype="bfloat16",
-        ),
+        "half": export(source, "hf-merged", half, base_model=str(base), dtype="bfloat16"),
     }
-    found = prove(source, forms, base)
-    assert found.proven, found.table()
-    assert [form.proven for form in found.forms] == [True] * 5
-    assert found.effect > 0.1
-    assert all(len(form.by_layer) == GQA.layers for form in found.forms)
-    saved = json.loads(found.save().read_text())
-    assert (root / "runs" / "exports" / "n" / "proof.json").is_file()
-    assert saved["proven"] is True
-    assert saved["forms"][0]["path"] == "runs/exports/n/hf-peft"
-    assert "read by" in found.table()
-    assert plots.save(plots.plot_proof(found), root / "proof.png").stat().st_size > 5000
-    assert plots.proof_finding(found).startswith("5 of 5 exports compute what was trained")
+    proof = prove(source, forms, base)
+    assert proof.proven and [form.proven for form in proof.forms] == [True] * 5, proof.table()
+    assert proof.effect > 0.1
+    assert all(len(form.by_layer) == GQA.layers for form in proof.forms)
+    file = proof.save()
+    assert file == root / "runs" / "exports" / "n" / "proof.json"
+    saved = json.loads(file.read_text())
+    assert saved["proven"] is True and saved["forms"][0]["path"] == "runs/exports/n/hf-peft"
+    assert "read by" in proof.table()
+    assert plots.save(plots.plot_proof(proof), root / "proof.png").stat().st_size > 5000
+    assert plots.proof_finding(proof).startswith("5 of 5 exports compute what was trained")
+
+
+def test_logits_of_two_sides(root):
+    """A directory, one with an adapter, a model that is loaded, a function: compared with plain
+    transformers and PEFT."""
+    base = base_of(root)
+    peft = trained_by_peft(root)
+    tokens = torch.randint(0, 64, (2, 10), generator=torch.Generator().manual_seed(1)).tolist()
+    expected = list(answers(base, peft).numpy())
+    for side in ((base, peft), load(base, peft), lambda _: expected):
+        assert compare(logits_of(side, tokens), expected).largest < 1e-5
+    found = compare(logits_of(base, tokens), expected)
+    assert found.largest == pytest.approx(abs(answers(base) - answers(base, peft)).max(), rel=1e-3)
+    assert found.scale == pytest.approx(abs(answers(base, peft)).max()) and found.agreement < 1
+    padded = [numpy.pad(row, ((0, 0), (0, 3)), constant_values=99) for row in expected]
+    assert compare(padded, expected)[::2] == (0, 1)
 
 
 def test_the_proof_of_dora(root):
     base = base_of(root)
     source = trained_by_peft(root, use_dora=True)
+    peft = export(source, "hf-peft", root / "d")
+    merged = export(source, "hf-merged", root / "m", base_model=str(base))
+    assert prove(source, {"hf-peft": peft, "hf-merged": merged}, base).proven
+
+
+def test_the_proof_sees_wrong_rows_and_a_missing_scale(root):
+    base, source = base_of(root), nemo_of(root)
+    wrong = nemo_of(root, name="w", workshop={"qkv_order": "qkv"})
     forms = {
-        "hf-peft": export(source, "hf-peft", root / "d"),
-        "hf-merged": export(source, "hf-merged", root / "m", base_model=str(base)),
+        "right": export(source, "hf-peft"),
+        "swapped": export(wrong, "hf-peft", root / "swapped"),
+        "half": export(source, "hf-peft", root / "half"),
     }
-    assert prove(source, forms, base).proven
-
-
-def test_the_proof_sees_wrong_rows_and_a_missing_scale(root, monkeypatch):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
-    right = export(source, "hf-peft")
-    config = root / "half" / "adapter_config.json"
-    wrong = write_adapter(
-        root / "w.nemo", config_of(GQA) | {"workshop": {"qkv_order": "qkv"}}, tensors_of(GQA)
-    )
-    swapped = export(wrong, "hf-peft", root / "swapped")
-    export(source, "hf-peft", root / "half")
-    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
-    found = prove(source, {"right": right, "swapped": swapped, "half": root / "half"}, base)
-    assert [form.proven for form in found.forms] == [True, False, False]
-    assert not found.proven
-    assert "DIFFERS" in found.table()
-
-
-def rewritten(directory: Path, change) -> Path:
-    """The merged model in ``directory`` with every tensor that ``change`` gives back in place of
-    its own."""
-    file = directory / "model.safetensors"
-    save_file(
-        {name: change(name, tensor) for name, tensor in load_file(file).items()},
-        file,
-        metadata={"format": "pt"},
-    )
-    return directory
+    rewrite_config(root / "half", lora_alpha=4)
+    proof = prove(source, forms, base)
+    assert [form.proven for form in proof.forms] == [True, False, False]
+    assert not proof.proven and "DIFFERS" in proof.table()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -487,58 +424,52 @@ def test_half_precision_hides_no_wrong_scale(root, dtype, monkeypatch):
         name: tensor * (0.02 if "linear_out" in name else 1)
         for name, tensor in tensors_of(GQA, ALL).items()
     }
-    source = write_adapter(root / "n.nemo", config_of(GQA, ALL), small)
-    more = write_adapter(root / "m.nemo", config_of(GQA, ALL, alpha=8 * 1.3), small)
-    right = {
-        to: export(source, to, root / f"right-{to}", base_model=str(base), dtype=dtype)
+    sources = {
+        side: write_adapter(root / f"{side}.nemo", config_of(GQA, ALL, alpha=alpha), small)
+        for side, alpha in (("right", 8), ("wrong", 8 * 1.3))
+    }
+    options = {"base_model": str(base), "dtype": dtype}
+    forms = {
+        f"{side} {to}": export(source, to, root / side / to, **options)
+        for side, source in sources.items()
         for to in ("hf-merged", "hf-peft")
     }
-    wrong = {
-        f"wrong {to}": export(more, to, root / f"wrong-{to}", base_model=str(base), dtype=dtype)
-        for to in right
-    }
-    found = prove(source, right | wrong, base)
-    assert [form.proven for form in found.forms] == [True, True, False, False], found.table()
+    proof = prove(sources["right"], forms, base)
+    assert [form.proven for form in proof.forms] == [True, True, False, False], proof.table()
     monkeypatch.setattr(merge, "updated", lambda weight, *_: weight)
     with pytest.raises(ConformanceFailed, match="a weight is off by"):
-        export(source, "hf-merged", root / "base-again", base_model=str(base), dtype=dtype)
+        export(sources["right"], "hf-merged", root / "base-again", **options)
 
 
 def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
-    base = base_of(root)
-    source = write_adapter(root / "n.nemo", config_of(GQA), tensors_of(GQA))
+    base, source = base_of(root), nemo_of(root)
     merged = export(source, "hf-merged", base_model=str(base))
-    assert prove(source, {"merged": merged}, base).proven
-    rewritten(
-        merged,
-        lambda name, tensor: (
-            tensor.index_fill(0, torch.arange(1, 63), float("nan")) if "embed" in name else tensor
-        ),
-    )
-    found = prove(source, {"merged": merged}, base, trust=True)
-    assert (found.proven, found.forms[0].untold) == (False, "its logits are no numbers")
-    assert plots.proof_finding(found).startswith("0 of 1 exports")
-    plots.plot_proof(found)
+    file = merged / "model.safetensors"
+    state = load_file(file)
+    name = "model.embed_tokens.weight"
+    state[name] = state[name].index_fill(0, torch.arange(1, 63), float("nan"))
+    save_file(state, file, metadata={"format": "pt"})
+    proof = prove(source, {"merged": merged}, base, trust=True)
+    assert (proof.proven, proof.forms[0].untold) == (False, "its logits are no numbers")
+    assert plots.proof_finding(proof).startswith("0 of 1 exports")
+    plots.plot_proof(proof)
     none = {name: tensor * ("linear_in" in name) for name, tensor in tensors_of(GQA).items()}
     idle = write_adapter(root / "i.nemo", config_of(GQA), none)
-    found = prove(
-        idle, {"peft": export(idle, "hf-peft", root / "idle", check=False)}, base, trust=True
-    )
-    assert (found.effect, found.proven, found.forms[0].proven) == (0, False, None)
-    assert "nothing to prove" in found.table()
+    peft = export(idle, "hf-peft", root / "idle", check=False)
+    proof = prove(idle, {"peft": peft}, base, trust=True)
+    assert (proof.effect, proof.proven, proof.forms[0].proven) == (0, False, None)
+    assert "nothing to prove" in proof.table()
 
 
 def test_the_proof_says_what_it_cannot_load(root):
-    base = base_of(root, GQA_HEAD_DIM)
-    source = write_adapter(root / "n.nemo", config_of(GQA_HEAD_DIM), tensors_of(GQA_HEAD_DIM))
-    found = prove(
-        source,
-        {"nemo": export(source, "nemo", reader="nemo"), "hf-peft": export(source, "hf-peft")},
-        base,
-    )
-    assert [form.proven for form in found.forms] == [None, True]
-    assert "head size" in found.forms[0].untold
-    assert found.proven
+    base, source = base_of(root, GQA_HEAD_DIM), nemo_of(root, GQA_HEAD_DIM)
+    forms = {
+        "nemo": export(source, "nemo", reader="nemo"),
+        "hf-peft": export(source, "hf-peft"),
+    }
+    proof = prove(source, forms, base)
+    assert [form.proven for form in proof.forms] == [None, True] and proof.proven
+    assert "head size" in proof.forms[0].untold
 
 
 @pytest.mark.slow

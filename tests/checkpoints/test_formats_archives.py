@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from workshop_utils.adapters import record as export_record
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.convert.bridge import bridge
 from workshop_utils.checkpoints.formats import huggingface, nemo_archive, torch_archive
 from workshop_utils.checkpoints.formats.identify import identify
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.cli import main
 from workshop_utils.core.errors import (
     DamagedCheckpoint,
@@ -256,14 +256,15 @@ def test_an_adapter_of_the_script_path(root):
 
 def test_an_export_names_its_reader(root):
     reader = export_record.READERS["nemo", "trtllm"]
-    config = CONFIG | {"workshop": {"reader": reader, "qkv_order": "qkv", "alpha_baked_in": True}}
+    config = export_samples.config_of(export_samples.GQA, alpha=4)
+    config["workshop"] = {"reader": reader, "qkv_order": "qkv", "alpha_baked_in": True}
     found = identify(nemo_archive.write(root / "a.nemo", config, saved(adapter_state())))
     assert found.made_for == reader
     assert {name for name, (answer, _) in answers(found).items() if answer == "yes"} == {
         "TensorRT-LLM",
         "NIM 1.x",
     }
-    assert "workshop export TRAINED.nemo --to hf-peft" in answers(found)["script path"][1]
+    assert "for TensorRT-LLM" in answers(found)["script path"][1]
     assert found.notes == ("q, k, v rows: qkv; alpha baked in: True",)
 
 

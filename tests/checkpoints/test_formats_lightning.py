@@ -7,10 +7,10 @@ import torch
 import yaml
 from export_samples import GQA, config_of, tensors_of
 
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lightning import INSTANTIATORS
 from workshop_utils.checkpoints.formats.values import read_tensor
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.values import read_tensor
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsafeCheckpoint
 
 

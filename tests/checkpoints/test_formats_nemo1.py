@@ -11,9 +11,9 @@ import torch
 import yaml
 from export_samples import saved, tensors_of, write_adapter, write_tar
 
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.values import read_tensor
-from workshop_utils.checkpoints.verify.loads_in import loads_in
 from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint
 
 CONFIG = export_samples.config_of(export_samples.GQA) | {"nemo_version": "2.4.1"}

@@ -3,129 +3,145 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from export_samples import ALL, GQA, config_of, saved, tensors_of, write_adapter, write_tar
 
+from workshop_utils.adapters.export import export
+from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.checkpoints.formats.architecture import Architecture
+from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.checkpoints.formats.tensor import whole
-from workshop_utils.checkpoints.verify import loads_in as doctor
-from workshop_utils.checkpoints.verify.loads_in import READERS, loads_in
+from workshop_utils.checkpoints.verify.loads_in import GGUF, READERS
 from workshop_utils.cli import build_parser
 
 LLAMA = Architecture(2, 32, 4, 2, 8, 48, 64, False, 10000.0, family="Llama")
+OTHER = {"architecture": dataclasses.replace(LLAMA, family="gemma")}
 LORA = Adapter(8, 16, ("attention_qkv",), "/models/base", True)
 
 
-def checkpoint(kind: Kind, **changes) -> Checkpoint:
-    """A description such as the readers give."""
-    given = {
-        "architecture": LLAMA,
-        "adapter": None,
-        "detail": None,
-        "tensors": (whole("a", (2,), "float32", "f", 0, 8),),
-    } | changes
-    return Checkpoint(path=Path("a b/model.nemo"), kind=kind, nbytes=8, tokenizer=None, **given)
+def adapter(**changes):
+    return {"adapter": dataclasses.replace(LORA, **changes)}
 
 
-def answers(kind: Kind, **changes) -> dict[str, tuple[str, str]]:
-    return {
-        reader.name: (reader.answer, reader.how) for reader in loads_in(checkpoint(kind, **changes))
-    }
-
-
-OTHER = dataclasses.replace(LLAMA, family="gemma")
-CASES = {
+#: Kind and fields of a description such as the readers give.
+MODELS = {
     "nemo2": (Kind.NEMO2, {"detail": "torch_dist"}),
     "nemo2 zarr": (Kind.NEMO2, {"detail": "zarr"}),
-    "nemo2 of another family": (Kind.NEMO2, {"architecture": OTHER}),
-    "nemo2 adapter": (Kind.NEMO2_ADAPTER, {"adapter": LORA}),
-    "nemo2 adapter without base": (
-        Kind.NEMO2_ADAPTER,
-        {"adapter": dataclasses.replace(LORA, base_is_here=False)},
-    ),
-    "nemo2 dora": (Kind.NEMO2_ADAPTER, {"adapter": dataclasses.replace(LORA, variant="DoRA")}),
+    "nemo2 of another family": (Kind.NEMO2, OTHER),
+    "nemo2 adapter": (Kind.NEMO2_ADAPTER, adapter()),
+    "nemo2 adapter without base": (Kind.NEMO2_ADAPTER, adapter(base_is_here=False)),
+    "nemo2 dora": (Kind.NEMO2_ADAPTER, adapter(variant="DoRA")),
     "nemo1": (Kind.NEMO1_ARCHIVE, {}),
     "nemo1 directory": (Kind.NEMO1_DIRECTORY, {}),
     "nemo1 parts": (Kind.NEMO1_ARCHIVE, {"parallel": (2, 1)}),
-    "nemo1 of another family": (Kind.NEMO1_ARCHIVE, {"architecture": OTHER}),
-    "nemo1 adapter": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": LORA}),
-    "nemo1 adapter parts": (Kind.NEMO1_ARCHIVE_ADAPTER, {"adapter": LORA, "parallel": (2, 1)}),
-    "nemo1 adapter directory": (
-        Kind.NEMO1_DIRECTORY,
-        {"adapter": dataclasses.replace(LORA, targets=("mlp_fc1",))},
-    ),
-    "nemo1 p-tuning": (
-        Kind.NEMO1_ARCHIVE_ADAPTER,
-        {"adapter": Adapter(None, None, (), None, None, "not LoRA")},
-    ),
-    "export": (
-        Kind.NEMO1_ARCHIVE_ADAPTER,
-        {"adapter": LORA, "made_for": "TensorRT-LLM's .nemo reader"},
-    ),
-    "view": (Kind.BRIDGED_VIEW, {"notes": ("a view of the NeMo 2.0 checkpoint models/nemo2/a",)}),
+    "nemo1 of another family": (Kind.NEMO1_ARCHIVE, OTHER),
+    "nemo1 adapter directory": (Kind.NEMO1_DIRECTORY, adapter(targets=("mlp_fc1",))),
+    "nemo1 p-tuning": (Kind.NEMO1_ARCHIVE_ADAPTER, adapter(variant="not LoRA")),
     "lightning": (Kind.LIGHTNING, {}),
     "lightning of nemo": (Kind.LIGHTNING, {"detail": "of NeMo 1"}),
     "megatron-lm": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"}),
     "megatron-lm old": (Kind.MEGATRON, {"detail": "Megatron-LM, torch", "parallel": (2, 1)}),
-    "megatron-lm of another family": (
-        Kind.MEGATRON,
-        {"detail": "Megatron-LM, torch_dist", "architecture": OTHER},
-    ),
+    "megatron-lm of another family": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"} | OTHER),
     "megatron-bridge": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"}),
     "megatron-bridge of another family": (
-        Kind.MEGATRON,
-        {"detail": "Megatron-Bridge, torch_dist", "architecture": OTHER},
-    ),
+        Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"} | OTHER),
     "megatron-bridge adapter": (
-        Kind.MEGATRON,
-        {"detail": "Megatron-Bridge, torch_dist", "adapter": LORA},
-    ),
+        Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"} | adapter()),
     "hugging face": (Kind.HUGGINGFACE, {"detail": "llama"}),
-    "hugging face of another family": (
-        Kind.HUGGINGFACE,
-        {"detail": "gemma", "architecture": OTHER},
-    ),
+    "hugging face of another family": (Kind.HUGGINGFACE, {"detail": "gemma"} | OTHER),
     "hugging face quantised": (
-        Kind.HUGGINGFACE,
-        {"tensors": (whole("a", (2,), "uint8", "f", 0, 2),)},
-    ),
+        Kind.HUGGINGFACE, {"tensors": (whole("a", (2,), "uint8", "f", 0, 2),)}),
     "hugging face without architecture": (Kind.HUGGINGFACE, {"architecture": None}),
-    "peft": (Kind.PEFT, {"architecture": None, "adapter": LORA}),
-    "peft dora": (Kind.PEFT, {"adapter": dataclasses.replace(LORA, variant="DoRA")}),
-    "peft of a large rank": (Kind.PEFT, {"adapter": dataclasses.replace(LORA, rank=1024)}),
-    "peft without base": (Kind.PEFT, {"adapter": dataclasses.replace(LORA, base=None, rank=None)}),
     "gguf": (Kind.GGUF, {"detail": "llama, Q4_1"}),
-    "gguf of another family": (Kind.GGUF, {"detail": "gemma2, Q4_1", "architecture": OTHER}),
-    "gguf of an architecture that transformers lacks": (
-        Kind.GGUF,
-        {"detail": "mamba2, Q4_1", "architecture": OTHER},
-    ),
-    "gguf adapter": (Kind.GGUF, {"detail": "llama, float32", "adapter": LORA}),
-}
+    "gguf of another family": (Kind.GGUF, {"detail": "gemma2, Q4_1"} | OTHER),
+    "gguf of an architecture that transformers lacks": (Kind.GGUF, {"detail": "mamba2"} | OTHER),
+    "gguf adapter": (Kind.GGUF, {"detail": "llama, float32"} | adapter()),
+}  # fmt: skip
+FILES = (
+    "peft", "peft dora", "peft of a large rank", "peft without base", "nemo1 adapter",
+    "nemo1 adapter parts", "export", "view",
+)  # fmt: skip
+
+
+def described(case: str, root: Path) -> Checkpoint:
+    """The description of ``case``: in the fields of :data:`MODELS`, or of files."""
+    if case in MODELS:
+        kind, changes = MODELS[case]
+        tensors = (whole("a", (2,), "float32", "f", 0, 8),)
+        given = {"architecture": LLAMA, "adapter": None, "detail": None, "tensors": tensors}
+        path = Path("a b/model.nemo")
+        return Checkpoint(path=path, kind=kind, nbytes=8, tokenizer=None, **given | changes)
+    if case == "view":
+        (root / "bridge.json").write_text('{"view_of": "../models/nemo2/a"}')
+        return Checkpoint(root, Kind.BRIDGED_VIEW, None, LLAMA, 8, (), None, None)
+    rank = 600 if "rank" in case else 8
+    config, state = config_of(GQA, rank=rank), tensors_of(GQA, rank=rank)
+    if case == "nemo1 adapter parts":
+        import yaml
+
+        config["tensor_model_parallel_size"] = 2
+        halves = {key: each.chunk(2)[0].clone() for key, each in state.items()}
+        parts = {f"mp_rank_0{part}/model_weights.ckpt": saved(halves) for part in (0, 1)}
+        members = {"model_config.yaml": yaml.safe_dump(config).encode()} | parts
+        return identify(write_tar(root / "a.nemo", members))
+    source = write_adapter(root / "a.nemo", config, state)
+    if case == "nemo1 adapter":
+        return identify(source)
+    if case == "export":
+        return identify(export(source, "nemo", root / "export"))
+    base = "meta-llama/Llama-3.2-1B"
+    directory = export(source, "hf-peft", root / "peft", base_model=base)
+    fields = json.loads((directory / "adapter_config.json").read_text())
+    if case == "peft without base":
+        fields["base_model_name_or_path"] = None
+    if case == "peft dora":
+        from safetensors.torch import load_file, save_file
+
+        fields["use_dora"], file = True, directory / "adapter_model.safetensors"
+        weights = load_file(file)
+        for key in [key for key in weights if "lora_B" in key]:
+            name = key.replace("lora_B.weight", "lora_magnitude_vector")
+            weights[name] = torch.ones(weights[key].shape[0])
+        save_file(weights, file)
+    (directory / "adapter_config.json").write_text(json.dumps(fields))
+    return identify(directory)
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """case -> name of the reader -> (answer, how)."""
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def of(case: str) -> dict[str, tuple[str, str]]:
+        readers = loads_in(described(case, tmp_path))
+        return {reader.name: (reader.answer, reader.how) for reader in readers}
+
+    return of
 
 
 def test_every_kind_is_tried():
-    assert {kind for kind, _ in CASES.values()} == set(Kind)
+    kinds = {kind for kind, _ in MODELS.values()} | {Kind.PEFT, Kind.BRIDGED_VIEW}
+    assert kinds == set(Kind)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_every_reader_is_answered_and_every_command_exists(case, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    kind, changes = CASES[case]
-    readers = loads_in(checkpoint(kind, **changes))
-    assert tuple(reader.name for reader in readers) == READERS
+@pytest.mark.parametrize("case", [*MODELS, *FILES])
+def test_every_reader_is_answered_and_every_command_exists(case, answers):
+    found = answers(case)
+    assert tuple(found) == READERS
     parser = build_parser()
-    for reader in readers:
-        assert reader.answer in ("yes", "after", "no")
-        assert reader.how
+    for answer, how in found.values():
+        assert answer in ("yes", "after", "no") and how
         for command in re.findall(
             r"\bworkshop ((?:models|import|bridge|finetune|export|convert|inspect|verify) [^;&]*)",
-            reader.how,
+            how,
         ):
             # In a sentence the command ends where the words of the sentence go on.
             words = shlex.split(command.partition(", ")[0].partition("...")[0])
@@ -140,46 +156,48 @@ def test_every_reader_is_answered_and_every_command_exists(case, tmp_path, monke
             assert all("=" in word for word in rest), command
 
 
-def yes(case: str) -> set[str]:
-    kind, changes = CASES[case]
-    return {name for name, (answer, _) in answers(kind, **changes).items() if answer == "yes"}
+SERVERS = {"TensorRT-LLM", "NIM 1.x", "NIM 2.x", "vLLM"}
 
 
-def test_who_can_load_it_as_it_is():
-    servers = {"TensorRT-LLM", "NIM 1.x", "NIM 2.x", "vLLM"}
-    assert yes("nemo2") == {"NeMo 2.0 API"}
-    assert yes("nemo2 adapter") == {"NeMo 2.0 API"}
-    assert yes("nemo2 adapter without base") == set()
-    assert (
-        yes("nemo1") == yes("nemo1 adapter") == yes("view") == yes("nemo1 parts") == {"script path"}
-    )
-    assert yes("export") == {"TensorRT-LLM", "NIM 1.x"}
-    assert yes("hugging face") == {"transformers", "PEFT", "Megatron-Bridge"} | servers
-    assert yes("peft") == {"transformers", "PEFT"} | servers
-    assert yes("peft dora") == {"transformers", "PEFT"}
-    assert yes("peft of a large rank") == {"transformers", "PEFT", "TensorRT-LLM", "NIM 1.x"}
-    assert yes("gguf") == {"transformers", "vLLM"}
-    assert yes("megatron-bridge") == {"Megatron-Bridge"}
-    assert yes("lightning") == set()
+@pytest.mark.parametrize(
+    "case, readers",
+    [
+        ("nemo2", {"NeMo 2.0 API"}),
+        ("nemo2 adapter", {"NeMo 2.0 API"}),
+        ("nemo2 adapter without base", set()),
+        ("nemo1", {"script path"}),
+        ("nemo1 adapter", {"script path"}),
+        ("view", {"script path"}),
+        ("nemo1 parts", {"script path"}),
+        ("export", {"TensorRT-LLM", "NIM 1.x"}),
+        ("hugging face", {"transformers", "PEFT", "Megatron-Bridge"} | SERVERS),
+        ("peft", {"transformers", "PEFT"} | SERVERS),
+        ("peft without base", {"transformers", "PEFT"} | SERVERS),
+        ("peft dora", {"transformers", "PEFT"}),
+        ("peft of a large rank", {"transformers", "PEFT", "TensorRT-LLM", "NIM 1.x"}),
+        ("gguf", {"transformers", "vLLM"}),
+        ("megatron-bridge", {"Megatron-Bridge"}),
+        ("megatron-bridge adapter", {"Megatron-Bridge"}),
+        ("lightning", set()),
+    ],
+)
+def test_who_can_load_it_as_it_is(case, readers, answers):
+    assert {name for name, (answer, _) in answers(case).items() if answer == "yes"} == readers
 
 
-def test_paths_are_quoted():
-    assert (
-        answers(*CASES["nemo1"][:1])["script path"][1]
-        == "workshop finetune model.restore_from_path='a b/model.nemo'"
-    )
-
-
-def test_the_base_of_an_adapter_is_in_the_commands():
-    how = answers(
-        Kind.PEFT, adapter=dataclasses.replace(LORA, base="meta-llama/Llama-3.2-1B", rank=12)
-    )
-    assert "vllm serve meta-llama/Llama-3.2-1B --enable-lora --max-lora-rank 16" in how["vLLM"][1]
-    how = answers(Kind.NEMO1_ARCHIVE_ADAPTER, adapter=LORA)
-    assert "model.restore_from_path=/models/base" in how["script path"][1]
+def test_the_commands(answers, tmp_path):
+    train = "workshop finetune model.restore_from_path"
+    assert answers("nemo1")["script path"][1] == f"{train}='a b/model.nemo'"
+    serve = "vllm serve meta-llama/Llama-3.2-1B --enable-lora --max-lora-rank 8 --lora-modules"
+    assert serve in answers("peft")["vLLM"][1]
+    assert "--to nemo --reader nemo" in answers("nemo1 adapter parts")["script path"][1]
+    assert answers("nemo1 adapter")["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
+    mlp = write_adapter(tmp_path / "mlp.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
+    how = {reader.name: reader.how for reader in loads_in(identify(mlp))}
+    assert how["TensorRT-LLM"] == "workshop export mlp.nemo --to hf-peft"
 
 
 def test_the_architectures_are_those_of_the_installed_transformers():
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    assert set(doctor._GGUF_IN_TRANSFORMERS) == set(GGUF_CONFIG_MAPPING) - {"general", "tokenizer"}
+    assert set(GGUF) == set(GGUF_CONFIG_MAPPING) - {"general", "tokenizer"}

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from workshop_utils.adapters import proof
 from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.core.errors import (
@@ -50,12 +51,12 @@ def nemo(monkeypatch):
             (folder / "config.json").write_text(json.dumps({"number": self.exported}))
 
     def exported(path, ids):
-        return numpy.full((2, 3, 4), json.loads((path / "config.json").read_text())["number"])
+        return numpy.full((2, 24, 4), json.loads((path / "config.json").read_text())["number"])
 
     stand_in = Nemo()
     monkeypatch.setattr(deliver, "to_huggingface", stand_in.to_huggingface)
-    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: numpy.full((2, 3, 4), 1.0))
-    monkeypatch.setattr(deliver, "huggingface_logits", exported)
+    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: numpy.full((2, 24, 4), 1.0))
+    monkeypatch.setattr(deliver.proof, "logits", exported)
     return stand_in
 
 
@@ -129,11 +130,11 @@ def test_an_adapter_through_every_form(nemo2_trained, bridged_tiny, tmp_path, sc
     assert forms == set(deliver.FORMS)
     assert (merged / "weights" / ".metadata").is_file() and (peft / "adapter_config.json").is_file()
     ids, hf = [[5, 6, 7, 8, 200, 11]], bridged_tiny / "hf" / "tiny"
-    tuned = deliver.huggingface_logits(model, ids)
+    (tuned,) = proof.logits(model, ids)
     rows = tuned.shape[-1]  # NeMo's exporter keeps only those that the tokenizer has
-    base = deliver.huggingface_logits(hf, ids)[..., :rows]
+    base = proof.logits(hf, ids)[0][..., :rows]
     assert abs(tuned - base).max() > 0.05, "else the comparisons of this test say nothing"
-    adapted = deliver.huggingface_logits(hf, ids, peft)[..., :rows]
+    adapted = proof.logits((hf, peft), ids)[0][..., :rows]
     assert abs(tuned - adapted).max() < 1e-4
 
 
@@ -196,13 +197,13 @@ def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(
     exported = deliver.export(settings, form)
     before = contents(exported)
     monkeypatch.setattr(deliver, "export_adapter", wrong)
-    taken = "made from another adapter.* Choose another place, or replace it with --overwrite"
+    taken = "made from another adapter.* Move it away, or replace it with --overwrite"
     with pytest.raises(OutputExists, match=taken):
         deliver.export(settings, form)
     with pytest.raises(ConformanceFailed, match="It was not kept"):
         deliver.export(settings, form, overwrite=True)
     assert contents(exported) == before and list((tmp_path / "exports").iterdir()) == [exported]
     (exported / "notes.md").write_text("somebody else's")
-    foreign = "holds 'notes.md', which no export wrote: it is not replaced. Choose another place.$"
+    foreign = "holds 'notes.md', which no export wrote: it is not replaced. Move it away.$"
     with pytest.raises(OutputExists, match=foreign):
         deliver.export(settings, form, overwrite=True)

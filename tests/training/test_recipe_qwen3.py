@@ -10,6 +10,7 @@ import engine_trials
 import pytest
 from tiny_families import make_tiny_family
 
+from workshop_utils.adapters import proof
 from workshop_utils.training.recipe import deliver
 from workshop_utils.training.runs.events import read_events
 
@@ -143,17 +144,18 @@ def test_export(qwen3):
     layers = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert {name.removesuffix("_proj") for name in layers} == {*"qkvo", "gate", "up", "down"}
     ids, base = [[5, 6, 7, 8, 200, 11, 30, 31]], qwen3 / "hf"
-    tuned = deliver.huggingface_logits(model, ids)
+    (tuned,) = proof.logits(model, ids)
     rows = tuned.shape[-1]
-    effect = abs(tuned - deliver.huggingface_logits(base, ids)[..., :rows]).max()
+    effect = abs(tuned - proof.logits(base, ids)[0][..., :rows]).max()
     assert effect > 0.05, "else the comparisons of this test say nothing"
-    adapted = deliver.huggingface_logits(base, ids, adapter)[..., :rows]
+    adapted = proof.logits((base, adapter), ids)[0][..., :rows]
     assert abs(adapted - tuned).max() < 1e-3 * effect
     # The tolerance of fp32 weights that `deliver` has, a part of the largest logit: here it is also
     # held against NeMo's own.
     trained = only(qwen3, "out/nemo_logs/checkpoints/lora--*[0-9]")
     for checkpoint, its_base in ((merged, None), (trained, qwen3 / "out/imported_hf_ckpt")):
-        apart = abs(deliver.nemo_logits(checkpoint, ids, base=its_base)[..., :rows] - tuned).max()
+        (logits,) = deliver.nemo_logits(checkpoint, ids, base=its_base)
+        apart = abs(logits[..., :rows] - tuned).max()
         assert apart < deliver.TOLERANCE["float32"] * abs(tuned).max()
 
 

@@ -1,7 +1,7 @@
 """A LoRA adapter in memory, whoever wrote it: NeMo's script path, NeMo 2.0, or Hugging Face PEFT.
 
-One vocabulary for all: a target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or
-of Hugging Face (``self_attn.q_proj``). :mod:`.modules` goes from the one to the other.
+A target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or of Hugging Face
+(``self_attn.q_proj``); :mod:`.modules` goes from the one to the other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.checkpoints.formats.lora_layout import Architecture, Halves
+from workshop_utils.checkpoints.formats.lora_layout import Architecture, Halves, Place
 from workshop_utils.checkpoints.formats.qkv import Order
 from workshop_utils.core.hashing import sha256
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
-PEFT_CONFIG = "adapter_config.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """An adapter's name: a directory, a model's id and a word in a URL alike."""
 NAME_RULE = "up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
@@ -28,13 +27,12 @@ NAME_RULE = "up to 128 letters, digits, '.', '_' and '-', a letter or digit firs
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter in memory. ``weights`` maps (layer from 0, target) to its two matrices, in the
-    file's dtype.
+    """``weights`` maps (layer from 0, target) to the two matrices, in the file's dtype.
 
     ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read.
     ``architecture`` is None for a PEFT adapter whose base is not known. ``magnitudes`` are DoRA's,
-    ``[out]``, by the same keys. ``notes`` say what reading it changed. ``some_layers``: PEFT was
-    told to adapt only those layers that are there.
+    ``[out]``. ``notes`` say what reading it changed. ``some_layers``: PEFT was told to adapt only
+    those layers that are there.
     """
 
     source: Path
@@ -46,32 +44,29 @@ class LoraAdapter:
     targets: tuple[str, ...]
     qkv_order: Order
     base: str
-    weights: dict[tuple[int, str], Halves]
-    magnitudes: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    weights: dict[Place, Halves]
+    magnitudes: dict[Place, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     some_layers: bool = False
 
     @property
     def scale(self) -> float:
-        """What the reader multiplies ``linear_out @ linear_in`` with: ``alpha / adapter_dim``."""
+        """What the reader multiplies ``linear_out @ linear_in`` with."""
         return self.alpha / self.rank
 
     @property
     def layers(self) -> int:
         """Layers of the base, or as far as the adapter tells."""
-        return (
-            self.architecture.num_layers
-            if self.architecture
-            else 1 + max(layer for layer, _ in self.weights)
-        )
+        if self.architecture:
+            return self.architecture.num_layers
+        return 1 + max(layer for layer, _ in self.weights)
 
 
 def fingerprint(*files: Path) -> str:
     """sha256 of one file, or of the digests of several, in hexadecimal."""
     digests = [sha256(file) for file in files]
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    )
+    together = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return digests[0] if len(digests) == 1 else together
 
 
 def as_tensor(array: numpy.ndarray) -> Tensor:

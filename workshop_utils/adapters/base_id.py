@@ -1,9 +1,5 @@
 """What an adapter records as its base: the model's id on the Hub, which is the same on every
-machine.
-
-One rule for the exporters, which write it, for ``workshop conform``, which asks for it, and for the
-store, which compares two.
-"""
+machine. The exporters write it, ``workshop conform`` asks for it, the store compares two."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from pathlib import Path
 from workshop_utils.checkpoints.sources.catalogue import catalogue
 from workshop_utils.core import paths
 
-_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -29,8 +24,8 @@ def base_id(base: str) -> str:
 def of_directory(directory: Path, recorded: str) -> str:
     """The id of the model in ``directory``, where an adapter of it has ``recorded`` its base: an id
     that is recorded is kept."""
-    found = _catalogued().get(directory.name)
-    return found or (recorded if is_hub_id(recorded) else directory.name)
+    known = _catalogued().get(directory.name)
+    return known or (recorded if is_hub_id(recorded) else directory.name)
 
 
 def same_base(one: str, other: str) -> bool:
@@ -42,7 +37,8 @@ def same_base(one: str, other: str) -> bool:
 
 def is_hub_id(base: str) -> bool:
     """Whether ``base`` reads ``ORGANISATION/NAME``."""
-    return bool(_HUB.fullmatch(base))
+    organisation, slash, name = base.partition("/")
+    return bool(slash and _NAME.fullmatch(organisation) and _NAME.fullmatch(name))
 
 
 def is_place(base: str) -> bool:
@@ -53,8 +49,7 @@ def is_place(base: str) -> bool:
 
 def _catalogued() -> dict[str, str]:
     """Ids on the Hub of the models of the manifest, by name, where they have one."""
-    if not paths.repository_file(
-        "models/manifest.yaml"
-    ).is_file():  # the package alone, copied into another project
+    # The package alone, copied into another project, has no manifest.
+    if not paths.repository_file("models/manifest.yaml").is_file():
         return {}
     return {name: model.hub_id for name, model in catalogue().items() if model.hub_id}

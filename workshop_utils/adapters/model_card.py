@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from workshop_utils.adapters.adapter import LoraAdapter
 from workshop_utils.adapters.record import Record
+from workshop_utils.checkpoints.formats.architecture import section
 
 _ORDER = {
     "qkv": "all query rows, then all key rows, then all value rows (`Q|K|V`)",
@@ -24,78 +24,62 @@ def model_card(
 ) -> str:
     """The card in Markdown. ``results`` are measured figures by name; without them the card says
     that none were given."""
-    base = f"`{record.base}`" if record.base else "a base model that was not recorded"
     merged = record.to.endswith("-merged")
+    base = f"`{record.base}`" if record.base else "a base model that was not recorded"
     kind = "DoRA" if adapter.magnitudes else "LoRA"
-    what = (
-        f"{base} with a {kind} adapter merged into it" if merged else f"A {kind} adapter for {base}"
-    )
-    return "\n".join(
+    if merged:
+        what = f"{base} with a {kind} adapter merged into it"
+        licence = "The licence of the base applies to its use."
+    else:
+        what = f"A {kind} adapter for {base}"
+        licence = "The base model is not included; its licence applies to its use."
+    loaded = "" if merged else ", without loading the base model"
+    notes = [f"- {note[:1].upper()}{note[1:]}." for note in adapter.notes]
+    figures = [f"- {figure}: {value}" for figure, value in (results or {}).items()]
+    front = ""
+    if record.to.startswith("hf-"):
+        base_line = f"base_model: {json.dumps(record.base)}\n" if record.base else ""
+        library = "peft" if record.to == "hf-peft" else "transformers"
+        front = (
+            f"---\n{base_line}library_name: {library}\npipeline_tag: text-generation\n"
+            "tags: [lora, nemo]\n---\n\n"
+        )
+    notes_text = "\n".join(
         [
-            *_front_matter(record),
-            f"# {name}",
-            "",
-            f"{what}, exported by nemo-lora-workshop.",
-            "The licence of the base applies to its use."
-            if merged
-            else "The base model is not included; its licence applies to its use.",
-            "",
-            "## Format",
-            "",
-            f"- Intended reader: {record.reader}.",
-            f"- Row order of the fused q/k/v matrix: {_ORDER[record.qkv_order]}.",
-            f"- Scale: {_scale(adapter, record)}.",
-            (
-                f"- Made from `{record.source}` (sha256 "
-                f"`{record.source_sha256}`){'' if merged else ', without loading the base model'}."
-            ),
-            *(f"- {note[:1].upper()}{note[1:]}." for note in adapter.notes),
+            f"- Made from `{record.source}` (sha256 `{record.source_sha256}`){loaded}.",
+            *notes,
             *_cautions(adapter, record),
-            "",
-            "## Use",
-            "",
-            *_use(record, name),
-            "",
-            "## Training",
-            "",
-            *_training(adapter),
-            "",
-            "## Results",
-            "",
-            *(
-                [f"- {what}: {figure}" for what, figure in results.items()]
-                if results
-                else ["None were given to the export."]
-            ),
-            "",
-            "## Not tested",
-            "",
-            (
-                f"The {'model' if merged else 'adapter'} was not loaded by a NIM. NIM 1.x "
-                "documents `.nemo` adapters, but its own loader is closed; NIM 2.x"
-            ),
-            (
-                "documents the Hugging Face layout only. What was checked is the rules of the "
-                "public readers."
-            ),
-            "",
         ]
     )
+    return f"""{front}# {name}
 
+{what}, exported by nemo-lora-workshop.
+{licence}
 
-def _front_matter(record: Record) -> list[str]:
-    if not record.to.startswith("hf-"):
-        return []
-    base = [f"base_model: {json.dumps(record.base)}"] if record.base else []
-    return [
-        "---",
-        *base,
-        f"library_name: {'peft' if record.to == 'hf-peft' else 'transformers'}",
-        "pipeline_tag: text-generation",
-        "tags: [lora, nemo]",
-        "---",
-        "",
-    ]
+## Format
+
+- Intended reader: {record.reader}.
+- Row order of the fused q/k/v matrix: {_ORDER[record.qkv_order]}.
+- Scale: {_scale(adapter, record)}.
+{notes_text}
+
+## Use
+
+{_use(record, name)}
+
+## Training
+
+{_training(adapter)}
+
+## Results
+
+{chr(10).join(figures) or "None were given to the export."}
+
+## Not tested
+
+The {"model" if merged else "adapter"} was not loaded by a NIM. NIM 1.x documents `.nemo` adapters, but its own loader is closed; NIM 2.x
+documents the Hugging Face layout only. What was checked is the rules of the public readers.
+"""  # noqa: E501
 
 
 def _scale(adapter: LoraAdapter, record: Record) -> str:
@@ -114,10 +98,8 @@ def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
     if record.to.endswith("-merged"):
         return []
     lines = [
-        (
-            f"- Rank {adapter.rank}: the server must allow it (vLLM `--max-lora-rank`, NIM "
-            "`NIM_MAX_LORA_RANK`)."
-        )
+        f"- Rank {adapter.rank}: the server must allow it (vLLM `--max-lora-rank`, NIM "
+        "`NIM_MAX_LORA_RANK`)."
     ]
     if record.qkv_order == "qkv":
         lines.append(
@@ -136,74 +118,57 @@ def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
     return lines
 
 
-def _use(record: Record, name: str) -> list[str]:
+def _use(record: Record, name: str) -> str:
     if record.to == "hf-peft":
-        return [
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            "base = AutoModelForCausalLM.from_pretrained(BASE_DIRECTORY_OR_ID)",
-            "model = PeftModel.from_pretrained(base, THIS_DIRECTORY)",
-            "```",
-            "",
-            (
-                "For NIM or vLLM, give this directory the name that clients will ask for, such as "
-                f"`{name}`."
-            ),
-        ]
+        return f"""```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained(BASE_DIRECTORY_OR_ID)
+model = PeftModel.from_pretrained(base, THIS_DIRECTORY)
+```
+
+For NIM or vLLM, give this directory the name that clients will ask for, such as `{name}`."""
     if record.to == "hf-merged":
-        return [
-            (
-                "Load it as any model: `AutoModelForCausalLM.from_pretrained(THIS_DIRECTORY)`. It "
-                "needs no adapter."
-            )
-        ]
-    if record.to == "nemo2-merged":
-        return [
-            (
-                "Give it to NeMo 2.0 as any checkpoint: `llm.generate(path=THIS_DIRECTORY, "
-                "...)`, or train on from it."
-            )
-        ]
-    if record.qkv_order == "qkv":
-        return [
-            (
-                f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one "
-                "`.nemo` in each directory."
-            )
-        ]
-    return [
-        (
-            "Restore it with NeMo onto the base it was trained on, or convert it with "
-            "`nemo/export/utils/lora_converter.py`."
+        return (
+            "Load it as any model: `AutoModelForCausalLM.from_pretrained(THIS_DIRECTORY)`. It "
+            "needs no adapter."
         )
-    ]
+    if record.to == "nemo2-merged":
+        return (
+            "Give it to NeMo 2.0 as any checkpoint: `llm.generate(path=THIS_DIRECTORY, ...)`, or "
+            "train on from it."
+        )
+    if record.qkv_order == "qkv":
+        return (
+            f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one "
+            "`.nemo` in each directory."
+        )
+    return (
+        "Restore it with NeMo onto the base it was trained on, or convert it with "
+        "`nemo/export/utils/lora_converter.py`."
+    )
 
 
-def _training(adapter: LoraAdapter) -> list[str]:
+def _training(adapter: LoraAdapter) -> str:
     """What the configuration records; a field that is absent is left out rather than guessed."""
     config = adapter.config
-    lora = config["peft"]["lora_tuning"]
-    facts: dict[str, Any] = {
+    optimiser = section(config, "optim")
+    facts = {
         "Targets": ", ".join(adapter.targets),
         "Rank": adapter.rank,
         "Alpha": f"{adapter.alpha:g}",
-        "Dropout": lora.get("adapter_dropout"),
-        "Optimiser": _at(config, "optim", "name"),
-        "Learning rate": _at(config, "optim", "lr"),
+        "Dropout": config["peft"]["lora_tuning"].get("adapter_dropout"),
+        "Optimiser": optimiser.get("name"),
+        "Learning rate": optimiser.get("lr"),
         "Global batch size": config.get("global_batch_size"),
-        "Longest sequence (tokens)": _at(config, "data", "train_ds", "max_seq_length"),
+        "Longest sequence (tokens)": section(section(config, "data"), "train_ds").get(
+            "max_seq_length"
+        ),
         "Precision": config.get("precision"),
         "Layers": adapter.layers,
         "Trainable parameters": sum(
             half.numel() for halves in adapter.weights.values() for half in halves
         ),
     }
-    return [f"- {what}: {value}" for what, value in facts.items() if value is not None]
-
-
-def _at(config: Any, *path: str) -> Any:
-    for field in path:
-        config = config.get(field) if isinstance(config, dict) else None
-    return config
+    return "\n".join(f"- {what}: {value}" for what, value in facts.items() if value is not None)

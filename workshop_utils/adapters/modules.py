@@ -2,9 +2,8 @@
 separate in the other.
 
 A fused layer has one A for all its parts; separate ones have an A each. Separating is exact: A is
-shared, B is cut. Fusing is exact,
-too: at the same rank where the parts share one A, else at the sum of the ranks, with the As one
-below the other and the Bs on a diagonal of blocks.
+shared, B is cut. Fusing is exact, too: at the same rank where the parts share one A, else at the
+sum of the ranks, with the As one below the other and the Bs on a diagonal of blocks.
 """
 
 from __future__ import annotations
@@ -14,37 +13,19 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from workshop_utils.adapters.adapter import LoraAdapter
-from workshop_utils.checkpoints.formats.lora_layout import TARGETS, Architecture, Halves
+from workshop_utils.checkpoints.formats.lora_layout import (
+    TARGETS,
+    Architecture,
+    Halves,
+    modules_of,
+    ordered,
+)
 from workshop_utils.checkpoints.formats.qkv import join, split
 from workshop_utils.core.errors import UnsupportedAdapter
 from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Hugging Face's modules of a Llama-like layer for each target of NeMo, in the order of B's parts.
-MODULES = {
-    "attention_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "attention_dense": ("self_attn.o_proj",),
-    "mlp_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp_fc2": ("mlp.down_proj",),
-}
-_ORDER = [*MODULES, *(module for modules in MODULES.values() for module in modules)]
-
-
-def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
-    """Hugging Face's modules for ``target`` in a base of ``sizes``, in the order of B's parts; a
-    module of Hugging Face's is itself."""
-    if target == "mlp_fc1" and sizes and not sizes.gated:
-        return ("mlp.up_proj",)
-    return MODULES.get(target, (target,))
-
-
-def hf_modules(adapter: LoraAdapter) -> list[str]:
-    """The Hugging Face modules that ``adapter`` adapts."""
-    return [
-        module for target in adapter.targets for module in modules_of(target, adapter.architecture)
-    ]
 
 
 def separated(adapter: LoraAdapter) -> LoraAdapter:
@@ -61,9 +42,8 @@ def separated(adapter: LoraAdapter) -> LoraAdapter:
         if (layer, target) in adapter.magnitudes:
             for module, part in _parts(adapter, target, adapter.magnitudes[layer, target][:, None]):
                 magnitudes[layer, module] = part[:, 0]
-    return dataclasses.replace(
-        adapter, weights=weights, magnitudes=magnitudes, targets=ordered(weights)
-    )
+    targets = ordered(module for _, module in weights)
+    return dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes, targets=targets)
 
 
 def fused(adapter: LoraAdapter) -> LoraAdapter:
@@ -84,57 +64,45 @@ def fused(adapter: LoraAdapter) -> LoraAdapter:
             f"{shown(adapter.source)}: a .nemo fuses q, k and v, for which the base's heads have "
             "to be known. Name the base's directory: --base DIR."
         )
-    wanted = [
-        target for target, modules in MODULES.items() if {target, *modules} & set(adapter.targets)
-    ]
+    targets = nemo_targets(adapter.targets)
     weights = {
         (layer, target): _fused(adapter, layer, target)
         for layer in range(adapter.layers)
-        for target in wanted
+        for target in targets
     }
-    found = dataclasses.replace(adapter, weights=weights, targets=tuple(wanted))
-    made = of_one_rank(found)
-    if made.rank == adapter.rank:
-        return made
+    of_nemo = of_one_rank(dataclasses.replace(adapter, weights=weights, targets=targets))
+    if of_nemo.rank == adapter.rank:
+        return of_nemo
     note = (
-        f"q, k and v (or gate and up) have an A each: fused exactly, at rank {made.rank} in "
+        f"q, k and v (or gate and up) have an A each: fused exactly, at rank {of_nemo.rank} in "
         f"place of {adapter.rank}"
     )
-    return dataclasses.replace(made, notes=(*adapter.notes, note))
+    return dataclasses.replace(of_nemo, notes=(*adapter.notes, note))
 
 
 def of_one_rank(adapter: LoraAdapter) -> LoraAdapter:
     """``adapter`` with every matrix at the largest rank that one has: rows and columns of zeros
     change nothing. The scale stays."""
-    import torch
+    from torch.nn.functional import pad
 
     rank = max(a.shape[0] for a, _ in adapter.weights.values())
     if all(a.shape[0] == rank == adapter.rank for a, _ in adapter.weights.values()):
         return adapter
-    weights = {}
-    for place, (a, b) in adapter.weights.items():
-        lacking = rank - a.shape[0]
-        if lacking:
-            a, b = (
-                torch.cat([a, a.new_zeros(lacking, a.shape[1])]),
-                torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1),
-            )
-        weights[place] = Halves(a, b)
-    return dataclasses.replace(
-        adapter, weights=weights, rank=rank, alpha=adapter.alpha * rank / adapter.rank
-    )
+    weights = {
+        place: Halves(pad(a, (0, 0, 0, rank - a.shape[0])), pad(b, (0, rank - b.shape[1])))
+        for place, (a, b) in adapter.weights.items()
+    }
+    alpha = adapter.alpha * rank / adapter.rank
+    return dataclasses.replace(adapter, weights=weights, rank=rank, alpha=alpha)
 
 
 def of_dtype(adapter: LoraAdapter, dtype: str) -> LoraAdapter:
     """``adapter`` with every tensor as ``dtype``."""
     import torch
 
-    wanted = getattr(torch, dtype)
-    weights = {
-        place: Halves(*(half.to(wanted) for half in halves))
-        for place, halves in adapter.weights.items()
-    }
-    magnitudes = {place: tensor.to(wanted) for place, tensor in adapter.magnitudes.items()}
+    to = getattr(torch, dtype)
+    weights = {place: Halves(a.to(to), b.to(to)) for place, (a, b) in adapter.weights.items()}
+    magnitudes = {place: tensor.to(to) for place, tensor in adapter.magnitudes.items()}
     return dataclasses.replace(adapter, weights=weights, magnitudes=magnitudes)
 
 
@@ -146,10 +114,10 @@ def updated(weight: Tensor, adapter: LoraAdapter, layer: int, module: str) -> Te
     at the length in ``magnitudes``.
     """
     a, b = adapter.weights[layer, module]
-    made = weight.float().addmm(b.float(), a.float(), alpha=adapter.scale)
+    total = weight.float().addmm(b.float(), a.float(), alpha=adapter.scale)
     if (layer, module) in adapter.magnitudes:
-        made *= (adapter.magnitudes[layer, module].float() / made.norm(dim=1))[:, None]
-    return made
+        total *= (adapter.magnitudes[layer, module].float() / total.norm(dim=1))[:, None]
+    return total
 
 
 def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -162,12 +130,9 @@ def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> Iterator[tuple[st
             "up_proj) have a form in Hugging Face's layout here."
         )
     modules = modules_of(target, sizes)
-    parts = (
-        split(rows, sizes.heads, adapter.qkv_order)
-        if target == "attention_qkv"
-        else rows.chunk(len(modules))
-    )
-    return zip(modules, parts, strict=True)
+    if target == "attention_qkv":
+        return zip(modules, split(rows, sizes.heads, adapter.qkv_order), strict=True)
+    return zip(modules, rows.chunk(len(modules)), strict=True)
 
 
 def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
@@ -197,9 +162,9 @@ def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
     return Halves(a, torch.cat(blocks))
 
 
-def ordered(places: Iterable[tuple[int, str]]) -> tuple[str, ...]:
-    """The targets of ``places`` (layer, target), in the order of a forward pass."""
-    return tuple(sorted({target for _, target in places}, key=_ORDER.index))
+def nemo_targets(targets: Iterable[str]) -> tuple[str, ...]:
+    """NeMo's targets for ``targets``, NeMo's or Hugging Face's."""
+    return tuple(name for name, known in TARGETS.items() if {name, *known.modules} & set(targets))
 
 
 def synthetic_config(
@@ -211,12 +176,9 @@ def synthetic_config(
 ) -> dict:
     """The fields of NeMo's ``model_config.yaml`` that describe an adapter which another program
     wrote."""
-    nemo_targets = [
-        target for target in TARGETS.values() if {target, *MODULES[target]} & set(targets)
-    ]
     lora = {
         "variant": "nemo",
-        "target_modules": nemo_targets,
+        "target_modules": list(nemo_targets(targets)),
         "adapter_dim": adapter_dim,
         "alpha": alpha,
     }
@@ -226,14 +188,13 @@ def synthetic_config(
     }
     if architecture is None:
         return config
-    heads = architecture.heads
     sizes = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
         "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": heads.attention,
-        "num_query_groups": heads.groups,
-        "kv_channels": heads.channels,
+        "num_attention_heads": architecture.heads.attention,
+        "num_query_groups": architecture.heads.groups,
+        "kv_channels": architecture.heads.channels,
         "activation": architecture.activation,
     }
     return sizes | config | {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workshop_utils.checkpoints.formats.lora_layout import parse
 from workshop_utils.checkpoints.formats.rank_files import sizes
 from workshop_utils.core.errors import DamagedCheckpoint
 from workshop_utils.core.paths import shown
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
-_INPUT_IS_SPLIT = ("lora_dense_attention_adapter", "lora_4htoh_adapter")
-_GATED = "lora_hto4h_adapter.linear_out"
-_BOTTLENECK = re.compile(r"\.adapter_layer\.adapter_[12]\.")
+_INPUT_IS_SPLIT = ("attention_dense", "mlp_fc2")
 
 
 def merge(
@@ -37,9 +36,9 @@ def merge(
 ) -> dict[str, Tensor]:
     """One flat state from the ``parts`` of each (tensor-parallel rank, pipeline stage).
 
-    ``parts`` are complete, ``layers`` is the number of layers of the whole model, ``gated`` whether
-    its feed-forward has a gate. Raises :class:`DamagedCheckpoint` when the parts hold different
-    tensors, or shapes that do not fit each other.
+    ``layers`` is the number of layers of the whole model, ``gated`` whether its feed-forward has a
+    gate. Raises :class:`DamagedCheckpoint` when the parts hold different tensors, or shapes that do
+    not fit each other.
     """
     tensor, pipeline = sizes(parts)
     if layers % pipeline:
@@ -55,10 +54,9 @@ def merge(
                 f"{shown(source)}: the tensor-parallel parts of pipeline stage {stage} hold "
                 "different tensors."
             )
+        first = stage * layers // pipeline
         for name in ranks[0]:
-            whole = _LAYER.sub(
-                lambda layer, stage=stage: str(int(layer[0]) + stage * layers // pipeline), name
-            )
+            whole = _LAYER.sub(lambda layer, first=first: str(int(layer[0]) + first), name)
             merged[whole] = _joined(source, name, [part[name] for part in ranks], gated)
     return merged
 
@@ -66,7 +64,7 @@ def merge(
 def _joined(source: Path, name: str, slices: list[Tensor], gated: bool) -> Tensor:
     import torch
 
-    bottleneck = _BOTTLENECK.search(name)
+    bottleneck = re.search(r"\.adapter_layer\.adapter_[12]\.", name)
     if len(slices) == 1 or (bottleneck and ".layer_norm." in name):
         return slices[0]
     if len({piece.shape for piece in slices}) > 1 or slices[0].ndim != (
@@ -75,12 +73,10 @@ def _joined(source: Path, name: str, slices: list[Tensor], gated: bool) -> Tenso
         raise DamagedCheckpoint(
             f"{shown(source)}: the parts of {name} do not have one shape.", name
         )
-    if gated and _GATED in name:
+    key = parse(name)
+    target, half = (key.target, key.half) if key else ("", "")
+    if gated and (target, half) == ("mlp_fc1", "B"):
         halves = [piece.chunk(2) for piece in slices]
-        return torch.cat([half[side] for side in (0, 1) for half in halves])
-    by_columns = (
-        ".linear_out." in name
-        if bottleneck
-        else ".linear_in." in name and any(adapter in name for adapter in _INPUT_IS_SPLIT)
-    )
-    return torch.cat(slices, dim=1 if by_columns else 0)
+        return torch.cat([rank[side] for side in (0, 1) for rank in halves])
+    by_columns = half == "B" if bottleneck else half == "A" and target in _INPUT_IS_SPLIT
+    return torch.cat(slices, dim=int(by_columns))

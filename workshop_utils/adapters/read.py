@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from workshop_utils.adapters.adapter import PEFT_CONFIG, LoraAdapter
+from workshop_utils.adapters.adapter import LoraAdapter
 from workshop_utils.checkpoints.formats import nemo2, safe_text
-from workshop_utils.checkpoints.formats.lora_layout import Halves
+from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.core.paths import shown
-
-if TYPE_CHECKING:
-    pass
 
 
 def find_adapter(path: Path | str) -> Path:
@@ -24,11 +20,8 @@ def find_adapter(path: Path | str) -> Path:
         NotACheckpoint: there is none, or more than one.
     """
     path = Path(path)
-    if (
-        path.is_file()
-        or (path / PEFT_CONFIG).is_file()
-        or (path / "weights" / "adapter_metadata.json").is_file()
-    ):
+    marks = (PEFT_CONFIG, "weights/adapter_metadata.json")
+    if path.is_file() or any((path / mark).is_file() for mark in marks):
         return path
     if not path.exists():
         raise NotACheckpoint(
@@ -40,23 +33,27 @@ def find_adapter(path: Path | str) -> Path:
             f"{shown(path)} is a NeMo 2.0 distributed checkpoint of a whole model: it has no "
             "weights/adapter_metadata.json."
         )
-    found = sorted(
+    files = sorted(
         file
         for file in path.rglob("*.nemo")
         if file.parent == path or file.parent.name == "checkpoints"
     )
-    if not found:
+    if not files:
+        # What the record of the run says of its training, and earlier runs of that name.
+        record = path / "workshop" / "run.json"
+        status = safe_text.read_json(record).get("status") if record.is_file() else None
+        said = f" {shown(record)} has its training as {status}." if isinstance(status, str) else ""
         raise NotACheckpoint(
             f"{shown(path)} holds no adapter: no .nemo (NeMo writes one to checkpoints/ when a "
             f"training ends normally), no {PEFT_CONFIG} and no "
-            f"weights/adapter_metadata.json.{_state(path)}{_kept(path)}"
+            f"weights/adapter_metadata.json.{said}{_kept(path)}"
         )
-    if len(found) > 1:
-        names = "\n".join(f"  {shown(file)}" for file in found)
+    if len(files) > 1:
+        names = "\n".join(f"  {shown(file)}" for file in files)
         raise NotACheckpoint(
-            f"{shown(path)} holds {len(found)} .nemo files; name the one to export:\n{names}"
+            f"{shown(path)} holds {len(files)} .nemo files; name the one to export:\n{names}"
         )
-    return found[0]
+    return files[0]
 
 
 def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
@@ -73,6 +70,8 @@ def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
         DamagedCheckpoint: a field or a tensor is missing, contradicts the others, or is not finite.
         UnsupportedAdapter: another variant of LoRA, or a target this workshop does not know.
     """
+    import torch
+
     from workshop_utils.adapters import read_nemo1, read_nemo2, read_peft
 
     source = find_adapter(path)
@@ -84,18 +83,10 @@ def read_adapter(path: Path | str, base: Path | None = None) -> LoraAdapter:
         adapter = read_nemo1.read_ckpt(source)
     else:
         adapter = read_nemo1.read_nemo(source)
-    _check_numbers(adapter)
-    return adapter
-
-
-def _check_numbers(adapter: LoraAdapter) -> None:
-    """Every number is a finite floating-point one."""
-    import torch
-
     named = [
-        (f"layer {layer}, {target} {half}.weight", tensor)
+        (f"layer {layer}, {target} {half}", tensor)
         for (layer, target), halves in adapter.weights.items()
-        for half, tensor in zip(Halves._fields, halves, strict=True)
+        for half, tensor in zip(("linear_in.weight", "linear_out.weight"), halves, strict=True)
     ]
     named += [
         (f"layer {layer}, {target} magnitude", tensor)
@@ -104,35 +95,24 @@ def _check_numbers(adapter: LoraAdapter) -> None:
     for name, tensor in named:
         if not tensor.is_floating_point():
             raise UnsupportedAdapter(
-                f"{shown(adapter.source)}: {name} is {tensor.dtype}; only floating-point weights "
-                "can be exported."
+                f"{shown(source)}: {name} is {tensor.dtype}; only floating-point weights can be "
+                "exported."
             )
         if not torch.isfinite(tensor).all():
             raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: {name} holds NaN or infinity. The training diverged: "
-                "lower the rate."
+                f"{shown(source)}: {name} holds NaN or infinity. The training diverged: lower the "
+                "rate."
             )
-
-
-def _state(run: Path) -> str:
-    """What the record in the directory ``run`` says of its training, as a sentence; empty where
-    there is none."""
-    record = run / "workshop" / "run.json"
-    status = safe_text.read_json(record).get("status") if record.is_file() else None
-    return f" {shown(record)} has its training as {status}." if isinstance(status, str) else ""
+    return adapter
 
 
 def _kept(run: Path) -> str:
-    """Adapters of earlier trainings that are kept beside ``run`` under a number, as a sentence;
-    empty where there are none."""
-    folders = [
-        folder
-        for folder in run.parent.glob(f"{glob.escape(run.name)}.*")
-        if folder.suffix[1:].isdecimal()
+    """Adapters of earlier trainings that are kept beside ``run`` under a number, as a sentence."""
+    folders = sorted(run.parent.glob(f"{glob.escape(run.name)}.*"))
+    kept = [
+        shown(folder)
+        for folder in folders
+        if folder.suffix[1:].isdecimal() and any(folder.glob("checkpoints/*.nemo"))
     ]
-    found = [shown(folder) for folder in sorted(folders) if any(folder.glob("checkpoints/*.nemo"))]
-    return (
-        f" An earlier run of that name, with an adapter, is kept as {' and as '.join(found)}."
-        if found
-        else ""
-    )
+    names = " and as ".join(kept)
+    return f" An earlier run of that name, with an adapter, is kept as {names}." if kept else ""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.rank_parts import merge
 from workshop_utils.checkpoints.formats import lightning, nemo_archive, saved_tensors, values
+from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.lora_layout import (
     architecture_of,
     number_of,
@@ -66,47 +67,35 @@ def read_ckpt(source: Path) -> LoraAdapter:
 
 def _adapter(source: Path, config: dict[str, Any], state: Mapping[str, Tensor]) -> LoraAdapter:
     layout = read_layout(source, config, state)
-    order = _workshop_section(config).get("qkv_order", "interleaved")
+    ours = section(config, "workshop")
+    order = ours.get("qkv_order", "interleaved")
     if order not in ORDERS:
         raise DamagedCheckpoint(
             f"{shown(source)}: workshop.qkv_order is {order!r}; it must be one of "
             f"{', '.join(ORDERS)}."
         )
-    return LoraAdapter(
-        source, fingerprint(source), config, *layout[:4], order, _base(config), layout.weights
-    )
-
-
-def _workshop_section(config: dict[str, Any]) -> dict[str, Any]:
-    section = config.get("workshop")
-    return section if isinstance(section, dict) else {}
-
-
-def _base(config: dict[str, Any]) -> str:
-    """The base model's name: what an earlier export recorded, else the last part of the path it was
-    restored from."""
-    recorded = _workshop_section(config).get("base")
-    return (
-        str(recorded)
-        if recorded
-        else Path(str(config.get("restore_from_path") or "")).name.removesuffix(".nemo")
-    )
+    # What an earlier export recorded, else the last part of the path that it was restored from.
+    base = ours.get("base") or Path(str(config.get("restore_from_path") or "")).name
+    base = str(base).removesuffix(".nemo")
+    file = fingerprint(source)
+    return LoraAdapter(source, file, config, *layout[:4], order, base, layout.weights)
 
 
 def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of the archive by name; the parts of several model-parallel ranks are put
     together. Errors as :func:`read_adapter`."""
+    where = shown(source)
     files = rank_files(member.name for member in nemo_archive.members(source))
     if not files:
-        raise DamagedCheckpoint(f"{shown(source)} has no {WEIGHTS}.")
+        raise DamagedCheckpoint(f"{where} has no {WEIGHTS}.")
     stated = tuple(
         number_of(source, config, f"{kind}_model_parallel_size", default=1)
         for kind in ("tensor", "pipeline")
     )
     if stated != sizes(files) or len(files) != stated[0] * stated[1]:
         raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml names {stated[0]} tensor-parallel ranks x "
-            f"{stated[1]} pipeline stages, the archive holds {', '.join(files.values())}."
+            f"{where}: model_config.yaml names {stated[0]} tensor-parallel ranks x {stated[1]} "
+            f"pipeline stages, the archive holds {', '.join(files.values())}."
         )
     parts = {rank: _load_tensors(source, file) for rank, file in files.items()}
     if len(parts) == 1:
@@ -118,24 +107,25 @@ def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 def _load_tensors(source: Path, member: str) -> dict[str, Tensor]:
     import torch
 
+    where = shown(source)
     try:
         # From the archive itself: the bytes are never in memory beside the tensors.
         with nemo_archive.open_member(source, member) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is not a tensor file"
+        reason = (str(error) or "it is not a tensor file").splitlines()[0]
         raise UnsafeCheckpoint(
-            f"{shown(source)}: {member} holds something else than tensors: {reason}"
+            f"{where}: {member} holds something else than tensors: {reason}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(
-            f"{shown(source)}: {member} cannot be read: {str(error).splitlines()[0]}"
+            f"{where}: {member} cannot be read: {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(state, dict) or not state:
-        raise NotACheckpoint(f"{shown(source)}: {member} holds no tensors by name.")
+        raise NotACheckpoint(f"{where}: {member} holds no tensors by name.")
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             raise NotACheckpoint(
-                f"{shown(source)}: {key!r} in {member} is a {type(value).__name__}, not a tensor."
+                f"{where}: {key!r} in {member} is a {type(value).__name__}, not a tensor."
             )
     return state

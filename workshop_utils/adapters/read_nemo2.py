@@ -1,11 +1,9 @@
 """Read an adapter of NeMo 2.0: LoRA, DoRA or CanonicalLoRA, in a torch_dist directory with
 ``weights/adapter_metadata.json``.
 
-    module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight     [layers, r, in]
-    ....adapter.weight_magnitude                                                 [layers, out]
-    DoRA
-    ....adapter.adapter_q.linear_in.weight                                       [layers, r, in]
-    CanonicalLoRA
+    ....adapter.linear_in.weight              [layers, r, in]
+    ....adapter.weight_magnitude              [layers, out]     DoRA
+    ....adapter.adapter_q.linear_in.weight    [layers, r, in]   CanonicalLoRA
 
 Rank, alpha and kind are ``model_transform`` of ``context/model.yaml``. Source:
 ``nemo/collections/llm/peft/`` (NeMo 2.4.1).
@@ -13,7 +11,6 @@ Rank, alpha and kind are ``model_transform`` of ``context/model.yaml``. Source:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +19,15 @@ from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.modules import of_one_rank, synthetic_config
 from workshop_utils.checkpoints.formats import gpt_config, nemo2, values
 from workshop_utils.checkpoints.formats.architecture import number
-from workshop_utils.checkpoints.formats.lora_layout import Architecture, Halves
+from workshop_utils.checkpoints.formats.lora_layout import (
+    TARGETS,
+    Architecture,
+    Halves,
+    Place,
+    faults,
+    ordered,
+    parse,
+)
 from workshop_utils.checkpoints.formats.nemo1_config import ACTIVATIONS
 from workshop_utils.checkpoints.formats.qkv import Heads
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
@@ -31,90 +36,85 @@ from workshop_utils.core.paths import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: NeMo 2.0's names of the linear layers, and the targets that they are.
-LAYERS = {
-    "self_attention.linear_qkv": "attention_qkv",
-    "self_attention.linear_proj": "attention_dense",
-    "mlp.linear_fc1": "mlp_fc1",
-    "mlp.linear_fc2": "mlp_fc2",
-}
-_KEY = re.compile(
-    r"module\.decoder\.layers\.(?:(\d+)\.)?([\w.]+?)\.adapter\.(?:adapter_(q|k|v|up|gate)\.)?(linear_in\.weight|linear_out\.weight|weight_magnitude)"
-)
+_TARGETS = {target.nemo2: name for name, target in TARGETS.items()}
 #: Class -> default of alpha.
 _KINDS = {"LoRA": 32, "DoRA": 64, "CanonicalLoRA": 32}
-_CANONICAL = {"attention_qkv": "qkv", "mlp_fc1": ("gate", "up")}
+_CANONICAL = {"attention_qkv": ("q", "k", "v"), "mlp_fc1": ("gate", "up")}
 
-Parts = dict[str, "Tensor"]
-"""``linear_in``, ``linear_out`` and ``weight_magnitude`` of one layer's adapter, or of a part
-(``q.linear_in``)."""
+Parts = dict[tuple[str, str], "Tensor"]
+"""(part, half) of one layer's adapter; the part is empty but for CanonicalLoRA."""
 
 
 def read(source: Path) -> LoraAdapter:
     """The adapter in the directory ``source``; errors as
     :func:`workshop_utils.adapters.read.read_adapter`."""
-    found = nemo2.read(source)
-    where = shown(source / "context" / "model.yaml")
-    kind, alpha = _transform(found.model, where)
-    fields = gpt_config.read_fields(found.model, where)
+    checkpoint = nemo2.read(source)
+    model, where = checkpoint.model, shown(source / "context" / "model.yaml")
+    kind, alpha = _transform(model, where)
+    fields = gpt_config.read_fields(model, where)
     if fields["num_moe_experts"]:
         raise UnsupportedAdapter(
             f"{shown(source)}: its base is a mixture of experts, whose adapters cannot be "
             "exported here."
         )
-    architecture = base_architecture(fields)
-    layers = _layers(source, architecture.num_layers)
-    weights, magnitudes = {}, {}
-    for (layer, target), parts in sorted(layers.items()):
-        weights[layer, target] = _halves(source, layer, target, parts)
-        if "weight_magnitude" in parts:
-            magnitudes[layer, target] = parts["weight_magnitude"]
-    _check_shapes(source, architecture, weights, magnitudes)
-    if (
-        magnitudes
-        and fields["add_qkv_bias"]
-        and any(target == "attention_qkv" for _, target in magnitudes)
-    ):
+    sizes = base_architecture(fields)
+    layers = _layers(source, sizes.num_layers)
+    weights = {place: _halves(source, *place, parts) for place, parts in sorted(layers.items())}
+    magnitudes = {
+        place: layers[place]["", "magnitude"]
+        for place in weights
+        if ("", "magnitude") in layers[place]
+    }
+    _check_shapes(source, sizes, weights, magnitudes)
+    targets = ordered(target for _, target in weights)
+    if fields["add_qkv_bias"] and magnitudes and "attention_qkv" in targets:
         raise UnsupportedAdapter(
             f"{shown(source)}: its base adds a bias to q, k and v. NeMo's DoRA scales that bias, "
             "PEFT's does not, so that no other form gives the same answers. Train with LoRA, or "
             "without linear_qkv among the targets."
         )
-    recorded = found.adapter.get("model_ckpt_path")
+    # Of one part, where CanonicalLoRA has several.
     rank = min(
         tensor.shape[0]
         for parts in layers.values()
-        for name, tensor in parts.items()
-        if name.endswith("linear_in")
+        for (_, half), tensor in parts.items()
+        if half == "A"
     )
+    stated = model["model_transform"].get("dim", 32)
+    if stated != rank:
+        raise DamagedCheckpoint(
+            f"{where}: model_transform.dim is {stated!r}, but the tensors have rank {rank}."
+        )
+    recorded = checkpoint.adapter.get("model_ckpt_path")
     # NeMo records a checkpoint, or the weights/ in it.
-    base = (
-        Path(recorded.removesuffix("/").removesuffix("/weights")).name
-        if isinstance(recorded, str)
-        else ""
+    base = recorded.removesuffix("/").removesuffix("/weights") if isinstance(recorded, str) else ""
+    notes = ()
+    if kind == "CanonicalLoRA" and "attention_qkv" in targets:
+        notes = (
+            "CanonicalLoRA of NeMo 2.4 to 2.7.3 adds its q, k and v one after the other to rows "
+            "that are interleaved by group (fixed in Megatron-Bridge, #1818). What it learnt is "
+            f"therefore no adapter of q, k and v alone: it is exported at rank {3 * rank}, exactly",
+        )
+    files = [source / "context" / "model.yaml"]
+    adapter = of_one_rank(
+        LoraAdapter(
+            source=source,
+            sha256=fingerprint(*files, *(source / "weights" / name for name in checkpoint.files)),
+            config={},
+            architecture=sizes,
+            rank=rank,
+            alpha=alpha,
+            targets=targets,
+            qkv_order="interleaved",
+            base=Path(base).name,
+            weights=weights,
+            magnitudes=magnitudes,
+            notes=notes,
+        )
     )
-    targets = tuple(
-        target for target in LAYERS.values() if any(target == its for _, its in weights)
-    )
-    adapter = LoraAdapter(
-        source=source,
-        sha256=fingerprint(
-            source / "context" / "model.yaml", *(source / "weights" / name for name in found.files)
-        ),
-        config={},
-        architecture=architecture,
-        rank=rank,
-        alpha=rank * (alpha / _stated_rank(found.model, rank, where)),
-        targets=targets,
-        qkv_order="interleaved",
-        base=base,
-        weights=weights,
-        magnitudes=magnitudes,
-        notes=_notes(kind, rank, targets),
-    )
-    made = of_one_rank(adapter)
-    made.config.update(synthetic_config(made.rank, made.alpha, targets, base, architecture))
-    return made
+    described = (adapter.rank, adapter.alpha, targets, adapter.base, sizes)
+    adapter.config.update(synthetic_config(*described))
+    return adapter
 
 
 def base_architecture(fields: Mapping[str, Any]) -> Architecture:
@@ -128,17 +128,6 @@ def base_architecture(fields: Mapping[str, Any]) -> Architecture:
         Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]),
         next((name for name, stands_for in ACTIVATIONS.items() if stands_for == function), None),
     )
-
-
-def _notes(kind: str, rank: int, targets: tuple[str, ...]) -> tuple[str, ...]:
-    if kind != "CanonicalLoRA" or "attention_qkv" not in targets:
-        return ()
-    note = (
-        "CanonicalLoRA of NeMo 2.4 to 2.7.3 adds its q, k and v one after the other to rows "
-        "that are interleaved by group (fixed in Megatron-Bridge, #1818). What it learnt is "
-        f"therefore no adapter of q, k and v alone: it is exported at rank {3 * rank}, exactly"
-    )
-    return (note,)
 
 
 def _transform(model: Mapping[str, Any], where: str) -> tuple[str, float]:
@@ -162,55 +151,45 @@ def _transform(model: Mapping[str, Any], where: str) -> tuple[str, float]:
     return kind, alpha
 
 
-def _stated_rank(model: Mapping[str, Any], rank: int, where: str) -> int:
-    stated = model["model_transform"].get("dim", 32)
-    if stated != rank:
-        raise DamagedCheckpoint(
-            f"{where}: model_transform.dim is {stated!r}, but the tensors have rank {rank}."
-        )
-    return rank
-
-
-def _layers(source: Path, count: int) -> dict[tuple[int, str], Parts]:
+def _layers(source: Path, count: int) -> dict[Place, Parts]:
     """The tensors of each layer's adapters. NeMo stacks the layers; one that has a number of its
     own is taken, too."""
     checkpoint = nemo2.describe(source)
-    found: dict[tuple[int, str], Parts] = {}
+    layers: dict[Place, Parts] = {}
     for tensor in checkpoint.tensors:
-        match = _KEY.fullmatch(tensor.name)
-        if not match or match[2] not in LAYERS:
+        key = parse(tensor.name)
+        target = _TARGETS.get(key.module) if key and key.style == "nemo2" else None
+        if not target or not tensor.name.startswith("module.decoder.layers."):
             raise UnsupportedAdapter(
-                f"{shown(source)}: {tensor.name} is no adapter of {', '.join(LAYERS)}."
+                f"{shown(source)}: {tensor.name} is no adapter of {', '.join(_TARGETS)}."
             )
-        name = f"{match[3]}.{match[4]}" if match[3] else match[4]
-        values_of_all = as_tensor(values.read_tensor(checkpoint, tensor))
-        if match[1] is None and (not tensor.shape or tensor.shape[0] != count):
+        stacked = as_tensor(values.read_tensor(checkpoint, tensor))
+        if key.layer is None and stacked.shape[:1] != (count,):
             raise DamagedCheckpoint(
                 f"{shown(source)}: {tensor.name} is {list(tensor.shape)}, but its base has "
                 f"{count} layers.",
                 tensor.name,
             )
-        rows = {int(match[1]): values_of_all} if match[1] else dict(enumerate(values_of_all))
-        for layer, row in rows.items():
-            found.setdefault((layer, LAYERS[match[2]]), {})[name.removesuffix(".weight")] = row
-    if not found:
+        rows = enumerate(stacked) if key.layer is None else [(key.layer, stacked)]
+        for layer, row in rows:
+            layers.setdefault((layer, target), {})[key.part, key.half] = row
+    if not layers:
         raise NotACheckpoint(f"{shown(source)} holds no adapter.")
-    return found
+    return layers
 
 
 def _halves(source: Path, layer: int, target: str, parts: Parts) -> Halves:
     """One A and one B; those of CanonicalLoRA's parts as NeMo adds them, one after the other."""
     import torch
 
-    names = _CANONICAL.get(target, ()) if any("." in name for name in parts) else ("",)
+    names = _CANONICAL.get(target, ()) if any(part for part, _ in parts) else ("",)
     try:
-        halves = [
-            Halves(*(parts[f"{name}.{half}" if name else half] for half in Halves._fields))
-            for name in names
-        ]
+        halves = [Halves(parts[name, "A"], parts[name, "B"]) for name in names]
     except KeyError as missing:
+        part, half = missing.args[0]
+        name = f"{part and part + '.'}linear_{'in' if half == 'A' else 'out'}"
         raise DamagedCheckpoint(
-            f"{shown(source)}: layer {layer}, {target} has no {missing.args[0]}."
+            f"{shown(source)}: layer {layer}, {target} has no {name}."
         ) from missing
     if len(halves) == 1:
         return halves[0]
@@ -219,20 +198,31 @@ def _halves(source: Path, layer: int, target: str, parts: Parts) -> Halves:
 
 def _check_shapes(
     source: Path,
-    architecture: Architecture,
-    weights: Mapping[tuple[int, str], Halves],
-    magnitudes: Mapping,
+    sizes: Architecture,
+    weights: Mapping[Place, Halves],
+    magnitudes: Mapping[Place, Tensor],
 ) -> None:
-    for (layer, target), (a, b) in weights.items():
-        inputs, outputs = architecture.features(target)
-        rank = a.shape[0]
-        if a.shape != (rank, inputs) or b.shape != (outputs, rank):
-            raise DamagedCheckpoint(
-                f"{shown(source)}: layer {layer}, {target}: linear_in is {list(a.shape)} and "
-                f"linear_out {list(b.shape)}, but its base asks for [r, {inputs}] and "
-                f"[{outputs}, r]."
-            )
-        if (layer, target) in magnitudes and magnitudes[layer, target].shape != (outputs,):
-            raise DamagedCheckpoint(
-                f"{shown(source)}: layer {layer}, {target}: weight_magnitude is no [{outputs}]."
-            )
+    def shapes(layer: int, target: str):
+        inputs, outputs = sizes.features(target)
+        rank = weights[layer, target].linear_in.shape[0]
+        return (rank, inputs), (outputs, rank)
+
+    places = {place: {"A": a, "B": b} for place, (a, b) in weights.items()}
+    layers = {layer for layer, _ in weights}
+    wrong = [
+        fault
+        for fault, _ in faults(
+            places,
+            layers,
+            shapes,
+            lambda layer, target, half: f"{target}.linear_{'in' if half == 'A' else 'out'}.weight",
+            "its base",
+        )
+    ]
+    wrong += [
+        f"layer {layer}, {target}: weight_magnitude is no [{sizes.features(target)[1]}]"
+        for (layer, target), lengths in magnitudes.items()
+        if lengths.shape != (sizes.features(target)[1],)
+    ]
+    if wrong:
+        raise DamagedCheckpoint(f"{shown(source)}: {wrong[0]}.")

@@ -11,17 +11,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.adapters import read_nemo2
-from workshop_utils.adapters.adapter import PEFT_CONFIG, LoraAdapter, as_tensor, fingerprint
-from workshop_utils.adapters.modules import MODULES, of_one_rank, ordered, synthetic_config
+from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
+from workshop_utils.adapters.modules import of_one_rank, synthetic_config
 from workshop_utils.checkpoints.formats import gpt_config, huggingface, values
-from workshop_utils.checkpoints.formats.architecture import number, size
-from workshop_utils.checkpoints.formats.lora_layout import Architecture, Halves, of_pattern
+from workshop_utils.checkpoints.formats.architecture import size
+from workshop_utils.checkpoints.formats.lora_layout import (
+    MODULES,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    Architecture,
+    Halves,
+    Place,
+    faults,
+    of_pattern,
+    ordered,
+    parse,
+    peft_key,
+    peft_only,
+    peft_scale,
+)
 from workshop_utils.checkpoints.formats.qkv import Heads
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
@@ -29,24 +42,6 @@ from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_KNOWN = {module for modules in MODULES.values() for module in modules}
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?model\.layers\.(\d{1,4})\.((?:self_attn|mlp)\.\w+)\.(?:lora_([AB])(?:\.default)?\.weight|(lora_magnitude_vector))"
-    r"(?:\.default)?(?:\.weight)?"
-)
-#: Fields of LoraConfig that change what is computed, and that nothing here can express.
-_REFUSED = {
-    "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (False, None),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-}
 
 
 def read(source: Path, base: Path | None = None) -> LoraAdapter:
@@ -56,69 +51,57 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
     ``base`` is the directory of its base model; without it the one that ``base_model_name_or_path``
     names, if it is here.
     """
-    config = read_json(source / PEFT_CONFIG)
-    _refuse(source, config)
+    config, where = read_json(source / PEFT_CONFIG), shown(source)
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedAdapter(
+            f"{where}: peft_type is {config.get('peft_type')!r}; only LORA can be exported."
+        )
+    for name in peft_only(config):
+        raise UnsupportedAdapter(
+            f"{where}: {PEFT_CONFIG} has {name} = {config[name]!r}, which no other form can hold. "
+            "Merge it into its base with PEFT (merge_and_unload)."
+        )
     checkpoint = huggingface.describe_peft(source)
-    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
+    places: dict[Place, dict[str, Tensor]] = {}
     for tensor in checkpoint.tensors:
-        match = _KEY.fullmatch(tensor.name)
-        if not match or match[2] not in _KNOWN:
+        key = parse(tensor.name)
+        inner = key.stem.removeprefix(PEFT_PREFIX) if key else ""
+        if not (
+            key and key.module in MODULES and inner == f"model.layers.{key.layer}.{key.module}"
+        ):
             raise UnsupportedAdapter(
-                f"{shown(source)}: {tensor.name} is none of the modules that can be exported: "
-                f"{', '.join(sorted(_KNOWN))}."
+                f"{where}: {tensor.name} is none of the modules that can be exported: "
+                f"{', '.join(sorted(MODULES))}."
             )
-        one = halves.setdefault((int(match[1]), match[2]), {})
-        if (match[3] or "magnitude") in one:
-            raise DamagedCheckpoint(
-                f"{shown(source)}: {tensor.name} is there under two names.", tensor.name
-            )
-        one[match[3] or "magnitude"] = as_tensor(values.read_tensor(checkpoint, tensor))
-    dora = config.get("use_dora") is True
-    for (layer, module), one in halves.items():
-        lacking = sorted({"A", "B", *(["magnitude"] if dora else [])} ^ one.keys())
-        if lacking:
-            raise DamagedCheckpoint(
-                f"{shown(source)}: layer {layer}, {module}: lora {lacking[0]} is missing, or is "
-                "too many."
-            )
+        halves = places.setdefault((key.layer, key.module), {})
+        if key.half in halves:
+            raise DamagedCheckpoint(f"{where}: {tensor.name} is there twice.", tensor.name)
+        halves[key.half] = as_tensor(values.read_tensor(checkpoint, tensor))
+    if not places:
+        raise DamagedCheckpoint(f"{where} holds no LoRA matrices.")
     recorded = config.get("base_model_name_or_path")
-    architecture = base_architecture(base or Path(recorded if isinstance(recorded, str) else ""))
+    recorded = recorded if isinstance(recorded, str) else ""
+    architecture = base_architecture(base or Path(recorded))
+    dora = config.get("use_dora") is True
+    _check(where, config, places, architecture, dora)
+    files = huggingface.weight_files(source, "adapter_model", "adapter_model")
     adapter = LoraAdapter(
         source=source,
-        sha256=fingerprint(
-            source / PEFT_CONFIG,
-            *huggingface.weight_files(source, "adapter_model", "adapter_model"),
-        ),
+        sha256=fingerprint(source / PEFT_CONFIG, *files),
         config={},
         architecture=architecture,
         rank=1,
         alpha=1.0,
-        targets=ordered(halves),
+        targets=ordered(module for _, module in places),
         qkv_order="interleaved",
-        base=str(recorded) if isinstance(recorded, str) else "",
-        weights={place: Halves(one["A"], one["B"]) for place, one in sorted(halves.items())},
-        magnitudes={place: one["magnitude"] for place, one in halves.items() if dora},
+        base=recorded,
+        weights={place: Halves(its["A"], its["B"]) for place, its in sorted(places.items())},
+        magnitudes={place: its["magnitude"] for place, its in places.items() if dora},
         some_layers=config.get("layers_to_transform") is not None,
     )
-    _check_shapes(adapter)
-    made = _of_one_scale(adapter, config)
-    return dataclasses.replace(
-        made,
-        config=synthetic_config(made.rank, made.alpha, made.targets, made.base, made.architecture),
-    )
-
-
-def _refuse(source: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedAdapter(
-            f"{shown(source)}: peft_type is {config.get('peft_type')!r}; only LORA can be exported."
-        )
-    for name, harmless in _REFUSED.items():
-        if config.get(name) not in (*harmless, None):
-            raise UnsupportedAdapter(
-                f"{shown(source)}: {PEFT_CONFIG} has {name} = {config[name]!r}, which no other "
-                "form can hold. Merge it into its base with PEFT (merge_and_unload)."
-            )
+    scaled = _of_one_scale(adapter, config)
+    described = (scaled.rank, scaled.alpha, scaled.targets, scaled.base, architecture)
+    return dataclasses.replace(scaled, config=synthetic_config(*described))
 
 
 def base_architecture(base: Path) -> Architecture | None:
@@ -126,49 +109,61 @@ def base_architecture(base: Path) -> Architecture | None:
     None where there is none."""
     if (file := base / "context" / "model.yaml").is_file():
         return read_nemo2.base_architecture(gpt_config.read_fields(read_yaml(file), shown(file)))
-    sizes = (
-        huggingface.architecture(read_json(base / "config.json"))
-        if (base / "config.json").is_file()
-        else None
-    )
+    if not (base / "config.json").is_file():
+        return None
+    sizes = huggingface.architecture(read_json(base / "config.json"))
     if sizes is None:
         return None
+    heads = Heads(sizes.heads, sizes.groups, sizes.head_dim)
     activation = "squared-relu" if sizes.family == "Nemotron" else "fast-swiglu"
-    return Architecture(
-        sizes.hidden,
-        sizes.ffn,
-        sizes.layers,
-        Heads(sizes.heads, sizes.groups, sizes.head_dim),
-        activation,
-    )
+    return Architecture(sizes.hidden, sizes.ffn, sizes.layers, heads, activation)
 
 
-def _check_shapes(adapter: LoraAdapter) -> None:
-    for (layer, module), (a, b) in adapter.weights.items():
-        place = f"{shown(adapter.source)}: layer {layer}, {module}"
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+def _check(
+    where: str,
+    config: Mapping[str, Any],
+    places: Mapping[Place, Mapping[str, Tensor]],
+    sizes: Architecture | None,
+    dora: bool,
+) -> None:
+    """The halves that PEFT needs, in the rank that ``config`` states and the shapes of the base.
+
+    A layer without an adapter is none of its faults: PEFT leaves it as it is.
+    """
+
+    def shapes(layer: int, module: str):
+        if module == "mlp.gate_proj" and sizes and not sizes.gated:
+            raise DamagedCheckpoint(f"{where}: {module}: the MLP of its base has no gate.")
+        rank = of_pattern(
+            config, "rank_pattern", f"model.layers.{layer}.{module}", size(config, "r")
+        )
+        if type(rank) is not int:
+            raise DamagedCheckpoint(f"{where}: {PEFT_CONFIG} has r = {rank!r} for {module}.")
+        inputs, outputs = sizes.features(module) if sizes else (None, None)
+        return (rank, inputs), (outputs, rank)
+
+    stated = f"{PEFT_CONFIG} (r = {config.get('r')})" + " with its base" * bool(sizes)
+    for module in {module for _, module in places}:
+        mine = {place: halves for place, halves in places.items() if place[1] == module}
+        layers = {layer for layer, _ in mine}
+        for fault, name in faults(mine, layers, shapes, peft_key, stated):
+            raise DamagedCheckpoint(f"{where}: {fault}.", name)
+    for (layer, module), halves in places.items():
+        lengths = halves.get("magnitude")
+        if (lengths is not None) is not dora:
             raise DamagedCheckpoint(
-                f"{place}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}: no [r, in] and "
-                "[out, r]."
+                f"{where}: layer {layer}, {module}: lora magnitude is missing, or is too many."
             )
-        if module == "mlp.gate_proj" and adapter.architecture and not adapter.architecture.gated:
-            raise DamagedCheckpoint(f"{place}: the MLP of its base has no gate.")
-        found = a.shape[1], b.shape[0]
-        wanted = adapter.architecture.features(module) if adapter.architecture else found
-        if found != wanted:
+        if dora and lengths.shape != halves["B"].shape[:1]:
             raise DamagedCheckpoint(
-                f"{place} is for {found[0]} -> {found[1]} features, but its base has {wanted[0]} "
-                f"-> {wanted[1]}."
+                f"{where}: layer {layer}, {module}: the magnitudes are {list(lengths.shape)}, not "
+                f"{list(halves['B'].shape[:1])}."
             )
-        magnitude = adapter.magnitudes.get((layer, module))
-        if magnitude is not None and magnitude.shape != (found[1],):
-            raise DamagedCheckpoint(
-                f"{place}: the magnitudes are {list(magnitude.shape)}, not [{found[1]}]."
-            )
-    if adapter.architecture and adapter.layers <= max(layer for layer, _ in adapter.weights):
+    last = max(layer for layer, _ in places)
+    if sizes and last >= sizes.num_layers:
         raise DamagedCheckpoint(
-            f"{shown(adapter.source)}: it has tensors for a layer that its base, of "
-            f"{adapter.layers}, lacks."
+            f"{where}: it has tensors for layer {last}, which its base, of {sizes.num_layers}, "
+            "lacks."
         )
 
 
@@ -176,46 +171,32 @@ def _of_one_scale(adapter: LoraAdapter, config: Mapping[str, Any]) -> LoraAdapte
     """``adapter`` at one rank and scale, from what ``config`` says of each module."""
     scales = {}
     for (layer, module), (a, _) in adapter.weights.items():
-        rank, name = a.shape[0], f"model.layers.{layer}.{module}"
-        stated = of_pattern(config, "rank_pattern", name, size(config, "r"))
-        if stated != rank:
+        scale = peft_scale(config, f"model.layers.{layer}.{module}", a.shape[0])
+        if scale is None:
             raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: layer {layer}, {module} has rank {rank}, but "
-                f"{PEFT_CONFIG} says {stated}."
+                f"{shown(adapter.source)}: lora_alpha of {module} in {PEFT_CONFIG} is no positive "
+                "number."
             )
-        alpha = of_pattern(config, "alpha_pattern", name, number(config, "lora_alpha"))
-        if type(alpha) not in (int, float) or not math.isfinite(alpha) or alpha <= 0:
-            raise DamagedCheckpoint(
-                f"{shown(adapter.source)}: lora_alpha of {module} in {PEFT_CONFIG} is {alpha!r}; "
-                "it must be a positive number."
-            )
-        scales[layer, module] = alpha / (
-            math.sqrt(rank) if config.get("use_rslora") is True else rank
-        )
-    found = list(scales.values())
-    scale = max(set(found), key=found.count)
+        scales[layer, module] = scale
+    of_each = list(scales.values())
+    scale = max(set(of_each), key=of_each.count)
     weights = {
-        place: halves
+        place: Halves(a, b)
         if scales[place] == scale
-        else Halves(
-            halves.linear_in,
-            (halves.linear_out.float() * (scales[place] / scale)).to(halves.linear_out.dtype),
-        )
-        for place, halves in adapter.weights.items()
+        else Halves(a, (b.float() * (scales[place] / scale)).to(b.dtype))
+        for place, (a, b) in adapter.weights.items()
     }
-    ranks = {a.shape[0] for a, _ in weights.values()}
+    ranks = sorted({a.shape[0] for a, _ in weights.values()})
     # alpha exactly as it is written, where it can be: 16 and not 15.999.
-    alpha = scale * max(ranks)
+    alpha = scale * ranks[-1]
     alpha = float(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
     notes = ()
     if len(ranks) > 1:
-        notes += (
-            (
-                f"its modules had the ranks {', '.join(map(str, sorted(ranks)))}: all filled up "
-                f"with zeros to {max(ranks)}"
-            ),
+        notes = (
+            f"its modules had the ranks {', '.join(map(str, ranks))}: all filled up with zeros to "
+            f"{ranks[-1]}",
         )
-    if len(set(found)) > 1:
+    if len(set(of_each)) > 1:
         notes += ("its modules had different scales: multiplied into B",)
-    made = of_one_rank(dataclasses.replace(adapter, weights=weights, rank=max(ranks), alpha=alpha))
-    return dataclasses.replace(made, alpha=alpha, notes=notes)
+    even = of_one_rank(dataclasses.replace(adapter, weights=weights, rank=ranks[-1], alpha=alpha))
+    return dataclasses.replace(even, alpha=alpha, notes=notes)

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.adapters.adapter import LoraAdapter
-from workshop_utils.adapters.modules import MODULES
 from workshop_utils.adapters.read_nemo1 import read_state
 from workshop_utils.adapters.record import Record
 from workshop_utils.checkpoints.formats import nemo_archive
-from workshop_utils.checkpoints.formats.lora_layout import short_key
+from workshop_utils.checkpoints.formats.lora_layout import TARGETS, nemo1_key
 from workshop_utils.checkpoints.formats.qkv import reorder
 from workshop_utils.core.errors import UnsupportedAdapter
 from workshop_utils.core.paths import shown
@@ -26,22 +25,12 @@ from workshop_utils.core.paths import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIX = "model.decoder."
-"""Of NeMo's names of the tensors."""
-
 
 def refuse_for_trtllm(adapter: LoraAdapter) -> None:
-    """TensorRT-LLM's ``.nemo`` reader knows one module, ``attn_qkv``.
-
-    Raises:
-        UnsupportedAdapter: the adapter has other targets; the message names them and the form that
-            takes them.
-    """
-    others = [
-        target
-        for target in adapter.targets
-        if target not in ("attention_qkv", *MODULES["attention_qkv"])
-    ]
+    """TensorRT-LLM's ``.nemo`` reader knows one module, ``attn_qkv``: raise
+    :class:`UnsupportedAdapter` where the adapter has other targets."""
+    taken = {"attention_qkv", *TARGETS["attention_qkv"].modules}
+    others = [target for target in adapter.targets if target not in taken]
     if others:
         raise UnsupportedAdapter(
             f"{shown(adapter.source)} adapts {', '.join(others)}. TensorRT-LLM's .nemo reader "
@@ -57,14 +46,13 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
     # Written out because NeMo's converter takes another default (all heads) only when the field is
     # absent, not when it is null.
     config["num_query_groups"] = adapter.architecture.heads.groups
-    lora = config["peft"]["lora_tuning"]
-    lora["variant"] = "nemo"
-    lora["target_modules"] = list(adapter.targets)
-    # Fusing what another program trained apart may take a larger rank.
-    lora["adapter_dim"], lora["alpha"] = (
-        adapter.rank,
-        adapter.rank if record.alpha_baked_in else adapter.alpha,
-    )
+    config["peft"]["lora_tuning"] |= {
+        "variant": "nemo",
+        "target_modules": list(adapter.targets),
+        # Fusing what another program trained apart may take a larger rank.
+        "adapter_dim": adapter.rank,
+        "alpha": adapter.rank if record.alpha_baked_in else adapter.alpha,
+    }
     config["workshop"] = record.as_dict()
     return config
 
@@ -73,46 +61,42 @@ def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
     """Flat ``{key: tensor}`` with ``linear_in`` ``[r, in]`` and ``linear_out`` ``[out, r]``, each
     with storage of its own."""
     state = {}
-    for (layer, target), (linear_in, linear_out) in adapter.weights.items():
+    for (layer, target), (a, b) in adapter.weights.items():
         if target == "attention_qkv":
-            linear_out = reorder(
-                linear_out, adapter.architecture.heads, adapter.qkv_order, record.qkv_order
-            )
+            b = reorder(b, adapter.architecture.heads, adapter.qkv_order, record.qkv_order)
         if record.alpha_baked_in and adapter.scale != 1:
             # In single precision, so that half-precision weights are rounded once.
-            linear_out = (linear_out.float() * adapter.scale).to(linear_out.dtype)
-        for half, tensor in (("linear_in", linear_in), ("linear_out", linear_out)):
-            state[PREFIX + short_key(layer, target, half)] = tensor.clone().contiguous()
+            b = (b.float() * adapter.scale).to(b.dtype)
+        for half, tensor in (("A", a), ("B", b)):
+            key = f"model.decoder.{nemo1_key(layer, target, half)}"
+            state[key] = tensor.clone().contiguous()
     return state
 
 
 def write_nemo(adapter: LoraAdapter, target: Path, record: Record) -> None:
     """Write ``adapter`` (of :func:`.modules.fused`) to the file ``target`` as ``record`` says. The
     same adapter gives the same bytes."""
-    import torch
-
-    content = io.BytesIO()
-    torch.save(tensors_for(adapter, record), content)
-    nemo_archive.write(target, config_for(adapter, record), content.getvalue())
+    _write(target, config_for(adapter, record), tensors_for(adapter, record))
 
 
 def merge_parts(source: Path) -> bool:
     """Replace the ``.nemo`` that several model-parallel ranks wrote by one that holds everything in
     one part, all or nothing.
 
-    Returns whether there was anything to merge. Errors as :func:`.adapter.read_adapter`.
+    Returns whether there was anything to merge. Errors as :func:`.read.read_adapter`.
     """
-    import torch
-
     config = nemo_archive.read_config(source)
-    sizes = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+    sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     if all((config.get(size) or 1) == 1 for size in sizes):
         return False
-    content = io.BytesIO()
-    torch.save(
-        {name: tensor.contiguous() for name, tensor in read_state(source, config).items()}, content
-    )
-    nemo_archive.write(
-        source, config | dict.fromkeys(sizes, 1) | {"sequence_parallel": False}, content.getvalue()
-    )
+    whole = {name: tensor.contiguous() for name, tensor in read_state(source, config).items()}
+    _write(source, config | sizes | {"sequence_parallel": False}, whole)
     return True
+
+
+def _write(target: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    import torch
+
+    content = io.BytesIO()
+    torch.save(state, content)
+    nemo_archive.write(target, config, content.getvalue())

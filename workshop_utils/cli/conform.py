@@ -8,10 +8,10 @@ from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
-    from workshop_utils.adapters.rules.rules import Judgement
+    from workshop_utils.adapters.rules import Result
 
 DESCRIPTION = """\
-Judge anybody's LoRA adapter by the public rules of the program that is to read it: one line a rule,
+Ask of anybody's LoRA adapter the public rules of the program that is to read it: one line a rule,
 and the fix for each fault.
 
   --reader trtllm    TensorRT-LLM: a .nemo in its order of rows, alpha multiplied in (or a Hugging
@@ -25,7 +25,7 @@ and the fix for each fault.
 
 NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in
 it. The base is not needed, torch is not needed, and nothing that a file contains is run. Exit
-status: 0 every rule holds, 1 one does not, 2 there is nothing to judge.
+status: 0 no rule is broken, 1 one is, 2 there is nothing to ask.
 """
 
 EXAMPLES = """\
@@ -34,6 +34,13 @@ examples:
   workshop conform adapter.nemo --reader trtllm
   workshop conform loras/support-bot --reader nim1 --json
 """
+_MARKS = {
+    None: "✓ OK   ",
+    "note": "✓ OK   ",
+    "warning": "! WARN ",
+    "not known": "? NOT KNOWN",
+    "refused": "✗ FAIL ",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -64,54 +71,56 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line a rule; 0 when all hold, 1 otherwise."""
-    from workshop_utils.adapters.rules.judge import judge
+    """Print one line a rule; 0 when none is broken, 1 otherwise."""
+    from workshop_utils.adapters.rules import check
 
-    found = judge(args.path, args.reader, args.max_rank)
+    result = check(args.path, args.reader, args.max_rank)
     if args.json:
         import json
 
-        print(json.dumps(as_dict(found), indent=2))
+        print(json.dumps(as_dict(result), indent=2))
     else:
-        print("\n".join(lines(found)))
-    return 0 if found.conforms else 1
+        print("\n".join(lines(result)))
+    return 0 if result.conforms else 1
 
 
-def as_dict(found: "Judgement") -> dict[str, Any]:
-    """The judgement as plain values."""
+def as_dict(result: "Result") -> dict[str, Any]:
+    """The result as plain values."""
     rules = [
-        {"rule": rule.rule, "ok": not rule.fault, "fault": rule.fault, "fix": rule.fix}
-        for rule in found.rules
+        {
+            "code": verdict.code,
+            "rule": verdict.rule,
+            "ok": verdict.severity != "refused",
+            "severity": verdict.severity,
+            "fault": verdict.fault,
+            "fix": verdict.fix,
+            "source": f"{verdict.source.where} ({verdict.source.date})",
+        }
+        for verdict in result.rules
     ]
     return {
-        "path": shown(found.path),
-        "reader": found.reader,
-        "form": found.form,
-        "conforms": found.conforms,
+        "path": shown(result.path),
+        "reader": result.reader,
+        "form": result.form,
+        "conforms": result.conforms,
         "rules": rules,
-        "notes": found.notes,
+        "notes": result.notes,
     }
 
 
-def lines(found: "Judgement") -> list[str]:
+def lines(result: "Result") -> list[str]:
     """One line a rule, its fault and fix below it, and the verdict."""
     text = []
-    for rule in found.rules:
-        text.append(
-            f"✗ FAIL  {terminal.one_line(rule.rule)}"
-            if rule.fault
-            else f"✓ OK    {terminal.one_line(rule.rule)}"
-        )
-        if rule.fault:
-            text += [
-                f"          {terminal.one_line(rule.fault)}",
-                f"          fix: {terminal.one_line(rule.fix)}",
-            ]
-    text += [f"note: {terminal.one_line(note)}" for note in found.notes]
-    broken = len(found.broken)
-    verdict = (
-        f"{broken} of {len(found.rules)} rules broken"
-        if broken
-        else f"all {len(found.rules)} rules kept"
+    for verdict in result.rules:
+        text.append(f"{_MARKS[verdict.severity]} {verdict.rule}")
+        if verdict.severity not in (None, "note"):
+            text += [f"          {verdict.fault}", f"          fix: {verdict.fix}"]
+    text += [f"note: {note}" for note in result.notes]
+    broken, count = len(result.broken), len(result.rules)
+    kept = (
+        "none" if any(its.severity in ("warning", "not known") for its in result.rules) else "all"
     )
-    return [*text, f"{found.reader}: {verdict}: {terminal.one_line(shown(found.path))}"]
+    verdict = f"all {count} rules kept" if kept == "all" else f"none of {count} rules broken"
+    verdict = f"{broken} of {count} rules broken" if broken else verdict
+    text.append(f"{result.reader}: {verdict}: {shown(result.path)}")
+    return [terminal.one_line(line) for line in text]

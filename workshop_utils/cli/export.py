@@ -87,7 +87,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--check",
         default=True,
         action=argparse.BooleanOptionalAction,
-        help="judge the export before it gets its name",
+        help="check the export before it gets its name",
     )
     parser.add_argument(
         "--trust",

@@ -174,7 +174,7 @@ def lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
 def reader_lines(found: "Checkpoint") -> Iterator[tuple[str, str]]:
     """What can load it, as it is and after a command, and what cannot; readers with the same answer
     share a line."""
-    from workshop_utils.checkpoints.verify.loads_in import loads_in
+    from workshop_utils.adapters.loads_in import loads_in
 
     titles = {"yes": "loads in", "after": "loads after", "no": "not in"}
     shared: dict[tuple[str, str], list[str]] = {}
@@ -196,7 +196,7 @@ def as_dict(found: "Checkpoint") -> dict[str, Any]:
     """Everything as plain values: the description, every tensor with its pieces, the shard map."""
     import dataclasses
 
-    from workshop_utils.checkpoints.verify.loads_in import loads_in
+    from workshop_utils.adapters.loads_in import loads_in
     from workshop_utils.checkpoints.verify.shard_map import shard_map
 
     shards = shard_map(found)

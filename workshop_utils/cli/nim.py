@@ -36,40 +36,29 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     action = actions.add_parser("stage", help="put an adapter into the store")
-    action.add_argument(
+    option = action.add_argument
+    option(
         "adapter",
         type=Path,
         metavar="ADAPTER",
         help="a PEFT directory, or a .nemo for TensorRT-LLM (workshop export)",
     )
-    action.add_argument("--name", required=True, help="the model's id in the API")
-    action.add_argument(
-        "--store",
-        type=Path,
-        default=paths.adapter_store(),
-        metavar="DIR",
-        help="the directory of all adapters; made where missing (default: runs/store)",
-    )
-    action.add_argument(
+    option("--name", required=True, help="the model's id in the API")
+    _store(action, "the directory of all adapters; made where missing (default: runs/store)")
+    option(
         "--base",
         metavar="MODEL",
         help="the model that is served, a directory or its id: another base, or dtype, is warned "
         "about (default: compare the store's)",
     )
-    action.add_argument(
-        "--max-lora-rank",
-        type=int,
-        default=32,
-        metavar="N",
-        help="NIM_MAX_LORA_RANK of the server (default: 32)",
-    )
-    action.add_argument(
+    _number(action, "--max-lora-rank", 32, "N", "NIM_MAX_LORA_RANK of the server")
+    option(
         "--reader",
         choices=("nim1", "nim2"),
         default="nim1",
         help="NIM 1.x reads .nemo and PEFT, 2.x PEFT (default: nim1)",
     )
-    action.add_argument(
+    option(
         "--trust",
         action="store_true",
         help="go on in spite of what the verification of the adapter finds: it is only printed",
@@ -94,82 +83,61 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     action.set_defaults(run=_run)
 
-    for name, gpus, run in (("compose", "all", _compose), ("kubernetes", "1", _kubernetes)):
-        action = actions.add_parser(
-            name,
-            allow_abbrev=False,
-            help=f"write a {'Docker Compose file' if name == 'compose' else 'Kubernetes manifest'}",
-        )  # else --store would be --store-size
+    for name, what, gpus, run in (
+        ("compose", "Docker Compose file", "all", _compose),
+        ("kubernetes", "Kubernetes manifest", "1", _kubernetes),
+    ):
+        # Else --store would be --store-size.
+        action = actions.add_parser(name, allow_abbrev=False, help=f"write a {what}")
         _add_options(action, gpus, on_this_machine=name == "compose")
-        action.add_argument(
-            "--out", type=Path, metavar="FILE", help="the file to write (default: print it)"
-        )
+        out = "the file to write (default: print it)"
+        action.add_argument("--out", type=Path, metavar="FILE", help=out)
         action.set_defaults(run=run)
-    action.add_argument(
-        "--cache-size",
-        default="100Gi",
-        metavar="SIZE",
-        help="volume for the model (default: 100Gi)",
-    )
-    action.add_argument(
-        "--store-size",
-        default="10Gi",
-        metavar="SIZE",
-        help="volume for the adapters (default: 10Gi)",
-    )
+    for name, size, what in (("cache", "100Gi", "model"), ("store", "10Gi", "adapters")):
+        about = f"volume for the {what} (default: {size})"
+        action.add_argument(f"--{name}-size", default=size, metavar="SIZE", help=about)
+
+
+def _store(action: argparse.ArgumentParser, about: str) -> None:
+    default = paths.adapter_store()
+    action.add_argument("--store", type=Path, default=default, metavar="DIR", help=about)
+
+
+def _number(
+    action: argparse.ArgumentParser, option: str, default: int, metavar: str | None, about: str
+) -> None:
+    about = f"{about} (default: {default})"
+    action.add_argument(option, type=int, default=default, metavar=metavar, help=about)
 
 
 def _add_options(action: argparse.ArgumentParser, gpus: str, on_this_machine: bool = True) -> None:
-    action.add_argument(
+    option = action.add_argument
+    option(
         "--image", required=True, help="the NIM's image with a tag or digest; :latest is refused"
     )
     if on_this_machine:
-        action.add_argument(
-            "--store",
-            type=Path,
-            default=paths.adapter_store(),
-            metavar="DIR",
-            help="the directory of the adapters (default: runs/store)",
-        )
-        action.add_argument(
+        _store(action, "the directory of the adapters (default: runs/store)")
+        option(
             "--cache",
             type=Path,
             default=Path.home() / ".cache" / "nim",
             metavar="DIR",
             help="keeps the downloaded model (default: ~/.cache/nim)",
         )
-    action.add_argument(
+    option(
         "--name",
         default="workshop-nim",
         help="name of the container, or of the objects (default: workshop-nim)",
     )
     where = "on this machine's loopback address" if on_this_machine else "of the Service"
-    action.add_argument("--port", type=int, default=8000, help=f"port {where} (default: 8000)")
-    action.add_argument(
-        "--gpus", default=gpus, help=f"a number, all, or device=0,1 (default: {gpus})"
-    )
-    action.add_argument(
-        "--shm-size", default="16GB", metavar="SIZE", help="shared memory (default: 16GB)"
-    )
-    action.add_argument(
-        "--refresh",
-        type=int,
-        default=60,
-        metavar="SECONDS",
-        help="NIM_PEFT_REFRESH_INTERVAL (default: 60)",
-    )
-    action.add_argument(
-        "--max-lora-rank", type=int, default=32, metavar="N", help="NIM_MAX_LORA_RANK (default: 32)"
-    )
-    action.add_argument(
-        "--max-gpu-loras", type=int, default=8, metavar="N", help="NIM_MAX_GPU_LORAS (default: 8)"
-    )
-    action.add_argument(
-        "--max-cpu-loras", type=int, default=16, metavar="N", help="NIM_MAX_CPU_LORAS (default: 16)"
-    )
-    action.add_argument(
-        "--profile", metavar="ID", help="NIM_MODEL_PROFILE (default: the NIM chooses)"
-    )
+    _number(action, "--port", 8000, None, f"port {where}")
+    option("--gpus", default=gpus, help=f"a number, all, or device=0,1 (default: {gpus})")
+    option("--shm-size", default="16GB", metavar="SIZE", help="shared memory (default: 16GB)")
+    _number(action, "--refresh", 60, "SECONDS", "NIM_PEFT_REFRESH_INTERVAL")
+    _number(action, "--max-lora-rank", 32, "N", "NIM_MAX_LORA_RANK")
+    _number(action, "--max-gpu-loras", 8, "N", "NIM_MAX_GPU_LORAS")
+    _number(action, "--max-cpu-loras", 16, "N", "NIM_MAX_CPU_LORAS")
+    option("--profile", metavar="ID", help="NIM_MODEL_PROFILE (default: the NIM chooses)")
 
 
 def _nim(args: argparse.Namespace):
@@ -183,7 +151,6 @@ def _nim(args: argparse.Namespace):
 
 def _stage(args: argparse.Namespace) -> int:
     from workshop_utils.core.errors import WorkshopError
-    from workshop_utils.core.paths import shown
     from workshop_utils.serving.nim import stage
 
     if args.max_lora_rank < 1:
@@ -200,14 +167,12 @@ def _stage(args: argparse.Namespace) -> int:
         "replaced": "replaces an older one",
         "unchanged": "the identical adapter is there already; left as it is",
     }
-    print(f"{shown(staged.path)}: {said[staged.change]}")
+    print(f"{paths.shown(staged.path)}: {said[staged.change]}")
     print(f'rank {staged.rank}; served as "model": "{staged.name}"')
     return 0
 
 
 def _run(args: argparse.Namespace) -> int:
-    import os
-
     from workshop_utils.core.errors import NimFailed, WorkshopError
     from workshop_utils.serving.nim import docker, readiness, store
 
@@ -224,34 +189,25 @@ def _run(args: argparse.Namespace) -> int:
         seconds = readiness.wait(nim.url, args.timeout, lambda: docker.ended(nim.name))
     except NimFailed as error:
         text = docker.logs(nim.name)
-        found = [
-            f"  {one.meaning}\n    the log: {one.line}"
-            for one in readiness.read_log(text)
-            if one.kind == "error"
+        causes = [
+            f"  {finding.meaning}\n    the log: {finding.line}"
+            for finding in readiness.read_log(text)
+            if finding.kind == "error"
         ]
         last = [f"  {line}" for line in text.strip().splitlines()[-8:]]
-        state = (
-            docker.ended(nim.name) and "It is kept for you to look at"
-        ) or "The container still runs"
+        log = ["What its log says:", *causes] if causes else ["Its log ends with:", *last]
+        ended = docker.ended(nim.name)
+        state = "It is kept for you to look at" if ended else "The container still runs"
         end = f"{state}: docker logs {nim.name}; docker rm -f {nim.name} removes it."
-        raise NimFailed(
-            "\n".join(
-                [
-                    f"{error}.",
-                    *(["What its log says:", *found] if found else ["Its log ends with:", *last]),
-                    end,
-                ]
-            )
-        ) from error
+        raise NimFailed("\n".join([f"{error}.", *log, end])) from error
     served = readiness.models(nim.url)
     print(f"ready after {seconds:.0f} s: {nim.url}/v1")
     print(f"models: {', '.join(served)}")
-    for one in readiness.read_log(docker.logs(nim.name)):
-        print(
-            f"log: {one.line}" if one.kind == "loaded" else f"log: {one.line}\n     {one.meaning}"
-        )
+    for finding in readiness.read_log(docker.logs(nim.name)):
+        meaning = "" if finding.kind == "loaded" else f"\n     {finding.meaning}"
+        print(f"log: {finding.line}{meaning}")
     print(f"stop it: docker rm -f {nim.name}")
-    missing = readiness.not_served(store.names(nim.store), served)
+    missing = sorted(set(store.names(nim.store)) - set(served))
     if missing:
         raise NimFailed(
             f"in the store, but not served: {', '.join(missing)}. `workshop conform "
@@ -277,7 +233,6 @@ def _kubernetes(args: argparse.Namespace) -> int:
 
 def _write(text: str, out: Path | None) -> int:
     from workshop_utils.core.errors import OutputExists
-    from workshop_utils.core.paths import shown, write_text
 
     if out is None:
         print(text, end="")
@@ -286,8 +241,8 @@ def _write(text: str, out: Path | None) -> int:
             out.is_file() and out.read_bytes().startswith(text.split("\n")[0].encode())
         ):
             raise OutputExists(
-                f"{shown(out)} exists and was not written by this command. It was left as it is. "
-                "Choose another name."
+                f"{paths.shown(out)} exists and was not written by this command. It was left as it "
+                "is. Choose another name."
             )
-        print(f"written: {shown(write_text(out, text))}")
+        print(f"written: {paths.shown(paths.write_text(out, text))}")
     return 0

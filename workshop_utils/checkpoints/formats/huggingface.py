@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils.checkpoints.formats import (
-    lora_tensors,
+    lora_layout,
     safe_text,
     saved_tensors,
     tokenizer_files,
@@ -80,7 +80,7 @@ def describe_peft(path: Path, report: Report = stop) -> Checkpoint:
     tensors = read_tensors(files, report)
     version = config.get("peft_version")
     found, notes = adapter(config), ()
-    if lora := lora_tensors.find(tensors):
+    if lora := lora_layout.find(tensors):
         found = dataclasses.replace(
             found,
             rank=found.rank or lora.rank,

@@ -15,7 +15,7 @@ from typing import Any
 
 from workshop_utils.checkpoints.formats import (
     decoder_config,
-    lora_tensors,
+    lora_layout,
     nemo1_config,
     saved_tensors,
 )
@@ -126,7 +126,7 @@ def notes(state: Mapping[str, Any]) -> list[str]:
 def _adapter(config: Mapping[str, Any], tensors: tuple[Tensor, ...]) -> Adapter | None:
     if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
         return None
-    lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
+    lora, stated = lora_layout.find(tensors), nemo1_config.adapter(config)
     if lora is None:
         return stated
     found = stated or Adapter(None, None, (), None, None)

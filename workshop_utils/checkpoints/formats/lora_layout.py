@@ -1,14 +1,25 @@
-"""Names, shapes, ranks and scales of LoRA adapters."""
+"""LoRA adapters on disk: what their tensors are called, and their targets, layers, ranks, scales
+and shapes. Whoever reads, writes, verifies or serves an adapter asks here.
+
+    NeMo 1     model.decoder.layers.0.self_attention.adapter_layer.lora_kqv_adapter.linear_in.weight
+    NeMo 2.0   module.decoder.layers.self_attention.linear_qkv.adapter.linear_in.weight
+               (stacked: [layers, r, in]; Megatron-Bridge numbers the layers)
+    PEFT       base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+
+Half A is ``linear_in`` or ``lora_A``, ``[r, in]``; half B is ``linear_out`` or ``lora_B``,
+``[out, r]``.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from workshop_utils.checkpoints.formats.architecture import number, size
 from workshop_utils.checkpoints.formats.findings import Report, stop
 from workshop_utils.checkpoints.formats.nemo1_config import ACTIVATIONS
 from workshop_utils.checkpoints.formats.qkv import Heads
@@ -18,15 +29,146 @@ from workshop_utils.core.paths import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+PEFT_CONFIG = "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+"""What PEFT expects in front of the base's own name of a module."""
 
-#: The adapter's name in a key of NeMo's script path, and the target it belongs to, in the order of
-#: a forward pass.
+
+class Target(NamedTuple):
+    """A linear layer of NeMo: its adapter's name in NeMo 1, its own in NeMo 2.0, and Hugging Face's
+    modules for it, in the order of B's rows."""
+
+    nemo1: str
+    nemo2: str
+    modules: tuple[str, ...]
+
+
+#: In the order of a forward pass.
 TARGETS = {
-    "lora_kqv_adapter": "attention_qkv",
-    "lora_dense_attention_adapter": "attention_dense",
-    "lora_hto4h_adapter": "mlp_fc1",
-    "lora_4htoh_adapter": "mlp_fc2",
+    "attention_qkv": Target(
+        "lora_kqv_adapter",
+        "self_attention.linear_qkv",
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ),
+    "attention_dense": Target(
+        "lora_dense_attention_adapter", "self_attention.linear_proj", ("self_attn.o_proj",)
+    ),
+    "mlp_fc1": Target("lora_hto4h_adapter", "mlp.linear_fc1", ("mlp.gate_proj", "mlp.up_proj")),
+    "mlp_fc2": Target("lora_4htoh_adapter", "mlp.linear_fc2", ("mlp.down_proj",)),
 }
+MODULES = tuple(module for target in TARGETS.values() for module in target.modules)
+"""Hugging Face's, of a Llama-like layer."""
+_ORDER = [*TARGETS, *MODULES]
+_GROUPS = {
+    "attention": ("attention_qkv", "attention_dense"),
+    "mlp": ("mlp_fc1", "mlp_fc2"),
+    "all": tuple(TARGETS),
+}
+_NEMO1_FUSED = {target.nemo1: name for name, target in TARGETS.items()}
+_NEMO1_TARGETS = _NEMO1_FUSED | {
+    "lora_unfused_kqv_adapter": "attention_qkv",
+    "lora_unfused_hto4h_adapter": "mlp_fc1",
+}
+#: What stands at the end of a tensor's name, by the program that wrote it.
+_ENDS = {
+    "nemo1": r"\.adapter_layer\.(?P<adapter>\w+)(?:\.(?P<part>\w+))?\.linear_(?P<half>in|out)",
+    "nemo2": r"\.adapter\.(?:adapter_(?P<part>\w+)\.)?(?:linear|weight)_(?P<half>in|out|magnitude)",
+    "peft": r"\.lora_(?:embedding_)?(?P<half>A|B|magnitude)(?:_vector)?"
+    r"(?:\.(?P<adapter>(?!weight$)\w+))?",
+}
+_ENDS = {style: re.compile(rf"{end}(?:\.weight)?$") for style, end in _ENDS.items()}
+_LAYER = re.compile(r"(?:^|\.)layers\.(?:(\d{1,6})\.)?(.+)")
+
+
+class Key(NamedTuple):
+    """What the name of an adapter's tensor says. ``stem`` is the module in full, ``module`` what
+    follows its layer; ``layer`` is None where layers are stacked, or outside of them; ``half`` is
+    A, B or magnitude; ``part`` is one of q, k, v, gate, up of an adapter of their own; ``adapter``
+    is NeMo 1's name, or the one that PEFT keeps in memory."""
+
+    style: str
+    stem: str
+    layer: int | None
+    module: str
+    half: str
+    part: str
+    adapter: str
+
+    @property
+    def target(self) -> str:
+        """What it adapts, in the words of the program that wrote it."""
+        if self.style == "nemo1":
+            return _NEMO1_TARGETS.get(self.adapter, self.adapter)
+        name = self.module.rpartition(".")[2]
+        if not self.part:
+            return name
+        # CanonicalLoRA has one adapter for each of q, k and v, and for up and gate.
+        return f"linear_fc1_{self.part}" if self.part in ("up", "gate") else f"linear_{self.part}"
+
+
+def parse(name: str) -> Key | None:
+    """What ``name`` says, or None where it is no adapter's."""
+    for style, pattern in _ENDS.items():
+        if end := pattern.search(name):
+            stem, said = name[: end.start()], end.groupdict()
+            layer = _LAYER.search(stem)
+            return Key(
+                style,
+                stem,
+                int(layer[1]) if layer and layer[1] else None,
+                layer[2] if layer else stem,
+                {"in": "A", "out": "B"}.get(said["half"], said["half"]),
+                said.get("part") or "",
+                said.get("adapter") or "",
+            )
+    return None
+
+
+def nemo1_key(layer: int, target: str, half: str) -> str:
+    """NeMo 1's name of a tensor, without the prefix that differs between versions."""
+    block = "self_attention" if target.startswith("attention") else "mlp"
+    side = "linear_in" if half == "A" else "linear_out"
+    return f"layers.{layer}.{block}.adapter_layer.{TARGETS[target].nemo1}.{side}.weight"
+
+
+def peft_key(layer: int, module: str, half: str) -> str:
+    """PEFT's name of a tensor of ``module`` (as in :data:`MODULES`)."""
+    end = "lora_magnitude_vector" if half == "magnitude" else f"lora_{half}.weight"
+    return f"{PEFT_PREFIX}model.layers.{layer}.{module}.{end}"
+
+
+def is_peft_key(name: str) -> bool:
+    """Whether PEFT finds the place of ``name`` in a Llama-like model, and servers do."""
+    key = parse(name)
+    return bool(key and key.layer is not None and name == peft_key(key.layer, key.module, key.half))
+
+
+@dataclass(frozen=True)
+class LoraTensors:
+    """What tensors say of their adapter. ``ranks`` are the different ones, sorted; DoRA has a
+    vector of magnitudes for each target as well."""
+
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...]
+    is_dora: bool
+
+    @property
+    def rank(self) -> int | None:
+        """The rank, where it is one."""
+        return self.ranks[0] if len(self.ranks) == 1 else None
+
+
+def find(tensors: Iterable[Any]) -> LoraTensors | None:
+    """What the adapter tensors among ``tensors`` say, or None when there are none."""
+    keys = [(key, tensor) for tensor in tensors if (key := parse(tensor.name))]
+    first = [(key, tensor) for key, tensor in keys if key.half == "A" and len(tensor.shape) >= 2]
+    if not first:
+        return None
+    return LoraTensors(
+        tuple(sorted({tensor.shape[-2] for _, tensor in first})),
+        tuple(sorted({key.target for key, _ in first})),
+        any(key.half == "magnitude" for key, _ in keys),
+    )
 
 
 class Halves(NamedTuple):
@@ -56,23 +198,277 @@ class Architecture:
     def features(self, target: str) -> tuple[int, int]:
         """Input and output features of the linear layer that ``target`` names, NeMo's or Hugging
         Face's."""
-        attention, groups = (
-            self.heads.attention * self.heads.channels,
-            self.heads.groups * self.heads.channels,
-        )
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        query = self.heads.attention * self.heads.channels
+        group = self.heads.groups * self.heads.channels
         return {
-            "attention_qkv": (self.hidden_size, self.heads.rows),
-            "attention_dense": (attention, self.hidden_size),
-            "mlp_fc1": (self.hidden_size, self.ffn_hidden_size * (2 if self.gated else 1)),
-            "mlp_fc2": (self.ffn_hidden_size, self.hidden_size),
-            "self_attn.q_proj": (self.hidden_size, attention),
-            "self_attn.k_proj": (self.hidden_size, groups),
-            "self_attn.v_proj": (self.hidden_size, groups),
-            "self_attn.o_proj": (attention, self.hidden_size),
-            "mlp.gate_proj": (self.hidden_size, self.ffn_hidden_size),
-            "mlp.up_proj": (self.hidden_size, self.ffn_hidden_size),
-            "mlp.down_proj": (self.ffn_hidden_size, self.hidden_size),
+            "attention_qkv": (hidden, self.heads.rows),
+            "attention_dense": (query, hidden),
+            "mlp_fc1": (hidden, ffn * (2 if self.gated else 1)),
+            "mlp_fc2": (ffn, hidden),
+            "self_attn.q_proj": (hidden, query),
+            "self_attn.k_proj": (hidden, group),
+            "self_attn.v_proj": (hidden, group),
+            "self_attn.o_proj": (query, hidden),
+            "mlp.gate_proj": (hidden, ffn),
+            "mlp.up_proj": (hidden, ffn),
+            "mlp.down_proj": (ffn, hidden),
         }[target]
+
+
+def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
+    """Hugging Face's modules for ``target`` in a base of ``sizes``, in the order of B's parts; a
+    module of Hugging Face's is itself."""
+    if target == "mlp_fc1" and sizes and not sizes.gated:
+        return ("mlp.up_proj",)
+    return TARGETS[target].modules if target in TARGETS else (target,)
+
+
+def ordered(targets: Iterable[str]) -> tuple[str, ...]:
+    """``targets``, NeMo's or Hugging Face's, each once, in the order of a forward pass."""
+    return tuple(sorted(set(targets), key=_ORDER.index))
+
+
+Place = tuple[int, str]
+"""Layer and target."""
+Shape = tuple[int | None, int | None]
+"""None for a size that is not known."""
+_MOST_PLACES = 1_000_000
+
+
+def faults(
+    places: Mapping[Place, Mapping[str, Any]],
+    layers: Collection[int],
+    shapes: Callable[[int, str], tuple[Shape, Shape]],
+    name: Callable[[int, str, str], str],
+    stated: str,
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with an adapter, and the tensor each time: every place has both halves, of one
+    rank and in the ``shapes`` of (A, B) that ``stated`` asks for, and each of ``layers``, and no
+    other, has every target.
+
+    ``places`` maps to the halves, A and B: anything with a ``shape``. ``name`` is the name of a
+    half.
+    """
+    targets = {target for _, target in places}
+    if len(layers) * len(targets) > _MOST_PLACES:
+        yield f"{len(layers):,} layers and {len(targets):,} targets are no adapter", ""
+        return
+    for (layer, target), halves in sorted(places.items()):
+        spot = f"layer {layer}, {target}" if layer >= 0 else target
+        for half, shape in zip("AB", shapes(layer, target), strict=True):
+            tensor = name(layer, target, half)
+            end = ".".join(tensor.split(".")[-2:])
+            if half not in halves:
+                yield f"{spot} has no {end}", tensor
+                continue
+            have = tuple(halves[half].shape)
+            # A convolution, which only PEFT adapts, has two more.
+            if (
+                len(have) < 2
+                or (len(have) > 2 and None not in shape)
+                or any(size not in (None, its) for size, its in zip(shape, have, strict=False))
+            ):
+                asked = ", ".join("*" if size is None else str(size) for size in shape)
+                yield f"{spot} {end} is {[*have]}, but {stated} asks for [{asked}]", tensor
+        a, b = (tuple(halves[half].shape) if half in halves else () for half in "AB")
+        if a and b and a[:1] != b[1:2]:
+            yield f"{spot}: A is {[*a]} and B is {[*b]}, of another rank", tensor
+        if layer not in layers:
+            yield f"a tensor for layer {layer}, but {stated} has {len(layers)} layers", tensor
+    for layer in sorted(layers):
+        for target in sorted(targets):
+            if (layer, target) not in places:
+                yield f"layer {layer} has no adapter for {target}", name(layer, target, "A")
+
+
+class Layout(NamedTuple):
+    """What the configuration of NeMo 1's adapter and the shapes of its tensors say."""
+
+    architecture: Architecture
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    weights: dict[Place, Halves]
+
+
+def read_layout(
+    source: Path, config: dict[str, Any], state: Mapping[str, Any], report: Report = stop
+) -> Layout:
+    """What ``config`` and the shapes of the tensors ``state`` say: halves, ranks, targets and
+    layers, each checked against the others.
+
+    ``state`` maps each key to anything with a ``shape``; no values are looked at. Errors as
+    :func:`workshop_utils.adapters.read.read_adapter`; those of one layer or tensor go to
+    ``report``.
+    """
+    where = shown(source)
+    lora = stated_lora(source, config)
+    architecture = architecture_of(source, config)
+    rank = number_of(source, lora, "adapter_dim")
+    alpha = lora.get("alpha")
+    if alpha is None:
+        raise DamagedCheckpoint(
+            f"{where}: model_config.yaml has no peft.lora_tuning.alpha, so the adapter's scale is "
+            f"not recorded. NeMo trains with alpha = adapter_dim then: write `alpha: {rank}` there "
+            "if that is how it was trained."
+        )
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise DamagedCheckpoint(
+            f"{where}: peft.lora_tuning.alpha is {alpha!r}; it must be a positive number."
+        )
+    places: dict[Place, dict[str, Any]] = {}
+    for name, tensor in state.items():
+        key = parse(name)
+        if not key or key.style != "nemo1":
+            if ".adapter_layer." not in name:
+                raise NotACheckpoint(
+                    f"{where} is not a LoRA adapter: it holds the tensor {name!r}."
+                )
+        elif key.layer is not None and not key.part and key.adapter in _NEMO1_FUSED:
+            halves = places.setdefault((key.layer, key.target), {})
+            if key.half in halves:
+                message = f"{where}: two tensors for {nemo1_key(key.layer, key.target, key.half)}; "
+                report(DamagedCheckpoint(f"{message}the second is {name!r}.", name))
+            halves[key.half] = tensor
+            continue
+        raise UnsupportedAdapter(
+            f"{where}: unknown adapter in the key {name!r}. Known are {', '.join(_NEMO1_FUSED)}."
+        )
+    targets = _targets(source, lora, {target for _, target in places}, report)
+    stated = (
+        f"model_config.yaml (adapter_dim {rank}, hidden_size {architecture.hidden_size}, "
+        f"ffn_hidden_size {architecture.ffn_hidden_size}, num_layers {architecture.num_layers}, "
+        f"heads/groups/channels {'/'.join(map(str, architecture.heads))})"
+    )
+
+    def shapes(_: int, target: str) -> tuple[Shape, Shape]:
+        inputs, outputs = architecture.features(target)
+        return (rank, inputs), (outputs, rank)
+
+    for fault, name in faults(places, range(architecture.num_layers), shapes, nemo1_key, stated):
+        report(DamagedCheckpoint(f"{where}: {fault}.", name))
+    weights = {
+        place: Halves(places[place]["A"], places[place]["B"])
+        for place in sorted(places, key=lambda place: (place[0], _ORDER.index(place[1])))
+        if len(places[place]) == 2
+    }
+    return Layout(architecture, rank, alpha, targets, weights)
+
+
+def stated_lora(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``peft.lora_tuning`` of the configuration, after checking that this is plain LoRA."""
+    where = shown(source)
+    peft = config.get("peft")
+    scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None
+    if scheme != "lora":
+        whole = scheme in (None, "none")
+        what = "a whole model" if whole else f"an adapter of another kind ({scheme})"
+        raise NotACheckpoint(
+            f"{where} is {what}: peft.peft_scheme in model_config.yaml is {scheme!r}, not 'lora'."
+        )
+    lora = peft.get("lora_tuning")
+    if not isinstance(lora, dict):
+        raise DamagedCheckpoint(f"{where}: model_config.yaml has no section peft.lora_tuning.")
+    if lora.get("variant", "nemo") != "nemo":
+        raise UnsupportedAdapter(
+            f"{where}: peft.lora_tuning.variant is {lora['variant']!r}; only 'nemo' (fused q, k, "
+            "v) can be exported."
+        )
+    for field in ("layer_selection", "weight_tying"):
+        if lora.get(field):
+            raise UnsupportedAdapter(
+                f"{where}: peft.lora_tuning.{field} is set; only adapters with their own weights "
+                "in every layer can be exported."
+            )
+    return lora
+
+
+def number_of(source: Path, config: dict[str, Any], field: str, default: int | None = None) -> int:
+    """The positive integer ``field`` of NeMo 1's configuration."""
+    value = default if config.get(field) is None else config[field]
+    if type(value) is not int or value < 1:
+        raise DamagedCheckpoint(
+            f"{shown(source)}: {field} in model_config.yaml is {value!r}; it must be a positive "
+            "integer."
+        )
+    return value
+
+
+def architecture_of(source: Path, config: dict[str, Any]) -> Architecture:
+    """Defaults as in ``LoraPEFTConfig``: groups default to heads, ``kv_channels`` to ``hidden_size
+    / heads``."""
+    hidden, heads = (
+        number_of(source, config, name) for name in ("hidden_size", "num_attention_heads")
+    )
+    groups = number_of(source, config, "num_query_groups", default=heads)
+    uneven = ""
+    if heads % groups:
+        uneven = f"num_attention_heads {heads} is not a multiple of num_query_groups {groups}"
+    elif config.get("kv_channels") is None and hidden % heads:
+        uneven = (
+            f"kv_channels is not set, and hidden_size {hidden} is not a multiple of "
+            f"num_attention_heads {heads}"
+        )
+    if uneven:
+        raise DamagedCheckpoint(f"{shown(source)}: {uneven}.")
+    return Architecture(
+        hidden_size=hidden,
+        ffn_hidden_size=number_of(source, config, "ffn_hidden_size", default=4 * hidden),
+        num_layers=number_of(source, config, "num_layers"),
+        heads=Heads(
+            heads, groups, number_of(source, config, "kv_channels", default=hidden // heads)
+        ),
+        activation=str(config.get("activation")),
+    )
+
+
+def _targets(
+    source: Path, lora: dict[str, Any], there: set[str], report: Report
+) -> tuple[str, ...]:
+    """The targets in the tensors, after checking them against ``target_modules`` (NeMo's default is
+    attention_qkv)."""
+    named = lora.get("target_modules") or ["attention_qkv"]
+    named = [named] if isinstance(named, str) else named
+    stated = {target for name in named for target in _GROUPS.get(name, (name,))}
+    if unknown := sorted(stated - TARGETS.keys()):
+        raise UnsupportedAdapter(
+            f"{shown(source)}: unknown target {unknown[0]!r} in peft.lora_tuning.target_modules."
+        )
+    if there != stated:
+        report(
+            DamagedCheckpoint(
+                f"{shown(source)}: peft.lora_tuning.target_modules names "
+                f"{', '.join(sorted(stated))}, but the tensors are for {', '.join(sorted(there))}."
+            )
+        )
+    return ordered(there)
+
+
+#: Fields of PEFT's LoraConfig (0.17) that change what is computed, which nobody but PEFT takes, and
+#: the values with which they do nothing.
+_PEFT_FIELDS = {
+    "bias": ("none",),
+    "modules_to_save": ([],),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "trainable_token_indices": ([],),
+    "target_parameters": ([],),
+    "layer_replication": ([],),
+    "use_qalora": (False,),
+    "alora_invocation_tokens": ([],),
+}
+_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+def peft_only(config: Mapping[str, Any]) -> list[str]:
+    """The fields in ``adapter_config.json`` that only PEFT itself takes into account."""
+    fields = [name for name, idle in _PEFT_FIELDS.items() if config.get(name) not in (None, *idle)]
+    # PEFT changes the base when it loads such an adapter.
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+        fields.append("init_lora_weights")
+    return fields
 
 
 def of_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
@@ -85,268 +481,94 @@ def of_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) 
     """
     pattern = config.get(name)
     for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-        plain = str(key).removeprefix("^").removeprefix("base_model.model.").replace("\\.", ".")
+        plain = str(key).removeprefix("^").removeprefix(PEFT_PREFIX).replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
             raise UnsupportedAdapter(
-                f"adapter_config.json: the key {key!r} of {name} is a pattern; only plain names "
-                "are read."
+                f"{PEFT_CONFIG}: the key {key!r} of {name} is a pattern; only plain names are read."
             )
         if module == plain or module.endswith(f".{plain}"):
             return value
     return default
 
 
-_GROUPS_OF_TARGETS = {
-    "attention": ("attention_qkv", "attention_dense"),
-    "mlp": ("mlp_fc1", "mlp_fc2"),
-    "all": tuple(TARGETS.values()),
-}
+def peft_scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
+    """What PEFT multiplies ``B A`` of ``module`` with: ``lora_alpha / r``, with ``use_rslora``
+    ``lora_alpha / sqrt(r)``. None where alpha is no positive number."""
+    alpha = of_pattern(config, "alpha_pattern", module, number(config, "lora_alpha"))
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        return None
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
 
-_KEY = re.compile(
-    r"(?:.*\.)?layers\.(\d+)\.(?:self_attention|mlp)\.adapter_layer\.(\w+)\.(linear_in|linear_out)\.weight"
-)
+def peft_faults(config: Mapping[str, Any], tensors: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a PEFT adapter by its names and shapes, and the tensor each time: see
+    :func:`faults`; besides, ``target_modules`` and ``layers_to_transform`` name just what is there.
 
-
-_ANY_ADAPTER = re.compile(r".*\.adapter_layer\.(\w+)\..*")
-
-
-class Layout(NamedTuple):
-    """What an adapter's configuration and the shapes of its tensors say; fields as in
-    :class:`.adapter.LoraAdapter`."""
-
-    architecture: Architecture
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    weights: dict[tuple[int, str], Halves]
-
-
-def read_layout(
-    source: Path, config: dict[str, Any], state: Mapping[str, Any], report: Report = stop
-) -> Layout:
-    """What ``config`` and the shapes of the tensors ``state`` say: halves, ranks, targets and
-    layers, each checked against the others.
-
-    ``state`` maps each key to anything with a ``shape``; no values are looked at. Errors as
-    :func:`read_adapter`; those of one layer or tensor go to ``report``.
+    Tensors that are no LoRA matrices (``modules_to_save``) are left alone.
     """
-    lora = stated_lora(source, config)
-    architecture = architecture_of(source, config)
-    rank, alpha = _rank_and_alpha(source, lora)
-    weights, broken = _weights(source, state, report)
-    targets = _targets(source, lora, {*weights, *broken}, report)
-    _check_layers(source, architecture.num_layers, targets, {*weights, *broken}, report)
-    _check_shapes(source, architecture, weights, rank, report)
-    return Layout(architecture, rank, alpha, targets, weights)
+    places: dict[Place, dict[str, Any]] = {}
+    stems: dict[Place, str] = {}
+    for tensor in tensors:
+        key = parse(tensor.name)
+        if key and key.style == "peft" and key.half != "magnitude":
+            # Outside the layers there is one place each.
+            place = (key.layer, key.module) if key.layer is not None else (-1, key.stem)
+            places.setdefault(place, {})[key.half] = tensor
+            stems[place] = key.stem
+    if not places:
+        yield "it holds no LoRA matrices", ""
+        return
 
+    def shapes(layer: int, module: str) -> tuple[Shape, Shape]:
+        stem = stems.get((layer, module), module)
+        try:
+            rank = of_pattern(config, "rank_pattern", stem, size(config, "r"))
+        except UnsupportedAdapter:
+            rank = None
+        rank = rank if type(rank) is int else None
+        return (rank, None), (None, rank)
 
-def stated_lora(source: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """``peft.lora_tuning`` of the configuration, after checking that this is plain LoRA."""
-    peft = config.get("peft")
-    scheme = peft.get("peft_scheme") if isinstance(peft, dict) else None
-    if scheme != "lora":
-        what = (
-            "a whole model"
-            if scheme in (None, "none")
-            else f"an adapter of another kind ({scheme})"
+    def name(layer: int, module: str, half: str) -> str:
+        return (
+            f"{stems[layer, module]}.lora_{half}.weight"
+            if (layer, module) in stems
+            else (peft_key(layer, module, half))
         )
-        raise NotACheckpoint(
-            f"{shown(source)} is {what}: peft.peft_scheme in model_config.yaml is {scheme!r}, "
-            "not 'lora'."
+
+    inside = {place: halves for place, halves in places.items() if place[0] >= 0}
+    outside = {place: halves for place, halves in places.items() if place[0] < 0}
+    there = {layer for layer, _ in inside}
+    picked = config.get("layers_to_transform")
+    wanted = {
+        layer for layer in (picked if isinstance(picked, list) else [picked]) if type(layer) is int
+    }
+    stated = f"{PEFT_CONFIG} (r = {config.get('r')})"
+    if picked in (None, []):
+        wanted = set(range(max(there, default=-1) + 1))
+    elif wanted != there:
+        layers = ", ".join(map(str, sorted(there)))
+        yield (
+            f"{PEFT_CONFIG} has layers_to_transform = {str(picked)[:60]}, but the tensors are for "
+            f"the layers {layers}",
+            "",
         )
-    lora = peft.get("lora_tuning")
-    if not isinstance(lora, dict):
-        raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml has no section peft.lora_tuning."
-        )
-    if lora.get("variant", "nemo") != "nemo":
-        raise UnsupportedAdapter(
-            f"{shown(source)}: peft.lora_tuning.variant is {lora['variant']!r}; only 'nemo' "
-            "(fused q, k, v) can be exported."
-        )
-    for field in ("layer_selection", "weight_tying"):
-        if lora.get(field):
-            raise UnsupportedAdapter(
-                f"{shown(source)}: peft.lora_tuning.{field} is set; only adapters with their own "
-                "weights in every layer can be exported."
-            )
-    return lora
-
-
-def number_of(source: Path, config: dict[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: {field} in model_config.yaml is {value!r}; it must be a positive "
-            "integer."
-        )
-    return value
-
-
-def architecture_of(source: Path, config: dict[str, Any]) -> Architecture:
-    """Defaults as in ``LoraPEFTConfig``: groups default to heads, ``kv_channels`` to ``hidden_size
-    / heads``."""
-    hidden, heads = (
-        number_of(source, config, "hidden_size"),
-        number_of(source, config, "num_attention_heads"),
-    )
-    groups = number_of(source, config, "num_query_groups", default=heads)
-    if heads % groups:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: num_attention_heads {heads} is not a multiple of num_query_groups "
-            f"{groups}."
-        )
-    if config.get("kv_channels") is None and hidden % heads:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: kv_channels is not set, and hidden_size {hidden} is not a "
-            f"multiple of num_attention_heads {heads}."
-        )
-    return Architecture(
-        hidden_size=hidden,
-        ffn_hidden_size=number_of(source, config, "ffn_hidden_size", default=4 * hidden),
-        num_layers=number_of(source, config, "num_layers"),
-        heads=Heads(
-            heads, groups, number_of(source, config, "kv_channels", default=hidden // heads)
-        ),
-        activation=str(config.get("activation")),
-    )
-
-
-def _rank_and_alpha(source: Path, lora: dict[str, Any]) -> tuple[int, float]:
-    rank = number_of(source, lora, "adapter_dim")
-    alpha = lora.get("alpha")
-    if alpha is None:
-        raise DamagedCheckpoint(
-            f"{shown(source)}: model_config.yaml has no peft.lora_tuning.alpha, so the adapter's "
-            "scale is not recorded. NeMo trains with alpha = adapter_dim then: write `alpha: "
-            f"{rank}` there if that is how it was trained."
-        )
-    if (
-        isinstance(alpha, bool)
-        or not isinstance(alpha, int | float)
-        or not math.isfinite(alpha)
-        or alpha <= 0
-    ):
-        raise DamagedCheckpoint(
-            f"{shown(source)}: peft.lora_tuning.alpha is {alpha!r}; it must be a positive number."
-        )
-    return rank, alpha
-
-
-def _weights(
-    source: Path, state: Mapping[str, Tensor], report: Report
-) -> tuple[dict[tuple[int, str], Halves], set[tuple[int, str]]]:
-    """The flat ``state`` by layer and target, and those that lack a half.
-
-    Prefixes before ``layers.`` differ between versions and are dropped.
-    """
-    halves: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if not match or match[2] not in TARGETS:
-            adapter = _ANY_ADAPTER.fullmatch(key)
-            if not adapter:
-                raise NotACheckpoint(
-                    f"{shown(source)} is not a LoRA adapter: it holds the tensor {key!r}."
+        wanted = there
+    yield from faults(inside, wanted, shapes, name, stated)
+    yield from faults(outside, [-1], shapes, name, stated)
+    named = config.get("target_modules")
+    if isinstance(named, list):
+        names = {str(each) for each in named}
+        unused = names - {
+            each
+            for each in names
+            if any(stem == each or stem.endswith(f".{each}") for stem in stems.values())
+        }
+        if unused:
+            yield f"{PEFT_CONFIG} names the module {min(unused)}, which has no tensors", ""
+        for place, stem in stems.items():
+            if not any(stem == each or stem.endswith(f".{each}") for each in names):
+                yield (
+                    f"{name(*place, 'A')} is for a module that {PEFT_CONFIG} does not name in "
+                    "target_modules",
+                    name(*place, "A"),
                 )
-            known = ", ".join(TARGETS)
-            raise UnsupportedAdapter(
-                f"{shown(source)}: unknown adapter {adapter[1]!r} in the key {key!r}. Known are "
-                f"{known}."
-            )
-        one = halves.setdefault((int(match[1]), TARGETS[match[2]]), {})
-        if match[3] in one:
-            report(
-                DamagedCheckpoint(
-                    f"{shown(source)}: two tensors for {match[3]} of layer {match[1]}; the "
-                    f"second is {key!r}.",
-                    key,
-                )
-            )
-        one[match[3]] = tensor
-    for (layer, target), one in halves.items():
-        for half in Halves._fields:
-            if half not in one:
-                name = short_key(layer, target, half)
-                report(
-                    DamagedCheckpoint(
-                        f"{shown(source)}: layer {layer}, {target} has no {half}.weight.", name
-                    )
-                )
-    whole = [place for place, one in halves.items() if len(one) == len(Halves._fields)]
-    whole.sort(key=lambda place: (place[0], list(TARGETS.values()).index(place[1])))
-    return {place: Halves(**halves[place]) for place in whole}, halves.keys() - set(whole)
-
-
-def short_key(layer: int, target: str, half: str) -> str:
-    """The key of a tensor, without the prefix that differs between versions."""
-    block = "self_attention" if target.startswith("attention") else "mlp"
-    adapter = next(name for name, its_target in TARGETS.items() if its_target == target)
-    return f"layers.{layer}.{block}.adapter_layer.{adapter}.{half}.weight"
-
-
-def _targets(
-    source: Path, lora: dict[str, Any], places: set[tuple[int, str]], report: Report
-) -> tuple[str, ...]:
-    """The targets in the tensors, after checking them against ``target_modules`` (NeMo's default is
-    attention_qkv)."""
-    named = lora.get("target_modules") or ["attention_qkv"]
-    named = [named] if isinstance(named, str) else named
-    wanted = {target for name in named for target in _GROUPS_OF_TARGETS.get(name, (name,))}
-    unknown = sorted(wanted - set(TARGETS.values()))
-    if unknown:
-        raise UnsupportedAdapter(
-            f"{shown(source)}: unknown target {unknown[0]!r} in peft.lora_tuning.target_modules."
-        )
-    found = {target for _, target in places}
-    if found != wanted:
-        report(
-            DamagedCheckpoint(
-                f"{shown(source)}: peft.lora_tuning.target_modules names "
-                f"{', '.join(sorted(wanted))}, but the tensors are for "
-                f"{', '.join(sorted(found))}."
-            )
-        )
-    return tuple(target for target in TARGETS.values() if target in found)
-
-
-def _check_layers(
-    source: Path, count: int, targets: tuple[str, ...], places: set[tuple[int, str]], report: Report
-) -> None:
-    """Every one of ``count`` layers has every target, and there are no others."""
-    for layer, target in sorted(places):
-        if layer >= count:
-            message = f"{shown(source)}: a tensor for layer {layer}, but num_layers is {count}."
-            report(DamagedCheckpoint(message, short_key(layer, target, "linear_in")))
-    for layer in range(count):
-        for target in targets:
-            if (layer, target) not in places:
-                message = f"{shown(source)}: layer {layer} has no adapter for {target}."
-                report(DamagedCheckpoint(message, short_key(layer, target, "linear_in")))
-
-
-def _check_shapes(
-    source: Path,
-    architecture: Architecture,
-    weights: dict[tuple[int, str], Halves],
-    rank: int,
-    report: Report,
-) -> None:
-    """Both halves have the shapes that the configuration implies."""
-    for (layer, target), halves in weights.items():
-        inputs, outputs = architecture.features(target)
-        for half, tensor, shape in zip(
-            Halves._fields, halves, ((rank, inputs), (outputs, rank)), strict=True
-        ):
-            if tuple(tensor.shape) != shape:
-                message = (
-                    f"{shown(source)}: layer {layer}, {target} {half}.weight is "
-                    f"{list(tensor.shape)}, but model_config.yaml (adapter_dim {rank}, "
-                    f"hidden_size {architecture.hidden_size}, ffn_hidden_size "
-                    f"{architecture.ffn_hidden_size}, heads/groups/channels "
-                    f"{'/'.join(map(str, architecture.heads))}) asks for {list(shape)}."
-                )
-                report(DamagedCheckpoint(message, short_key(layer, target, half)))

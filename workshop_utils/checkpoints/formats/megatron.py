@@ -26,7 +26,7 @@ from workshop_utils.checkpoints.formats import (
     decoder_config,
     foreign_names,
     lightning,
-    lora_tensors,
+    lora_layout,
     saved_tensors,
     torch_archive,
     torch_dist,
@@ -198,7 +198,7 @@ def _tokenizer(path: Path, run: Mapping[str, Any], args: Mapping[str, Any]) -> s
 
 def _adapter(run: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter | None:
     """Megatron-Bridge saves only the adapter's tensors when it trains one."""
-    lora = lora_tensors.find(tensors.values())
+    lora = lora_layout.find(tensors.values())
     if lora is None or not all(".adapter." in name for name in tensors):
         return None
     peft, base = section(run, "peft"), text(section(run, "checkpoint"), "pretrained_checkpoint")

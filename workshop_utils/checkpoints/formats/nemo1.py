@@ -18,7 +18,7 @@ from typing import Any
 from workshop_utils.checkpoints.formats import (
     decoder_config,
     foreign_names,
-    lora_tensors,
+    lora_layout,
     nemo1_config,
     nemo_archive,
     safe_text,
@@ -226,7 +226,7 @@ def _adapter(
     trained with the same settings."""
     if not tensors or not all(".adapter_layer." in tensor.name for tensor in tensors):
         return None
-    lora, stated = lora_tensors.find(tensors), nemo1_config.adapter(config)
+    lora, stated = lora_layout.find(tensors), nemo1_config.adapter(config)
     base = text(config, "restore_from_path")
     found = stated or Adapter(
         None, None, (), base, Path(base).exists() if base else None, variant="not LoRA"

@@ -22,7 +22,7 @@ from workshop_utils.checkpoints.formats import (
     decoder_config,
     foreign_names,
     gpt_config,
-    lora_tensors,
+    lora_layout,
     tokenizer_files,
     torch_dist,
     zarr_directory,
@@ -190,7 +190,7 @@ def _tokenizer(context: Path, model: Mapping[str, Any]) -> str | None:
 
 def _adapter(found: Nemo2Checkpoint, tensors: Mapping[str, Tensor]) -> Adapter:
     """Rank and targets as the tensors have them; alpha and kind as ``model_transform`` has them."""
-    lora = lora_tensors.find(tensors.values())
+    lora = lora_layout.find(tensors.values())
     transform, base = (
         section(found.model, "model_transform"),
         text(found.adapter, "model_ckpt_path"),

@@ -82,7 +82,6 @@ class _Plain(yaml.SafeDumper):
     """Writes what occurs twice twice, and no anchors."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Always: PyYAML then writes no anchor for an object that it meets again."""
         return True
 
 

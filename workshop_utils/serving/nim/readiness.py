@@ -8,84 +8,40 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from workshop_utils.core.errors import NimFailed
 from workshop_utils.core.progress import progress_bar
 
-_PATTERNS: tuple[tuple[Literal["error", "loaded"], str, str], ...] = (
-    (
-        "error",
-        (
-            r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for "  # noqa: E501
-            r"the cache blocks"
-        ),
-        (
-            "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the "
-            "container), fewer adapters, or another GPU"
-        ),
-    ),
-    (
-        "error",
-        r"No space left on device",
-        "the disk of the cache is full: give --cache a directory on a larger one",
-    ),
-    (
-        "error",
-        r"Permission denied.*(/opt/nim|\.cache)|(/opt/nim|\.cache).*Permission denied",
-        (
-            "the container may not write its cache: the directory of --cache has to belong to the "
-            "user that starts the NIM"
-        ),
-    ),
-    (
-        "error",
-        (
-            r"\b401\b.*(ngc|nvidia|registry|token)|\b403\b.*(ngc|nvidia|registry)|Authentication "
-            r"(Error|failed)|Invalid API key|NGC_API_KEY.*(missing|not set|invalid)"
-        ),
-        (
-            "NGC refused the key: it has to be valid for this model (make a new one at "
-            "https://org.ngc.nvidia.com/setup)"
-        ),
-    ),
-    (
-        "error",
-        (
-            r"No (compatible|valid|suitable|matching) profile|profile.*(not found|not "
-            r"compatible|incompatible)|Could not (find|match).*profile"
-        ),
-        (
-            "no profile of this image fits the GPU: choose one with --profile "
-            "(`list-model-profiles` in the container lists them)"
-        ),
-    ),
-    (
-        "error",
-        (
-            r"LoRA rank \d+ is greater than max_lora_rank|rank.*(exceeds|greater than|larger "
-            r"than).*max"
-        ),
-        "an adapter's rank is above NIM_MAX_LORA_RANK: start with a higher --max-lora-rank",
-    ),
-    (
-        "error",
-        (
-            r"No adapter found for|(failed|unable|could not|cannot) (to "
-            r")?load.*(lora|adapter|peft)|(lora|adapter|peft).*(failed to load|could not be "
-            r"loaded|loading failed|is invalid)"
-        ),
-        "an adapter was refused: look at it with `workshop conform STORE/NAME --reader nim1`",
-    ),
-    ("error", r"Address already in use", "the port inside the container is taken"),
-    (
-        "loaded",
-        r"(Loaded|Added|Adding|Registered|Loading) (new )?(LoRA|adapter|PEFT)",
-        "an adapter was taken in",
-    ),
-)
+#: What a line of the log says, and what it means: of what went wrong, and of an adapter taken in.
+_ERRORS = (
+    (r"CUDA out of memory|OutOfMemoryError|cudaErrorMemoryAllocation|No available memory for the "
+     r"cache blocks",
+     "out of GPU memory: use a smaller profile (--profile; `list-model-profiles` in the "
+     "container), fewer adapters, or another GPU"),
+    (r"No space left on device",
+     "the disk of the cache is full: give --cache a directory on a larger one"),
+    (r"Permission denied.*(/opt/nim|\.cache)|(/opt/nim|\.cache).*Permission denied",
+     "the container may not write its cache: the directory of --cache has to belong to the user "
+     "that starts the NIM"),
+    (r"\b401\b.*(ngc|nvidia|registry|token)|\b403\b.*(ngc|nvidia|registry)|Authentication "
+     r"(Error|failed)|Invalid API key|NGC_API_KEY.*(missing|not set|invalid)",
+     "NGC refused the key: it has to be valid for this model (make a new one at "
+     "https://org.ngc.nvidia.com/setup)"),
+    (r"No (compatible|valid|suitable|matching) profile|profile.*(not found|not "
+     r"compatible|incompatible)|Could not (find|match).*profile",
+     "no profile of this image fits the GPU: choose one with --profile (`list-model-profiles` in "
+     "the container lists them)"),
+    (r"LoRA rank \d+ is greater than max_lora_rank|rank.*(exceeds|greater than|larger than).*max",
+     "an adapter's rank is above NIM_MAX_LORA_RANK: start with a higher --max-lora-rank"),
+    (r"No adapter found for|(failed|unable|could not|cannot) (to )?load.*(lora|adapter|peft)|"
+     r"(lora|adapter|peft).*(failed to load|could not be loaded|loading failed|is invalid)",
+     "an adapter was refused: look at it with `workshop conform STORE/NAME --reader nim1`"),
+    (r"Address already in use", "the port inside the container is taken"),
+)  # fmt: skip
+_LOADED = r"(Loaded|Added|Adding|Registered|Loading) (new )?(LoRA|adapter|PEFT)"
 
 
 @dataclass(frozen=True)
@@ -100,14 +56,17 @@ class Finding:
 def read_log(text: str) -> list[Finding]:
     """The first line of each cause of failure in ``text``, and every line about an adapter that was
     taken in."""
-    found: dict[tuple[str, str], Finding] = {}
+    findings: dict[tuple[str, str], Finding] = {}
     for line in text.splitlines():
-        for kind, pattern, meaning in _PATTERNS:
+        for pattern, meaning in _ERRORS:
             if re.search(pattern, line, re.IGNORECASE):
-                key = (meaning, line if kind == "loaded" else "")
-                found.setdefault(key, Finding(kind, line.strip(), meaning))
+                findings.setdefault((meaning, ""), Finding("error", line.strip(), meaning))
                 break
-    return list(found.values())
+        else:
+            if re.search(_LOADED, line, re.IGNORECASE):
+                loaded = Finding("loaded", line.strip(), "an adapter was taken in")
+                findings.setdefault((loaded.meaning, line), loaded)
+    return list(findings.values())
 
 
 def wait(
@@ -167,8 +126,3 @@ def models(url: str) -> list[str]:
         return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
         raise NimFailed(f"{url}/v1/models gives no list of models: {error}") from error
-
-
-def not_served(staged: Collection[str], served: Collection[str]) -> list[str]:
-    """The adapters of the store that the server does not list."""
-    return sorted(set(staged) - set(served))

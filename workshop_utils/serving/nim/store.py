@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Literal
 from workshop_utils.adapters.adapter import NAME, NAME_RULE
 from workshop_utils.adapters.base_id import same_base
 from workshop_utils.adapters.read import find_adapter
-from workshop_utils.adapters.rules.judge import judge
+from workshop_utils.adapters.rules import ANY_RANK, READERS, check
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.architecture import Architecture
 from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG, parse
 from workshop_utils.checkpoints.formats.summary import Checkpoint
-from workshop_utils.checkpoints.verify import layers
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
 from workshop_utils.core.errors import (
@@ -31,10 +30,13 @@ from workshop_utils.core.errors import (
 )
 from workshop_utils.core.paths import shown
 
-MAX_RANK = 32
+MAX_RANK = READERS["nim1"].usual
 """``NIM_MAX_LORA_RANK`` where nothing else is known: that of a published profile of NIM 1.x."""
-_ANY_RANK = 1 << 20
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_PEFT_FILES = (PEFT_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
+#: Layers whose input is the hidden state.
+_READ_HIDDEN = {
+    "attention_qkv", "mlp_fc1", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,8 @@ def stage(
             :func:`workshop_utils.adapters.export.export`) or its directory.
         name: the model's id in the API.
         base: the model that will be served, a directory or its id; a warning where the adapter's
-            own base is another, or the dtype of
-            the directory's weights. Without it the bases that the other adapters of the store
-            record are compared: one NIM has one.
+            own base is another, or the dtype of the directory's weights. Without it the bases that
+            the other adapters of the store record are compared: one NIM has one.
         max_rank: ``NIM_MAX_LORA_RANK`` of the server; a warning when the adapter's rank is above
             it.
         reader: whose rules: those of NIM 1.x or 2.x (see :mod:`workshop_utils.adapters.rules`).
@@ -92,10 +93,26 @@ def stage(
     require_sound(adapter, trust)
     described = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
-    about_base, notes = (
-        _compare_with_base(described, base) if base else _compare_with_store(described, store, name)
-    )
-    warnings = (*_rank_warnings(rank, max_rank), *about_base)
+    warnings, notes = [], ()
+    if rank and rank > max_rank:
+        warnings.append(
+            f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. Start "
+            f"it with --max-lora-rank {rank}."
+        )
+    if base:
+        warnings += _compare_with_base(described, base)
+    else:
+        others = {other: its for other, its in _bases(store).items() if other != name}
+        trained = _recorded(described)
+        if not trained or not others:
+            last = _last(trained)
+            notes = (f"it was trained on {last}; not compared with the NIM's model: give --base",)
+        elif other := next((its for its in others if not same_base(others[its], trained)), None):
+            warnings.append(
+                f"it was trained on {_last(trained)}, but {other} in this store on "
+                f"{_last(others[other])}: a NIM serves the adapters of one base."
+            )
+    warnings = tuple(warnings)
     files = _files(described.path, name)
     existed = target.exists()
     if existed and _same(target, files):
@@ -122,68 +139,44 @@ def names(store: Path | str) -> list[str]:
 
 
 def _place(name: str, store: Path) -> Path:
+    """The directory of the adapter ``name``, once nothing else is in its place."""
+    target, fault = store / name, ""
     if not NAME.fullmatch(name):
-        raise WorkshopError(f"{name!r} cannot be a model's id in a store: {NAME_RULE}.")
-    if store.exists() and not store.is_dir():
-        raise WorkshopError(f"{shown(store)} is a file; the store is a directory.")
-    if store.is_dir() and (any(store.glob("*.nemo")) or (store / _PEFT_FILES[0]).exists()):
-        raise WorkshopError(
-            f"{shown(store)} is itself an adapter. A store has a directory for each: give the "
-            "one above."
+        fault = f"{name!r} cannot be a model's id in a store: {NAME_RULE}"
+    elif store.exists() and not store.is_dir():
+        fault = f"{shown(store)} is a file; the store is a directory"
+    elif store.is_dir() and (any(store.glob("*.nemo")) or (store / PEFT_CONFIG).exists()):
+        fault = (
+            f"{shown(store)} is itself an adapter. A store has a directory for each: give the one "
+            "above"
         )
-    target = store / name
-    if target.exists() and not target.is_dir():
-        raise WorkshopError(
-            f"{shown(target)} is a file, where the directory of the adapter would go."
-        )
-    foreign = (
-        [
-            file.name
-            for file in target.iterdir()
-            if file.suffix != ".nemo" and file.name not in _PEFT_FILES
-        ]
-        if target.exists()
-        else []
-    )
-    if foreign:
-        raise WorkshopError(
-            f"{shown(target)} holds {min(foreign)!r}, which is no part of an adapter: it is not "
-            "replaced. Move it away."
-        )
+    elif target.exists() and not target.is_dir():
+        fault = f"{shown(target)} is a file, where the directory of the adapter would go"
+    elif target.exists():
+        files = [file.name for file in target.iterdir() if file.suffix != ".nemo"]
+        if foreign := set(files) - set(_PEFT_FILES):
+            fault = (
+                f"{shown(target)} holds {min(foreign)!r}, which is no part of an adapter: it is "
+                "not replaced. Move it away"
+            )
+    if fault:
+        raise WorkshopError(f"{fault}.")
     return target
 
 
 def _require_readable(adapter: Path, reader: str) -> Checkpoint:
     """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only
     warned about."""
-    found = judge(adapter, reader, _ANY_RANK)
-    if not found.conforms:
-        lines = [f"  {rule.rule}: {rule.fault}\n    fix: {rule.fix}" for rule in found.broken]
-        raise ConformanceFailed(
-            "\n".join(
-                [
-                    f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed.",
-                    *lines,
-                ]
-            )
-        )
+    broken = check(adapter, reader, ANY_RANK, copied=True).broken
+    if broken:
+        lines = [f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed."]
+        lines += [f"  {its.rule}: {its.fault}\n    fix: {its.fix}" for its in broken]
+        raise ConformanceFailed("\n".join(lines))
     return identify(adapter)
 
 
-def _rank_warnings(rank: int | None, max_rank: int) -> list[str]:
-    if rank is None or rank <= max_rank:
-        return []
-    return [
-        (
-            f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. "
-            f"Start it with --max-lora-rank {rank}."
-        )
-    ]
-
-
-def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str], tuple[str, ...]]:
-    """Warnings, and no notes. Other names are a warning, since one model has many; other sizes
-    never work."""
+def _compare_with_base(adapter: Checkpoint, base: Path | str) -> list[str]:
+    """Warnings. Other names are one, since one model has many; other sizes never work."""
     warnings, trained = [], _recorded(adapter)
     served = os.path.abspath(base) if Path(base).is_dir() else str(base)
     if (Path(base) / "config.json").is_file():
@@ -200,42 +193,18 @@ def _compare_with_base(adapter: Checkpoint, base: Path | str) -> tuple[list[str]
             f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on "
             "another base it answers nonsense."
         )
-    return warnings, ()
-
-
-def _compare_with_store(
-    adapter: Checkpoint, store: Path, name: str
-) -> tuple[list[str], tuple[str, ...]]:
-    """A warning where an adapter of ``store`` other than ``name`` records another base, a note
-    where none records any."""
-    trained, others = (
-        _recorded(adapter),
-        {other: base for other, base in _bases(store).items() if other != name},
-    )
-    if not trained or not others:
-        return [], (
-            f"it was trained on {_last(trained)}; not compared with the NIM's model: give --base",
-        )
-    other = next((other for other, base in others.items() if not same_base(base, trained)), None)
-    if other is None:
-        return [], ()
-    return [
-        (
-            f"it was trained on {_last(trained)}, but {other} in this store on "
-            f"{_last(others[other])}: a NIM serves the adapters of one base."
-        )
-    ], ()
+    return warnings
 
 
 def _bases(store: Path) -> dict[str, str]:
     """The bases that the adapters in ``store`` record, by name; one that cannot be read records
     none."""
-    found = {}
+    bases = {}
     for name in names(store):
         with contextlib.suppress(CheckpointError, OSError):
             archives = sorted((store / name).glob("*.nemo"))
-            found[name] = _recorded(identify(archives[0] if archives else store / name))
-    return {name: base for name, base in found.items() if base}
+            bases[name] = _recorded(identify(archives[0] if archives else store / name))
+    return {name: base for name, base in bases.items() if base}
 
 
 def _recorded(adapter: Checkpoint) -> str:
@@ -248,25 +217,19 @@ def _last(base: str) -> str:
 
 
 def _refuse_other_sizes(adapter: Checkpoint, base: Architecture | None, served: Path) -> None:
-    if base is None:
-        return
-    numbers = {layers.number(tensor.name) for tensor in adapter.tensors} - {None}
+    keys = [(key, tensor.shape) for tensor in adapter.tensors if (key := parse(tensor.name))]
+    last = max((key.layer for key, _ in keys if key.layer is not None), default=0)
     inputs = {
-        tensor.shape[1]
-        for tensor in adapter.tensors
-        if _reads_hidden(tensor.name) and len(tensor.shape) == 2
+        shape[1]
+        for key, shape in keys
+        if key.half == "A" and key.target in _READ_HIDDEN and len(shape) == 2
     }
-    if max(numbers, default=0) >= base.layers or inputs - {base.hidden}:
+    if base and (last >= base.layers or inputs - {base.hidden}):
         raise UnsupportedAdapter(
-            f"{shown(adapter.path)} is for {max(numbers, default=-1) + 1} layers of hidden size "
+            f"{shown(adapter.path)} is for {last + 1} layers of hidden size "
             f"{', '.join(map(str, sorted(inputs)))}; {shown(served)} has {base.layers} layers of "
             f"hidden size {base.hidden}. Serve it on the model that it was trained on."
         )
-
-
-def _reads_hidden(name: str) -> bool:
-    """Whether this is the A of a module whose input is the hidden state."""
-    return bool(re.search(r"(q|k|v|gate|up)_proj\.lora_A|(kqv|hto4h)_adapter\.linear_in", name))
 
 
 def _files(source: Path, name: str) -> dict[str, Path]:
@@ -276,8 +239,6 @@ def _files(source: Path, name: str) -> dict[str, Path]:
 
 
 def _same(target: Path, files: dict[str, Path]) -> bool:
-    if {file.name for file in target.iterdir()} != set(files):
-        return False
-    return all(
+    return {file.name for file in target.iterdir()} == set(files) and all(
         filecmp.cmp(source, target / copied, shallow=False) for copied, source in files.items()
     )

@@ -1,9 +1,9 @@
 """The store of adapters: ``<store>/<name>/`` holds one ``.nemo``, or what PEFT writes. It is looked
 at again and again.
 
-A directory is read only when it has stopped changing, after the doctor has found it whole, and not
-kept if it changed meanwhile. A replacement that is broken or half-written leaves the adapter that
-is served in place.
+A directory is read only when it has stopped changing, after it has been verified and keeps the
+rules of this server, and not kept if it changed meanwhile. A replacement that is broken or
+half-written leaves the adapter that is served in place.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.adapters.adapter import NAME, NAME_RULE, PEFT_CONFIG
+from workshop_utils.adapters.adapter import NAME, NAME_RULE
 from workshop_utils.adapters.read import read_adapter
-from workshop_utils.adapters.rules.rules import Judgement, check_rank
+from workshop_utils.adapters.rules import Facts, check
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound
-from workshop_utils.core.errors import NotACheckpoint, UnsupportedAdapter, WorkshopError
+from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
 from workshop_utils.core.paths import shown
 from workshop_utils.core.terminal import one_line
 
@@ -32,7 +32,9 @@ _SETTLE = 0.3
 Signature = tuple[tuple[str, int, int, int], ...]
 
 
-def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read(
+    directory: Path, trust: bool = False, max_rank: int | None = None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Fields of PEFT's ``LoraConfig`` and the tensors under PEFT's names of the adapter in
     ``directory``.
 
@@ -40,34 +42,24 @@ def read(directory: Path, trust: bool = False) -> tuple[dict[str, Any], dict[str
     one scale, and no pattern of a stranger's configuration for PEFT to match.
 
     Raises:
-        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: it holds no adapter, more than one, or
-            not a sound one.
-        UnsupportedAdapter: a kind that cannot share a batch with others.
+        NotACheckpoint, UnsafeCheckpoint, DamagedCheckpoint: it holds no adapter, or not a sound
+            one.
+        UnsupportedAdapter: more than one, or a kind that cannot share a batch with others.
     """
     from workshop_utils.adapters import write_peft
-    from workshop_utils.adapters.record import make_record
 
-    archives, config = sorted(directory.glob("*.nemo")), directory / PEFT_CONFIG
-    if len(archives) + config.is_file() != 1:
-        found = [*(file.name for file in archives), *([PEFT_CONFIG] if config.is_file() else [])]
-        raise NotACheckpoint(
-            f"{shown(directory)} has to hold one .nemo or one {PEFT_CONFIG}; it holds "
-            f"{', '.join(found) or 'neither'}."
-        )
-    source = archives[0] if archives else directory
-    require_sound(source, trust, () if archives else (Kind.PEFT,))
-    adapter = read_adapter(source)
-    if adapter.magnitudes:
-        raise UnsupportedAdapter(
-            f"{shown(source)} is DoRA (use_dora); this server, like vLLM, takes plain LoRA. "
-            "Merge it into its base instead."
-        )
-    fields = write_peft.config_for(adapter, make_record(adapter, "hf-peft", None, adapter.base))
+    facts = Facts.of(directory)
+    if facts.form:
+        require_sound(facts.file, trust, (Kind.PEFT,) if facts.form == "hf-peft" else ())
+    for rule in check(facts, "serve", max_rank).broken:
+        fix = f"{rule.fix[:1].upper()}{rule.fix[1:]}"
+        raise UnsupportedAdapter(f"{rule.rule}: {rule.fault}. {fix}.")
+    adapter = read_adapter(facts.file)
+    fields = write_peft.config_for(adapter, adapter.base)
     # PEFT itself widens half precision when it loads an adapter.
     tensors = {key: value.float() for key, value in write_peft.tensors_for(adapter).items()}
-    return {
-        name: fields[name] for name in ("r", "lora_alpha", "target_modules", "layers_to_transform")
-    }, tensors
+    names = ("r", "lora_alpha", "target_modules", "layers_to_transform")
+    return {name: fields[name] for name in names}, tensors
 
 
 class Store:
@@ -127,8 +119,7 @@ class Store:
                 raise UnsupportedAdapter(
                     f"its directory's name cannot be a model's id, rename it: {NAME_RULE}."
                 )
-            config, tensors = read(self.directory / name, self._trust)
-            self._check_rank(name, config["r"])
+            config, tensors = read(self.directory / name, self._trust, self._max_rank)
             if self._signature(self.directory / name) != signature:
                 return  # it is being written: the next look will see it
             self._engine.install(name, config, tensors).result()
@@ -138,16 +129,6 @@ class Store:
         else:
             self._say(f"adapter {name}: {'replaced' if had else 'served'}")
         self._seen[name] = signature
-
-    def _check_rank(self, name: str, rank: int) -> None:
-        """Raise :class:`UnsupportedAdapter` where ``workshop conform --max-rank`` would find the
-        rank too large."""
-        judged = Judgement(self.directory / name, "serve")
-        check_rank(judged, rank, self._max_rank, "--max-rank")
-        for rule in judged.broken:
-            raise UnsupportedAdapter(
-                f"{rule.rule}: {rule.fault}. {rule.fix[:1].upper()}{rule.fix[1:]}."
-            )
 
     def _scan(self) -> dict[str, Signature]:
         try:
@@ -162,8 +143,7 @@ class Store:
 
     @staticmethod
     def _signature(directory: Path) -> Signature | None:
-        """What changes when a file of ``directory`` does; None when it is no directory, or
-        going."""
+        """What changes when a file of ``directory`` does; None when it is none, or going."""
         try:
             files = [(entry.name, entry.stat()) for entry in directory.iterdir()]
         except OSError:

@@ -9,13 +9,13 @@ padding and positions are counted over the mask.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from workshop_utils.checkpoints.formats.lora_layout import PEFT_PREFIX, parse
 from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
 from workshop_utils.serving.server.sampling import (
     Piece,
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_HALF = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
@@ -338,20 +337,21 @@ class Engine:
     def _check_fits(self, tensors: dict[str, torch.Tensor]) -> None:
         """Every tensor is a half for a linear layer of the base, and has its size."""
         for key, tensor in tensors.items():
-            match = _HALF.fullmatch(key)
+            name = parse(key)
             try:
-                layer = self.model.get_submodule(match[1]) if match else None
+                stem = name.stem.removeprefix(PEFT_PREFIX) if name else ""
+                layer = self.model.get_submodule(stem) if stem else None
             except AttributeError:
                 layer = None
             size = getattr(
-                layer, "in_features" if match and match[2] == "A" else "out_features", None
+                layer, "in_features" if name and name.half == "A" else "out_features", None
             )
             if size is None:
                 raise UnsupportedAdapter(
                     f"{key} belongs to no linear layer of the base: it is an adapter of another "
                     "model or kind."
                 )
-            if tensor.ndim != 2 or tensor.shape[match[2] == "A"] != size:
+            if tensor.ndim != 2 or tensor.shape[name.half == "A"] != size:
                 raise UnsupportedAdapter(
                     f"{key} is {list(tensor.shape)}, but that layer of the base has size {size}: "
                     "it is an adapter of another model."

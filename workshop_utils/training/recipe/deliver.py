@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workshop_utils.adapters import proof
 from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -34,7 +35,7 @@ from workshop_utils.core.errors import (
     WorkshopError,
 )
 from workshop_utils.core.paths import shown
-from workshop_utils.inference import generate, nemo2_engine
+from workshop_utils.inference import nemo2_engine
 from workshop_utils.runtime.processes import run_job, run_quietly
 from workshop_utils.training.recipe import choose_checkpoint
 from workshop_utils.training.recipe.base_checkpoint import find_source
@@ -106,29 +107,29 @@ class _Export:
 
     def hf_peft(self) -> Path:
         with self.huggingface_base() as base:
+            model_id = self.resolved.options.hf_model_id
             return self.adapter(
-                "hf_peft",
-                "hf-peft",
-                self.resolved.options.hf_model_id,
-                "float32",
-                lambda peft: huggingface_logits(base, self.token_ids, peft),
+                "hf_peft", "hf-peft", model_id, "float32", lambda peft: (base, peft)
             )
 
     def merged(self) -> Path:
-        def logits(merged: Path) -> numpy.ndarray:
-            # A view: a checkpoint that still has the name of an unfinished one is refused.
-            with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
-                for part in merged.iterdir():
-                    (Path(view) / part.name).symlink_to(part.resolve())
-                return self.nemo_logits(Path(view))
+        def side(merged: Path) -> proof.Side:
+            def logits(token_ids: list[list[int]]) -> numpy.ndarray:
+                # A view: a checkpoint that still has the name of an unfinished one is refused.
+                with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
+                    for part in merged.iterdir():
+                        (Path(view) / part.name).symlink_to(part.resolve())
+                    return self.nemo_logits(Path(view), token_ids)
 
-        return self.adapter("merged", "nemo2-merged", str(self.base), self.dtype, logits)
+            return logits
+
+        return self.adapter("merged", "nemo2-merged", str(self.base), self.dtype, side)
 
     def adapter(
-        self, form: str, to: str, base: str, dtype: str, logits: Callable[[Path], numpy.ndarray]
+        self, form: str, to: str, base: str, dtype: str, side: Callable[[Path], proof.Side]
     ) -> Path:
-        """What :mod:`workshop_utils.adapters` makes of the adapter. Its ``logits`` are compared
-        before it gets its name."""
+        """What :mod:`workshop_utils.adapters` makes of the adapter. The logits of its ``side`` are
+        compared before it gets its name."""
         target = self.place(form)
         export_adapter(
             self.checkpoint,
@@ -138,8 +139,9 @@ class _Export:
             overwrite=self.overwrite,
             trust=self.resolved.options.trust,
             accept=lambda part: self.compare(
-                target, logits(part), dtype, "" if part == target else _GONE
+                target, side(part), dtype, "" if part == target else _GONE
             ),
+            elsewhere="Move it away",
         )
         return target
 
@@ -149,12 +151,12 @@ class _Export:
         source, target = self.merged() if self.base else self.checkpoint, self.place("hf_model")
         mark = {"checkpoint": self.checkpoint.name, "files": nemo2.contents_of(self.checkpoint)}
         if self.reusable(target, mark):
-            self.compare(target, huggingface_logits(target, self.token_ids), self.dtype, _LEFT)
+            self.compare(target, target, self.dtype, _LEFT)
             return target
         with paths.new_directory(target) as part:
             to_huggingface(source, part, self.resolved.options.trust)
             paths.write_text(part / RECORD, json.dumps(mark) + "\n")
-            self.compare(target, huggingface_logits(part, self.token_ids), self.dtype, _GONE)
+            self.compare(target, part, self.dtype, _GONE)
         return target
 
     @cached_property
@@ -167,29 +169,29 @@ class _Export:
         """Of the weights that are merged or exported."""
         return dtypes(self.whole.tensors)[0]
 
-    @property
+    @cached_property
     def token_ids(self) -> list[list[int]]:
         """The same token ids for every form, from the lower half of the vocabulary: rows at its end
         may only pad it, and NeMo's exporter leaves those out."""
         rows, draw = self.whole.architecture.vocabulary or 256, random.Random(0)
         return [[draw.randrange(rows // 2) for _ in range(_LENGTH)] for _ in range(_ROWS)]
 
-    def nemo_logits(self, checkpoint: Path, base: Path | None = None) -> numpy.ndarray:
+    def nemo_logits(
+        self, checkpoint: Path, token_ids: list[list[int]], base: Path | None = None
+    ) -> numpy.ndarray:
         options, device = self.resolved.options, self.resolved.device
-        return nemo_logits(checkpoint, self.token_ids, options.trust, base, device)
+        return nemo_logits(checkpoint, token_ids, options.trust, base, device)
 
     @cached_property
-    def trained(self) -> numpy.ndarray:
+    def trained(self) -> list[numpy.ndarray]:
         """NeMo's logits of the checkpoint."""
-        return self.nemo_logits(self.checkpoint, self.base)
+        return list(self.nemo_logits(self.checkpoint, self.token_ids, self.base))
 
-    def compare(self, target: Path, logits: numpy.ndarray, dtype: str, end: str) -> None:
-        """Raise ConformanceFailed, which ends in ``end``, unless ``logits`` are those that NeMo
-        computes from the checkpoint."""
-        rows = min(logits.shape[-1], self.trained.shape[-1])  # NeMo may pad the vocabulary
-        expected = self.trained[..., :rows]
-        apart = abs(logits[..., :rows] - expected).max()
-        allowed = TOLERANCE.get(dtype, 1e-3) * abs(expected).max()
+    def compare(self, target: Path, side: proof.Side, dtype: str, end: str) -> None:
+        """Raise ConformanceFailed, which ends in ``end``, unless the logits of ``side`` are those
+        that NeMo computes from the checkpoint."""
+        found = proof.compare(proof.logits(side, self.token_ids), self.trained)
+        apart, allowed = found.largest, TOLERANCE.get(dtype, 1e-3) * found.scale
         if not apart <= allowed:
             raise ConformanceFailed(
                 f"{shown(target)}: its logits differ from those that NeMo computes from "
@@ -246,24 +248,6 @@ def nemo_logits(
         job["checkpoint"] = str(checkpoint.resolve())
         run_job(nemo2_engine.__name__, Path(folder), job, checkpoint)
         return numpy.load(Path(folder) / "logits.npy")
-
-
-def huggingface_logits(
-    model: Path, token_ids: list[list[int]], adapter: Path | None = None
-) -> numpy.ndarray:
-    """The same by transformers, of a model directory or of one with a PEFT ``adapter``; in fp32
-    whatever the weights are in."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, torch_dtype=torch.float32, trust_remote_code=False
-    )
-    if adapter:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    return generate.logits(loaded.eval(), token_ids)
 
 
 def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
