@@ -41,19 +41,19 @@ def add_parser(subparsers) -> None:
     )
     add = parser.add_argument
     add("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
-    for flag, about in {
-        "--preset": {
-            "metavar": "NAME",
-            "help": "a set of options: cpu (the model of the workshop on its tickets, one process, "
-            "fp32)",
-        },
-        "--config": {"metavar": "FILE.yaml", "help": "options from a file", "type": Path},
+    add(
+        "--preset",
+        metavar="NAME",
+        help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)",
+    )
+    add("--config", type=Path, metavar="FILE.yaml", help="options from a file")
+    for flag, text in {
         "--dry-run": "check, print every resolved value, and stop; imports no NeMo",
         "--resolve": "with --dry-run: NeMo-Run's whole configuration, too; imports NeMo",
         "--list": "list NeMo's recipes and stop",
         "--options": "print all options as Markdown tables and stop",
     }.items():
-        add(flag, **({"action": "store_true", "help": about} if isinstance(about, str) else about))
+        add(flag, action="store_true", help=text)
     groups = {
         script: parser.add_argument_group(f"{what} (the reference's {script})")
         for script, what in options.SCRIPTS.items()
@@ -77,10 +77,9 @@ def _add_option(group, name: str, text: str) -> None:
         about["action"] = "store_true"
     else:
         kinds = {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}
-        choices = takes.removeprefix("one of ")
         about["metavar"] = kinds.get(takes.split()[1], "TEXT")
-        if choices != takes:
-            about["metavar"] = choices.replace(", ", "|")
+        if takes.startswith("one of "):
+            about["metavar"] = takes.removeprefix("one of ").replace(", ", "|")
     group.add_argument(f"--{name}", help=f"{text} ({shown})".replace("%", "%%"), **about)
 
 
