@@ -51,10 +51,7 @@ class Source:
 
 
 def import_base(
-    hf_model_id: str,
-    target: Path,
-    timeout: float = TIMEOUT,
-    trust: bool = False,
+    hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust: bool = False
 ) -> Path:
     """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not
     there; ``target``.
@@ -139,6 +136,8 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             f"{paths.shown(directory)} is a {kind}; a base is a Hugging Face model or a NeMo 2.0 "
             "checkpoint. `workshop convert` may help."
         )
+    from workshop_utils.checkpoints.convert.huggingface import check
+
     with paths.new_directory(target) as part:
         if kind is Kind.NEMO2:
             directory = nemo2.locate(directory).resolve()
@@ -146,26 +145,26 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             for name in ("context", "weights"):
                 (part / name).symlink_to(directory / name, target_is_directory=True)
         else:
-            _import(directory, part / "checkpoint", source.name, trust)
-            for content in (part / "checkpoint").iterdir():
-                content.rename(part / content.name)
-            (part / "checkpoint").rmdir()
+            # The process that imports does so, too, but its errors come back as text, and what it
+            # prints in spite of them is not seen.
+            check(directory)
+            require_sound(directory, trust, (Kind.HUGGINGFACE,))
+            print(f"importing {source.name} with NeMo", file=sys.stderr, flush=True)
+            run_import(directory, part, trust)
         revision = source.model and source.model.revision
         record = {"source": source.name, "revision": revision, "files": of_contents(directory)}
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
-def _import(model: Path, out: Path, name: str, trust: bool) -> None:
-    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a
-    notebook's kernel."""
-    from workshop_utils.checkpoints.convert.huggingface import check
-
-    # That process does so, too, but its errors come back as text, and what it prints in spite of
-    # them is not seen.
-    check(model)
-    require_sound(model, trust, (Kind.HUGGINGFACE,))
-    print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
-    run_quietly("import", str(model), "--out", str(out), *(["--trust"] if trust else []))
+def run_import(source: Path, folder: Path, trust: bool, *options: str) -> None:
+    """``workshop import``, which fills the empty ``folder``, in a process of its own: Lightning
+    refuses to build NeMo's trainer in a notebook's kernel."""
+    out = folder / "checkpoint"
+    words = [str(source), "--out", str(out), *options, *(["--trust"] if trust else [])]
+    run_quietly("import", *words)
+    for part in out.iterdir():
+        part.rename(folder / part.name)
+    out.rmdir()
 
 
 def _fetched(source: Source) -> Path:

@@ -36,9 +36,9 @@ from workshop_utils.core.errors import (
 )
 from workshop_utils.core.paths import shown
 from workshop_utils.inference import nemo2_engine
-from workshop_utils.runtime.processes import run_job, run_quietly
+from workshop_utils.runtime.processes import run_job
 from workshop_utils.training.recipe import choose_checkpoint
-from workshop_utils.training.recipe.base_checkpoint import find_source
+from workshop_utils.training.recipe.base_checkpoint import find_source, run_import
 
 if TYPE_CHECKING:
     import numpy
@@ -253,9 +253,5 @@ def nemo_logits(
 
 def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
     """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own
-    exporter in a process of its own."""
-    model, trusting = folder / "model", ["--trust"] if trust else []
-    run_quietly("import", str(checkpoint), "--to-huggingface", "--out", str(model), *trusting)
-    for file in model.iterdir():
-        file.rename(folder / file.name)
-    model.rmdir()
+    exporter."""
+    run_import(checkpoint, folder, trust, "--to-huggingface")
