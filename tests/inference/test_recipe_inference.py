@@ -10,13 +10,7 @@ from pathlib import Path
 import engine_trials
 import pytest
 
-from workshop_utils.core.errors import (
-    CheckpointError,
-    DamagedCheckpoint,
-    DataError,
-    GenerationFailed,
-    WorkshopError,
-)
+from workshop_utils.core import errors
 from workshop_utils.inference import nemo2_engine
 from workshop_utils.inference.sampling import Sampling
 from workshop_utils.training.recipe import options, plan, predict
@@ -58,7 +52,7 @@ def nemo(monkeypatch):
                     stream.write(json.dumps(answer | {"tokens": [1]}) + "\n")
                 if self.rows < len(job["rows"]):
                     stream.write('{"request": 0, "te')
-                    raise GenerationFailed("killed")
+                    raise errors.GenerationFailed("killed")
             (folder / "speed.json").write_text('{"tokens": 10, "seconds": 2.0}')
 
     stand_in = Nemo()
@@ -84,14 +78,13 @@ def test_the_predictions_file(checkpoint, nemo, tmp_path):
 
 def test_an_interrupted_run_answers_only_what_is_missing(checkpoint, nemo, tmp_path):
     file, nemo.rows = tmp_path / "p.jsonl", 2
-    with pytest.raises(GenerationFailed):
+    with pytest.raises(errors.GenerationFailed):
         answered(checkpoint, file)
     assert not file.exists()
     nemo.rows = 100
     found = answered(checkpoint, file)
-    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]], (
-        "a line that was cut in half is answered again"
-    )
+    # A line that was cut in half is answered again.
+    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]]
     assert found.predictions == ("NUMBER 0?", "NUMBER 1?", "NUMBER 2?", "", "NUMBER 4?")
     assert found.seconds is None
 
@@ -105,15 +98,14 @@ def test_a_finished_file_is_used_again_until_something_changes(checkpoint, nemo,
     (checkpoint / "weights" / "metadata.json").write_text("{}")
     answered(checkpoint, file, rows=ROWS[:4])
     file.write_text(file.read_text().replace("NUMBER", "number"))
-    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?", (
-        "a file that was edited is not trusted"
-    )
+    # A file that was edited is not trusted.
+    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?"
     assert len(nemo.started) == 5
 
 
 def test_what_is_left_of_another_run_is_not_taken(checkpoint, nemo, tmp_path):
     file, nemo.rows = tmp_path / "p.jsonl", 2
-    with pytest.raises(GenerationFailed):
+    with pytest.raises(errors.GenerationFailed):
         answered(checkpoint, file)
     nemo.rows = 100
     answered(checkpoint, file, rows=list(reversed(ROWS)))
@@ -148,21 +140,23 @@ def test_the_report_compares_base_and_tuned(checkpoint, nemo, tmp_path):
     alone = predict.test(alone, progress=False)
     assert alone.comparison is None and alone.base is None and "0.750 [" in str(alone)
     base.rename(tmp_path / "away")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(errors.CheckpointError):
         predict.test(settings, progress=False)
 
 
 def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
     with pytest.raises(
-        WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"
+        errors.WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"
     ):
         predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", GREEDY, LIMITS, "vllm")
-    with pytest.raises(WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"):
+    with pytest.raises(
+        errors.WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"
+    ):
         drawn = Sampling(top_k=5, top_p=0.95)
         predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", drawn, LIMITS)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(errors.DataError, match="does not exist"):
         predict.read_test_rows(tmp_path / "test.jsonl")
-    with pytest.raises(CheckpointError, match="compare_base off"):
+    with pytest.raises(errors.CheckpointError, match="compare_base off"):
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"input": "a", "output": "b"}\n')
         predict.test(resolved(tmp_path / "run", test_path=str(rows)), progress=False)
@@ -170,7 +164,7 @@ def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
         '{"model_ckpt_path": "/nowhere/base"}'
     )
     with pytest.raises(
-        DamagedCheckpoint,
+        errors.DamagedCheckpoint,
         match="model_ckpt_path is '/nowhere/base', which holds no NeMo 2.0 checkpoint",
     ):
         answered(checkpoint, tmp_path / "p.jsonl")
@@ -219,9 +213,8 @@ def test_requests_join_and_leave_while_others_run(trials):
     found = trials["joining"]
     assert {request: trials["static"][request] for request in found["tokens"]} == found["tokens"]
     assert len(found["tokens"]) == len(engine_trials.prompts())
-    assert found["running"][0] < max(found["running"]) == 4, (
-        "more join than were there at the start, never more than there are places"
-    )
+    # More join than were there at the start, never more than there are places.
+    assert found["running"][0] < max(found["running"]) == 4
 
 
 @pytest.mark.slow

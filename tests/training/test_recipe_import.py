@@ -129,10 +129,8 @@ def test_a_killed_holder_holds_nothing(tmp_path, base, held):
 
 def test_a_place_where_nothing_can_be_made(tmp_path, base):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        WorkshopError,
-        match=r"file/base cannot be made \(File exists: .*/file\). Give another place",
-    ):
+    message = r"file/base cannot be made \(File exists: .*/file\). Give another place"
+    with pytest.raises(WorkshopError, match=message):
         import_base(str(base), tmp_path / "file" / "base")
     assert (tmp_path / "file").read_text() == "mine"
 
