@@ -53,23 +53,23 @@ def choose(run_dir: Path | str, which: str = "best") -> Path:
     if nemo2.looks_like(Path(run_dir)):
         return _named(Path(run_dir), str(run_dir))
     folder, saved = _checkpoints(Path(run_dir))
-    whole = [one for one in saved if not one.fault]
-    faults = [one for one in saved if one.fault]
+    whole = [state for state in saved if not state.fault]
+    faults = [state for state in saved if state.fault]
     if not whole:
-        lines = "".join(f"\n- {one.path.name}: {one.fault}" for one in faults)
+        lines = "".join(f"\n- {state.path.name}: {state.fault}" for state in faults)
         raise DamagedCheckpoint(
             f"No checkpoint in {shown(folder)} is whole; the run was interrupted. Train on from "
             f"there, or again.{lines}"
         )
-    for one in faults:
-        print(f"note: {shown(one.path)} is passed over: {one.fault}", file=sys.stderr)
+    for state in faults:
+        print(f"note: {shown(state.path)} is passed over: {state.fault}", file=sys.stderr)
     return (_best if which == "best" else _last)(whole, folder).path
 
 
 def read_name(path: Path) -> Saved:
     """What the name of the checkpoint ``path`` says, and whether it is whole."""
     losses, steps = (p.findall(path.name.removesuffix(LAST)) for p in (_LOSS, _STEP))
-    loss, step = (float(found[-1]) if found else math.nan for found in (losses, steps))
+    loss, step = (float(said[-1]) if said else math.nan for said in (losses, steps))
     return Saved(
         path,
         None if math.isnan(loss) else loss,
@@ -82,27 +82,27 @@ def read_name(path: Path) -> Saved:
 def _best(whole: list[Saved], folder: Path) -> Saved:
     """The lowest loss; of equal ones the later. What is saved last was not validated in that state,
     its name repeats an older loss."""
-    known = [one for one in whole if one.val_loss is not None and not one.is_last]
+    known = [state for state in whole if state.val_loss is not None and not state.is_last]
     if not known:
-        names = ", ".join(one.path.name for one in whole)
+        names = ", ".join(state.path.name for state in whole)
         raise NotACheckpoint(
             f"No name in {shown(folder)} tells a validation loss (val_loss=NUMBER): {names}. Ask "
-            "for the last one (checkpoint=last), or name one."
+            "for the last one (checkpoint=last), or name state."
         )
-    return min(known, key=lambda one: (one.val_loss, -(one.step or 0)))
+    return min(known, key=lambda state: (state.val_loss, -(state.step or 0)))
 
 
 def _last(whole: list[Saved], folder: Path) -> Saved:
     """The one of the highest step; at the same step, what ends in ``-last``. Without steps, the
-    only ``-last`` or the only one."""
-    if all(one.step is not None for one in whole):
-        return max(whole, key=lambda one: (one.step, one.is_last))
-    candidates = [one for one in whole if one.is_last] or whole
+    only ``-last`` or the only state."""
+    if all(state.step is not None for state in whole):
+        return max(whole, key=lambda state: (state.step, state.is_last))
+    candidates = [state for state in whole if state.is_last] or whole
     if len(candidates) > 1:
-        names = ", ".join(one.path.name for one in candidates)
+        names = ", ".join(state.path.name for state in candidates)
         raise NotACheckpoint(
             f"Which checkpoint in {shown(folder)} is the last cannot be told from their names "
-            f"(step=NUMBER): {names}. Name one."
+            f"(step=NUMBER): {names}. Name state."
         )
     return candidates[0]
 
@@ -126,13 +126,14 @@ def _checkpoints(run_dir: Path) -> tuple[Path, list[Saved]]:
         )
     saved = map(read_name, _candidates(folders[0]))
     return folders[0], sorted(
-        saved, key=lambda one: (one.step is not None, one.step, one.is_last, one.path.name)
+        saved,
+        key=lambda state: (state.step is not None, state.step, state.is_last, state.path.name),
     )
 
 
 def _candidates(folder: Path) -> list[Path]:
     """Directories of ``folder`` that are, or were to become, a checkpoint. A link to nowhere is
-    left over from a removed one."""
+    left over from a removed state."""
     return [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
@@ -145,7 +146,9 @@ def _named(run_dir: Path, which: str) -> Path:
     """The checkpoint at the path ``which``, or of that name in the run."""
     path = Path(which)
     if not path.exists() and run_dir.is_dir():
-        path = next((one.path for one in _checkpoints(run_dir)[1] if one.path.name == which), path)
+        path = next(
+            (state.path for state in _checkpoints(run_dir)[1] if state.path.name == which), path
+        )
     path = nemo2.locate(path)
     if fault := _fault(path):
         raise DamagedCheckpoint(f"{shown(path)} is half-written: {fault}")

@@ -76,7 +76,7 @@ def find(config: HFDatasetConfig) -> Source:
         return Source(config, place.resolve(), _content(place))
     if name.startswith((".", "/", "~")) or suffix in FORMATS or name.count("/") > 1:
         there = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
-        near = [paths.shown(place.parent / one) for one in nearest(place.name, there)]
+        near = [paths.shown(place.parent / like) for like in nearest(place.name, there)]
         raise DataError(f"{paths.shown(place)} does not exist.{did_you_mean(near)}")
     if name == "pandas":  # CVE-2026-57845
         raise DataError(

@@ -63,11 +63,11 @@ def table() -> str:
     head += ("layers", "hidden", "model", "base")
     rows = [
         (
-            *(one.name, ", ".join(one.schemes) or "-", one.tensor_parallel_size),
-            *(one.pipeline_parallel_size, one.context_parallel_size, one.seq_length),
-            *(one.layers, one.hidden, one.config, one.base),
+            *(recipe.name, ", ".join(recipe.schemes) or "-", recipe.tensor_parallel_size),
+            *(recipe.pipeline_parallel_size, recipe.context_parallel_size, recipe.seq_length),
+            *(recipe.layers, recipe.hidden, recipe.config, recipe.base),
         )
-        for one in recipes().values()
+        for recipe in recipes().values()
     ]
     cells = [head, *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -75,7 +75,7 @@ def table() -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    usable = sum(bool(one.schemes) for one in recipes().values())
+    usable = sum(bool(recipe.schemes) for recipe in recipes().values())
     lines.append(
         f"{len(rows)} recipes of NeMo {nemo_version()}, {usable} of them for fine-tuning. TP, PP, "
         "CP and tokens: its own, with LoRA."
@@ -122,12 +122,11 @@ def generate() -> dict:
     import nemo
     from nemo.collections.llm import recipes as modules
 
-    found = {
-        name: module
-        for name, module in vars(modules).items()
+    described = [
+        asdict(_described(name, module))
+        for name, module in sorted(vars(modules).items())
         if isinstance(module, ModuleType) and _gives_a_model(module)
-    }
-    described = [asdict(_described(name, module)) for name, module in sorted(found.items())]
+    ]
     return {"nemo": nemo.__version__, "recipes": described}
 
 
