@@ -87,14 +87,14 @@ def _best(whole: list[Saved], folder: Path) -> Saved:
         names = ", ".join(state.path.name for state in whole)
         raise NotACheckpoint(
             f"No name in {shown(folder)} tells a validation loss (val_loss=NUMBER): {names}. Ask "
-            "for the last one (checkpoint=last), or name state."
+            "for the last one (checkpoint=last), or name one."
         )
     return min(known, key=lambda state: (state.val_loss, -(state.step or 0)))
 
 
 def _last(whole: list[Saved], folder: Path) -> Saved:
     """The one of the highest step; at the same step, what ends in ``-last``. Without steps, the
-    only ``-last`` or the only state."""
+    only ``-last`` or the only one."""
     if all(state.step is not None for state in whole):
         return max(whole, key=lambda state: (state.step, state.is_last))
     candidates = [state for state in whole if state.is_last] or whole
@@ -102,7 +102,7 @@ def _last(whole: list[Saved], folder: Path) -> Saved:
         names = ", ".join(state.path.name for state in candidates)
         raise NotACheckpoint(
             f"Which checkpoint in {shown(folder)} is the last cannot be told from their names "
-            f"(step=NUMBER): {names}. Name state."
+            f"(step=NUMBER): {names}. Name one."
         )
     return candidates[0]
 
@@ -133,7 +133,7 @@ def _checkpoints(run_dir: Path) -> tuple[Path, list[Saved]]:
 
 def _candidates(folder: Path) -> list[Path]:
     """Directories of ``folder`` that are, or were to become, a checkpoint. A link to nowhere is
-    left over from a removed state."""
+    left over from a removed one."""
     return [
         path
         for path in (folder.iterdir() if folder.is_dir() else ())
