@@ -83,11 +83,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def run_quietly(*arguments: str) -> None:
-    """Run ``workshop ARGUMENTS``; what it printed is shown only if it fails.
-
-    Raises:
-        WorkshopError: it failed; with what it wrote last.
-    """
+    """Run ``workshop ARGUMENTS``. Raises WorkshopError, with what it wrote last, if it fails."""
     with paths.temporary_directory("workshop-") as folder:
         log = folder / "log.txt"
         if run([sys.executable, "-m", "workshop_utils", *arguments], log):
@@ -95,12 +91,8 @@ def run_quietly(*arguments: str) -> None:
 
 
 def run_job(module: str, folder: Path, job: dict, checkpoint: Path | str) -> None:
-    """Run ``module`` in a process of its own on ``folder/job.json``.
-
-    Raises:
-        GenerationFailed: it failed; the message names ``checkpoint`` and ends with what it wrote
-            last.
-    """
+    """Run ``module`` in a process of its own on ``folder/job.json``. Raises GenerationFailed, with
+    ``checkpoint`` and what it wrote last, if it fails."""
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     log = folder / "log.txt"
     if status := run([sys.executable, "-m", module, str(folder)], log):

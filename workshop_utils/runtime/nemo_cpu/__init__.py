@@ -44,5 +44,5 @@ def inherit(environment: dict[str, str]) -> None:
     patches too."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     package_root = str(Path(__file__).parents[3])
-    wanted = [path for path in (_INHERITED, package_root) if path not in paths]
-    environment["PYTHONPATH"] = os.pathsep.join(wanted + paths)
+    missing = [path for path in (_INHERITED, package_root) if path not in paths]
+    environment["PYTHONPATH"] = os.pathsep.join(missing + paths)
