@@ -26,6 +26,10 @@ def apply() -> None:
 
     ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is
     imported for that.
+
+    ``os.environ`` changes for it, as the libraries ask no other way: ``PYTHONPATH``,
+    ``CUDA_VISIBLE_DEVICES``, the places of :mod:`workshop_utils.core.home`, and from patches
+    ``TORCHDYNAMO_DISABLE`` and ``NVIDIA_PYTORCH_VERSION``.
     """
     from workshop_utils.core import home
 

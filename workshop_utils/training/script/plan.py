@@ -202,9 +202,8 @@ def make_plan(
     tokenizer = tokenizer_of(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
     recipe = {} if own_files else RECIPE
-    scheme = (recipe | given).get("model.peft.peft_scheme") or defaults(
-        script
-    ).model.peft.peft_scheme
+    scheme = (recipe | given).get("model.peft.peft_scheme")
+    scheme = scheme or defaults(script).model.peft.peft_scheme
     settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
     place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     ours = place | {"model.restore_from_path": str(base)}
@@ -407,9 +406,11 @@ def _tickets_dir() -> Path:
 @contextlib.contextmanager
 def _tickets() -> Iterator[Path]:
     """The folder of the workshop's rows; where it is not there, one for the moment."""
-    folder = _tickets_dir()
+    if _tickets_dir().exists():
+        yield _tickets_dir()
+        return
     with tempfile.TemporaryDirectory(prefix="workshop-tickets-") as name:
-        yield folder if folder.exists() else chat_data.make_tickets(Path(name))
+        yield chat_data.make_tickets(Path(name))
 
 
 def _render(
@@ -429,14 +430,11 @@ def _render(
                 f"{paths.shown(train.parent)}`, or give --data."
             )
         beside = train.with_name("validation.jsonl")
-        sources = {
-            "train": train,
-            "validation": Path(validation or (beside if beside.exists() else train)),
-        }
+        validation = Path(validation or (beside if beside.exists() else train))
         folder = paths.runs_dir() / "finetune" / "data" / run_dir.name
         return [
-            chat_data.render(source, tokenizer, folder / f"{kind}.jsonl")
-            for kind, source in sources.items()
+            chat_data.render(train, tokenizer, folder / "train.jsonl"),
+            chat_data.render(validation, tokenizer, folder / "validation.jsonl"),
         ]
 
 
