@@ -28,11 +28,7 @@ class Device:
 
 def choose_device() -> Device:
     """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32.
-    ``WORKSHOP_DEVICE=cpu|gpu`` overrides.
-
-    Raises:
-        WorkshopError: ``WORKSHOP_DEVICE`` is neither of these.
-    """
+    ``WORKSHOP_DEVICE=cpu|gpu`` overrides."""
     chosen = os.environ.get("WORKSHOP_DEVICE") or "auto"
     if chosen not in ("auto", "cpu", "gpu"):
         raise WorkshopError(

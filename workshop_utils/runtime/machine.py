@@ -23,7 +23,7 @@ def describe_machine() -> dict:
         "gpu": gpu_name(),
         "python": platform.python_version(),
         "versions": {
-            name: next((one.version for one in metadata.distributions(name=name)), None)
+            name: next((package.version for package in metadata.distributions(name=name)), None)
             for name in _PACKAGES
         },
     }

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import GenerationFailed, WorkshopError
@@ -34,6 +35,34 @@ def environment(**more: str) -> dict[str, str]:
     return own | {orphans.VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"} | more
 
 
+def start(
+    command: Sequence[str], output: IO, variables: Mapping[str, str] | None = None
+) -> subprocess.Popen:
+    """Start ``command`` with all it prints in ``output``; ``variables`` are its environment
+    (default: :func:`environment`)."""
+    # A session of its own: a terminal's Ctrl-C would reach it beside our signal, and the second one
+    # would interrupt its cleaning up.
+    return subprocess.Popen(
+        command,
+        env=environment() if variables is None else variables,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen, patience: float = PATIENCE) -> int:
+    """End what :func:`start` started, if it has not ended: SIGTERM to the whole group, and SIGKILL
+    after ``patience`` seconds. Returns the exit status, negative for a signal."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            _has_ended(process, patience)
+    return process.wait()
+
+
 def run(
     command: Sequence[str],
     log: Path,
@@ -41,34 +70,20 @@ def run(
     follow: Callable[[], object] = lambda: None,
     patience: float = PATIENCE,
 ) -> int:
-    """Run ``command`` with its output in ``log`` and return its exit status, negative for a signal.
+    """Run ``command`` with its output in ``log`` and return its exit status.
 
-    ``variables`` are its environment (default: :func:`environment`). ``follow`` is called every
-    ``LOOK`` seconds; where it returns something true the command is ended. So it is after Ctrl-C
-    or a notebook's interrupt: with SIGTERM to the whole group, and SIGKILL after ``patience``
-    seconds.
+    ``follow`` is called every ``LOOK`` seconds; where it returns something true, and after Ctrl-C
+    or a notebook's interrupt, the command is ended as :func:`end` does it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        # A session of its own: a terminal's Ctrl-C would reach it beside our signal, and the second
-        # one would interrupt its cleaning up.
-        process = subprocess.Popen(
-            command,
-            env=environment() if variables is None else variables,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            while not (_has_ended(process, LOOK) or follow()):
-                pass
-        finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                if process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, number)
-                    _has_ended(process, patience)
-    return process.wait()
+    with log.open("w") as output:
+        process = start(command, output, variables)
+    try:
+        while not (_has_ended(process, LOOK) or follow()):
+            pass
+    finally:
+        status = end(process, patience)
+    return status
 
 
 def _has_ended(process: subprocess.Popen, seconds: float) -> bool:
@@ -83,11 +98,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def run_quietly(*arguments: str) -> None:
-    """Run ``workshop ARGUMENTS``; what it printed is shown only if it fails.
-
-    Raises:
-        WorkshopError: it failed; with what it wrote last.
-    """
+    """Run ``workshop ARGUMENTS``. Raises WorkshopError, with what it wrote last, if it fails."""
     with paths.temporary_directory("workshop-") as folder:
         log = folder / "log.txt"
         if run([sys.executable, "-m", "workshop_utils", *arguments], log):
@@ -95,12 +106,8 @@ def run_quietly(*arguments: str) -> None:
 
 
 def run_job(module: str, folder: Path, job: dict, checkpoint: Path | str) -> None:
-    """Run ``module`` in a process of its own on ``folder/job.json``.
-
-    Raises:
-        GenerationFailed: it failed; the message names ``checkpoint`` and ends with what it wrote
-            last.
-    """
+    """Run ``module`` in a process of its own on ``folder/job.json``. Raises GenerationFailed, with
+    ``checkpoint`` and what it wrote last, if it fails."""
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     log = folder / "log.txt"
     if status := run([sys.executable, "-m", module, str(folder)], log):

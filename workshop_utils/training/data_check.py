@@ -70,7 +70,8 @@ class Template:
         # NeMo renames "context", its old default, to the first field.
         given_away = [self.fields[0] if n == "context" else n for n in self.truncation_fields]
         names = [name for _, name in self.parts]
-        fields = [one for one in zip(names, sizes, strict=True) if one[0] in given_away]
+        pieces = zip(names, sizes, strict=True)
+        fields = [(name, size) for name, size in pieces if name in given_away]
         left = over
         for number, (name, size) in enumerate(fields):
             share = over // len(fields) + (number < over % len(fields))
@@ -134,12 +135,8 @@ def count(
     path: Path, template: Template, tokenizer: ChatTokenizer | None, lines: list[str] | None = None
 ) -> Counted:
     """What NeMo would see in the ``lines`` of ``path`` (read where they are not given); of more
-    than ``WHOLE`` rows, a sample.
-
-    Raises:
-        DataError: a row is no JSON object, lacks a column of the template, or has one that is no
-            text; file, line and field named.
-    """
+    than ``WHOLE`` rows, a sample. Raises DataError, with file, line and field, for a row without
+    the texts that the template needs."""
     path = Path(path)
     lines = read_lines(path) if lines is None else lines
     rows = _rows(path, lines, template)

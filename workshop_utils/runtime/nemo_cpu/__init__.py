@@ -26,6 +26,10 @@ def apply(device: str | None = None) -> None:
 
     ``device`` "cpu", or without it ``WORKSHOP_DEVICE=cpu``, hides the GPUs of a machine that has
     some. Has to run before torch is imported for that.
+
+    ``os.environ`` changes for it, as the libraries ask no other way: ``PYTHONPATH``,
+    ``CUDA_VISIBLE_DEVICES``, the places of :mod:`workshop_utils.core.home`, and from patches
+    ``TORCHDYNAMO_DISABLE`` and ``NVIDIA_PYTORCH_VERSION``.
     """
     from workshop_utils.core import home
 
@@ -44,5 +48,5 @@ def inherit(environment: dict[str, str]) -> None:
     patches too."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     package_root = str(Path(__file__).parents[3])
-    wanted = [path for path in (_INHERITED, package_root) if path not in paths]
-    environment["PYTHONPATH"] = os.pathsep.join(wanted + paths)
+    missing = [path for path in (_INHERITED, package_root) if path not in paths]
+    environment["PYTHONPATH"] = os.pathsep.join(missing + paths)

@@ -71,9 +71,8 @@ def migrate(path: Path | str, allow_unknown: bool = False) -> Migration:
     model_config.yaml of a ``.nemo``.
 
     Raises:
-        WorkshopError: the file is no YAML, is another kind of file, an interpolation of it cannot
-            be resolved, or (unless ``allow_unknown``) a key looks like a mistyped one; the message
-            names the key.
+        WorkshopError: it is no such file, an interpolation of it cannot be resolved, or (unless
+            ``allow_unknown``) a key looks like a mistyped one.
     """
     path = Path(path)
     flat = dict(_flat(_resolved(_read(path), path)))

@@ -92,8 +92,8 @@ def _run(migration: Migration, defined: list[str]) -> list[str]:
     """The model and the call that trains it."""
     config = migration.parts.get("config", {})
     settings = [
-        f"model.config.{name} = {_python(one.value)}  # {one.source}"
-        for name, one in config.items()
+        f"model.config.{name} = {_python(setting.value)}  # {setting.source}"
+        for name, setting in config.items()
     ]
     known = ("model", "data", "trainer", "log", "resume", "optim", "peft")
     names = ", ".join(f"{name}={name}" for name in known if name in (*defined, "model"))
@@ -117,14 +117,14 @@ def _run(migration: Migration, defined: list[str]) -> list[str]:
     return [*lines, "", 'if __name__ == "__main__":', *(f"    {line}" for line in end)]
 
 
-def _call(name: str, arguments: Arguments) -> list[str]:
+def _call(called: str, arguments: Arguments) -> list[str]:
     if not arguments:
-        return [f"{name}()"]
+        return [f"{called}()"]
     lines = []
-    for argument, one in arguments.items():
-        said = "; ".join(part for part in (one.source, one.note) if part)
-        lines.append(f"    {argument}={_python(one.value)},{f'  # {said}' if said else ''}")
-    return [f"{name}(", *lines, ")"]
+    for name, argument in arguments.items():
+        said = "; ".join(filter(None, (argument.source, argument.note)))
+        lines.append(f"    {name}={_python(argument.value)},{f'  # {said}' if said else ''}")
+    return [f"{called}(", *lines, ")"]
 
 
 def _python(value: Any) -> str:

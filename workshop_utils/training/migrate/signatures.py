@@ -47,10 +47,7 @@ the class is called otherwise, and those that it passes the rest on to."""
 @functools.cache
 def parameters(target: str) -> frozenset[str]:
     """The keyword arguments that ``target`` (a key of TARGETS) takes in the installed versions.
-
-    Raises:
-        WorkshopError: the package is not installed, or has no such class any more.
-    """
+    Raises WorkshopError where the package is not installed, or has no such class any more."""
     written, *sources = TARGETS[target]
     names = (source.partition(":") for source in sources)
     return frozenset(
@@ -78,12 +75,13 @@ def _parameters(file: str, name: str) -> list[str]:
             "`workshop migrate` knows."
         )
     if isinstance(node, ast.ClassDef):
-        methods = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
+        methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
         if "__init__" not in methods:  # a dataclass
-            fields = [one.target for one in node.body if isinstance(one, ast.AnnAssign)]
+            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
             return [field.id for field in fields if isinstance(field, ast.Name)]
         node = methods["__init__"]
-    return [one.arg for one in [*node.args.args, *node.args.kwonlyargs] if one.arg != "self"]
+    arguments = (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    return [name for name in arguments if name != "self"]
 
 
 @functools.cache

@@ -113,4 +113,5 @@ def read_events(path: Path) -> list[dict]:
 
 def last_step(path: Path) -> int:
     """The most optimizer steps that the events in ``path`` tell of."""
-    return max((one["step"] for one in read_events(path) if one["event"] == "step"), default=0)
+    steps = (event["step"] for event in read_events(path) if event["event"] == "step")
+    return max(steps, default=0)

@@ -51,11 +51,8 @@ _CLOSING = b"closing signal SIGTERM"
 def make(run: Run, start: Callable[[], None], fresh: bool, resume: bool = True) -> None:
     """Have ``start`` make ``run``, unless an equal run has finished; an unfinished equal one is
     gone on with, any other one is kept under a numbered name. A line says which. ``fresh`` begins
-    anew whatever is there, and so does an unfinished run without ``resume``.
-
-    Raises:
-        WorkshopError: another process is at it.
-    """
+    anew whatever is there, and so does an unfinished run without ``resume``. Raises WorkshopError
+    where another process is at it."""
     run.run_dir.parent.mkdir(parents=True, exist_ok=True)
     where = paths.shown(run.run_dir)
     lock = FileLock(run.run_dir.with_name(f".{run.run_dir.name}.lock"))
@@ -99,11 +96,8 @@ def run_recorded(
     cause_of: Callable[[int], str | None],
 ) -> None:
     """Run ``command``, which makes ``run``, and write down how it ended. ``cause_of`` gives the
-    reason why an exit status, or what is there, means that it has failed.
-
-    Raises:
-        TrainingFailed: it has failed.
-    """
+    reason why an exit status, or what is there, means that it has failed: then TrainingFailed is
+    raised."""
     began = time.monotonic()
     record = run_record.begin(run)
     try:

@@ -34,12 +34,8 @@ def defaults(script: Path) -> "DictConfig":
 
 
 def compose(script: Path, overrides: Sequence[str]) -> "DictConfig":
-    """The configuration of ``script`` with ``overrides``.
-
-    Raises:
-        WorkshopError: an override cannot be parsed, or names a key that the script does not have;
-            the nearest one is offered.
-    """
+    """The configuration of ``script`` with ``overrides``. Raises WorkshopError where one cannot be
+    parsed, or names a key that the script does not have; the nearest one is offered."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -93,11 +89,7 @@ def _nearest(key: str, known: Sequence[str]) -> list[str]:
 
 def refuse_mistyped(script: Path, overrides: Mapping[str, str]) -> None:
     """Hydra adds whatever key has + or ++ in front. Refuse one that is nearly a key of ``script``:
-    it would change nothing.
-
-    Raises:
-        WorkshopError: with the key that was meant.
-    """
+    it would change nothing."""
     added = {mark: key for mark in overrides if (key := mark.lstrip("+")) != mark}
     known = [name.split(".") for name in _keys(script)] if added else []
     for mark, key in added.items():

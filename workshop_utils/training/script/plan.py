@@ -106,11 +106,8 @@ class Plan(Run):
         return self.config.model.seed
 
     def write_rows(self) -> None:
-        """Put the rendered rows where the command looks for them.
-
-        Raises:
-            WorkshopError: there is no room, or something else is in the way.
-        """
+        """Put the rendered rows where the command looks for them. Raises WorkshopError where
+        nothing can be written."""
         try:
             if self.makes_tickets:
                 chat_data.make_tickets()
@@ -180,12 +177,11 @@ def make_plan(
     printed.
 
     Raises:
-        WorkshopError: an override is no ``key=value``, names a key that the script does not have
-            (the nearest one is offered), or ``model.restore_from_path`` is missing.
-        NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the
-            message says what to do.
+        WorkshopError: an override cannot be read or names a key that the script does not have, or
+            ``model.restore_from_path`` is missing.
+        NotACheckpoint: the script path cannot load ``model.restore_from_path``.
         CheckpointError: the base or the adapter is unsafe or damaged.
-        DataError: a data file or a row given as ``data`` or ``validation`` is not usable.
+        DataError: ``data`` or ``validation`` is not usable.
 
     What else would go wrong stands in the plan's ``preflight``; :func:`.train.finetune` refuses to
     start then.
@@ -206,9 +202,8 @@ def make_plan(
     tokenizer = tokenizer_of(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
     recipe = {} if own_files else RECIPE
-    scheme = (recipe | given).get("model.peft.peft_scheme") or defaults(
-        script
-    ).model.peft.peft_scheme
+    scheme = (recipe | given).get("model.peft.peft_scheme")
+    scheme = scheme or defaults(script).model.peft.peft_scheme
     settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
     place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     ours = place | {"model.restore_from_path": str(base)}
@@ -279,13 +274,8 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
 
 def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     """Verify what else than ``base`` the run with the composed ``config`` would load; Hydra has
-    several spellings for each key.
-
-    Raises:
-        WorkshopError: the base that Hydra ends up with is not ``base``.
-        CheckpointError: as :func:`workshop_utils.checkpoints.verify.verify.require_sound`.
-        DataError: the rows are packed, without ``trust``.
-    """
+    several spellings for each key. Raises CheckpointError for what is unsound, WorkshopError where
+    Hydra ends up with another base, DataError for packed rows without ``trust``."""
     from omegaconf import OmegaConf
 
     said = OmegaConf.select(config, "model.restore_from_path")
@@ -307,12 +297,8 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
 
 
 def lightning_checkpoint(config: "DictConfig") -> Path | None:
-    """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything.
-
-    Raises:
-        WorkshopError: one of its two keys is missing, ``model.peft.restore_from_path`` is given as
-            well, or it is no file.
-    """
+    """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything. Raises
+    WorkshopError where that is no file, or not all that is needed."""
     key, peft = "model.peft.restore_from_ckpt", config.model.peft
     where = peft.get("restore_from_ckpt") or {}
     folder, name = where.get("checkpoint_dir"), where.get("checkpoint_name")
@@ -333,13 +319,7 @@ def lightning_checkpoint(config: "DictConfig") -> Path | None:
 
 def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
     """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the
-    base.
-
-    Raises:
-        WorkshopError: there is none, or a key of ``given`` is mistyped.
-        NotACheckpoint: the script path cannot load it; with the command that helps.
-        CheckpointError: it is unsafe or damaged, without ``trust``.
-    """
+    base. Raises WorkshopError for these, NotACheckpoint for what the script path cannot load."""
     refuse_mistyped(script, given)
     key = "model.restore_from_path"
     if not given.get(key):
@@ -389,11 +369,7 @@ def machine_settings(device: Device, nproc_per_node: int, scheme: str = "") -> d
 
 
 def script_path() -> Path:
-    """Our entry script, or the one of the NeMo clone that ``NEMO_PATH`` names.
-
-    Raises:
-        WorkshopError: ``NEMO_PATH`` holds no such script.
-    """
+    """Our entry script, or the one of the NeMo clone that ``NEMO_PATH`` names."""
     clone = os.environ.get("NEMO_PATH")
     if not clone:
         return SCRIPT
@@ -430,9 +406,11 @@ def _tickets_dir() -> Path:
 @contextlib.contextmanager
 def _tickets() -> Iterator[Path]:
     """The folder of the workshop's rows; where it is not there, one for the moment."""
-    folder = _tickets_dir()
+    if _tickets_dir().exists():
+        yield _tickets_dir()
+        return
     with tempfile.TemporaryDirectory(prefix="workshop-tickets-") as name:
-        yield folder if folder.exists() else chat_data.make_tickets(Path(name))
+        yield chat_data.make_tickets(Path(name))
 
 
 def _render(
@@ -452,14 +430,11 @@ def _render(
                 f"{paths.shown(train.parent)}`, or give --data."
             )
         beside = train.with_name("validation.jsonl")
-        sources = {
-            "train": train,
-            "validation": Path(validation or (beside if beside.exists() else train)),
-        }
+        validation = Path(validation or (beside if beside.exists() else train))
         folder = paths.runs_dir() / "finetune" / "data" / run_dir.name
         return [
-            chat_data.render(source, tokenizer, folder / f"{kind}.jsonl")
-            for kind, source in sources.items()
+            chat_data.render(train, tokenizer, folder / "train.jsonl"),
+            chat_data.render(validation, tokenizer, folder / "validation.jsonl"),
         ]
 
 

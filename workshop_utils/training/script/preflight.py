@@ -128,11 +128,8 @@ def _place(run_dir: Path) -> Iterator[str]:
 
 def _steps(config: "DictConfig", warnings: list[str]) -> Iterator[str]:
     """Validation, and the end of the warm-up, have to come up before the last step."""
-    model, steps, interval = (
-        config.model,
-        config.trainer.max_steps,
-        config.trainer.val_check_interval,
-    )
+    model, trainer = config.model, config.trainer
+    steps, interval = trainer.max_steps, trainer.val_check_interval
     there_are = f"but there are {steps} steps:"
     if type(interval) is int and interval > steps:
         key = "trainer.val_check_interval"
@@ -158,10 +155,8 @@ def _names(config: "DictConfig") -> Iterator[str]:
     """
     optim = config.model.optim
     schedule = (optim.get("sched") or {}).get("name")
-    for key, name, known in (
-        ("name", optim.name, OPTIMIZERS),
-        ("sched.name", schedule, SCHEDULERS),
-    ):
+    named = ("name", optim.name, OPTIMIZERS), ("sched.name", schedule, SCHEDULERS)
+    for key, name, known in named:
         if name is not None and name not in known:
             meant = did_you_mean(nearest(str(name), known, cutoff=0.5))
             yield f"model.optim.{key} is {name}.{meant} There are {', '.join(known)}."
@@ -231,12 +226,10 @@ def _parallel(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]
             "model.peft.peft_scheme=ptuning: NeMo writes a part for each rank, and those of "
             "ptuning are not put together. Leave the parallel sizes at 1."
         )
-    if (
-        scheme in ("lora", "adapter")
-        and (rank := model.peft[SECTIONS[scheme]].adapter_dim) % tensor
-    ):
+    section = SECTIONS[scheme] if scheme in ("lora", "adapter") else None
+    if section and (rank := model.peft[section].adapter_dim) % tensor:
         yield (
-            f"model.peft.{SECTIONS[scheme]}.adapter_dim {rank} is no multiple of "
+            f"model.peft.{section}.adapter_dim {rank} is no multiple of "
             f"model.tensor_model_parallel_size {tensor}, which shares it out."
         )
     if not sizes:
@@ -311,12 +304,10 @@ def _adapter(config: "DictConfig", sizes: Architecture | None) -> Iterator[str]:
     if (
         chosen is not None
         and sizes
-        and not (chosen and set(chosen) <= {*range(1, sizes.layers + 1)})
+        and not (chosen and 1 <= min(chosen) <= max(chosen) <= sizes.layers)
     ):
-        yield (
-            f"model.peft.{section}.layer_selection is {list(chosen)}; layers are numbered from 1 "
-            f"to {sizes.layers}."
-        )
+        numbered = f"layers are numbered from 1 to {sizes.layers}"
+        yield f"model.peft.{section}.layer_selection is {list(chosen)}; {numbered}."
     targets = peft.lora_tuning.target_modules
     unknown = [target for target in targets if target not in MODULES]
     if peft.peft_scheme == "lora" and (unknown or not targets):
