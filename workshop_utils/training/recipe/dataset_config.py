@@ -17,17 +17,12 @@ from workshop_utils.core.errors import DataError
 from workshop_utils.training.recipe import row_conversion, row_templates
 from workshop_utils.training.recipe.row_conversion import Converter
 
-_INSTEAD = {
-    "path": "set dataset_name",
-    "name": "set dataset_config",
-    "split": "set split",
-    "num_proc": "set num_proc",
-    "streaming": "it is chosen for you",
-    "trust_remote_code": "it is chosen for you",
-    "cache_dir": "it is chosen for you",
-    "keep_in_memory": "it is chosen for you",
-}
-"""Arguments of ``datasets.load_dataset`` that ``load_kwargs`` may not hold."""
+_INSTEAD = {"path": "dataset_name", "name": "dataset_config", "split": "split"}
+_INSTEAD |= {"num_proc": "num_proc"} | dict.fromkeys(
+    ("streaming", "trust_remote_code", "cache_dir", "keep_in_memory")
+)
+"""Arguments of ``datasets.load_dataset`` that ``load_kwargs`` may not hold, and the fields that
+stand for them."""
 _SHARE = {"limits": {"gt": 0, "lt": 1}}  # no split may be empty
 
 
@@ -79,7 +74,9 @@ class HFDatasetConfig:
         object.__setattr__(self, "field_mapping", {} if mapping is None else mapping)
         checked.check(self, DataError)
         for name in sorted(self.load_kwargs.keys() & _INSTEAD):
-            raise DataError(f"load_kwargs: {name} is not taken here; {_INSTEAD[name]}.")
+            ours = _INSTEAD[name]
+            instead = f"set {ours}" if ours else "it is chosen for you"
+            raise DataError(f"load_kwargs: {name} is not taken here; {instead}.")
         self._check_templates()
         if "/" in self.split and len([part for part in self.split.split("/") if part]) != 3:
             raise DataError(
@@ -128,18 +125,9 @@ class HFDatasetConfig:
         return row_conversion.load_converter(given) if isinstance(given, str) else given
 
     def conversion(self, columns: list[str], tokenizer_dir: Any) -> row_conversion.Conversion:
-        """What turns a row with these ``columns`` into prompt and answer. Raises
-        :class:`DataError` when a column is missing, or a chat template is needed and there is
-        none."""
-        return row_conversion.Conversion(
-            self.dataset_name,
-            columns,
-            tokenizer_dir,
-            self.templates(),
-            self.field_mapping,
-            self.converter(),
-            str(self.custom_converter),
-        )
+        """What turns a row with these ``columns`` into prompt and answer."""
+        rule = (self.templates(), self.field_mapping, self.converter(), str(self.custom_converter))
+        return row_conversion.Conversion(self.dataset_name, columns, tokenizer_dir, *rule)
 
     def describe(self) -> dict[str, Any]:
         """Everything of it that shapes the rows, as JSON values: the configuration's part of the

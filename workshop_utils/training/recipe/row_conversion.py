@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,38 +30,37 @@ ANYTHING = (Exception, SystemExit)
 DataError with the line that raised it. Ctrl-C is not among them."""
 
 
+@dataclass
 class Conversion:
-    """From a row of the data set to prompt and answer; is sent to worker processes."""
+    """From a row of the data set to prompt and answer; is sent to worker processes. Raises
+    :class:`DataError` at once when a column is missing, or a chat template is needed and there is
+    none."""
 
-    def __init__(
-        self,
-        name: str,
-        columns: list[str],
-        tokenizer_dir: Path | None,
-        templates: tuple[RowTemplate, RowTemplate] | None,
-        mapping: Mapping[str, str],
-        converter: Converter | None,
-        converter_name: str,
-    ):
-        self.columns, self.tokenizer_dir = columns, tokenizer_dir
-        self.templates, self.mapping = templates, mapping
-        self.converter, self.converter_name = converter, converter_name
-        self.is_chat = not converter and not templates and "messages" in columns
-        for template in templates or ():
-            template.require_columns(mapping, columns)
-        own = templates or converter or self.is_chat or {"input", "output"} <= set(columns)
-        if not own:
+    name: str
+    columns: list[str]
+    tokenizer_dir: Path | None
+    templates: tuple[RowTemplate, RowTemplate] | None
+    mapping: Mapping[str, str]
+    converter: Converter | None
+    converter_name: str
+
+    def __post_init__(self) -> None:
+        plain = not self.converter and not self.templates
+        self.is_chat = plain and "messages" in self.columns
+        for template in self.templates or ():
+            template.require_columns(self.mapping, self.columns)
+        if plain and not self.is_chat and not {"input", "output"} <= set(self.columns):
             raise DataError(
-                f"{name} has neither `messages` nor `input` and `output`; its columns are "
-                f"{', '.join(columns)}. Give input_template and output_template, or a "
+                f"{self.name} has neither `messages` nor `input` and `output`; its columns are "
+                f"{', '.join(self.columns)}. Give input_template and output_template, or a "
                 "custom_converter."
             )
-        if self.is_chat and tokenizer_dir is None:
+        if self.is_chat and self.tokenizer_dir is None:
             raise DataError(
-                f"{name} holds conversations (`messages`): give the tokenizer, whose chat template "
-                "renders them (`workshop recipe import` first)."
+                f"{self.name} holds conversations (`messages`): give the tokenizer, whose chat "
+                "template renders them (`workshop recipe import` first)."
             )
-        self._tokenizer = ChatTokenizer(tokenizer_dir) if self.is_chat else None
+        self._tokenizer = ChatTokenizer(self.tokenizer_dir) if self.is_chat else None
 
     def __getstate__(self) -> dict[str, Any]:
         # The tokenizer is read again in each worker: the templates it compiled cannot be sent.
