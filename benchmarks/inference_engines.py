@@ -20,6 +20,7 @@ from pathlib import Path
 from workshop_utils.core import chat_data, paths
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.inference import nemo2_engine
+from workshop_utils.inference.sampling import Sampling
 
 BATCHES = (1, 4, 16)
 
@@ -33,8 +34,8 @@ def prompts(checkpoint: Path, count: int) -> list[str]:
 
 def timed(run, model, asked: list[str], tokens: int, batch: int) -> tuple[list, dict[str, float]]:
     """Answers, and how fast they came."""
-    sampling = nemo2_engine.Sampling(temperature=0, num_tokens_to_generate=tokens)
-    limits = nemo2_engine.Limits(max_batch_size=batch, inference_max_seq_length=512)
+    sampling = Sampling(temperature=0, max_new_tokens=tokens)
+    limits = nemo2_engine.EngineLimits(max_batch_size=batch, inference_max_seq_length=512)
     wall, processor = time.perf_counter(), time.process_time()
     answers = sorted(
         (answer.request, answer.tokens) for answer in run(model, asked, sampling, limits)

@@ -39,6 +39,7 @@ def import_nemo() -> None:
 
 def run(plan: Plan) -> None:
     """Train in a copy of this process, with its output in the plan's log."""
+    plan.write_rows()
     plan.log.parent.mkdir(parents=True)
     child = os.fork()
     if child:

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_model import make_tiny_model, write_rows
 
-from workshop_utils.core.chat_data import read_rows, render_file, render_prompt
+from workshop_utils.core.chat_data import read_rows, render, render_prompt
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError
 
@@ -38,16 +38,17 @@ def test_prompt_ends_where_the_answer_begins(tokenizer_dir):
     assert tokenizer.render(CONVERSATION, False).startswith(prompt + "ok<|im_end|>")
 
 
-def test_rendered_file_holds_prompt_and_answer_and_counts_tokens(tokenizer_dir, tmp_path):
-    tokenizer = ChatTokenizer(tokenizer_dir)
-    (tmp_path / "out.jsonl.idx.npy").write_bytes(b"NeMo's index of an old text")
-    rows = write_rows(tmp_path / "rows.jsonl", 12)
-    rendered = render_file(rows, tokenizer, tmp_path / "out.jsonl")
-    lines = [json.loads(line) for line in rendered.path.read_text().splitlines()]
-    lengths = [len(tokenizer.encode(line["input"] + line["output"])) + 1 for line in lines]
-    assert (rendered.rows, rendered.max_tokens) == (12, max(lengths))
-    assert rendered.mean_tokens == sum(lengths) / 12
-    assert lines[3]["output"] == "it is 3"
+def test_rows_are_rendered_and_written_without_an_old_index(tokenizer_dir, tmp_path):
+    """NeMo would take the index beside the file for that of the new rows."""
+    tokenizer, target = ChatTokenizer(tokenizer_dir), tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.idx.npy").write_bytes(b"old")
+    rendered = render(write_rows(tmp_path / "rows.jsonl", 12), tokenizer, target)
+    assert rendered.rows == 12 and not target.exists()
+    rendered.write()
+    line = json.loads(target.read_text().splitlines()[3])
+    turn = {"role": "user", "content": "number 3?"}
+    assert line == {"input": tokenizer.render([turn]), "output": "it is 3"}
+    assert target.read_bytes() == rendered.content
     assert not (tmp_path / "out.jsonl.idx.npy").exists()
 
 

@@ -10,6 +10,7 @@ from tiny_model import SHAPE, make_tiny_model
 
 from workshop_utils.core.errors import GenerationFailed, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.inference import generate, nemo1_engine
+from workshop_utils.runtime import processes
 
 TINY = Shape(
     hidden=SHAPE["hidden_size"],
@@ -47,13 +48,9 @@ def test_refuses_an_adapter_for_another_reader(tmp_path, view):
 
 
 def test_a_failure_shows_its_cause(view, monkeypatch):
-    real = subprocess.run
     code = "print('chatter'); raise SystemExit('the cause')"
-
-    def failing(command, **options):
-        return real([sys.executable, "-c", code], **options)
-
-    monkeypatch.setattr(subprocess, "run", failing)
+    real = processes.run
+    monkeypatch.setattr(processes, "run", lambda _, log: real([sys.executable, "-c", code], log))
     with pytest.raises(GenerationFailed, match="(?s)exit status 1.*the cause"):
         nemo1_engine.ask_nemo(view, trust=True)
 

@@ -10,21 +10,15 @@ from pathlib import Path
 import engine_trials
 import pytest
 
-from workshop_utils.core.errors import (
-    CheckpointError,
-    DamagedCheckpoint,
-    DataError,
-    GenerationFailed,
-    WorkshopError,
-)
+from workshop_utils.core import errors
 from workshop_utils.inference import nemo2_engine
+from workshop_utils.inference.sampling import Sampling
 from workshop_utils.training.recipe import options, plan, predict
+from workshop_utils.training.recipe.presets import preset
 
 ROWS = [(f"number {i}?", f"it is {i}") for i in range(5)]
-GREEDY, LIMITS = (
-    nemo2_engine.Sampling(temperature=0, num_tokens_to_generate=8),
-    nemo2_engine.Limits(buffer_size_gb=0.05, inference_max_seq_length=64),
-)
+GREEDY = Sampling(temperature=0, max_new_tokens=8)
+LIMITS = nemo2_engine.EngineLimits(buffer_size_gb=0.05, inference_max_seq_length=64)
 
 
 @pytest.fixture
@@ -45,28 +39,26 @@ def nemo(monkeypatch):
     class Nemo:
         rows = 100
 
+        def __init__(self):
+            self.started = []
+
         def __call__(self, module, folder, job, checkpoint):
             self.started.append([row["row"] for row in job["rows"]])
             with Path(job["answers"]).open("a") as stream:
                 for row in list(reversed(job["rows"]))[: self.rows]:  # not in the order of the rows
                     refused = "too long." if "3" in row["prompt"] else None
                     text = "" if refused else f" {row['prompt'].upper()}"
-                    stream.write(
-                        json.dumps(
-                            {"request": row["row"], "text": text, "tokens": [1], "refused": refused}
-                        )
-                        + "\n"
-                    )
+                    answer = {"request": row["row"], "text": text, "refused": refused}
+                    stream.write(json.dumps(answer | {"tokens": [1]}) + "\n")
                 if self.rows < len(job["rows"]):
                     stream.write('{"request": 0, "te')
-                    raise GenerationFailed("killed")
+                    raise errors.GenerationFailed("killed")
             (folder / "speed.json").write_text('{"tokens": 10, "seconds": 2.0}')
 
-    made = Nemo()
-    made.started = []
-    monkeypatch.setattr(predict, "run_job", made)
+    stand_in = Nemo()
+    monkeypatch.setattr(predict, "run_job", stand_in)
     monkeypatch.setattr(predict, "require_sound", lambda *args: None)
-    return made
+    return stand_in
 
 
 def answered(checkpoint, file, rows=ROWS, sampling=GREEDY):
@@ -78,54 +70,42 @@ def test_the_predictions_file(checkpoint, nemo, tmp_path):
     lines = [json.loads(line) for line in found.file.read_text().splitlines()]
     assert lines[0] == {"input": "number 0?", "label": "it is 0", "prediction": "NUMBER 0?"}
     assert [line["input"] for line in lines] == [prompt for prompt, _ in ROWS]
-    assert lines[3] == {
-        "input": "number 3?",
-        "label": "it is 3",
-        "prediction": "",
-        "refused": "too long.",
-    }
-    assert (
-        found.refused == {3: "too long."}
-        and found.predictions[4] == "NUMBER 4?"
-        and found.speed == ", 5 tokens/s"
-    )
+    row = {"input": "number 3?", "label": "it is 3", "prediction": ""}
+    assert lines[3] == row | {"refused": "too long."} and found.refused == {3: "too long."}
+    assert (found.predictions[4], found.speed) == ("NUMBER 4?", ", 5 tokens/s")
     assert not list(found.file.parent.glob("*.partial"))
 
 
 def test_an_interrupted_run_answers_only_what_is_missing(checkpoint, nemo, tmp_path):
     file, nemo.rows = tmp_path / "p.jsonl", 2
-    with pytest.raises(GenerationFailed):
+    with pytest.raises(errors.GenerationFailed):
         answered(checkpoint, file)
     assert not file.exists()
     nemo.rows = 100
     found = answered(checkpoint, file)
-    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]], (
-        "a line that was cut in half is answered again"
-    )
-    assert (
-        found.predictions == ("NUMBER 0?", "NUMBER 1?", "NUMBER 2?", "", "NUMBER 4?")
-        and found.seconds is None
-    )
+    # A line that was cut in half is answered again.
+    assert nemo.started == [[0, 1, 2, 3, 4], [0, 1, 2]]
+    assert found.predictions == ("NUMBER 0?", "NUMBER 1?", "NUMBER 2?", "", "NUMBER 4?")
+    assert found.seconds is None
 
 
 def test_a_finished_file_is_used_again_until_something_changes(checkpoint, nemo, tmp_path):
     file = tmp_path / "p.jsonl"
     first = answered(checkpoint, file)
     assert answered(checkpoint, file).predictions == first.predictions and len(nemo.started) == 1
-    answered(checkpoint, file, sampling=replace(GREEDY, num_tokens_to_generate=9))
+    answered(checkpoint, file, sampling=replace(GREEDY, max_new_tokens=9))
     answered(checkpoint, file, rows=ROWS[:4])
     (checkpoint / "weights" / "metadata.json").write_text("{}")
     answered(checkpoint, file, rows=ROWS[:4])
     file.write_text(file.read_text().replace("NUMBER", "number"))
-    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?", (
-        "a file that was edited is not trusted"
-    )
+    # A file that was edited is not trusted.
+    assert answered(checkpoint, file, rows=ROWS[:4]).predictions[0] == "NUMBER 0?"
     assert len(nemo.started) == 5
 
 
 def test_what_is_left_of_another_run_is_not_taken(checkpoint, nemo, tmp_path):
     file, nemo.rows = tmp_path / "p.jsonl", 2
-    with pytest.raises(GenerationFailed):
+    with pytest.raises(errors.GenerationFailed):
         answered(checkpoint, file)
     nemo.rows = 100
     answered(checkpoint, file, rows=list(reversed(ROWS)))
@@ -135,20 +115,11 @@ def test_what_is_left_of_another_run_is_not_taken(checkpoint, nemo, tmp_path):
 def resolved(output_dir, **changes):
     given = {
         "hf_model_id": str(output_dir),
-        "recipe_cls_name": "llama32_1b",
         "output_dir": str(output_dir),
-        "gpus_per_node": 1,
-        "tensor_parallel_size": 1,
-        "device": "cpu",
-        "precision": "32",
         "hfdc_dataset_name": "x",
-        "temperature": 0.0,
-        "top_p": 0.0,
-        "num_tokens_to_generate": 8,
-        "inference_max_seq_length": 64,
-        "buffer_size_gb": 0.05,
     }
-    return plan.resolve(options.RecipeOptions(**given | changes))
+    given |= {"num_tokens_to_generate": 8, "inference_max_seq_length": 64, "buffer_size_gb": 0.05}
+    return plan.resolve(options.from_mapping(preset("cpu") | given | changes))
 
 
 def test_the_report_compares_base_and_tuned(checkpoint, nemo, tmp_path):
@@ -159,32 +130,33 @@ def test_the_report_compares_base_and_tuned(checkpoint, nemo, tmp_path):
     (checkpoint.rename(base), (base / "weights" / "metadata.json").write_text("{}"))
     tuned = checkpoint.parent / "m--val_loss=0.5-step=9"
     tuned.symlink_to(base)
-    settings = resolved(
-        tmp_path / "run", nemo_ckpt_dir=str(base), data_dir=str(tmp_path / "data"), max_samples=4
-    )
+    places = {"nemo_ckpt_dir": str(base), "data_dir": str(tmp_path / "data")}
+    settings = resolved(tmp_path / "run", max_samples=4, **places)
     report = predict.test(settings, progress=False)
     assert (report.checkpoint, report.rows, report.metrics["exact match"].mean) == (tuned, 4, 0.75)
     assert report.comparison.difference["exact match"].mean == 0
     assert "row 4 refused: too long." in str(report) and "tuned - base" in str(report)
-    alone = predict.test(
-        replace(settings, options=replace(settings.options, compare_base=False)), progress=False
-    )
+    alone = resolved(tmp_path / "run", max_samples=4, compare_base=False, **places)
+    alone = predict.test(alone, progress=False)
     assert alone.comparison is None and alone.base is None and "0.750 [" in str(alone)
     base.rename(tmp_path / "away")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(errors.CheckpointError):
         predict.test(settings, progress=False)
 
 
 def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
     with pytest.raises(
-        WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"
+        errors.WorkshopError, match="inference_engine is 'vllm'; it is one of dynamic, static"
     ):
         predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", GREEDY, LIMITS, "vllm")
-    with pytest.raises(WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"):
-        nemo2_engine.Sampling(top_k=5)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(
+        errors.WorkshopError, match=r"top_k is 5 and top_p 0.95: Megatron-Core takes one"
+    ):
+        drawn = Sampling(top_k=5, top_p=0.95)
+        predict.predict(checkpoint, ROWS, tmp_path / "p.jsonl", drawn, LIMITS)
+    with pytest.raises(errors.DataError, match="does not exist"):
         predict.read_test_rows(tmp_path / "test.jsonl")
-    with pytest.raises(CheckpointError, match="compare_base off"):
+    with pytest.raises(errors.CheckpointError, match="compare_base off"):
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"input": "a", "output": "b"}\n')
         predict.test(resolved(tmp_path / "run", test_path=str(rows)), progress=False)
@@ -192,37 +164,26 @@ def test_what_is_refused_before_nemo_starts(checkpoint, nemo, tmp_path):
         '{"model_ckpt_path": "/nowhere/base"}'
     )
     with pytest.raises(
-        DamagedCheckpoint,
+        errors.DamagedCheckpoint,
         match="model_ckpt_path is '/nowhere/base', which holds no NeMo 2.0 checkpoint",
     ):
         answered(checkpoint, tmp_path / "p.jsonl")
     assert not nemo.started
 
 
-def test_greedy_sampling_says_so():
-    assert (
-        nemo2_engine.Sampling(temperature=0).greedy
-        and nemo2_engine.Sampling(top_k=1).greedy
-        and not nemo2_engine.Sampling().greedy
-    )
-    assert nemo2_engine.too_long(60, GREEDY, LIMITS).endswith(
-        "together more than 64 (inference_max_seq_length)."
-    )
-    assert (
-        nemo2_engine.too_long(56, GREEDY, LIMITS) is None
-        and nemo2_engine.too_long(0, GREEDY, LIMITS) == "the prompt is empty."
-    )
+def test_sampling_and_what_is_too_long():
+    assert Sampling(temperature=0).greedy and Sampling(top_k=1).greedy and not Sampling().greedy
+    long = "the prompt has 60 tokens and 8 are to be generated (num_tokens_to_generate), together "
+    long += "more than 64 (inference_max_seq_length)."
+    for tokens, reason in ((60, long), (56, None), (0, "the prompt is empty.")):
+        assert nemo2_engine.too_long(tokens, GREEDY, LIMITS) == reason
+    nemo2_engine.check(Sampling(top_k=5, max_new_tokens=8), LIMITS)  # top_p 1 draws among all
 
 
 @pytest.fixture(scope="module")
 def trials(bridged_tiny, tmp_path_factory):
     result = tmp_path_factory.mktemp("trials") / "result.json"
-    command = [
-        sys.executable,
-        engine_trials.__file__,
-        str(bridged_tiny / "nemo2" / "tiny"),
-        str(result),
-    ]
+    command = [sys.executable, engine_trials.__file__, bridged_tiny / "nemo2" / "tiny", result]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(result.read_text())
@@ -252,9 +213,8 @@ def test_requests_join_and_leave_while_others_run(trials):
     found = trials["joining"]
     assert {request: trials["static"][request] for request in found["tokens"]} == found["tokens"]
     assert len(found["tokens"]) == len(engine_trials.prompts())
-    assert found["running"][0] < max(found["running"]) == 4, (
-        "more join than were there at the start, never more than there are places"
-    )
+    # More join than were there at the start, never more than there are places.
+    assert found["running"][0] < max(found["running"]) == 4
 
 
 @pytest.mark.slow
@@ -264,12 +224,10 @@ def test_what_never_fits_is_refused_and_the_others_finish(trials):
         "more than 96 (inference_max_seq_length)."
     )
     assert set(trials["joining"]["refused"].values()) == {reason}
-    assert (
-        set(trials["refused"]) == {"14", "15"} and trials["refused"]["15"] == "the prompt is empty."
-    )
-    assert (
-        trials["more than a step"] == "the prompt has 70 tokens, and a step takes 64 (max_tokens)."
-    )
+    assert set(trials["refused"]) == {"14", "15"}
+    assert trials["refused"]["15"] == "the prompt is empty."
+    step = "the prompt has 70 tokens, and a step takes 64 (max_tokens)."
+    assert trials["more than a step"] == step
     assert trials["small buffer"].endswith("Raise it to 0.02, or lower inference_max_seq_length.")
 
 

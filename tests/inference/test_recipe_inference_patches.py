@@ -25,9 +25,8 @@ def paged_cache(lengths):
     for request, count in enumerate(counts):
         table[request, :count] = torch.tensor([numbers.pop() for _ in range(count)])
         for position in range(lengths[request]):
-            caches[:, table[request, position // CHUNK], position % CHUNK] = plain[request][
-                :, position
-            ]
+            place = (table[request, position // CHUNK], position % CHUNK)
+            caches[(slice(None), *place)] = plain[request][:, position]
     return caches, table, plain
 
 
@@ -39,9 +38,8 @@ def plain_attention(queries, keys, values):
     shared = HEADS // GROUPS
     keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
     scores = torch.einsum("qhc,khc->hqk", queries, keys) / math.sqrt(CHANNELS)
-    later = torch.arange(len(keys))[None] > torch.arange(len(queries))[:, None] + len(keys) - len(
-        queries
-    )
+    before = len(keys) - len(queries)
+    later = torch.arange(len(keys))[None] > torch.arange(len(queries))[:, None] + before
     return torch.einsum("hqk,khc->qhc", scores.masked_fill(later, -math.inf).softmax(-1), values)
 
 
@@ -50,17 +48,14 @@ def test_new_and_running_requests_in_one_step():
 
     from workshop_utils.runtime.nemo_cpu.paged_attention import attend_to_pages
 
-    cached, new = (
-        [9, 4, 13, 1, 7],
-        [9, 1, 5, 1, 7],
-    )  # all new, one token, a continued prompt, a prompt of one token, all new
+    # All new, one token, a continued prompt, a prompt of one token, all new.
+    cached, new = [9, 4, 13, 1, 7], [9, 1, 5, 1, 7]
     caches, table, plain = paged_cache(cached)
     queries = torch.randn(sum(new) + 3, HEADS, CHANNELS)  # three rows of padding
     begins = [sum(new[:request]) for request in range(len(new) + 1)]
     ends = torch.tensor([sum(cached[:request]) for request in range(len(cached) + 1)])
-    found = attend_to_pages(
-        queries, *caches, torch.tensor(begins), ends, max(new), max(cached), block_table=table
-    )
+    lengths = (torch.tensor(begins), ends, max(new), max(cached))
+    found = attend_to_pages(queries, *caches, *lengths, block_table=table)
     for request, (begin, tokens) in enumerate(zip(begins, new, strict=False)):
         expected = plain_attention(queries[begin : begin + tokens], *plain[request])
         torch.testing.assert_close(found[begin : begin + tokens], expected)
@@ -74,9 +69,8 @@ def test_one_token_of_each_request():
 
     lengths = [9, 4, 13, 1]
     caches, table, plain = paged_cache(lengths)
-    table = torch.cat(
-        [table, torch.zeros(2, table.shape[1], dtype=torch.int)]
-    )  # two rows of padding, as the engine has them
+    # Two rows of padding, as the engine has them.
+    table = torch.cat([table, torch.zeros(2, table.shape[1], dtype=torch.int)])
     queries = torch.randn(6, 1, HEADS, CHANNELS)
     found = attend_one_token_to_pages(
         queries, *caches, cache_seqlens=torch.tensor([*lengths, 0, 0]), block_table=table
@@ -115,28 +109,19 @@ def serve_at_random(context_class, overflow, seed):
             left[count], count = draw.randint(1, 12), count + 1
         if not context.total_request_count:
             continue
-        rows = range(context.total_request_count)
-        owned = [
-            chunk
-            for row in rows
-            for chunk in context.request_to_kv_chunk_ids[row][
-                : int(context.request_kv_chunk_counts[row])
-            ].tolist()
-        ]
+        owned, chunks = [], context.chunk_allocator
+        for row in range(context.total_request_count):
+            count = int(context.request_kv_chunk_counts[row])
+            owned += context.request_to_kv_chunk_ids[row][:count].tolist()
         assert len(owned) == len(set(owned)) and -1 not in owned, "a chunk has two owners"
-        assert (
-            context.chunk_allocator.chunk_count_avail + len(owned)
-            == context.chunk_allocator.chunk_count_total - 1
-        ), "chunks got lost"
-        active = context.request_ids[
-            context.paused_request_count : context.total_request_count
-        ].tolist()
+        lost = chunks.chunk_count_total - 1 - chunks.chunk_count_avail - len(owned)
+        assert not lost, "chunks got lost"
+        running = slice(context.paused_request_count, context.total_request_count)
+        active = context.request_ids[running].tolist()
         for request in active:
             left[request] -= 1
-        context.update_requests(
-            torch.tensor([left[request] > 0 for request in active]).byte(),
-            torch.zeros(len(active), dtype=torch.long),
-        )
+        goes_on = torch.tensor([left[request] > 0 for request in active]).byte()
+        context.update_requests(goes_on, torch.zeros(len(active), dtype=torch.long))
 
 
 def test_chunks_have_one_owner_with_the_patch_and_two_without(monkeypatch):

@@ -22,35 +22,26 @@ def gpu_machine(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def test_gpu_in_bf16_when_driver_and_torch_agree(gpu_machine, monkeypatch):
-    monkeypatch.setattr(device, "torch_has_cuda", lambda: True)
-    chosen = device.choose_device()
-    assert (chosen.kind, chosen.precision, chosen.reason) == (
-        "gpu",
-        "bf16-mixed",
-        "NVIDIA Test 9000 found",
-    )
-
-
-def test_a_cpu_build_of_torch_is_the_reason_for_the_cpu(gpu_machine, monkeypatch):
-    monkeypatch.setattr(device, "torch_has_cuda", lambda: False)
-    assert "CPU build" in device.choose_device().reason
-
-
-def test_hidden_gpus_are_not_used(gpu_machine, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert device.choose_device().kind == "cpu"
-
-
-@pytest.mark.parametrize("wanted, precision", [("cpu", "32"), ("gpu", "bf16-mixed")])
-def test_the_environment_overrides(monkeypatch, wanted, precision):
-    monkeypatch.setenv("WORKSHOP_DEVICE", wanted)
-    chosen = device.choose_device()
-    assert (chosen.kind, chosen.precision, chosen.reason) == (
-        wanted,
-        precision,
-        f"WORKSHOP_DEVICE={wanted}",
-    )
+@pytest.mark.parametrize(
+    "variables, torch_has_cuda, chosen",
+    [
+        ({}, True, ("gpu", "bf16-mixed", "NVIDIA Test 9000 found")),
+        (
+            {},
+            False,
+            ("cpu", "32", "NVIDIA Test 9000 found, but the installed torch is a CPU build"),
+        ),
+        ({"CUDA_VISIBLE_DEVICES": ""}, True, ("cpu", "32", "no NVIDIA GPU found")),
+        ({"WORKSHOP_DEVICE": "cpu"}, True, ("cpu", "32", "WORKSHOP_DEVICE=cpu")),
+        ({"WORKSHOP_DEVICE": "gpu"}, False, ("gpu", "bf16-mixed", "WORKSHOP_DEVICE=gpu")),
+    ],
+)
+def test_the_choice_and_its_reason(gpu_machine, monkeypatch, variables, torch_has_cuda, chosen):
+    monkeypatch.setattr(device, "torch_has_cuda", lambda: torch_has_cuda)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    made = device.choose_device()
+    assert (made.kind, made.precision, made.reason) == chosen
 
 
 def test_another_word_is_refused(monkeypatch):

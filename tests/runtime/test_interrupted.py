@@ -31,18 +31,19 @@ sys.exit(main())
 """
 
 
+def python(*words, **options) -> subprocess.Popen:
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *words], **output | options)
+
+
 def interrupted(root, number, *words):
     """Exit status of ``workshop WORDS``, sent the signal ``number`` when half of the work is done;
     and all files before and after."""
     before = contents(root)
-    command = [sys.executable, "-c", DRIVER, *map(str, words)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with python("-c", DRIVER, *map(str, words)) as process:
         assert process.stdout.readline() == "half\n", process.communicate()
-        assert any(
-            ".partial" in str(path) for path in root.rglob("*")
-        )  # else there was nothing to clean up
+        # Else there was nothing to clean up.
+        assert any(".partial" in str(path) for path in root.rglob("*"))
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
@@ -73,31 +74,24 @@ def test_an_export(root):
 def test_an_export_that_replaces_one(root):
     out = export(root / "a.nemo", "hf-peft", root / "out" / "old")
     other = write_adapter(root / "b.nemo", config_of(GQA, alpha=16), tensors_of(GQA))
-    assert (
-        interrupted(
-            root, signal.SIGTERM, "export", other, "--to", "hf-peft", "--out", out, "--overwrite"
-        )
-        == 130
-    )
+    words = "export", other, "--to", "hf-peft", "--out", out, "--overwrite"
+    assert interrupted(root, signal.SIGTERM, *words) == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_bridge_and_a_conversion(root, number, originals):
     source = shutil.copytree(originals / "plain", root / "plain")
-    assert interrupted(root, number, "bridge", source, "--out", root / "out" / "new") == 130
-    assert (
-        interrupted(root, number, "convert", source, root / "out" / "new", "--to", "nemo1") == 130
-    )
+    out = root / "out" / "new"
+    assert interrupted(root, number, "bridge", source, "--out", out) == 130
+    assert interrupted(root, number, "convert", source, out, "--to", "nemo1") == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_staging(root, number):
     made = export(root / "a.nemo", "hf-peft", root / "made")
     (root / "store").mkdir()
-    assert (
-        interrupted(root, number, "nim", "stage", made, "--name", "a", "--store", root / "store")
-        == 130
-    )
+    words = "nim", "stage", made, "--name", "a", "--store", root / "store"
+    assert interrupted(root, number, *words) == 130
 
 
 #: A library that catches whatever comes, and goes on with what it has not finished; and one that
@@ -126,10 +120,7 @@ sys.exit(main())
     "then", ["time.sleep(60)", "raise AttributeError('half imported')", "pass"]
 )
 def test_a_library_that_swallows_the_interrupt(tmp_path, then):
-    command = [sys.executable, "-c", CARELESS.format(then=then)]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with python("-c", CARELESS.format(then=then), cwd=tmp_path) as process:
         assert process.stdout.readline() == "half\n"
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -140,14 +131,8 @@ def test_a_library_that_swallows_the_interrupt(tmp_path, then):
 
 
 def test_the_second_ctrl_c_does_not_stop_the_cleaning_up(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        CARELESS.format(then="print('cleaning', flush=True); time.sleep(0.5)"),
-    ]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    then = "print('cleaning', flush=True); time.sleep(0.5)"
+    with python("-c", CARELESS.format(then=then), cwd=tmp_path) as process:
         for said in ("half\n", "cleaning\n"):
             assert process.stdout.readline() == said
             process.send_signal(signal.SIGINT)
@@ -161,19 +146,8 @@ def test_an_import_in_a_process_of_its_own(root, number):
     """The process is NeMo's, and is asked to stop, too."""
     model = make_tiny_model(root / "model")
     before = contents(root)
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "convert",
-        str(model),
-        str(root / "new"),
-        "--to",
-        "nemo2",
-    ]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    words = "convert", str(model), str(root / "new"), "--to", "nemo2"
+    with python("-m", "workshop_utils", *words) as process:
         while process.poll() is None and not any(root.rglob("*.partial")):
             time.sleep(0.1)
         process.send_signal(number)
@@ -197,13 +171,7 @@ def test_ctrl_c_takes_along_what_a_library_has_started(tmp_path):
         "    try: print('ready', flush=True); time.sleep(60)\n"
         "    finally: interrupt.end()\n"
     )
-    command = subprocess.Popen(
-        [sys.executable, str(program)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = python(str(program), start_new_session=True)
     assert command.stdout.readline() == "ready\n"
     children = psutil.Process(command.pid).children(recursive=True)
     os.killpg(command.pid, signal.SIGINT)

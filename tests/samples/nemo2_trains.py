@@ -20,10 +20,10 @@ def write_data(folder: Path, rows: int = 16) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, start in (("training", 0), ("validation", rows), ("test", 2 * rows)):
         lines = [
-            json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n"
-            for i in range(start, start + rows)
+            {"input": f"number {i}?", "output": f"it is {i}"} for i in range(start, start + rows)
         ]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (folder / f"{name}.jsonl").write_text(text)
     return folder
 
 
@@ -48,21 +48,17 @@ def train(
     events.unlink(missing_ok=True)
     os.environ["WORKSHOP_EVENTS"] = str(events)
     model = io.load_context(base, subpath="model")
-    peft = {
-        "lora": llm.peft.LoRA,
-        "dora": llm.peft.DoRA,
-        "canonical_lora": llm.peft.CanonicalLoRA,
-    }.get(scheme)
+    schemes = {"lora": "LoRA", "dora": "DoRA", "canonical_lora": "CanonicalLoRA"}
+    peft = getattr(llm.peft, schemes[scheme]) if scheme in schemes else None
+    on_cpu = {"num_workers": 0, "memmap_workers": 1, "pin_memory": False}
     data = FineTuningDataModule(
         folder / "data",
         seq_length=64,
         tokenizer=model.tokenizer,
         micro_batch_size=2,
         global_batch_size=4,
-        num_workers=0,
-        memmap_workers=1,
-        pin_memory=False,
         dataset_kwargs={"get_attention_mask_from_fusion": False},
+        **on_cpu,
     )
     strategy = nl.MegatronStrategy(
         tensor_model_parallel_size=tp,
@@ -71,46 +67,37 @@ def train(
         process_group_backend="gloo",
         ckpt_async_save=False,
     )
+    every = {"val_check_interval": steps, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     trainer = nl.Trainer(
         accelerator="cpu",
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         num_nodes=1,
         strategy=strategy,
         max_steps=steps,
-        val_check_interval=steps,
-        limit_val_batches=1,
-        num_sanity_val_steps=0,
         log_every_n_steps=1,
+        **every,
     )
     checkpoints = nl.ModelCheckpoint(
         monitor="val_loss", save_top_k=1, save_last=True, filename="{step}-{val_loss:.3f}"
     )
+    rate = {"lr": 1e-2 if peft else 1e-3, "clip_grad": 1.0}
+    optimizer = OptimizerConfig(
+        optimizer="adam", bf16=False, use_distributed_optimizer=False, **rate
+    )
+    log = {"use_datetime_version": False, "ckpt": checkpoints}
     torch.manual_seed(0)
     llm.finetune(
         model=model,
         data=data,
         trainer=trainer,
-        optim=nl.MegatronOptimizerModule(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=1e-2 if peft else 1e-3,
-                bf16=False,
-                use_distributed_optimizer=False,
-                clip_grad=1.0,
-            )
-        ),
-        log=nl.NeMoLogger(
-            log_dir=str(folder), name=scheme, use_datetime_version=False, ckpt=checkpoints
-        ),
+        optim=nl.MegatronOptimizerModule(optimizer),
+        log=nl.NeMoLogger(log_dir=str(folder), name=scheme, **log),
         resume=nl.AutoResume(restore_config=nl.RestoreConfig(path=str(base))),
         peft=peft(dim=dim, alpha=2 * dim) if peft else None,
     )
     losses = [event["loss"] for event in read_events(events) if event["event"] == "step"]
-    result = {
-        "losses": losses,
-        "step": trainer.global_step,
-        "val_loss": float(trainer.callback_metrics["val_loss"]),
-    }
+    loss = float(trainer.callback_metrics["val_loss"])
+    result = {"losses": losses, "step": trainer.global_step, "val_loss": loss}
     if trainer.is_global_zero:
         (folder / f"{scheme}.json").write_text(json.dumps(result))
     return result
@@ -134,14 +121,10 @@ if __name__ == "__main__":
     parser.add_argument("base", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("schemes", nargs="+", choices=SCHEMES)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=4)
+    for name, default in (("tp", 1), ("pp", 1), ("steps", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args(sys.argv[1:])
-    for wanted in given.schemes:
-        print(
-            wanted,
-            train(given.base, given.folder, wanted, given.tp, given.pp, given.steps),
-            flush=True,
-        )
+    for scheme in given.schemes:
+        sizes = (given.tp, given.pp, given.steps)
+        print(scheme, train(given.base, given.folder, scheme, *sizes), flush=True)
         reset()

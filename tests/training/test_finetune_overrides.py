@@ -11,6 +11,8 @@ import pytest
 from places import ROOT
 from tiny_model import write_rows
 
+from workshop_utils.training.runs.events import read_events
+
 pytestmark = pytest.mark.slow
 
 SCRIPT = ROOT / "notebooks" / "scripts" / "try_overrides.py"
@@ -39,6 +41,18 @@ VARIANTS = {
 }
 
 
+COMMON = [
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=4",
+    "model.global_batch_size=8",
+    "model.micro_batch_size=8",
+    f"{LORA}.adapter_dim=8",
+    f"{LORA}.alpha=16",
+    "model.optim.lr=2e-2",
+    "model.optim.sched.warmup_steps=2",
+]
+
+
 @pytest.fixture(scope="module")
 def runs(bridged_tiny, tmp_path_factory):
     """The folder with a run for each variant, and the script's results."""
@@ -51,45 +65,27 @@ def runs(bridged_tiny, tmp_path_factory):
         f"model.data.validation_ds.file_names=[{folder}/one.jsonl,{folder}/two.jsonl]",
         "model.data.validation_ds.names=[odd,even]",
     ]
-    common = [
-        f"model.restore_from_path={bridged_tiny / 'bridged' / 'tiny'}",
-        "trainer.max_steps=12",
-        "trainer.val_check_interval=4",
-        "model.global_batch_size=8",
-        "model.micro_batch_size=8",
-        f"{LORA}.adapter_dim=8",
-        f"{LORA}.alpha=16",
-        "model.optim.lr=2e-2",
-        "model.optim.sched.warmup_steps=2",
-    ]
     settings = {
         "folder": str(folder / "runs"),
         "data": str(folder / "train.jsonl"),
         "validation": str(folder / "train.jsonl"),
-        "common": common,
+        "common": [f"model.restore_from_path={bridged_tiny / 'bridged' / 'tiny'}", *COMMON],
         "variants": VARIANTS | {"two-sets": two},
     }
     (folder / "settings.json").write_text(json.dumps(settings))
-    environment = os.environ | {
-        "WORKSHOP_ROOT": str(folder),
-        "WORKSHOP_DEVICE": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    ours = {"WORKSHOP_ROOT": str(folder), "WORKSHOP_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    files = [str(folder / f"{name}.json") for name in ("settings", "results")]
+    command = [sys.executable, str(SCRIPT), *files]
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder / "settings.json"), str(folder / "results.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        command, env=os.environ | ours, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "runs", json.loads((folder / "results.json").read_text())
 
 
 def difference(results: dict, name: str) -> float:
-    return max(
-        abs(a - b) for a, b in zip(results["plain"]["losses"], results[name]["losses"], strict=True)
-    )
+    losses = zip(results["plain"]["losses"], results[name]["losses"], strict=True)
+    return max(abs(one - other) for one, other in losses)
 
 
 def test_the_same_run_gives_the_same_losses_and_another_seed_does_not(runs):
@@ -108,28 +104,19 @@ def test_o2_writes_bf16(runs):
     from workshop_utils.checkpoints.formats.identify import identify
 
     folder, _ = runs
-    dtypes = {
-        name: identify(folder / name / "checkpoints" / f"{name}.nemo").dtype
-        for name in ("plain", "bf16", "o2")
-    }
-    assert dtypes == {"plain": "float32", "bf16": "float32", "o2": "bfloat16"}
+    for name, dtype in {"plain": "float32", "bf16": "float32", "o2": "bfloat16"}.items():
+        assert identify(folder / name / "checkpoints" / f"{name}.nemo").dtype == dtype
 
 
 def test_what_is_cut_and_from_which_side(runs):
     _, results = runs
-    first = [
-        results[name]["losses"][0] for name in ("plain", "cut-right", "cut-left", "cut-answers")
-    ]
-    assert len({round(loss, 4) for loss in first}) == 4, first
-    warned = {
-        name: [line for line in results[name]["warnings"] if "rows are longer than 32" in line]
-        for name in VARIANTS
-    }
-    assert (
-        "0 of them in the answer" in warned["cut-right"][0]
-        and "32 of them in the answer" in warned["cut-answers"][0]
-    )
-    assert not warned["plain"]
+    names = ("plain", "cut-right", "cut-left", "cut-answers")
+    first = {round(results[name]["losses"][0], 4) for name in names}
+    assert len(first) == 4, first
+    for name, count in {"cut-right": 0, "cut-answers": 32}.items():
+        said = f"{count} of them in the answer"
+        assert any("longer than 32" in w and said in w for w in results[name]["warnings"])
+    assert not any("rows are longer" in warning for warning in results["plain"]["warnings"])
 
 
 def test_a_micro_batch_is_memory_and_a_global_batch_is_rows(runs):
@@ -142,9 +129,8 @@ def test_a_micro_batch_is_memory_and_a_global_batch_is_rows(runs):
 def test_alpha_scales_what_is_added(runs):
     _, results = runs
     assert results["alpha"]["parameters"] == results["plain"]["parameters"]
-    assert results["alpha"]["losses"][0] == results["plain"]["losses"][0], (
-        "B = 0 before the first step"
-    )
+    first = [results[name]["losses"][0] for name in ("alpha", "plain")]
+    assert first[0] == first[1], "B = 0 before the first step"
     assert results["alpha"]["change"] > 1.5 * results["plain"]["change"]
 
 
@@ -158,45 +144,28 @@ def test_so_many_checkpoints_are_kept(runs, name, count):
 
 def test_the_validation_sets_have_their_names_in_tensorboard(runs):
     folder, results = runs
-    scalars = tensorboard(folder / "two-sets")
-    assert {
-        "reduced_train_loss",
-        "lr",
-        "validation_loss_odd",
-        "validation_loss_even",
-        "val_loss",
-    } <= scalars.keys()
-    assert [value for _, value in scalars["reduced_train_loss"]] == pytest.approx(
-        results["two-sets"]["losses"]
-    )
-    odd, even = (scalars[f"validation_loss_{name}"][-1][1] for name in ("odd", "even"))
-    assert odd != even and results["two-sets"]["validation"][-1] == pytest.approx(
-        (odd + even) / 2, rel=1e-4
-    )
+    scalars, told = tensorboard(folder / "two-sets"), results["two-sets"]
+    assert {"reduced_train_loss", "lr", "val_loss"} <= scalars.keys()
+    assert scalars["reduced_train_loss"] == pytest.approx(told["losses"])
+    odd, even = (scalars[f"validation_loss_{name}"][-1] for name in ("odd", "even"))
+    assert odd != even and told["validation"][-1] == pytest.approx((odd + even) / 2, rel=1e-4)
 
 
-def tensorboard(run: Path) -> dict[str, list[tuple[int, float]]]:
+def tensorboard(run: Path) -> dict[str, list[float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = run.rglob("events.out.tfevents.*")
     events = EventAccumulator(str(file))
     events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_the_events_tell_speed_and_memory(runs):
     folder, _ = runs
-    events = [
-        json.loads(line)
-        for line in (folder / "plain" / "workshop" / "events.jsonl").read_text().splitlines()
-    ]
+    events = read_events(folder / "plain" / "workshop" / "events.jsonl")
     steps = [event for event in events if event["event"] == "step"]
     assert [event["step"] for event in steps] == list(range(1, 13))
     for event in steps:
         assert event["lr"] >= 0 and event["memory"] > 10**8
-        assert 8 * 30 < event["tokens_per_second"] * event["seconds"] < 8 * 50, (
-            "eight rows of about 37 tokens"
-        )
+        tokens = event["tokens_per_second"] * event["seconds"]
+        assert 8 * 30 < tokens < 8 * 50, "eight rows of about 37 tokens"

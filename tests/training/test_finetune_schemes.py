@@ -22,14 +22,8 @@ from workshop_utils.training.script.predict import predict
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def tiny(bridged_tiny, tmp_path_factory):
-    """A folder with ``bridged/tiny`` and rows, in which the runs of this module end up."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "bridged").symlink_to(bridged_tiny / "bridged")
-    write_rows(folder / "rows.jsonl", 32)
-    return folder
+LARGE = ["model.peft.lora_tuning.target_modules=[all]", "model.peft.lora_tuning.adapter_dim=64"]
+NEVER_EARLY = "exp_manager.create_early_stopping_callback=false"
 
 
 @pytest.fixture(autouse=True)
@@ -53,12 +47,39 @@ def overrides(tiny, name: str, *more: str) -> list[str]:
     ]
 
 
+def command(tiny, words: list[str]) -> list[str]:
+    """The same as a command line."""
+    start = [sys.executable, "-m", "workshop_utils", "finetune"]
+    return [*start, "--data", str(tiny / "rows.jsonl"), *words]
+
+
+def told(plan: script.Plan, kind: str, value: str = "step") -> list:
+    return [event[value] for event in script.read_events(plan.events) if event["event"] == kind]
+
+
+def losses(plan: script.Plan) -> dict[int, float]:
+    return dict(zip(told(plan, "step"), told(plan, "step", "loss"), strict=True))
+
+
 def train(tiny, name: str, *more: str) -> tuple[script.Plan, list[float]]:
     own = any("train_ds.file_names" in one for one in more)
     plan = script.make_plan(overrides(tiny, name, *more), data=None if own else tiny / "rows.jsonl")
     script.finetune(plan, progress=False)
-    return plan, [
-        event["loss"] for event in script.read_events(plan.events) if event["event"] == "step"
+    return plan, told(plan, "step", "loss")
+
+
+def wait_for_step(plan: script.Plan, step: int, is_running) -> None:
+    deadline = time.monotonic() + 200
+    while max(told(plan, "step"), default=0) <= step:
+        assert is_running() and time.monotonic() < deadline, plan.log.read_text()[-2000:]
+        time.sleep(0.02)
+
+
+def running(name: str) -> list:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if f"exp_manager.name={name}" in (process.info["cmdline"] or [])
     ]
 
 
@@ -88,13 +109,10 @@ def test_it_trains(tiny, name):
     assert len(losses) == (4 if name == "early-stop" else 12)
     assert losses[-1] < losses[0]
     if name != "full":  # whose norms are left out of the estimate
-        (told,) = (
-            int(fact.split()[1].replace(",", ""))
-            for fact in plan.preflight.facts
-            if fact.startswith("trainable: ")
-        )
+        (said,) = (fact for fact in plan.preflight.facts if fact.startswith("trainable: "))
         table = 10 * 64 if name == "ptuning" else 0  # what the encoder says, kept for inference
-        assert identify(plan.adapter).parameters == told + table
+        counted = int(said.split()[1].replace(",", "")) + table
+        assert identify(plan.adapter).parameters == counted
 
 
 def test_one_layer_alone_is_trained_and_cannot_be_exported(tiny):
@@ -107,8 +125,7 @@ def test_one_layer_alone_is_trained_and_cannot_be_exported(tiny):
 def test_mixed_precision_rounds_and_learns_alike(tiny):
     _, whole = train(tiny, "lora")
     _, mixed = train(tiny, "bf16", "trainer.precision=bf16-mixed")
-    differences = [abs(one - other) for one, other in zip(whole, mixed, strict=True)]
-    assert 0 < max(differences) < 0.02
+    assert 0 < max(abs(one - other) for one, other in zip(whole, mixed, strict=True)) < 0.02
 
 
 def test_training_goes_on_from_an_adapter(tiny):
@@ -118,15 +135,10 @@ def test_training_goes_on_from_an_adapter(tiny):
 
 
 def test_two_files_in_proportion(tiny):
-    files = [write_rows(tiny / "one.jsonl", 20), write_rows(tiny / "two.jsonl", 20)]
+    files = [tiny / f"{name}.jsonl" for name in ("one", "two")]
+    rows = [{"question": f"number {n}?", "reply": f"it is {n}"} for n in range(20)]
     for file in files:  # as NeMo reads them
-        rows = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
-        file.write_text(
-            "".join(
-                json.dumps({"question": row[0]["content"], "reply": row[1]["content"]}) + "\n"
-                for row in rows
-            )
-        )
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = json.dumps([str(file) for file in files])
     plan, losses = train(
         tiny,
@@ -145,9 +157,7 @@ def test_two_files_in_proportion(tiny):
     assert losses[-1] < losses[0]
     # A part of the run, as the container's command line has it: NeMo's epoch is the whole run, more
     # than twice the rows here.
-    assert [
-        event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"
-    ] == [10, 20]
+    assert told(plan, "validation") == [10, 20]
 
 
 def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
@@ -157,130 +167,62 @@ def test_an_interrupted_run_goes_on_as_an_uninterrupted_one_would(tiny, capsys):
     more = ("trainer.max_steps=90", "trainer.val_check_interval=30", "model.optim.lr=2e-3")
     _, right = train(tiny, "whole-run", *more)
     words = overrides(tiny, "killed", *more)
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "finetune",
-        "--data",
-        str(tiny / "rows.jsonl"),
-        *words,
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
-    )
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command(tiny, words), stdout=null, stderr=null, env=os.environ)
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
-    deadline = time.monotonic() + 200
-    while not any(event["step"] > 62 for event in script.read_events(plan.events)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_step(plan, 62, lambda: process.poll() is None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     time.sleep(2)
     script.finetune(plan, progress=False)
     printed = capsys.readouterr().out
     assert "ended without a word after step" in printed and "Continuing from" in printed
-    found = {
-        event["step"]: event["loss"]
-        for event in script.read_events(plan.events)
-        if event["event"] == "step"
-    }
-    resumed = [
-        event["step"] for event in script.read_events(plan.events) if event["event"] == "start"
-    ][-1]
-    assert resumed == 60
-    assert [found[step] for step in range(1, 91)] == right
-    validated = [
-        event["step"] for event in script.read_events(plan.events) if event["event"] == "validation"
-    ]
-    assert validated == [30, 60, 90]
+    assert told(plan, "start")[-1] == 60
+    assert [losses(plan)[step] for step in range(1, 91)] == right
+    assert told(plan, "validation") == [30, 60, 90]
 
 
 def test_a_killed_worker_is_named_and_the_same_command_finishes(tiny):
-    words = overrides(
-        tiny,
-        "worker",
-        "trainer.max_steps=60",
-        "trainer.val_check_interval=5",
-        "exp_manager.create_early_stopping_callback=false",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "finetune",
-        "--data",
-        str(tiny / "rows.jsonl"),
-        *words,
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
-    )
+    steps = "trainer.max_steps=60", "trainer.val_check_interval=5", NEVER_EARLY
+    words = overrides(tiny, "worker", *steps)
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(tiny, words), env=os.environ, **output)
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
-    deadline = time.monotonic() + 200
-    while not any(event["step"] > 6 for event in script.read_events(plan.events)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_step(plan, 6, lambda: process.poll() is None)
     (torchrun,) = psutil.Process(process.pid).children()
-    worker = next(
-        child
-        for child in torchrun.children()
-        if any(word.endswith("megatron_gpt_finetuning.py") for word in child.cmdline())
-    )
-    worker.kill()
+    name = "megatron_gpt_finetuning.py"
+    workers = [one for one in torchrun.children() if any(w.endswith(name) for w in one.cmdline())]
+    workers[0].kill()
     assert "was killed (SIGKILL)" in process.communicate(timeout=60)[1] and process.returncode == 1
     assert script.finetune(plan, progress=False).exists()
-    starts = [
-        event["step"] for event in script.read_events(plan.events) if event["event"] == "start"
-    ]
+    starts = told(plan, "start")
     assert starts[0] == 0 and 5 <= starts[1] < 60
 
 
 def test_a_run_killed_between_its_last_checkpoint_and_the_nemo_is_finished(tiny):
     plan, _ = train(tiny, "late")
-    made = read_adapter(plan.adapter).weights
+    before = read_adapter(plan.adapter).weights
     plan.adapter.unlink()
     plan.record.write_text(json.dumps(json.loads(plan.record.read_text()) | {"status": "running"}))
     script.finetune(plan, progress=False)
-    found = read_adapter(plan.adapter).weights
-    assert all(
-        (one == other).all()
-        for place in made
-        for one, other in zip(made[place], found[place], strict=True)
-    )
+    after = read_adapter(plan.adapter).weights
+    for place, halves in before.items():
+        assert all((a == b).all() for a, b in zip(halves, after[place], strict=True))
 
 
 @pytest.mark.parametrize(
     "limit, size, said",
     [
-        (
-            resource.RLIMIT_FSIZE,
-            100_000,
-            "The disk is full, or a limit on the size of files is reached",
-        ),
+        (resource.RLIMIT_FSIZE, 100_000, "The disk is full, or a limit on the size of files is"),
         (resource.RLIMIT_AS, 2_500_000_000, "Memory ran out: lower model.micro_batch_size"),
     ],
 )
 def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
     """The cause is named, nothing is left running, and the same command finishes once there is
     room."""
-    words = overrides(
-        tiny,
-        f"limit-{limit}",
-        "model.peft.lora_tuning.target_modules=[all]",
-        "model.peft.lora_tuning.adapter_dim=64",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "finetune",
-        "--data",
-        str(tiny / "rows.jsonl"),
-        *words,
-    ]
+    words = overrides(tiny, f"limit-{limit}", *LARGE)
     done = subprocess.run(
-        command,
+        command(tiny, words),
         capture_output=True,
         text=True,
         check=False,
@@ -288,12 +230,7 @@ def test_out_of_disk_and_out_of_memory(tiny, limit, size, said):
     )
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
-    ours = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if f"exp_manager.name=limit-{limit}" in (process.info["cmdline"] or [])
-    ]
-    assert ours == []
+    assert running(f"limit-{limit}") == []
     plan = script.make_plan(words, data=tiny / "rows.jsonl")
     assert script.finetune(plan, progress=False).exists()
 
@@ -318,45 +255,16 @@ def test_a_full_disk_for_real(tiny):
     room the same command finishes."""
     place = tiny / "disk"
     place.mkdir()
-    if subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)],
-        capture_output=True,
-        check=False,
-    ).returncode:
-        pytest.skip(
-            "mounting a tmpfs is not permitted here; test_out_of_disk_and_out_of_memory limits "
-            "the size of files instead"
-        )
-    words = overrides(
-        tiny,
-        "tmpfs",
-        "model.peft.lora_tuning.target_modules=[all]",
-        "model.peft.lora_tuning.adapter_dim=64",
-        f"exp_manager.exp_dir={place}",
-        "trainer.max_steps=100",
-        "trainer.val_check_interval=50",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "workshop_utils",
-        "finetune",
-        "--data",
-        str(tiny / "rows.jsonl"),
-        *words,
-    ]
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(place)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here; the test above limits files instead")
+    steps = "trainer.max_steps=100", "trainer.val_check_interval=50"
+    words = overrides(tiny, "tmpfs", *LARGE, f"exp_manager.exp_dir={place}", *steps)
+    shell = ["unshare", "-rm", "sh", "-c", FULL_DISK, str(place), *command(tiny, words)]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        "No space left on device" in done.stderr
-        and "The disk is full" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert "No space left on device" in done.stderr and "The disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
     assert "The last start ended without a word" in done.stdout and "tmpfs.nemo" in done.stdout
 
 
@@ -372,75 +280,60 @@ def test_a_kernel_interrupt_stops_it_and_the_same_call_goes_on(tiny):
         "trainer.precision=bf16-mixed",
         "model.megatron_amp_O2=true",
         "trainer.val_check_interval=5",
-        "exp_manager.create_early_stopping_callback=false",
+        NEVER_EARLY,
     )
+    rows = tiny / "rows.jsonl"
     code = (
         "from pathlib import Path\nfrom workshop_utils.training import script\nplan = "
-        f"script.make_plan({words!r}, "
-        f"data=Path({str(tiny / 'rows.jsonl')!r}))\nscript.finetune(plan, progress=False)"
+        f"script.make_plan({words!r}, data=Path({str(rows)!r}))\n"
+        "script.finetune(plan, progress=False)"
     )
-    plan = script.make_plan(words, data=tiny / "rows.jsonl")
+    plan = script.make_plan(words, data=rows)
     manager, client = start_new_kernel(env=dict(os.environ))
     try:
         client.execute(code)
-        deadline = time.monotonic() + 200
-        while not any(event["step"] > 12 for event in script.read_events(plan.events)):
-            assert time.monotonic() < deadline, plan.log.read_text()[-2000:]
-            time.sleep(0.05)
+        wait_for_step(plan, 12, manager.is_alive)
         manager.interrupt_kernel()
         reply = client.get_shell_msg(timeout=60)["content"]
     finally:
         manager.shutdown_kernel(now=True)
     assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
-    left = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "exp_manager.name=kernel" in (process.info["cmdline"] or [])
-    ]
-    assert left == []
+    assert running("kernel") == []
     record = json.loads(plan.record.read_text())
     assert record["status"] == "interrupted" and 12 < record["steps"] < 400
     script.finetune(plan, progress=False)
-    events = script.read_events(plan.events)
-    starts = [event["step"] for event in events if event["event"] == "start"]
-    losses = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
-    assert starts[0] == 0 and starts[1] >= 10 and len(losses) == 400
-    assert losses[400] < losses[starts[1] + 1] < losses[1]
+    starts, by_step = told(plan, "start"), losses(plan)
+    assert starts[0] == 0 and starts[1] >= 10 and len(by_step) == 400
+    assert by_step[400] < by_step[starts[1] + 1] < by_step[1]
 
 
 @pytest.mark.parametrize("adapted", [True, False])
 def test_predictions(tiny, adapted):
     plan, _ = train(tiny, "lora")
-    more = [f"model.peft.restore_from_path={plan.adapter}"] if adapted else []
-    file = predict(
-        [
-            f"model.restore_from_path={tiny / 'bridged' / 'tiny'}",
-            "model.data.test_ds.tokens_to_generate=8",
-            *more,
-        ],
-        data=write_rows(tiny / "test.jsonl", 5),
-    )
+    words = [*PREDICT, *[f"model.peft.restore_from_path={plan.adapter}"] * adapted]
+    file = predict([word.format(tiny) for word in words], data=write_rows(tiny / "test.jsonl", 5))
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["label"] for row in rows] == [f"it is {n}" for n in range(5)]
     assert all({"input", "pred", "label"} <= row.keys() for row in rows)
     assert file.name == ("lora-test.jsonl" if adapted else "base-test.jsonl")
 
 
+PREDICT = ["model.restore_from_path={}/bridged/tiny", "model.data.test_ds.tokens_to_generate=8"]
+
+
 def test_a_lightning_checkpoint_answers_as_the_nemo_of_its_run(tiny):
     """The last step is the best here."""
     plan, _ = train(tiny, "lora")
     (checkpoint,) = plan.adapter.parent.glob("*-last.ckpt")
-    words = [
-        f"model.restore_from_path={tiny / 'bridged' / 'tiny'}",
-        "model.data.test_ds.tokens_to_generate=8",
-    ]
-    said = [
+    of_lightning = [
         f"model.peft.restore_from_ckpt.checkpoint_dir={checkpoint.parent}",
         f"model.peft.restore_from_ckpt.checkpoint_name='{checkpoint.name}'",
     ]
     rows = write_rows(tiny / "test.jsonl", 5)
-    answers = [
-        predict([*words, *more], rows, tiny / f"{number}.jsonl").read_text()
-        for number, more in enumerate(([f"model.peft.restore_from_path={plan.adapter}"], said, []))
-    ]
-    assert answers[0] == answers[1] != answers[2]
+
+    def answers(*more: str) -> str:
+        words = [word.format(tiny) for word in PREDICT]
+        return predict([*words, *more], rows, tiny / "answers.jsonl").read_text()
+
+    by_nemo = answers(f"model.peft.restore_from_path={plan.adapter}")
+    assert by_nemo == answers(*of_lightning) != answers()

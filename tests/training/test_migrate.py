@@ -98,26 +98,13 @@ def test_the_table_holds_every_checkpoint_setting_of_nemo_1_and_not_the_name_of_
     assert keys["dist_ckpt_load_on_device"] == "ckpt_load_directly_on_device"
     assert keys["dist_ckpt_parallel_dist_opt"] == "ckpt_parallel_save_optim"
     assert "ckpt_load_on_device" not in parameters("strategy")
-    assert {name for name in keys if name.startswith("dist_ckpt")} == {
-        f"dist_ckpt_{name}"
-        for name in (
-            "format",
-            "load_on_device",
-            "parallel_save",
-            "parallel_save_within_dp",
-            "parallel_load",
-            "torch_dist_multiproc",
-            "assume_constant_structure",
-            "parallel_dist_opt",
-            "load_strictness",
-        )
-    }
-    mapped = {row.argument for row in CHECKPOINTING}
-    ours = {name for name in parameters("strategy") if "ckpt" in name}
-    assert ours - mapped == {
-        "ckpt_load_optimizer",
-        "ckpt_save_optimizer",
-    }  # new in NeMo 2.0: NeMo 1.0 had no setting for them
+    names = """format load_on_device parallel_save parallel_save_within_dp parallel_load
+        torch_dist_multiproc assume_constant_structure parallel_dist_opt load_strictness"""
+    ours = {name for name in keys if name.startswith("dist_ckpt")}
+    assert ours == {f"dist_ckpt_{name}" for name in names.split()}
+    theirs = {name for name in parameters("strategy") if "ckpt" in name}
+    new_in_nemo_2 = {"ckpt_load_optimizer", "ckpt_save_optimizer"}
+    assert theirs - {row.argument for row in CHECKPOINTING} == new_in_nemo_2
 
 
 def test_the_table_in_docs_is_the_one_that_the_command_prints(capsys):
@@ -126,63 +113,51 @@ def test_the_table_in_docs_is_the_one_that_the_command_prints(capsys):
     assert printed in (ROOT / "docs/migrating-from-nemo1.md").read_text()
 
 
-def test_no_key_is_dropped(tmp_path):
+@pytest.mark.parametrize("text", [PRETRAINING, FINETUNING, CONFIGURATION.read_text()])
+def test_no_key_is_dropped(tmp_path, text):
     """Each key of the file becomes an argument, stands among the rest with a reason, or is null."""
-    for path in (
-        written(tmp_path, PRETRAINING),
-        written(tmp_path, FINETUNING, "ft.yaml"),
-        CONFIGURATION,
-    ):
-        made = migrate(path)
-        used = {
-            one.source for arguments in made.parts.values() for one in arguments.values()
-        } | set(made.left)
-        text = path.read_text()
-        flat = _flat(yaml.safe_load(text))
-        known = {
-            "exp_manager.create_early_stopping_callback",
-            "model.optim.sched.name",
-            "model.peft.peft_scheme",
-            "model.peft.lora_tuning.variant",
-        }
-        missing = [
-            key
-            for key, value in flat.items()
-            if value is not None and key not in used | known and "<<" not in key
-        ]
-        assert missing == []
-        assert (
-            made.unset == len([value for value in flat.values() if value is None]) or "<<" in text
-        )
+    made = migrate(written(tmp_path, text))
+    used = {one.source for arguments in made.parts.values() for one in arguments.values()}
+    known = {
+        "exp_manager.create_early_stopping_callback",
+        "model.optim.sched.name",
+        "model.peft.peft_scheme",
+        "model.peft.lora_tuning.variant",
+    }
+    flat = dict(_flat(yaml.safe_load(text)))
+    given = {key for key, value in flat.items() if value is not None and "<<" not in key}
+    assert given - used - known - set(made.left) == set()
+    assert made.unset == list(flat.values()).count(None) or "<<" in text
 
 
 def test_values_are_translated(tmp_path):
     made = migrate(written(tmp_path, PRETRAINING))
-    assert made.value("strategy", "save_ckpt_format") == "zarr"
-    assert (
-        made.value("strategy", "ckpt_async_save") is False
-    )  # zarr cannot be saved asynchronously, and NeMo 2.0's default is True
-    assert made.value("optimizer", "use_distributed_optimizer") is True
-    assert made.value("optimizer", "lr") == 2e-4
-    assert made.value("config", "gated_linear_unit") is True
-    assert made.value("config", "normalization") == "RMSNorm"
-    assert made.value("config", "ffn_hidden_size") == 128
-    assert made.value("checkpoint", "filename") == "small--{val_loss:.2f}-{step}"
-    assert made.value("stopping", "monitor") == "val_loss"
-    assert made.value("ddp", "overlap_grad_reduce") is True
+    for place, value in {
+        "strategy.save_ckpt_format": "zarr",
+        "strategy.ckpt_async_save": False,  # zarr cannot, and NeMo 2.0's default is True
+        "optimizer.use_distributed_optimizer": True,
+        "optimizer.lr": 2e-4,
+        "config.gated_linear_unit": True,
+        "config.normalization": "RMSNorm",
+        "config.ffn_hidden_size": 128,
+        "checkpoint.filename": "small--{val_loss:.2f}-{step}",
+        "stopping.monitor": "val_loss",
+        "ddp.overlap_grad_reduce": True,
+    }.items():
+        assert made.value(*place.split(".")) == value, place
     assert "fp32" in made.left["model.megatron_amp_O2"][1]
     assert made.unset == 1
 
 
 def test_an_adapter_is_translated(tmp_path):
     made = migrate(written(tmp_path, FINETUNING))
-    assert made.value("peft", "target_modules") == ["linear_qkv", "linear_fc1", "linear_fc2"]
-    assert (
-        made.value("peft", "dim"),
-        made.value("peft", "alpha"),
-        made.value("peft", "dropout"),
-    ) == (8, 16, 0.05)
-    assert made.value("peft", "dropout_position") == "post"  # NeMo 1.0's default; NeMo 2.0's is pre
+    assert {name: argument.value for name, argument in made.parts["peft"].items()} == {
+        "target_modules": ["linear_qkv", "linear_fc1", "linear_fc2"],
+        "dim": 8,
+        "alpha": 16,
+        "dropout": 0.05,
+        "dropout_position": "post",  # NeMo 1.0's default; NeMo 2.0's is pre
+    }
     assert repr(made.value("strategy", "pipeline_dtype")) == "torch.bfloat16"
     assert made.value("finetuning", "dataset_root") == "data/rows"
     assert "model.data.validation_ds.file_names" in made.left
@@ -243,11 +218,13 @@ def test_files_that_are_no_text_are_refused(tmp_path):
 
 
 def test_the_command_writes_a_script_and_replaces_none(tmp_path, capsys):
-    path = written(tmp_path, PRETRAINING)
-    assert main(["migrate", str(path), "--out", str(tmp_path / "new.py")]) == 0
+    command = ["migrate", str(written(tmp_path, PRETRAINING)), "--out"]
+    assert main([*command, str(tmp_path / "new.py")]) == 0
     ast.parse((tmp_path / "new.py").read_text())
-    assert main(["migrate", str(path), "--out", str(tmp_path / "new.py")]) == 1
+    assert main([*command, str(tmp_path / "new.py")]) == 1
     assert "there already" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "new.py" / "new.py")]) == 1
+    assert "cannot be written (File exists). Choose another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(schedules()))
@@ -256,27 +233,26 @@ def test_every_schedule_of_nemo_2_is_one_of_nemo_1s_names(name, tmp_path):
     assert f"nl.lr_scheduler.{name}Scheduler(" in code.script(migrate(written(tmp_path, text)))
 
 
+CHECKS = {
+    PRETRAINING: "assert strategy.save_ckpt_format == 'zarr'; assert config.num_layers == 2; "
+    "assert optim.config.lr == 2e-4; assert strategy.parallel_save_optim is False",
+    FINETUNING: "assert peft.dim == 8; assert data.seq_length == 128; assert "
+    "strategy.pipeline_model_parallel_size == 2",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [PRETRAINING, FINETUNING], ids=["pretraining", "finetuning"])
+@pytest.mark.parametrize("text", CHECKS, ids=["pretraining", "finetuning"])
 def test_the_printed_code_runs(tmp_path, text):
     """What the script defines is built by NeMo itself; the strategy has then the values of the
     file."""
-    script = code.script(migrate(written(tmp_path, text)))
-    (tmp_path / "migrated.py").write_text(script)
+    (tmp_path / "migrated.py").write_text(code.script(migrate(written(tmp_path, text))))
     make_tiny_model(tmp_path / "tiny")  # for its tokenizer
     for end in ("bin", "idx"):  # the data module looks for them
         (tmp_path / f"some_text_document.{end}").touch()
-    checks = {
-        PRETRAINING: "assert strategy.save_ckpt_format == 'zarr'; assert config.num_layers == 2; "
-        "assert optim.config.lr == 2e-4; assert strategy.parallel_save_optim is False",
-        FINETUNING: (
-            "assert peft.dim == 8; assert data.seq_length == 128; assert "
-            "strategy.pipeline_model_parallel_size == 2"
-        ),
-    }[text]
     program = (
-        "from workshop_utils.runtime import nemo_cpu\nnemo_cpu.apply()\nfrom migrated import "
-        f"*\n{checks}\nprint('built')"
+        "from workshop_utils.runtime import nemo_cpu\nnemo_cpu.apply()\nfrom migrated import *\n"
+        f"{CHECKS[text]}\nprint('built')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -293,31 +269,11 @@ def test_the_printed_code_runs(tmp_path, text):
 def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
     """Line breaks in keys and names, keys below a known one, and numbers that Python writes
     otherwise."""
-    tree = {
-        "model": {
-            "tensor_model_parallel_size": 2,
-            "evil\nimport os #": 1,
-            "optim": {
-                "name": "fused_adam",
-                "lr": float("inf"),
-                "sched": {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}},
-            },
-        }
-    }
+    sched = {"name": "CosineAnnealing", "warmup_steps": 5, "below\n": {"min_lr": 1}}
+    optim = {"name": "fused_adam", "lr": float("inf"), "sched": sched}
+    model = {"tensor_model_parallel_size": 2, "evil\nimport os #": 1, "optim": optim}
     file = tmp_path / 'a"""\nimport os #.yaml'
-    file.write_text(yaml.safe_dump(tree))
-    made = ast.parse(code.script(migrate(file)))
-    assert not any(isinstance(node, ast.Import) for node in made.body)
-    assert 'lr=float("inf")' in code.script(migrate(file)) and "warmup_steps=5" in code.script(
-        migrate(file)
-    )
-
-
-def test_a_place_where_nothing_can_be_written(tmp_path, capsys):
-    (tmp_path / "old.yaml").write_text("model: {tensor_model_parallel_size: 2}\n")
-    (tmp_path / "file").write_text("mine")
-    assert (
-        main(["migrate", str(tmp_path / "old.yaml"), "--out", str(tmp_path / "file" / "new.py")])
-        == 1
-    )
-    assert "cannot be written (File exists). Choose another name" in capsys.readouterr().err
+    file.write_text(yaml.safe_dump({"model": model}))
+    text = code.script(migrate(file))
+    assert not any(isinstance(node, ast.Import) for node in ast.parse(text).body)
+    assert 'lr=float("inf")' in text and "warmup_steps=5" in text

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, NotACheckpoint
-from workshop_utils.training.recipe.choose_checkpoint import choose, listed, read_name
+from workshop_utils.training.recipe.choose_checkpoint import choose, read_name
 
 
 @pytest.fixture
@@ -82,7 +82,6 @@ def test_a_half_written_best_is_passed_over_and_said(run, capsys):
     said = capsys.readouterr().err
     assert "step=19 is passed over: m--val_loss=0.1-step=19-unfinished stands beside it" in said
     assert "step=39 is passed over: weights/.metadata is missing" in said
-    assert [one.step for one in listed(top)] == [9, 19, 29, 39]
 
 
 def test_a_link_to_a_half_written_one_is_half_written(run):
@@ -102,10 +101,7 @@ def test_a_link_to_a_half_written_one_is_half_written(run):
         (
             ("model",),
             "best",
-            (
-                r"No name in .* tells a validation loss \(val_loss=NUMBER\): model. Ask for the last "  # noqa: E501
-                r"one"
-            ),
+            r"tells a validation loss \(val_loss=NUMBER\): model. Ask for the last one",
         ),
         (("m--val_loss=nan-step=1",), "best", "tells a validation loss"),
         (("a", "b"), "last", r"cannot be told from their names \(step=NUMBER\): "),

@@ -1,7 +1,6 @@
 """Preparation of data: real data sets of the ``datasets`` library, files of each kind, and what is
 reused when."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -9,6 +8,9 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import pandas
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,10 +38,16 @@ def rows_of(directory: Path) -> dict[str, list[dict]]:
     }
 
 
+def all_rows(directory: Path) -> list[dict]:
+    return [row for part in rows_of(directory).values() for row in part]
+
+
+def sizes(directory: Path) -> list[int]:
+    return list(map(len, rows_of(directory).values()))
+
+
 def table(count: int = 40) -> list[dict]:
-    return [
-        {"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(count)
-    ]
+    return [{"question": f"what is {n}?", "answer": f"it is {n}"} for n in range(count)]
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -73,108 +81,57 @@ def made(tmp_path):
     """Prepare ``rows``, written to a file first, with the fields of a configuration."""
 
     def make(rows, out="out", tokenizer=None, max_seq_length=2048, **fields):
-        file = jsonl(tmp_path / "rows.jsonl", rows)
-        return prepare(
-            HFDatasetConfig(str(file), **fields),
-            tmp_path / out,
-            tokenizer,
-            max_seq_length,
-            progress=False,
-        )
+        config = HFDatasetConfig(str(jsonl(tmp_path / "rows.jsonl", rows)), **fields)
+        return prepare(config, tmp_path / out, tokenizer, max_seq_length, progress=False)
 
     return make
 
 
-# Kinds of sources
-
-
-def _json_array(path: Path) -> Path:
-    path.with_suffix(".json").write_text(json.dumps(table()))
-    return path.with_suffix(".json")
-
-
-def _csv(path: Path, delimiter: str = ",", suffix: str = ".csv") -> Path:
-    with path.with_suffix(suffix).open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, ["question", "answer"], delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows(table())
-    return path.with_suffix(suffix)
-
-
-def _arrow(path: Path) -> Path:
-    import pyarrow
-
+def _arrow(path: Path) -> None:
     data = pyarrow.Table.from_pylist(table())
-    with pyarrow.ipc.new_stream(path.with_suffix(".arrow"), data.schema) as stream:
+    with pyarrow.ipc.new_stream(path, data.schema) as stream:
         stream.write_table(data)
-    return path.with_suffix(".arrow")
 
 
-def _parquet(path: Path) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table()), path.with_suffix(".parquet"))
-    return path.with_suffix(".parquet")
-
-
-def _folder(path: Path) -> Path:
+def _folder(path: Path) -> None:
     path.mkdir()
     jsonl(path / "train.jsonl", table())
-    return path
-
-
-def _saved(path: Path) -> Path:
-    import datasets
-
-    datasets.Dataset.from_list(table()).save_to_disk(path)
-    return path
 
 
 KINDS = {
-    "jsonl": lambda path: jsonl(path.with_suffix(".jsonl"), table()),
-    "json": _json_array,
-    "csv": _csv,
-    "tsv": lambda path: _csv(path, "\t", ".tsv"),
-    "parquet": _parquet,
-    "arrow": _arrow,
+    "a.jsonl": lambda path: jsonl(path, table()),
+    "a.json": lambda path: path.write_text(json.dumps(table())),
+    "a.csv": lambda path: pandas.DataFrame(table()).to_csv(path, index=False),
+    "a.tsv": lambda path: pandas.DataFrame(table()).to_csv(path, sep="\t", index=False),
+    "a.parquet": lambda path: pandas.DataFrame(table()).to_parquet(path),
+    "a.arrow": _arrow,
     "folder": _folder,
-    "saved": _saved,
+    "saved": lambda path: datasets.Dataset.from_list(table()).save_to_disk(path),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
-    source = KINDS[kind](tmp_path / "source")
-    found = prepare(HFDatasetConfig(str(source), **TEMPLATES), tmp_path / "out", progress=False)
-    rows = [row for part in rows_of(tmp_path / "out").values() for row in part]
-    wanted = [
-        {"input": f"Q: what is {number}?\nA:", "output": f"it is {number}"} for number in range(40)
-    ]
-    assert sorted(rows, key=str) == sorted(wanted, key=str)
-    assert {name: one.rows for name, one in found.statistics.items()} == {
-        "training": 36,
-        "validation": 2,
-        "test": 2,
-    }
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_source_gives_the_same_rows(tmp_path, name):
+    KINDS[name](tmp_path / name)
+    config = HFDatasetConfig(str(tmp_path / name), **TEMPLATES)
+    prepared = prepare(config, tmp_path / "out", progress=False)
+    expected = [{"input": f"Q: what is {n}?\nA:", "output": f"it is {n}"} for n in range(40)]
+    assert sorted(all_rows(tmp_path / "out"), key=str) == sorted(expected, key=str)
+    assert [split.rows for split in prepared.statistics.values()] == [36, 2, 2]
 
 
 def test_conversations_are_rendered_with_the_chat_template_and_own_splits_are_kept(tmp_path, tiny):
     folder = tmp_path / "chats"
     folder.mkdir()
     for name, start in (("train", 0), ("validation", 100), ("test", 200)):
-        jsonl(
-            folder / f"{name}.jsonl",
+        rows = [
             [
-                {
-                    "messages": [
-                        {"role": "user", "content": f"number {start + i}?"},
-                        {"role": "assistant", "content": f" it is {i} "},
-                    ]
-                }
-                for i in range(4)
-            ],
-        )
+                {"role": "user", "content": f"number {start + i}?"},
+                {"role": "assistant", "content": f" it is {i} "},
+            ]
+            for i in range(4)
+        ]
+        jsonl(folder / f"{name}.jsonl", [{"messages": messages} for messages in rows])
     config = HFDatasetConfig(str(folder), split="train/validation/test")
     found = prepare(config, tmp_path / "out", tiny, 20, progress=False)
     rows = rows_of(tmp_path / "out")
@@ -182,13 +139,12 @@ def test_conversations_are_rendered_with_the_chat_template_and_own_splits_are_ke
         "input": "<|im_start|>user\nnumber 201?<|im_end|>\n<|im_start|>assistant\n",
         "output": "it is 1",
     }
-    assert [len(part) for part in rows.values()] == [4, 4, 4]
+    assert sizes(tmp_path / "out") == [4, 4, 4]
     assert found.prompt_template == NOTHING_BETWEEN
     # Byte-level: a token a byte, 1 for each special token; the stop token is counted.
-    assert (
-        found.statistics["training"].max_tokens == len("<user\nnumber 0?>\n<assistant\nit is 0") + 1
-    )
-    assert found.statistics["training"].truncated == 4
+    training = found.statistics["training"]
+    assert training.max_tokens == len("<user\nnumber 0?>\n<assistant\nit is 0") + 1
+    assert training.truncated == 4
     with pytest.raises(DataError, match="give the tokenizer, whose chat template"):
         prepare(config, tmp_path / "other", None, progress=False)
 
@@ -220,9 +176,8 @@ def test_a_long_answer_counts_as_cut(made, tiny):
     ],
 )
 def test_one_space_stands_between_unless_the_prompt_ends_with_a_new_line(made, ending, between):
-    assert (
-        made(table(), input_template=ending, output_template="{answer}").prompt_template == between
-    )
+    prepared = made(table(), input_template=ending, output_template="{answer}")
+    assert prepared.prompt_template == between
 
 
 # Templates, mapping, converter
@@ -251,36 +206,35 @@ def test_every_text_without_a_backslash_stays(text):
     assert row_templates.unescape(text.replace("\\", "\\\\"), "t") == text
 
 
+ANSWER = {"output_template": "{answer}"}
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (
-            {"input_template": r"{question}\d", "output_template": "{answer}"},
-            [r"\d at character 11 is no escape", r"written \\"],
-        ),
-        ({"input_template": "{question}\\", "output_template": "{answer}"}, ["is no escape"]),
-        (
-            {"input_template": r"{question}\ud83d", "output_template": "{answer}"},
-            ["half of a character"],
-        ),
-        ({"input_template": "{question", "output_template": "{answer}"}, ["unbalanced braces"]),
-        ({"input_template": "{question!r}", "output_template": "{answer}"}, ["is no column"]),
-        ({"input_template": "{}", "output_template": "{answer}"}, ["is no column"]),
-        ({"input_template": "Hello", "output_template": "{answer}"}, ["names no column"]),
+        (ANSWER | {"input_template": r"{question}\d"}, [r"\d at character 11 is no escape"]),
+        (ANSWER | {"input_template": "{question}\\"}, ["is no escape", r"written \\"]),
+        (ANSWER | {"input_template": r"{question}\ud83d"}, ["half of a character"]),
+        (ANSWER | {"input_template": "{question"}, ["unbalanced braces"]),
+        (ANSWER | {"input_template": "{question!r:>5}"}, ["{question!r:>5} is no column"]),
+        (ANSWER | {"input_template": "{}"}, ["{} is no column", "{{ or }}"]),
+        (ANSWER | {"input_template": "Hello"}, ["names no column"]),
+        (ANSWER, ["input_template is missing"]),
         ({"input_template": "{question}"}, ["output_template is missing"]),
-        ({"output_template": "{question}"}, ["input_template is missing"]),
         ({"field_mapping": {"a": "b"}}, ["give input_template and output_template"]),
         (TEMPLATES | {"field_mapping": "{"}, ["no JSON", "Example"]),
-        (TEMPLATES | {"field_mapping": "[1]"}, ["maps fields"]),
+        (TEMPLATES | {"field_mapping": "[1]"}, ["field_mapping is [1]; it must be a mapping"]),
         (
             TEMPLATES | {"field_mapping": {"quest": "question"}},
             ["no template has a field {quest}", "{answer}, {question}"],
         ),
         (TEMPLATES | {"custom_converter": "a:b"}, ["leave out input_template"]),
-        ({"train_split_ratio": 1.0}, ["between 0 and 1"]),
-        ({"val_test_split_ratio": 0}, ["between 0 and 1"]),
+        ({"train_split_ratio": 1.0}, ["train_split_ratio is 1.0", "above 0 and below 1"]),
+        ({"val_test_split_ratio": 0}, ["above 0 and below 1"]),
         ({"num_proc": 0}, ["at least 1"]),
-        ({"load_kwargs": {"split": "x"}}, ["load_kwargs: split"]),
+        ({"dataset_config": 7}, ["dataset_config is 7; it must be a text or none"]),
+        ({"custom_converter": 7}, ["it must be a function or a text or none"]),
+        ({"load_kwargs": {"split": "x"}}, ["load_kwargs: split", "set split"]),
         ({"split": "a/b"}, ["three with slashes"]),
     ],
 )
@@ -292,41 +246,31 @@ def test_what_is_wrong_with_a_configuration_is_said_at_once(fields, words):
 
 
 def test_a_missing_column_is_an_error_with_all_columns_and_the_nearest(made):
-    with pytest.raises(
-        DataError,
-        match=r"no column 'qestion'\. Did you mean question\? Its columns are: question, answer",
+    question, answer = {"input_template": "{question}"}, {"output_template": "{answer}"}
+    near = r"no column 'qestion'\. Did you mean question\? Its columns are: question, answer"
+    for fields, message in (
+        (answer | {"input_template": "{qestion}"}, near),
+        (
+            question | {"output_template": "{a}", "field_mapping": {"a": "reply"}},
+            r"no column 'reply' \(from field_mapping, for \{a\}\)",
+        ),
+        ({}, "columns are question, answer. Give input_template"),
     ):
-        made(table(), input_template="{qestion}", output_template="{answer}")
-    with pytest.raises(DataError, match=r"no column 'reply' \(from field_mapping, for \{a\}\)"):
-        made(
-            table(),
-            input_template="{question}",
-            output_template="{a}",
-            field_mapping={"a": "reply"},
-        )
-    with pytest.raises(DataError, match="columns are question, answer. Give input_template"):
-        made(table())
+        with pytest.raises(DataError, match=message):
+            made(table(), **fields)
 
 
 def test_field_mapping_and_values_inside_columns(made, tmp_path):
-    rows = [
-        {"q.text": f"q{number}", "answers": {"text": [f"a{number}", "b"]}, "id": number}
-        for number in range(20)
-    ]
-    made(
-        rows,
-        input_template="{id}: {q} {{x}}",
-        output_template="{answers[text][0]}",
-        field_mapping='{"q": "q.text"}',
-    )
-    everything = [row for part in rows_of(tmp_path / "out").values() for row in part]
-    assert {"input": "7: q7 {x}", "output": "a7"} in everything
-    with pytest.raises(
-        DataError, match=r"answers is no text but dict .* as in \{answers\[text\]\}"
+    rows = [{"q.text": f"q{n}", "answers": {"text": [f"a{n}", "b"]}, "id": n} for n in range(20)]
+    templates = {"input_template": "{id}: {q} {{x}}", "output_template": "{answers[text][0]}"}
+    made(rows, field_mapping='{"q": "q.text"}', **templates)
+    assert {"input": "7: q7 {x}", "output": "a7"} in all_rows(tmp_path / "out")
+    for output, message in (
+        ("{answers}", r"answers is no text but dict .* as in \{answers\[text\]\}"),
+        ("{answers[reply]}", r"answers has no \[reply\]"),
     ):
-        made(rows, input_template="{id}", output_template="{answers}")
-    with pytest.raises(DataError, match=r"answers has no \[reply\]"):
-        made(rows, input_template="{id}", output_template="{answers[reply]}")
+        with pytest.raises(DataError, match=message):
+            made(rows, input_template="{id}", output_template=output)
 
 
 def test_rows_that_cannot_be_used_are_counted(made, tmp_path):
@@ -344,74 +288,66 @@ def test_rows_that_cannot_be_used_are_counted(made, tmp_path):
 CONVERTERS = """
 SUFFIX = "!"
 def good(row):
-    return None if row["answer"] == "it is 3" else {"input": row["question"], "output": row["answer"] + SUFFIX}
+    made = {"input": row["question"], "output": row["answer"] + SUFFIX}
+    return None if row["answer"] == "it is 3" else made
 def chat(row):
-    return {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+    turns = [("user", row["question"]), ("assistant", row["answer"])]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 def fails(row):
     return row["missing"]
 def wrong(row):
     return row["question"]
 def mixed(row):
     return chat(row) if row["question"] < "what is 2" else good(row)
-"""  # noqa: E501
+"""
 
 
 def test_a_custom_converter(made, tmp_path, tiny, monkeypatch):
     (tmp_path / "mine.py").write_text(CONVERTERS)
     file = str(tmp_path / "mine.py")
     assert made(table(), custom_converter=f"{file}:good").left_out["converter"] == 1
-    assert all(
-        row["output"].endswith("!") for part in rows_of(tmp_path / "out").values() for row in part
-    )
-    assert (
-        made(table(), tokenizer=tiny, custom_converter=f"{file}:chat").prompt_template
-        == NOTHING_BETWEEN
-    )
+    assert all(row["output"].endswith("!") for row in all_rows(tmp_path / "out"))
+    chats = made(table(), tokenizer=tiny, custom_converter=f"{file}:chat")
+    assert chats.prompt_template == NOTHING_BETWEEN
     monkeypatch.chdir(tmp_path)
     assert made(table(), custom_converter="mine:good").reused is False
-    assert (
-        made(
-            table(), custom_converter=lambda row: {"input": row["question"], "output": "x"}
-        ).left_out["converter"]
-        == 0
-    )
-    for name, words in {
-        "fails": (
-            "row 1: .*fails failed: KeyError: 'missing' .mine.py, line 8.*The row has question, "
-            "answer"
+    prepared = made(table(), custom_converter=lambda row: {"input": row["question"], "output": "x"})
+    assert prepared.left_out["converter"] == 0
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "mine.py:fails",
+            "row 1: .*fails failed: KeyError: 'missing' .mine.py, line 10.*has question, answer",
         ),
-        "wrong": "row 1: .*returned 'what is 0",
-        "mixed": "for some rows",
-        "other": "no function 'other'; its functions: chat, fails, good",
-        "chat": "give the tokenizer",
-    }.items():
-        with pytest.raises(DataError, match=words):
-            made(
-                table(),
-                tokenizer=tiny if name == "mixed" else None,
-                custom_converter=f"mine.py:{name}",
-            )
-    for name, words in {
-        "nothing": "FILE.py:function",
-        "no.such:f": "No module named",
-        "no.py:f": "does not exist",
-    }.items():
-        with pytest.raises(DataError, match=words):
-            made(table(), custom_converter=name)
+        ("mine.py:wrong", "row 1: .*returned 'what is 0"),
+        ("mine.py:mixed", "for some rows"),
+        ("mine.py:other", "no function 'other'; its functions: chat, fails, good"),
+        ("mine.py:chat", "give the tokenizer"),
+        ("nothing", "FILE.py:function"),
+        ("no.such:f", "No module named"),
+        ("no.py:f", "does not exist"),
+    ],
+)
+def test_a_converter_that_cannot_be_used(made, tmp_path, tiny, monkeypatch, name, message):
+    (tmp_path / "mine.py").write_text(CONVERTERS)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message):
+        made(table(), tokenizer=tiny if "mixed" in name else None, custom_converter=name)
 
 
 def test_a_converter_that_ends_the_program_is_an_error(made, tmp_path):
     """Exit status 0 would look like success."""
     (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
     (tmp_path / "row.py").write_text("import sys\ndef f(row):\n    sys.exit(0)\n")
-    with pytest.raises(
-        DataError, match=r"script.py:f cannot be imported: SystemExit: 0 \(script.py, line 2\)"
+    for name, message in (
+        ("script", r"script.py:f cannot be imported: SystemExit: 0 \(script.py, line 2\)"),
+        ("row", r"row 1: .*row.py:f failed: SystemExit: 0 \(row.py, line 3\)"),
     ):
-        made(table(), custom_converter=f"{tmp_path}/script.py:f")
-    with pytest.raises(
-        DataError, match=r"row 1: .*row.py:f failed: SystemExit: 0 \(row.py, line 3\)"
-    ):
-        made(table(), custom_converter=f"{tmp_path}/row.py:f")
+        with pytest.raises(DataError, match=message):
+            made(table(), custom_converter=f"{tmp_path}/{name}.py:f")
 
 
 @pytest.mark.slow
@@ -470,11 +406,7 @@ def test_a_division_is_exact_disjoint_complete_and_repeatable(numbers, train, te
 def test_the_second_ratio_is_the_share_of_the_test_set(made, tmp_path):
     """As in the reference, where it is the ``test_size`` of the rows that training leaves."""
     made(table(100), train_split_ratio=0.8, val_test_split_ratio=0.25, **TEMPLATES)
-    assert {name: len(rows) for name, rows in rows_of(tmp_path / "out").items()} == {
-        "training": 80,
-        "validation": 15,
-        "test": 5,
-    }
+    assert sizes(tmp_path / "out") == [80, 15, 5]
 
 
 def test_another_seed_divides_otherwise():
@@ -483,11 +415,8 @@ def test_another_seed_divides_otherwise():
 
 
 def test_too_few_rows_say_how_many_would_do():
-    with pytest.raises(
-        DataError,
-        match=r"3 rows .* make 3 training, 0 validation, 0 test rows: none may be empty\. With "
-        r"these ratios (\d+) rows would do",
-    ) as error:
+    message = "3 rows .* make 3 training, 0 validation, 0 test rows: none may be empty. With these "
+    with pytest.raises(DataError, match=message + r"ratios \d+ rows would do") as error:
         splits.sizes(3, 0.9, 0.5)
     enough = int(str(error.value).split("With these ratios ")[1].split()[0])
     assert splits.sizes(enough, 0.9, 0.5)
@@ -508,47 +437,35 @@ def test_inputs_that_differ_in_signs_are_not_the_same():
 
 
 def test_repeated_inputs_are_never_tested(made, tmp_path):
-    rows = table(80) + [
-        {"question": f"WHAT  is {number}?", "answer": "again"} for number in range(20)
-    ]
+    rows = table(80) + [{"question": f"WHAT  is {n}?", "answer": "again"} for n in range(20)]
     found = made(rows, train_split_ratio=0.5, **TEMPLATES)
     parts = rows_of(tmp_path / "out")
-    assert [len(part) for part in parts.values()] == [50, 25, 25]
+    assert sizes(tmp_path / "out") == [50, 25, 25]
     trained = {splits.key(row["input"]) for row in parts["training"]}
-    assert not any(
-        splits.key(row["input"]) in trained
-        for name in ("validation", "test")
-        for row in parts[name]
-    )
+    held_out = {splits.key(row["input"]) for row in parts["validation"] + parts["test"]}
+    assert not trained & held_out
     assert found.repeated == 40
     with pytest.raises(DataError, match="only 0 rows have an input that no other row has"):
-        made([{"question": "same", "answer": str(number)} for number in range(40)], **TEMPLATES)
+        made([{"question": "same", "answer": str(n)} for n in range(40)], **TEMPLATES)
 
 
 def test_leaks_between_own_splits_are_dropped_and_counted(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
-    for name, numbers in (
-        ("train", range(10)),
-        ("validation", range(8, 14)),
-        ("test", range(12, 20)),
-    ):
-        jsonl(
-            folder / f"{name}.jsonl",
-            [{"input": f"n {number}", "output": "x"} for number in numbers],
-        )
-    found = prepare(
-        HFDatasetConfig(str(folder), split="train/validation/test"),
-        tmp_path / "out",
-        progress=False,
-    )
+    for name, start, end in (("train", 0, 10), ("validation", 8, 14), ("test", 12, 20)):
+        rows = [{"input": f"n {n}", "output": "x"} for n in range(start, end)]
+        jsonl(folder / f"{name}.jsonl", rows)
+
+    def prepared(split):
+        config = HFDatasetConfig(str(folder), split=split)
+        return prepare(config, tmp_path / "out", progress=False)
+
+    found = prepared("train/validation/test")
     assert found.leaks == {"training": 0, "validation": 2, "test": 2}
-    assert [len(part) for part in rows_of(tmp_path / "out").values()] == [10, 4, 6]
+    assert sizes(tmp_path / "out") == [10, 4, 6]
     assert "dropped: 2 test rows whose input stands in an earlier split" in str(found)
     with pytest.raises(DataError, match="has no split 'dev'; it has train, validation, test"):
-        prepare(
-            HFDatasetConfig(str(folder), split="train/dev/test"), tmp_path / "out", progress=False
-        )
+        prepared("train/dev/test")
 
 
 # Reuse
@@ -559,7 +476,8 @@ def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny, monkeypatch
     converter = tmp_path / "mine.py"
     converter.write_text(CONVERTERS)
     config = HFDatasetConfig(str(file), **TEMPLATES)
-    folder = _folder(tmp_path / "folder")
+    folder = tmp_path / "folder"
+    _folder(folder)
     jsonl(folder / "test.jsonl", table())
 
     def reused(config, tokenizer=None, length=2048):
@@ -574,12 +492,7 @@ def test_the_same_is_reused_and_anything_else_is_not(tmp_path, tiny, monkeypatch
         replace(config, seed=7),
         replace(config, train_split_ratio=0.8),
         replace(config, val_test_split_ratio=0.25),
-        HFDatasetConfig(
-            str(file),
-            input_template="{q}",
-            output_template="{answer}",
-            field_mapping={"q": "question"},
-        ),
+        replace(config, input_template="{q}", field_mapping={"q": "question"}),
         replace(config, dataset_name=str(folder)),
         replace(config, dataset_name=str(folder), split="test"),
         replace(config, load_kwargs={"verification_mode": "no_checks"}),
@@ -620,12 +533,8 @@ def test_a_changed_output_is_noticed_and_made_again(made, tmp_path):
         load_prepared(tmp_path / "out")
     assert not made(table(), **TEMPLATES).reused
     assert (tmp_path / "out" / "test.jsonl").read_text() == good
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
-        MARKER,
-        "test.jsonl",
-        "training.jsonl",
-        "validation.jsonl",
-    ]
+    names = {MARKER, *(f"{name}.jsonl" for name in splits.NAMES)}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
     with pytest.raises(DataError, match="holds no prepared data"):
         load_prepared(tmp_path)
 
@@ -649,12 +558,14 @@ def test_an_error_leaves_what_was_there(made, tmp_path):
 
 def test_two_processes_at_once(tmp_path):
     file = jsonl(tmp_path / "rows.jsonl", table(500))
-    code = (
-        "import sys; from workshop_utils.training.recipe.dataset_config import HFDatasetConfig; "
-        "from workshop_utils.training.recipe.prepare_data import prepare\nconfig = "
-        "HFDatasetConfig(sys.argv[1], input_template='{question}', "
-        "output_template='{answer}')\nprint(prepare(config, sys.argv[2], progress=False).reused)"
-    )
+    code = """if True:
+        import sys
+        from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
+        from workshop_utils.training.recipe.prepare_data import prepare
+        templates = {"input_template": "{question}", "output_template": "{answer}"}
+        config = HFDatasetConfig(sys.argv[1], **templates)
+        print(prepare(config, sys.argv[2], progress=False).reused)
+    """
     command = [sys.executable, "-c", code, str(file), str(tmp_path / "out")]
     running = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -667,11 +578,8 @@ def test_two_processes_at_once(tmp_path):
 def test_fewer_validation_rows_than_a_batch_are_refused(made):
     found = made(table(), **TEMPLATES)
     require_whole_batch(found, 2)
-    with pytest.raises(
-        DataError,
-        match=r"validation\.jsonl has 2 rows, fewer than the global batch of 4: NeMo would neither "
-        r"validate nor save",
-    ):
+    message = "jsonl has 2 rows, fewer than the global batch of 4: NeMo would neither validate nor"
+    with pytest.raises(DataError, match=message):
         require_whole_batch(found, 4)
 
 
@@ -703,20 +611,20 @@ def test_a_file_that_is_wrong_is_named(tmp_path, tiny, name, content, words):
 
 def test_the_builder_that_reads_pickles_is_refused(tmp_path):
     with pytest.raises(DataError, match="pandas is the library's builder that reads pickles"):
-        prepare(
-            HFDatasetConfig("pandas", load_kwargs={"data_files": "a.pkl"}, **TEMPLATES),
-            tmp_path / "out",
-            progress=False,
-        )
+        config = HFDatasetConfig("pandas", load_kwargs={"data_files": "a.pkl"}, **TEMPLATES)
+        prepare(config, tmp_path / "out", progress=False)
 
 
-def test_a_mistyped_file_is_not_looked_for_on_the_hub(tmp_path):
+@pytest.mark.parametrize(
+    "name, split, message",
+    [
+        # Not looked for on the Hub.
+        ("row.jsonl", "train", r"does not exist\. Did you mean .*rows\.jsonl"),
+        ("rows.jsonl", "test", "has no split 'test'; it has train"),
+    ],
+)
+def test_what_is_not_there(tmp_path, name, split, message):
     jsonl(tmp_path / "rows.jsonl", table())
-    with pytest.raises(DataError, match=r"does not exist\. Did you mean .*rows\.jsonl"):
-        prepare(HFDatasetConfig(str(tmp_path / "row.jsonl")), tmp_path / "out", progress=False)
-    with pytest.raises(DataError, match="has no split 'test'; it has train"):
-        prepare(
-            HFDatasetConfig(str(tmp_path / "rows.jsonl"), split="test", **TEMPLATES),
-            tmp_path / "out",
-            progress=False,
-        )
+    with pytest.raises(DataError, match=message):
+        config = HFDatasetConfig(str(tmp_path / name), split=split, **TEMPLATES)
+        prepare(config, tmp_path / "out", progress=False)

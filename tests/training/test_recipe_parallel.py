@@ -6,6 +6,7 @@ for example). So the loss that the two ranks had on the validation rows is compu
 export alone.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -27,10 +28,11 @@ ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 GROUPS, HEAD_DIM = 2, 16  # of the tiny model, with two heads a group
 LOADED = """
 import sys, numpy
-from workshop_utils.inference import nemo2_engine
-parameters = engines.Model(sys.argv[1]).core.named_parameters()
-numpy.savez(sys.argv[2], **{name: one.detach().numpy() for name, one in parameters if ".adapter." in name})
-"""  # noqa: E501
+from workshop_utils.inference.nemo2_engine import Model
+parameters = Model(sys.argv[1]).core.named_parameters()
+adapter = {name: one.detach().numpy() for name, one in parameters if ".adapter." in name}
+numpy.savez(sys.argv[2], **adapter)
+"""
 
 
 RUNS = [
@@ -49,20 +51,12 @@ def run(request, bridged_tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two-ranks")
     (folder / "base").symlink_to(bridged_tiny / "nemo2" / "tiny")
     # Rows of one length: the mean of the batch is then that of all tokens.
-    rows = [
-        json.dumps({"input": f"number {i}?", "output": f"it is {i}"}) + "\n" for i in range(10, 30)
-    ]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    given = options(
-        folder,
-        hf_model_id=str(bridged_tiny / "hf" / "tiny"),
-        gpus_per_node=2,
-        hfdc_dataset_name=str(folder / "rows.jsonl"),
-        hfdc_split="train",
-        hfdc_train_split_ratio=0.6,
-        lora_target_modules=targets,
-        peft_scheme=scheme,
-    )
+    rows = [{"input": f"number {i}?", "output": f"it is {i}"} for i in range(10, 30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = {"hfdc_dataset_name": str(folder / "rows.jsonl"), "hfdc_train_split_ratio": 0.6}
+    adapter = {"lora_target_modules": targets, "peft_scheme": scheme}
+    base = {"hf_model_id": str(bridged_tiny / "hf" / "tiny"), "gpus_per_node": 2}
+    given = options(folder, hfdc_split="train", **rows, **adapter, **base)
     settled = resolve(from_mapping(given | {f"{size}_parallel_size": 2}))
     prepare(settled.dataset, settled.data_dir, settled.nemo_ckpt_dir, 64, progress=False)
     return settled, job.train(settled)
@@ -79,9 +73,8 @@ def fused(parts: list[numpy.ndarray], layer: str) -> numpy.ndarray:
     other."""
     if layer != "linear_qkv":
         return numpy.concatenate(parts)
-    return numpy.concatenate(
-        [part.reshape(GROUPS, -1, *part.shape[1:]) for part in parts], axis=1
-    ).reshape(-1, *parts[0].shape[1:])
+    groups = [part.reshape(GROUPS, -1, *part.shape[1:]) for part in parts]
+    return numpy.concatenate(groups, axis=1).reshape(-1, *parts[0].shape[1:])
 
 
 def test_the_adapter_is_what_nemo_loads_on_one_process(run, tmp_path):
@@ -99,49 +92,40 @@ def test_the_adapter_is_what_nemo_loads_on_one_process(run, tmp_path):
         "linear_fc1": ["mlp.gate_proj", "mlp.up_proj"],
         "linear_fc2": ["mlp.down_proj"],
     }
-    dora, seen = settled.options.peft_scheme == "dora", 0
-    for number in range(2):
-        for layer in settled.options.lora_target_modules:
-            modules = places[layer]
-            above = f"decoder.layers.{number}.{'mlp' if 'fc' in layer else 'self_attention'}.{layer}.adapter"  # noqa: E501
-            names = [f"base_model.model.model.layers.{number}.{module}" for module in modules]
-            for name in names:
-                assert (
-                    delivered[f"{name}.lora_A.weight"] == loaded[f"{above}.linear_in.weight"]
-                ).all(), name
-            wanted = {"lora_B.weight": "linear_out.weight"} | (
-                {"lora_magnitude_vector": "weight_magnitude"} if dora else {}
-            )
-            for theirs, ours in wanted.items():
-                assert (
-                    fused([delivered[f"{name}.{theirs}"] for name in names], layer)
-                    == loaded[f"{above}.{ours}"]
-                ).all(), above
-            seen += len(names) * (1 + len(wanted))
-    assert len(delivered) == seen and len(loaded.files) == 2 * len(
-        settled.options.lora_target_modules
-    ) * (3 if dora else 2)
+    parts = {"lora_B.weight": "linear_out.weight"}
+    if settled.options.peft_scheme == "dora":
+        parts["lora_magnitude_vector"] = "weight_magnitude"
+    layers, seen = settled.options.lora_target_modules, 0
+    for number, layer in itertools.product(range(2), layers):
+        block = "mlp" if "fc" in layer else "self_attention"
+        above = f"decoder.layers.{number}.{block}.{layer}.adapter"
+        names = [f"base_model.model.model.layers.{number}.{module}" for module in places[layer]]
+        for name in names:
+            a = delivered[f"{name}.lora_A.weight"]
+            assert (a == loaded[f"{above}.linear_in.weight"]).all(), name
+        for theirs, ours in parts.items():
+            rows = fused([delivered[f"{name}.{theirs}"] for name in names], layer)
+            assert (rows == loaded[f"{above}.{ours}"]).all(), above
+        seen += len(names) * (1 + len(parts))
+    assert len(delivered) == seen and len(loaded.files) == 2 * len(layers) * (1 + len(parts))
 
 
 def test_the_export_has_the_loss_that_the_ranks_had(run, bridged_tiny, tmp_path):
     """Of the recipe's command, and of ``workshop export``, which needs no base."""
-    settled, result = run
+    (settled, result), model = run, bridged_tiny / "hf" / "tiny"
     assert losses(result)[-1] < losses(result)[0]
-    adapters = [deliver.export(settled, "hf_peft"), export(result.best, "hf-peft", tmp_path / "p")]
-    base = loss(bridged_tiny / "hf" / "tiny", None, settled.data_dir)
-    for adapter in adapters:
-        assert loss(bridged_tiny / "hf" / "tiny", adapter, settled.data_dir) == pytest.approx(
-            result.val_loss, abs=1e-4
-        )
-    assert base > result.val_loss + 0.01
+    of_command = export(result.best, "hf-peft", tmp_path / "p")
+    for adapter in (deliver.export(settled, "hf_peft"), of_command):
+        exported = loss(model, adapter, settled.data_dir)
+        assert exported == pytest.approx(result.val_loss, abs=1e-4)
+    assert loss(model, None, settled.data_dir) > result.val_loss + 0.01
 
 
 def test_merged_and_for_transformers(run):
     """Each is compared with NeMo's logits of the adapter before it gets its name."""
     model = deliver.export(run[0], "hf_model")
-    assert (model / "config.json").is_file() and (
-        model.with_suffix(".merged") / "weights" / ".metadata"
-    ).is_file()
+    assert (model / "config.json").is_file()
+    assert (model.with_suffix(".merged") / "weights" / ".metadata").is_file()
 
 
 def loss(model: Path, adapter: Path | None, data: Path) -> float:
@@ -151,18 +135,15 @@ def loss(model: Path, adapter: Path | None, data: Path) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, loaded = (
-        AutoTokenizer.from_pretrained(model),
-        AutoModelForCausalLM.from_pretrained(model),
-    )
-    loaded = PeftModel.from_pretrained(loaded, adapter).eval() if adapter else loaded.eval()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded = (PeftModel.from_pretrained(loaded, adapter) if adapter else loaded).eval()
     rows = [json.loads(line) for line in (data / "validation.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     prompts = [tokenizer.encode(row["input"]) for row in rows]
     answers = [[*tokenizer.encode(f" {row['output']}"), tokenizer.eos_token_id] for row in rows]
-    labels = [
-        [-100] * len(prompt) + answer for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    ids = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    pairs = list(zip(prompts, answers, strict=True))
+    labels = [[-100] * len(prompt) + answer for prompt, answer in pairs]
+    ids = [prompt + answer for prompt, answer in pairs]
     with torch.inference_mode():
         return float(loaded(torch.tensor(ids), labels=torch.tensor(labels)).loss)

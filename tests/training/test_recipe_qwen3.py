@@ -8,40 +8,41 @@ from pathlib import Path
 
 import engine_trials
 import pytest
-import yaml
 from tiny_families import make_tiny_family
 
+from workshop_utils.adapters import proof
 from workshop_utils.training.recipe import deliver
 from workshop_utils.training.runs.events import read_events
 
 pytestmark = pytest.mark.slow
 
 STEPS, HEAD_DIM = 8, 24
-OPTIONS = {
-    "recipe_cls_name": "qwen3_600m",
-    "max_steps": STEPS,
-    "val_check_interval": 4,
-    "limit_val_batches": 1,
-    "micro_batch_size": 2,
-    "accumulate_grad_batches": 2,
-    "max_seq_length": 64,
-    "warmup_steps": 1,
-    "learning_rate": 1e-2,
-    "lora_dim": 4,
-    "lora_alpha": 8.0,
-    "lora_target_modules": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"],
-    "hfdc_split": "train",
-    "hfdc_train_split_ratio": 0.6,
-    "hfdc_input_template": r"Q: {question}\nA:",
-    "hfdc_output_template": " {answer}",
-    "hfdc_num_proc": 1,
-    "max_samples": 4,
-    "num_tokens_to_generate": 12,
-    "inference_max_seq_length": 96,
-    "buffer_size_gb": 0.05,
-    "max_batch_size": 4,
-    "block_size_tokens": 8,
-}
+LAYERS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+OPTIONS = f"""
+recipe_cls_name: qwen3_600m
+max_steps: {STEPS}
+val_check_interval: 4
+limit_val_batches: 1
+micro_batch_size: 2
+accumulate_grad_batches: 2
+max_seq_length: 64
+warmup_steps: 1
+learning_rate: 1e-2
+lora_dim: 4
+lora_alpha: 8.0
+lora_target_modules: {LAYERS}
+hfdc_split: train
+hfdc_train_split_ratio: 0.6
+hfdc_input_template: 'Q: {{question}}\\nA:'
+hfdc_output_template: ' {{answer}}'
+hfdc_num_proc: 1
+max_samples: 4
+num_tokens_to_generate: 12
+inference_max_seq_length: 96
+buffer_size_gb: 0.05
+max_batch_size: 4
+block_size_tokens: 8
+"""
 
 
 def workshop(*words: object) -> str:
@@ -62,18 +63,12 @@ def qwen3(tmp_path_factory) -> Path:
     them in ``out``; its output is ``all.txt``."""
     folder = tmp_path_factory.mktemp("qwen3.v1")
     make_tiny_family(folder / "hf", "qwen3")
-    rows = [
-        json.dumps({"question": f"number {i}?", "answer": f"it is {i}"}) + "\n" for i in range(40)
-    ]
-    (folder / "rows.jsonl").write_text("".join(rows))
-    places = {
-        "hf_model_id": str(folder / "hf"),
-        "output_dir": str(folder / "out"),
-        "data_dir": str(folder / "rows"),
-    }
-    (folder / "my.yaml").write_text(
-        yaml.safe_dump(OPTIONS | places | {"hfdc_dataset_name": str(folder / "rows.jsonl")})
-    )
+    rows = [{"question": f"number {i}?", "answer": f"it is {i}"} for i in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = {"hf_model_id": "hf", "output_dir": "out", "data_dir": "rows"}
+    places |= {"hfdc_dataset_name": "rows.jsonl"}
+    lines = [f"{name}: {folder / place}\n" for name, place in places.items()]
+    (folder / "my.yaml").write_text(OPTIONS + "".join(lines))
     (folder / "all.txt").write_text(recipe(folder, "all"))
     return folder
 
@@ -91,34 +86,23 @@ def test_configuration_and_build(qwen3):
     """The plan, and NeMo-Run's whole configuration of it with the imported base."""
     printed = recipe(qwen3, "--dry-run", "--resolve")
     assert "global_batch_size: 4\n" in printed and "# qwen3_600m: Qwen3Config600M" in printed
-    for line in (
-        "qk_layernorm=True",
-        f"kv_channels={HEAD_DIM}",
-        "hidden_size=64",
-        "num_attention_heads=4",
-        "accumulate_grad_batches=1",
-    ):
-        assert line in printed, line
+    sizes = f"qk_layernorm=True kv_channels={HEAD_DIM} hidden_size=64 num_attention_heads=4"
+    expected = [*sizes.split(), "accumulate_grad_batches=1"]
+    assert [word for word in expected if word not in printed] == []
 
 
 def test_import_and_data(qwen3):
-    assert [
-        line for line in (qwen3 / "all.txt").read_text().splitlines() if line.startswith("== ")
-    ] == [
-        "== import",
-        "== data",
-        "== train",
-        "== test",
-        "== export",
-    ]
+    lines = (qwen3 / "all.txt").read_text().splitlines()
+    phases = [line.removeprefix("== ") for line in lines if line.startswith("== ")]
+    assert phases == ["import", "data", "train", "test", "export"]
     described = (qwen3 / "out/imported_hf_ckpt/context/model.yaml").read_text()
     assert "qk_layernorm: true" in described and f"kv_channels: {HEAD_DIM}" in described
-    sizes = [
-        len((qwen3 / "rows" / f"{name}.jsonl").read_text().splitlines())
+    rows = [
+        (qwen3 / "rows" / f"{name}.jsonl").read_text().splitlines()
         for name in ("training", "validation", "test")
     ]
-    assert sizes == [24, 8, 8]
-    first = json.loads((qwen3 / "rows/training.jsonl").read_text().splitlines()[0])
+    assert list(map(len, rows)) == [24, 8, 8]
+    first = json.loads(rows[0][0])
     assert first["input"].startswith("Q: number ") and first["input"].endswith("?\nA:")
 
 
@@ -126,18 +110,15 @@ def test_training(qwen3):
     events = read_events(qwen3 / "out/nemo_logs/workshop/events.jsonl")
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.1, losses
-    assert (
-        json.loads((qwen3 / "out/nemo_logs/workshop/run.json").read_text())["status"] == "finished"
-    )
+    record = json.loads((qwen3 / "out/nemo_logs/workshop/run.json").read_text())
+    assert record["status"] == "finished"
     log = (qwen3 / "out/nemo_logs/workshop/torchrun.log").read_text()
     assert "Missing keys" not in log and "Unexpected keys (for" not in log
 
 
 def answers(folder: Path, pattern: str) -> list[str]:
-    return [
-        json.loads(line)["prediction"]
-        for line in only(folder / "out/predictions", pattern).read_text().splitlines()
-    ]
+    lines = only(folder / "out/predictions", pattern).read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
 
 
 def test_inference_with_both_engines(qwen3):
@@ -160,33 +141,21 @@ def test_export(qwen3):
     adapter, merged, model = (only(exports, f"lora--*.{form}") for form in deliver.FORMS)
     assert (merged / "weights/.metadata").is_file()
     assert json.loads((model / "config.json").read_text())["head_dim"] == HEAD_DIM
-    assert set(json.loads((adapter / "adapter_config.json").read_text())["target_modules"]) == {
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    }
-    ids = [[5, 6, 7, 8, 200, 11, 30, 31]]
-    tuned, base = (
-        deliver.huggingface_logits(model, ids),
-        deliver.huggingface_logits(qwen3 / "hf", ids),
-    )
-    rows, effect = tuned.shape[-1], abs(tuned - base[..., : tuned.shape[-1]]).max()
+    layers = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert {name.removesuffix("_proj") for name in layers} == {*"qkvo", "gate", "up", "down"}
+    ids, base = [[5, 6, 7, 8, 200, 11, 30, 31]], qwen3 / "hf"
+    (tuned,) = proof.logits(model, ids)
+    rows = tuned.shape[-1]
+    effect = abs(tuned - proof.logits(base, ids)[0][..., :rows]).max()
     assert effect > 0.05, "else the comparisons of this test say nothing"
-    assert (
-        abs(deliver.huggingface_logits(qwen3 / "hf", ids, adapter)[..., :rows] - tuned).max()
-        < 1e-3 * effect
-    )
+    adapted = proof.logits((base, adapter), ids)[0][..., :rows]
+    assert abs(adapted - tuned).max() < 1e-3 * effect
     # The tolerance of fp32 weights that `deliver` has, a part of the largest logit: here it is also
     # held against NeMo's own.
-    for checkpoint, its_base in (
-        (merged, None),
-        (only(qwen3, "out/nemo_logs/checkpoints/lora--*[0-9]"), qwen3 / "out/imported_hf_ckpt"),
-    ):
-        apart = abs(deliver.nemo_logits(checkpoint, ids, base=its_base)[..., :rows] - tuned).max()
+    trained = only(qwen3, "out/nemo_logs/checkpoints/lora--*[0-9]")
+    for checkpoint, its_base in ((merged, None), (trained, qwen3 / "out/imported_hf_ckpt")):
+        (logits,) = deliver.nemo_logits(checkpoint, ids, base=its_base)
+        apart = abs(logits[..., :rows] - tuned).max()
         assert apart < deliver.TOLERANCE["float32"] * abs(tuned).max()
 
 

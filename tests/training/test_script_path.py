@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from places import ROOT
 from tiny_model import make_tiny_model, write_rows
 
 from workshop_utils.adapters.export import export
@@ -18,18 +19,11 @@ from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.core.errors import TrainingFailed
 from workshop_utils.inference.nemo1_engine import nemo_logits
-from workshop_utils.runtime import nemo_cpu
+from workshop_utils.runtime.processes import run_quietly
 from workshop_utils.training import script
+from workshop_utils.training.script.plan import SCRIPT
 
 pytestmark = pytest.mark.slow
-
-
-def workshop(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """One command in a process of its own."""
-    command = [sys.executable, "-m", "workshop_utils", *arguments]
-    return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +38,7 @@ def tiny(tmp_path_factory):
         "original_max_position_embeddings": 8192,
     }
     make_tiny_model(folder / "hf" / "tiny", rope_scaling=scaling)
-    done = workshop("import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_quietly("import", str(folder / "hf" / "tiny"), "--out", str(folder / "nemo2" / "tiny"))
     bridge(folder / "nemo2" / "tiny", folder / "bridged" / "tiny")
     write_rows(folder / "rows.jsonl", 32)
     return folder
@@ -70,27 +63,20 @@ def overrides(tiny: Path, **changes) -> list[str]:
         "model.peft.lora_tuning.alpha": 16,
         "model.optim.lr": "2e-2",
     }
-    return [
-        f"{key}={value}"
-        for key, value in (
-            settings | {key.replace("__", "."): value for key, value in changes.items()}
-        ).items()
-    ]
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 def test_the_checkpoint_is_genuine(tiny):
     checkpoint = nemo2.read(tiny / "nemo2" / "tiny")
     assert checkpoint.model["_target_"] == "nemo.collections.llm.gpt.model.llama.LlamaModel"
     assert checkpoint.model["config"]["_target_"].endswith("Llama31Config")
-    assert {"model.yaml", "io.json", "nemo_tokenizer"} <= {
-        path.name for path in (tiny / "nemo2/tiny/context").iterdir()
-    }
-    assert {".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__0_1.distcp"} == set(
-        checkpoint.files
-    )
-    assert verify(tiny / "nemo2" / "tiny", deep=True).sound, (
-        "io.json and model.yaml name nothing that NeMo does not write"
-    )
+    context = {path.name for path in (tiny / "nemo2/tiny/context").iterdir()}
+    assert {"model.yaml", "io.json", "nemo_tokenizer"} <= context
+    weights = {".metadata", "metadata.json", "common.pt", "__0_0.distcp", "__0_1.distcp"}
+    assert set(checkpoint.files) == weights
+    # io.json and model.yaml name nothing that NeMo does not write.
+    assert verify(tiny / "nemo2" / "tiny", deep=True).sound
 
 
 def test_bridged_logits_equal_hugging_face(tiny):
@@ -120,12 +106,8 @@ def test_training_learns_and_reports(trained):
     events = script.read_events(plan.events)
     losses = [event["loss"] for event in events if event["event"] == "step"]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert [event["event"] for event in events if event["event"] != "step"] == [
-        "start",
-        "validation",
-        "validation",
-        "end",
-    ]
+    others = [event["event"] for event in events if event["event"] != "step"]
+    assert others == ["start", "validation", "validation", "end"]
     assert adapter.name == "lora.nemo" and script.train_seconds(plan) > 0
 
 
@@ -148,13 +130,10 @@ def test_the_bare_link_and_the_plain_checkpoint_do_not_train(tiny, trained):
     plan, _ = trained
     bridge(tiny / "nemo2" / "tiny", link_only=True)
     run = tiny / "runs" / "link"
-    settings = plan.overrides | {
-        "model.restore_from_path": str(tiny / "nemo2" / "tiny"),
-        "exp_manager.name": "link",
-    }
-    command = script.torchrun(
-        script.script_path(), [f"{key}={value}" for key, value in settings.items()]
-    )
+    base = str(tiny / "nemo2" / "tiny")
+    settings = plan.overrides | {"model.restore_from_path": base, "exp_manager.name": "link"}
+    words = [f"{key}={value}" for key, value in settings.items()]
+    command = script.torchrun(script.script_path(), words)
     status = script.run_logged(command, script.training_environment(run), tiny / "link.log")
     (tiny / "nemo2" / "tiny" / "model_config.yaml").unlink()
     assert status != 0
@@ -162,10 +141,8 @@ def test_the_bare_link_and_the_plain_checkpoint_do_not_train(tiny, trained):
 
 
 def test_a_failure_is_shown_as_its_cause(tiny):
-    plan = script.make_plan(
-        [*overrides(tiny, exp_manager__name="bad"), "model.optim.name=no_such_optimizer"],
-        data=tiny / "rows.jsonl",
-    )
+    words = [*overrides(tiny, exp_manager__name="bad"), "model.optim.name=no_such_optimizer"]
+    plan = script.make_plan(words, data=tiny / "rows.jsonl")
     plan.preflight.problems.clear()  # which knows the optimizers, too
     with pytest.raises(TrainingFailed, match="Cannot resolve optimizer.*no_such_optimizer"):
         script.finetune(plan, progress=False)
@@ -173,64 +150,56 @@ def test_a_failure_is_shown_as_its_cause(tiny):
 
 
 NEEDED = {
-    "modelopt_at_import": "import",
-    "fusions_off": "import",
-    "cuda_calls_do_nothing": "train",
-    "cuda_method_keeps_the_cpu": "train",
-    "cuda_literals_in_megatron": "train",
-    "random_states_of_the_gpu": "train",
-    "lora_mixin_forward": "train",
-    "strategy_without_apex": "train",
-    "container_version": "train",
-    "local_layer_spec": "train",
-    "process_groups_before_the_model": "train",
-    "parallel_attributes": "train",
-    "gradient_norm": "train",
-    "cuda_literals_in_nemo": "train",
+    "import": "modelopt_at_import fusions_off",
+    "train": """cuda_calls_do_nothing cuda_method_keeps_the_cpu cuda_literals_in_megatron
+        random_states_of_the_gpu lora_mixin_forward strategy_without_apex container_version
+        local_layer_spec process_groups_before_the_model parallel_attributes gradient_norm
+        cuda_literals_in_nemo""",
 }
+PROGRAM = """
+import sys
+from workshop_utils.runtime import nemo_cpu
+from workshop_utils.runtime.nemo_cpu import registry
+from workshop_utils.runtime.nemo_cpu import (
+    megatron_core, nemo2, nemo_script_path, paged_attention, torch_cuda)
+if __name__ == '__main__':
+    registry.PATCHES[:] = [patch for patch in registry.PATCHES if patch.name != {name!r}]
+    sys.argv = {arguments!r}
+    {start}
+"""
 
 
-@pytest.mark.parametrize("name", NEEDED)
-def test_without_this_patch_the_job_fails(tiny, trained, name, tmp_path):
-    """Every other patch in place, this one left out: NeMo stops."""
-    folder = Path(nemo_cpu.__file__).parent
+@pytest.mark.parametrize(
+    "job, name", [(job, name) for job, names in NEEDED.items() for name in ["", *names.split()]]
+)
+def test_without_this_patch_the_job_fails(tiny, trained, job, name, tmp_path):
+    """Every other patch in place, this one left out: NeMo stops; and with all of them it does
+    not."""
     arguments = ["workshop", "import", str(tiny / "hf" / "tiny"), "--out", str(tmp_path / "out")]
     start = "from workshop_utils.cli import main; raise SystemExit(main())"
-    if NEEDED[name] == "train":
-        arguments = [
-            "train",
-            *(
-                f"{key}={value}"
-                for key, value in trained[0].overrides.items()
-                if not key.startswith("exp_manager")
-            ),
-            f"exp_manager.exp_dir={tmp_path}",
-            "trainer.max_steps=1",
-            "trainer.val_check_interval=1",
-        ]
-        start = (
-            "import runpy; "
-            f"runpy.run_path({str(folder.parent / 'finetune' / 'megatron_gpt_finetuning.py')!r}, "
-            "run_name='__main__')"
-        )
-    program = (
-        "import sys; from workshop_utils.runtime.nemo_cpu import megatron_core, nemo2, "
-        "nemo_script_path, torch_cuda, registry\nif __name__ == '__main__':\n    "
-        "registry.PATCHES[:] = [patch for patch in registry.PATCHES if patch.name != "
-        f"{name!r}]\n    sys.argv = {arguments!r}\n    {start}"
-    )
-    (tmp_path / "program.py").write_text(program)
-    environment = {key: value for key, value in os.environ.items() if "inherited" not in value} | {
-        "PYTHONPATH": str(folder.parents[1])
-    }
+    if job == "train":
+        settings = {
+            key: value
+            for key, value in trained[0].overrides.items()
+            if not key.startswith("exp_manager")
+        } | {
+            "exp_manager.exp_dir": tmp_path,
+            "trainer.max_steps": 1,
+            "trainer.val_check_interval": 1,
+        }
+        arguments = ["train", *(f"{key}={value}" for key, value in settings.items())]
+        start = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(name=name, arguments=arguments, start=start))
+    environment = {key: value for key, value in os.environ.items() if "inherited" not in value}
+    environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, tmp_path / "program.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, program], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode != 0, f"it works without {name}: delete the patch"
+    if not name:
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        assert done.returncode != 0, f"it works without {name}: delete the patch"
 
 
 def test_a_checkpoint_moves_with_its_directory(tiny):

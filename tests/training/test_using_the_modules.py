@@ -18,26 +18,17 @@ FILES = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
 @pytest.mark.slow
 def test_the_files_of_the_page_work(tmp_path):
     make_tiny_model(tmp_path / "tiny")
-    rows = [
-        json.dumps({"question": f"number {i}?", "answer": f"it is {i}"}) + "\n" for i in range(40)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    printed = {}
+    rows = [{"question": f"number {i}?", "answer": f"it is {i}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    printed, environment = {}, os.environ | {"WORKSHOP_DEVICE": "cpu"}
     for name, code in FILES.items():
         (tmp_path / name).write_text(code)
-        done = subprocess.run(
-            [sys.executable, name],
-            cwd=tmp_path,
-            env=os.environ | {"WORKSHOP_DEVICE": "cpu"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        pipes = {"capture_output": True, "text": True, "check": False}
+        done = subprocess.run([sys.executable, name], cwd=tmp_path, env=environment, **pipes)
         assert done.returncode == 0, f"{name}: {done.stderr[-3000:]}"
         printed[name] = done.stdout
     assert "training: 24 rows" in printed["make.py"] and "test: 8 rows" in printed["make.py"]
     assert (tmp_path / "run/checkpoints/step=3-last/weights/adapter_metadata.json").is_file()
-    answers = dict(
-        line.split(" ", 1) for line in printed["answer.py"].splitlines() if line[:2] in ("0 ", "1 ")
-    )
+    lines = [line for line in printed["answer.py"].splitlines() if line[:2] in ("0 ", "1 ")]
+    answers = dict(line.split(" ", 1) for line in lines)
     assert answers["0"].startswith(("b'", 'b"')) and "together more than 64" in answers["1"]

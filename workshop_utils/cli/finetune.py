@@ -23,18 +23,15 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "finetune", help="LoRA fine-tuning by the script path", description=HELP
     )
-    parser.add_argument(
-        "--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
+    add(
         "--validation",
         type=Path,
         help="validation rows (default: validation.jsonl beside the training file)",
     )
-    parser.add_argument(
-        "--name", help="name of the run and of its .nemo (default: the base's name and -lora)"
-    )
-    parser.add_argument(
+    add("--name", help="name of the run and of its .nemo (default: the base's name and -lora)")
+    add(
         "--nproc-per-node",
         "--nproc_per_node",
         type=int,
@@ -42,12 +39,13 @@ def add_parser(subparsers) -> None:
         metavar="N",
         help="processes (default: 1)",
     )
-    parser.add_argument(
+    add(
         "--dry-run",
         action="store_true",
-        help="check everything that can be checked, print the command, and stop",
+        help="check everything that can be checked, print the command, and stop: nothing is "
+        "written",
     )
-    parser.add_argument(
+    add(
         "--fresh",
         action="store_true",
         help="train anew although an identical run has finished or can be continued",
@@ -60,6 +58,7 @@ def run(args) -> int:
     """Plan, print, train."""
     from workshop_utils.cli import overrides
     from workshop_utils.core import paths
+    from workshop_utils.runtime.device import choose_device
     from workshop_utils.training import script
 
     plan = script.make_plan(
@@ -69,15 +68,13 @@ def run(args) -> int:
         name=args.name,
         nproc_per_node=args.nproc_per_node,
         trust=args.trust,
+        device=choose_device(),
     )
-    print(f"device: {plan.device}")
-    print(
-        *plan.preflight.facts, *(f"warning: {text}" for text in plan.preflight.warnings), sep="\n"
-    )
-    print(plan, flush=True)
-    plan.preflight.require()
-    if args.dry_run:
-        return 0
-    adapter = script.finetune(plan, fresh=args.fresh)
-    print(f"adapter: {paths.shown(adapter)} ({adapter.stat().st_size / 1e6:.1f} MB)")
+    checked = plan.preflight
+    warnings = [f"warning: {text}" for text in checked.warnings]
+    print(f"device: {plan.device}", *checked.facts, *warnings, plan, sep="\n", flush=True)
+    checked.require()
+    if not args.dry_run:
+        adapter = script.finetune(plan, fresh=args.fresh)
+        print(f"adapter: {paths.shown(adapter)} ({adapter.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -20,18 +20,17 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "migrate", help="NeMo 1.0 configuration -> NeMo 2.0 code", description=HELP
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "config",
         nargs="?",
         type=Path,
         metavar="CONFIG.yaml",
         help="a YAML file of NeMo 1.0, or the model_config.yaml of a .nemo",
     )
-    parser.add_argument("--out", type=Path, help="write to this file instead of the screen")
-    parser.add_argument(
-        "--table", action="store_true", help="print the table of keys and arguments, as Markdown"
-    )
-    parser.add_argument(
+    add("--out", type=Path, help="write to this file instead of the screen")
+    add("--table", action="store_true", help="print the table of keys and arguments, as Markdown")
+    add(
         "--allow-unknown",
         action="store_true",
         help="list a key that looks mistyped instead of refusing the file",
@@ -54,18 +53,18 @@ def run(args) -> int:
             "which file? workshop migrate CONFIG.yaml, or --table for the keys it knows."
         )
     text = code.script(migrate(args.config, args.allow_unknown))
-    if args.out:
-        if args.out.exists():
-            raise WorkshopError(
-                f"{args.out} is there already, and would be replaced. Choose another name."
-            )
-        try:
-            paths.write_text(args.out, text + "\n")
-        except OSError as error:
-            raise WorkshopError(
-                f"{args.out} cannot be written ({error.strerror}). Choose another name."
-            ) from None
-        print(f"written: {paths.shown(args.out)}")
-    else:
+    if not args.out:
         print(text)
+        return 0
+    if args.out.exists():
+        raise WorkshopError(
+            f"{args.out} is there already, and would be replaced. Choose another name."
+        )
+    try:
+        paths.write_text(args.out, text + "\n")
+    except OSError as error:
+        raise WorkshopError(
+            f"{args.out} cannot be written ({error.strerror}). Choose another name."
+        ) from None
+    print(f"written: {paths.shown(args.out)}")
     return 0

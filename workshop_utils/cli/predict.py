@@ -35,7 +35,9 @@ def run(args) -> int:
     """Answer, and say where."""
     from workshop_utils.cli import overrides
     from workshop_utils.core import paths
+    from workshop_utils.runtime.device import choose_device
     from workshop_utils.training.script.predict import predict
 
-    print(f"predictions: {paths.shown(predict(overrides(args), args.data, args.out, args.trust))}")
+    file = predict(overrides(args), args.data, args.out, args.trust, choose_device())
+    print(f"predictions: {paths.shown(file)}")
     return 0

@@ -1,7 +1,6 @@
 """``workshop recipe``: fine-tuning with NeMo 2.0's recipes."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -40,70 +39,48 @@ def add_parser(subparsers) -> None:
         allow_abbrev=False,
         usage="workshop recipe [ACTION] [options]",
     )
-    parser.add_argument(
-        "action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("action", nargs="?", metavar="ACTION", default="train", help=argparse.SUPPRESS)
+    add(
         "--preset",
         metavar="NAME",
         help="a set of options: cpu (the model of the workshop on its tickets, one process, fp32)",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE.yaml", help="options from a file")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check, print every resolved value, and stop; imports no NeMo",
-    )
-    parser.add_argument(
-        "--resolve",
-        action="store_true",
-        help="with --dry-run: NeMo-Run's whole configuration, too; imports NeMo",
-    )
-    parser.add_argument("--list", action="store_true", help="list NeMo's recipes and stop")
-    parser.add_argument(
-        "--options", action="store_true", help="print all options as Markdown tables and stop"
-    )
-    for script, what in options.SCRIPTS.items():
-        group = parser.add_argument_group(f"{what} (the reference's {script})")
-        for name in options.names():
-            if options.field(name).metadata["script"] == script:
-                _add_option(group, name)
+    add("--config", type=Path, metavar="FILE.yaml", help="options from a file")
+    for flag, text in {
+        "--dry-run": "check, print every resolved value, and stop; imports no NeMo",
+        "--resolve": "with --dry-run: NeMo-Run's whole configuration, too; imports NeMo",
+        "--list": "list NeMo's recipes and stop",
+        "--options": "print all options as Markdown tables and stop",
+    }.items():
+        add(flag, action="store_true", help=text)
+    groups = {
+        script: parser.add_argument_group(f"{what} (the reference's {script})")
+        for script, what in options.SCRIPTS.items()
+    }
+    for name, field in options.FIELDS.items():
+        _add_option(groups[field.metadata["script"]], name, field.metadata["help"])
     # Options are read strictly in `run`, where a mistyped one can be answered with the right one.
     parser.set_defaults(run=run, takes_overrides=True)
 
 
-def _add_option(group, name: str) -> None:
+def _add_option(group, name: str, text: str) -> None:
     from workshop_utils.training.recipe import options
 
-    default = options.default(name)
-    text = options.field(name).metadata["help"].replace("%", "%%")
-    shown = (
-        "none"
-        if default is None
-        else str(default).lower()
-        if isinstance(default, bool)
-        else str(default).replace("%", "%%")
-    )
-    keep = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
+    default, takes = options.default(name), options.described(name)
+    shown = "none" if default is None else default
+    about = {"dest": f"option_{name}", "default": argparse.SUPPRESS}
     if isinstance(default, bool):
         off = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no-{name}"
-        group.add_argument(
-            f"--{name}", action="store_true", help=f"{text} ({shown}; off: {off})", **keep
-        )
-        group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **keep)
+        group.add_argument(off, action="store_false", help=argparse.SUPPRESS, **about)
+        shown = f"{str(default).lower()}; off: {off}"
+        about["action"] = "store_true"
     else:
-        group.add_argument(f"--{name}", metavar=_metavar(name), help=f"{text} ({shown})", **keep)
-
-
-def _metavar(name: str) -> str:
-    from workshop_utils.training.recipe import options
-
-    words = options.described(name)
-    if words.startswith("one of "):
-        return words.removeprefix("one of ").replace(", ", "|")
-    return {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}.get(
-        words.split()[1], "TEXT"
-    )
+        kinds = {"whole": "N", "number": "X", "list": "A,B", "mapping": "JSON"}
+        about["metavar"] = kinds.get(takes.split()[1], "TEXT")
+        if takes.startswith("one of "):
+            about["metavar"] = takes.removeprefix("one of ").replace(", ", "|")
+    group.add_argument(f"--{name}", help=f"{text} ({shown})".replace("%", "%%"), **about)
 
 
 def run(args) -> int:
@@ -122,7 +99,9 @@ def run(args) -> int:
     _print_notices(resolved)
     print(shown_values(resolved))
     if args.resolve:
-        print(_nemo_run_configuration(resolved))
+        from workshop_utils.training.recipe.build import finetune_recipe
+
+        print(finetune_recipe(resolved, preview=True))
     return 0
 
 
@@ -137,25 +116,18 @@ def act(action: str, resolved) -> int:
     """Do ``action``, saying what came of each phase; the next begins only when the one before has
     succeeded."""
     from workshop_utils.core.errors import WorkshopError
-    from workshop_utils.training.recipe.plan import ONE_MACHINE, on_cpu, require_possible
+    from workshop_utils.training.recipe.plan import ONE_MACHINE, require_possible
 
-    phases = {
-        "train": ("import", "data", "train"),
-        "all": ("import", "data", "train", "test", "export"),
-    }.get(action, (action,))
+    phases = {"train": ("import", "data", "train"), "all": tuple(PHASES)}.get(action, (action,))
     require_possible(resolved)
     if "train" in phases and resolved.options.num_nodes > 1:
         raise WorkshopError(ONE_MACHINE)
     _print_notices(resolved)
-    if on_cpu(resolved):
-        os.environ["WORKSHOP_DEVICE"] = "cpu"
     if "data" in phases:
         _require_sources(resolved)
     for phase in phases:
         print(f"== {phase}", flush=True)
-        {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}[
-            phase
-        ](resolved)
+        print(PHASES[phase](resolved))
     return 0
 
 
@@ -172,49 +144,44 @@ def _require_sources(resolved) -> None:
     dataset_sources.find(resolved.dataset)
 
 
-def _import(resolved) -> None:
+def _import(resolved) -> str:
     from workshop_utils.core import paths
     from workshop_utils.training.recipe.base_checkpoint import import_base
 
-    options = resolved.options
-    print(
-        "base: "
-        f"{paths.shown(import_base(options.hf_model_id, resolved.nemo_ckpt_dir, options.import_timeout, options.trust))}"  # noqa: E501
-    )
+    options, target = resolved.options, resolved.nemo_ckpt_dir
+    base = import_base(options.hf_model_id, target, options.import_timeout, options.trust)
+    return f"base: {paths.shown(base)}"
 
 
-def _data(resolved) -> None:
+def _data(resolved) -> object:
     from workshop_utils.training.recipe.prepare_data import prepare
 
     base = resolved.nemo_ckpt_dir if (resolved.nemo_ckpt_dir / "context").is_dir() else None
-    print(
-        prepare(
-            resolved.dataset,
-            resolved.data_dir,
-            base,
-            resolved.options.max_seq_length,
-            timeout=resolved.options.import_timeout,
-        )
-    )
+    length, timeout = resolved.options.max_seq_length, resolved.options.import_timeout
+    return prepare(resolved.dataset, resolved.data_dir, base, length, timeout=timeout)
 
 
-def _train(resolved) -> None:
+def _train(resolved) -> object:
     from workshop_utils.training.recipe import job
 
-    print(job.train(resolved))
+    return job.train(resolved)
 
 
-def _test(resolved) -> None:
+def _test(resolved) -> object:
     from workshop_utils.training.recipe import predict
 
-    print(predict.test(resolved))
+    return predict.test(resolved)
 
 
-def _export(resolved) -> None:
+def _export(resolved) -> str:
     from workshop_utils.core import paths
     from workshop_utils.training.recipe import deliver
 
-    print(f"export: {paths.shown(deliver.export(resolved))}")
+    return f"export: {paths.shown(deliver.export(resolved))}"
+
+
+PHASES = {"import": _import, "data": _data, "train": _train, "test": _test, "export": _export}
+"""In this order; each returns what to print about it."""
 
 
 def gather(args):
@@ -225,49 +192,31 @@ def gather(args):
     chosen = from_mapping(preset(args.preset) if args.preset else {}, where="preset: ")
     if args.config:
         chosen = from_file(args.config, chosen)
-    typed = {
-        key.removeprefix("option_"): value
-        for key, value in vars(args).items()
-        if key.startswith("option_")
-    }
-    return from_mapping(
-        {
-            name: from_text(name, text) if isinstance(text, str) else text
-            for name, text in typed.items()
-        },
-        chosen,
-        where="--",
-    )
+    typed = {}
+    for key, value in vars(args).items():
+        if key.startswith("option_"):
+            name = key.removeprefix("option_")
+            typed[name] = from_text(name, value) if isinstance(value, str) else value
+    return from_mapping(typed, chosen, where="--")
 
 
 def _refuse_unknown(args) -> None:
     """A mistyped option or action, with the right one. Raises WorkshopError."""
     from workshop_utils.core.errors import WorkshopError
-    from workshop_utils.training.recipe.options import names, nearest
+    from workshop_utils.training.recipe.options import FIELDS, nearest
     from workshop_utils.training.recipe.presets import PRESETS
 
     for word in args.rest:
         if word.startswith("-"):
             name = word.lstrip("-").partition("=")[0]
-            known = [*names(), "preset", "config", "dry-run", "resolve", "list", "options"]
+            known = [*FIELDS, "preset", "config", "dry-run", "resolve", "list", "options"]
             raise WorkshopError(
                 f"{word} is no option.{nearest(name, known, '--')} `workshop recipe --help` "
                 "lists all."
             )
     if args.action not in ACTIONS or args.rest:
-        word = args.action if args.action not in ACTIONS else args.rest[0]
-        hint = (
-            f" Options begin with dashes: --preset {word}."
-            if word in PRESETS
-            else nearest(word, list(ACTIONS))
-        )
+        word = args.rest[0] if args.action in ACTIONS else args.action
+        hint = nearest(word, list(ACTIONS))
+        if word in PRESETS:
+            hint = f" Options begin with dashes: --preset {word}."
         raise WorkshopError(f"{word!r} is no action.{hint} There are: {', '.join(ACTIONS)}.")
-
-
-def _nemo_run_configuration(resolved) -> str:
-    from workshop_utils.runtime import nemo_cpu
-
-    nemo_cpu.apply()
-    from workshop_utils.training.recipe.build import finetune_recipe
-
-    return str(finetune_recipe(resolved, preview=True))

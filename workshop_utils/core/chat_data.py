@@ -110,33 +110,44 @@ def render_prompt(tokenizer: ChatTokenizer, messages: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A file for NeMo; tokens are those of prompt, answer and stop token together."""
+    """Rows ready for NeMo, one ``{"input", "output"}`` a line, and the ``path`` they are for."""
 
     path: Path
-    rows: int
-    mean_tokens: float
-    max_tokens: int
+    lines: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        return len(self.lines)
+
+    @property
+    def content(self) -> bytes:
+        return "".join(f"{line}\n" for line in self.lines).encode()
+
+    def write(self) -> None:
+        with paths.new_file(self.path) as part:
+            part.write_bytes(self.content)
+        # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old
+        # one would point into the old text.
+        for stale in self.path.parent.glob(f"{self.path.name}.idx.*"):
+            stale.unlink()
 
 
-def render_file(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
-    """Render ``source`` into ``target``, one ``{"input", "output"}`` a line, and count tokens."""
-    lengths, lines = [], []
-    for row in read_rows(source):
-        prompt = render_prompt(tokenizer, row["messages"])
-        answer = row["messages"][-1]["content"].strip()
-        lengths.append(len(tokenizer.encode(prompt + answer)) + 1)
-        lines.append(json.dumps({"input": prompt, "output": answer}, ensure_ascii=False))
-    paths.write_text(target, "\n".join(lines) + "\n")
-    # NeMo keeps an index beside the file and trusts it while it is newer than nothing: an old one
-    # would point into the old text.
-    for stale in target.parent.glob(f"{target.name}.idx.*"):
-        stale.unlink()
-    return Rendered(target, len(lines), sum(lengths) / len(lengths), max(lengths))
+def render(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
+    """The rows of ``source`` as they are to stand in ``target``. Nothing is written."""
+    lines = [
+        {
+            "input": render_prompt(tokenizer, row["messages"]),
+            "output": row["messages"][-1]["content"].strip(),
+        }
+        for row in read_rows(source)
+    ]
+    return Rendered(target, tuple(json.dumps(line, ensure_ascii=False) for line in lines))
 
 
-def make_tickets() -> Path:
-    """The folder of the workshop's data set, generated where it is not there."""
-    folder = paths.data_dir() / "tickets"
+def make_tickets(folder: Path | None = None) -> Path:
+    """The folder of the workshop's data set (default: ``data/tickets``), generated if it is not
+    there. Raises :class:`DataError` where that fails."""
+    folder = folder or paths.data_dir() / "tickets"
     if not (folder / "test.jsonl").exists():
         script = paths.repository_file("data/make_tickets.py")
         command = [sys.executable, str(script), "--out", str(folder)]

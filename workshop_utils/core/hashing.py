@@ -1,6 +1,7 @@
 """Digests of a whole file, or of a bounded sample where weights are too large to read each time."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -20,15 +21,16 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sampled(path: Path) -> str:
-    """Hex digest of a file's size and of ``PIECES`` pieces spread evenly over it.
+def sampled(file: Path | bytes) -> str:
+    """Hex digest of the size of a file, or of what is to be one, and of ``PIECES`` pieces spread
+    evenly from its first byte to its last.
 
     Training changes whole tensors, so other weights of the same shape have another digest. A change
     between two pieces is not seen.
     """
-    size = path.stat().st_size
+    size = len(file) if isinstance(file, bytes) else file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as stream:
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
         if size <= PIECES * PIECE:
             digest.update(stream.read())
         else:

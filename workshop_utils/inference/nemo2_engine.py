@@ -22,20 +22,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workshop_utils.checkpoints.formats import nemo2, safe_text
 from workshop_utils.checkpoints.formats.architecture import section
-from workshop_utils.checkpoints.formats.nemo2 import contents_of
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core.errors import DamagedCheckpoint, GenerationFailed, WorkshopError
 from workshop_utils.core.paths import shown
+from workshop_utils.inference.sampling import Sampling
 from workshop_utils.runtime import nemo_cpu
 from workshop_utils.runtime.device import choose_device
-
-if TYPE_CHECKING:
-    pass
 
 ENGINES = ("dynamic", "static")
 _ADAPTER_FILE = "weights/adapter_metadata.json"
@@ -44,42 +41,7 @@ _GUARANTEED = 1e-6
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; the options of the recipe path by their names. ``temperature`` 0 and
-    ``top_k`` 1 take the likeliest token."""
-
-    temperature: float = 0.1
-    top_k: int = 0
-    top_p: float = 0.95
-    num_tokens_to_generate: int = 512
-    random_seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.top_k > 1 and self.top_p > 0 and self.temperature > 0:
-            raise WorkshopError(
-                f"top_k is {self.top_k} and top_p {self.top_p}: Megatron-Core takes one of them. "
-                "Set the other to 0."
-            )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
-        return self.temperature == 0 or self.top_k == 1
-
-    def parameters(self):
-        """Megatron-Core's own object."""
-        from megatron.core.inference.sampling_params import SamplingParams
-
-        drawn = (
-            {"top_k": 1}
-            if self.greedy
-            else {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        )
-        return SamplingParams(num_tokens_to_generate=self.num_tokens_to_generate, **drawn)
-
-
-@dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What the engines may hold; the options of the recipe path by their names. Only
     ``max_batch_size`` and ``inference_max_seq_length`` concern the static engine. The buffer is
     never made larger than ``max_batch_size`` requests of full length can fill."""
@@ -111,30 +73,30 @@ class Model:
             NeMo has not seen it then.
     """
 
-    def __init__(self, checkpoint: Path | str, trust: bool = False, base: Path | str | None = None):
-        """``base`` takes the place of the one that an adapter names."""
+    def __init__(
+        self,
+        checkpoint: Path | str,
+        trust: bool = False,
+        base: Path | str | None = None,
+        device: str | None = None,
+    ):
+        """``base`` takes the place of the one that an adapter names. ``device``: cpu or gpu; by
+        default what the machine has."""
         checkpoint = nemo2.locate(Path(checkpoint)).resolve()
         require_sound(checkpoint, trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
         if base := Path(base) if base else base_of(checkpoint):
             require_sound(base, trust, (Kind.NEMO2,))
-        nemo_cpu.apply()
+        nemo_cpu.apply(device)
         import torch
         from nemo import lightning as nl
         from nemo.collections.llm.inference.base import setup_model_and_tokenizer
 
-        device = choose_device()
-        self.dtype = torch.float32 if device.kind == "cpu" else torch.bfloat16
-        strategy = nl.MegatronStrategy(
-            process_group_backend="gloo" if device.kind == "cpu" else "nccl", setup_optimizers=False
-        )
-        trainer = nl.Trainer(
-            accelerator=device.kind,
-            devices=1,
-            num_nodes=1,
-            strategy=strategy,
-            logger=False,
-            enable_checkpointing=False,
-        )
+        device = device or choose_device().kind
+        cpu = device == "cpu"
+        self.dtype, backend = (torch.float32, "gloo") if cpu else (torch.bfloat16, "nccl")
+        strategy = nl.MegatronStrategy(process_group_backend=backend, setup_optimizers=False)
+        off = {"logger": False, "enable_checkpointing": False}
+        trainer = nl.Trainer(accelerator=device, devices=1, num_nodes=1, strategy=strategy, **off)
         with _naming(checkpoint, base) as checkpoint:
             self.wrapper, self.tokenizer = setup_model_and_tokenizer(
                 checkpoint, trainer, params_dtype=self.dtype
@@ -147,26 +109,24 @@ class Model:
         """Token ids of ``prompt``, as the training had them: no token before it."""
         return list(self.tokenizer.tokenize(prompt))
 
-    def logits(self, token_ids: Sequence[Sequence[int]]):
-        """fp32 logits of token ids ``[batch, sequence]`` without padding, as a numpy array
-        ``[batch, sequence, vocabulary]``."""
-        import torch
-
-        ids = torch.tensor(token_ids, device=next(self.core.parameters()).device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        with torch.inference_mode():
-            # Without a mask Megatron-Core's attention is causal.
-            return self.core(ids, positions, None).float().cpu().numpy()
-
     def answer(self, request: int, tokens: Sequence[int]) -> Answer:
         """An :class:`Answer` of generated ``tokens``, which end at the first stop token."""
-        tokens = [int(token) for token in tokens]
-        tokens = (
-            tokens[: tokens.index(self.tokenizer.eod)] if self.tokenizer.eod in tokens else tokens
-        )
-        return Answer(
-            request, self.tokenizer.detokenize(tokens, remove_special_tokens=True), tuple(tokens)
-        )
+        tokens, stop = [int(token) for token in tokens], self.tokenizer.eod
+        tokens = tokens[: tokens.index(stop)] if stop in tokens else tokens
+        text = self.tokenizer.detokenize(tokens, remove_special_tokens=True)
+        return Answer(request, text, tuple(tokens))
+
+
+def megatron_logits(model: Any, token_ids: Sequence[Sequence[int]]):
+    """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch,
+    sequence]`` without padding, by a GPT model of Megatron-Core."""
+    import torch
+
+    ids = torch.tensor(token_ids, device=next(model.parameters()).device)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    with torch.inference_mode():
+        # Without a mask Megatron-Core's attention is causal.
+        return model(ids, positions, None).float().cpu().numpy()
 
 
 def base_of(checkpoint: Path, moved_to: Path | None = None) -> Path | None:
@@ -182,14 +142,14 @@ def base_of(checkpoint: Path, moved_to: Path | None = None) -> Path | None:
     if not file.is_file():
         return None
     base = safe_text.read_json(file).get("model_ckpt_path")
-    if not isinstance(base, str) or not nemo2.looks_like(Path(base)):
-        if moved_to and _trained_on(checkpoint, moved_to):
-            return moved_to
-        raise DamagedCheckpoint(
-            f"{shown(file)}: model_ckpt_path is {base!r}, which holds no NeMo 2.0 checkpoint. "
-            "Put the base back there, or write the path of its present place into that file."
-        )
-    return Path(base)
+    if isinstance(base, str) and nemo2.looks_like(Path(base)):
+        return Path(base)
+    if moved_to and _trained_on(checkpoint, moved_to):
+        return moved_to
+    raise DamagedCheckpoint(
+        f"{shown(file)}: model_ckpt_path is {base!r}, which holds no NeMo 2.0 checkpoint. Put the "
+        "base back there, or write the path of its present place into that file."
+    )
 
 
 def _trained_on(checkpoint: Path, base: Path) -> bool:
@@ -197,7 +157,8 @@ def _trained_on(checkpoint: Path, base: Path) -> bool:
     record = checkpoint.resolve().parents[1] / "workshop" / "run.json"
     if not nemo2.looks_like(base) or not record.is_file():
         return False
-    return section(safe_text.read_json(record), "fingerprint").get("base") == contents_of(base)
+    recorded = section(safe_text.read_json(record), "fingerprint").get("base")
+    return recorded == nemo2.contents_of(base)
 
 
 @contextlib.contextmanager
@@ -215,9 +176,8 @@ def _naming(checkpoint: Path, base: Path | None) -> Iterator[Path]:
         for part in (checkpoint / "weights").iterdir():
             if part.name != file.name:
                 (view / "weights" / part.name).symlink_to(part)
-        (view / _ADAPTER_FILE).write_text(
-            json.dumps(described | {"model_ckpt_path": str(base)}), encoding="utf-8"
-        )
+        renamed = json.dumps(described | {"model_ckpt_path": str(base)})
+        (view / _ADAPTER_FILE).write_text(renamed, encoding="utf-8")
         yield view
 
 
@@ -228,10 +188,44 @@ def _text_of_known(tokenizer: Any) -> Callable[..., str]:
     original, known = tokenizer.detokenize, tokenizer.tokenizer.vocab_size
 
     def detokenize(tokens: Sequence[int], remove_special_tokens: bool = False) -> str:
-        """The text of ``tokens``."""
         return original([token for token in tokens if token < known], remove_special_tokens)
 
     return detokenize
+
+
+def check(sampling: Sampling, limits: EngineLimits) -> None:
+    """Raise WorkshopError where no prompt could be answered, or the engines cannot draw so."""
+    _drawn(sampling)
+    if sampling.max_new_tokens >= limits.inference_max_seq_length:
+        raise WorkshopError(
+            f"num_tokens_to_generate is {sampling.max_new_tokens} and inference_max_seq_length, "
+            f"which counts the prompt, too, {limits.inference_max_seq_length}: no prompt would "
+            "fit. Lower the first, or raise the second."
+        )
+
+
+def _drawn(sampling: Sampling) -> dict[str, Any]:
+    """How tokens are drawn, as Megatron-Core's SamplingParams takes it."""
+    if sampling.greedy:
+        return {"top_k": 1}
+    top_k, top_p = sampling.top_k, sampling.top_p if sampling.top_p < 1 else 0
+    if top_k and top_p:
+        raise WorkshopError(
+            f"top_k is {top_k} and top_p {top_p}: Megatron-Core takes one of them. Set the other "
+            "to 0."
+        )
+    return {"temperature": sampling.temperature, "top_k": top_k, "top_p": float(top_p)}
+
+
+def _start(sampling: Sampling) -> tuple[Any, int]:
+    """Megatron-Core's parameters, and the seed, which the engines only keep: it is set here."""
+    import torch
+    from megatron.core.inference.sampling_params import SamplingParams
+
+    seed = torch.seed() if sampling.seed is None else sampling.seed
+    torch.manual_seed(seed)
+    count = sampling.max_new_tokens
+    return SamplingParams(num_tokens_to_generate=count, **_drawn(sampling)), seed
 
 
 class Dynamic:
@@ -239,35 +233,32 @@ class Dynamic:
 
     Raises:
         WorkshopError: ``buffer_size_gb`` is too small for a single request of
-            ``inference_max_seq_length``.
+            ``inference_max_seq_length``, or both ``top_k`` and ``top_p`` are set.
     """
 
-    def __init__(self, model: Model, sampling: Sampling, limits: Limits):
-        import torch
+    def __init__(self, model: Model, sampling: Sampling, limits: EngineLimits):
         from megatron.core.inference.engines.dynamic_engine import DynamicInferenceEngine
         from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import (
             GPTInferenceWrapper,
         )
-        from megatron.core.inference.text_generation_controllers.simple_text_generation_controller import (  # noqa: E501
-            SimpleTextGenerationController,
+        from megatron.core.inference.text_generation_controllers import (
+            simple_text_generation_controller as controllers,
         )
 
         self.model, self.sampling, self.limits = model, sampling, limits
         self.context = self._context()
-        wrapper = GPTInferenceWrapper(
-            model.core, model.wrapper.inference_wrapper_config, self.context
-        )
+        config = model.wrapper.inference_wrapper_config
+        wrapper = GPTInferenceWrapper(model.core, config, self.context)
         wrapper.model_is_pipeline_parallel = False  # else only set by the static engine
-        controller = SimpleTextGenerationController(wrapper, model.tokenizer)
+        controller = controllers.SimpleTextGenerationController(wrapper, model.tokenizer)
+        self.parameters, seed = _start(sampling)
         self.engine = DynamicInferenceEngine(
             controller,
             self.context,
             termination_id=model.tokenizer.eod,
             enable_cuda_graph=False,
-            random_seed=sampling.random_seed,
+            random_seed=seed,
         )
-        self.parameters = sampling.parameters()
-        torch.manual_seed(sampling.random_seed)  # the engine only keeps it
 
     @property
     def busy(self) -> bool:
@@ -284,7 +275,7 @@ class Dynamic:
         once if it is refused, else None."""
         if reason := self._never_fits(len(tokens)):
             return Answer(request, refused=reason)
-        self.engine.add_request(request, list(tokens), self.sampling.num_tokens_to_generate)
+        self.engine.add_request(request, list(tokens), self.sampling.max_new_tokens)
         return None
 
     def step(self) -> list[Answer]:
@@ -295,9 +286,7 @@ class Dynamic:
                 "would wait for ever."
             )
         finished, _ = self.engine.step(self.parameters)
-        return [
-            self.model.answer(request.request_id, request.generated_tokens) for request in finished
-        ]
+        return [self.model.answer(done.request_id, done.generated_tokens) for done in finished]
 
     def _context(self):
         from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext
@@ -305,17 +294,11 @@ class Dynamic:
         config, limits = self.model.config, self.limits
         blocks = math.ceil(limits.inference_max_seq_length / limits.block_size_tokens)
         requests = DynamicInferenceContext.round_up_requests(limits.max_batch_size)
+        # Keys and values; grouped-query attention keeps as many heads as there are groups.
+        token_bytes = 2 * self.model.dtype.itemsize * config.num_query_groups * config.kv_channels
+        block_bytes = limits.block_size_tokens * config.num_layers * token_bytes
         rounder = DynamicInferenceContext.REQUEST_ROUNDER
-        # Grouped-query attention keeps as many heads as there are groups. One more block is the
-        # engine's dummy.
-        block_bytes = (
-            2
-            * self.model.dtype.itemsize
-            * config.num_layers
-            * limits.block_size_tokens
-            * config.num_query_groups
-            * config.kv_channels
-        )
+        # One more block is the engine's dummy.
         needed, least = ((count + rounder) * blocks + 1 for count in (requests, 1))
         available = int(limits.buffer_size_gb * 1024**3 / block_bytes)
         if available < least:
@@ -343,39 +326,32 @@ class Dynamic:
         """Why a prompt of so many tokens would find no place even if nothing else ran."""
         if reason := too_long(prompt, self.sampling, self.limits):
             return reason
-        if prompt > self.context.max_tokens:
-            return (
-                f"the prompt has {prompt} tokens, and a step takes {self.context.max_tokens} "
-                "(max_tokens)."
-            )
+        said, step = f"the prompt has {prompt} tokens", self.context.max_tokens
+        if prompt > step:
+            return f"{said}, and a step takes {step} (max_tokens)."
         allocator = self.context.chunk_allocator
-        if (
-            not 0
-            < math.ceil(prompt / self.limits.block_size_tokens)
-            <= allocator.chunk_count_total - 1 - allocator.gtd_chunk_count
-        ):
-            return (
-                f"the prompt has {prompt} tokens, more than the buffer holds (buffer_size_gb "
-                f"{self.limits.buffer_size_gb:g})."
-            )
+        room = allocator.chunk_count_total - 1 - allocator.gtd_chunk_count
+        if math.ceil(prompt / self.limits.block_size_tokens) > room:
+            size = self.limits.buffer_size_gb
+            return f"{said}, more than the buffer holds (buffer_size_gb {size:g})."
         return None
 
 
-def too_long(prompt: int, sampling: Sampling, limits: Limits) -> str | None:
+def too_long(prompt: int, sampling: Sampling, limits: EngineLimits) -> str | None:
     """Why a prompt of so many tokens cannot be answered by either engine; None if it can."""
     if not prompt:
         return "the prompt is empty."
-    if prompt + sampling.num_tokens_to_generate > limits.inference_max_seq_length:
+    if prompt + sampling.max_new_tokens > limits.inference_max_seq_length:
         return (
-            f"the prompt has {prompt} tokens and {sampling.num_tokens_to_generate} are to be "
-            "generated (num_tokens_to_generate), together more than "
+            f"the prompt has {prompt} tokens and {sampling.max_new_tokens} are to be generated "
+            "(num_tokens_to_generate), together more than "
             f"{limits.inference_max_seq_length} (inference_max_seq_length)."
         )
     return None
 
 
 def dynamic(
-    model: Model, prompts: Sequence[str], sampling: Sampling, limits: Limits
+    model: Model, prompts: Sequence[str], sampling: Sampling, limits: EngineLimits
 ) -> Iterator[Answer]:
     """Answers as they finish, not in the order of ``prompts``; ``request`` is the index there."""
     tokens = [model.tokens(prompt) for prompt in prompts]
@@ -390,92 +366,72 @@ def dynamic(
 
 
 def static(
-    model: Model, prompts: Sequence[str], sampling: Sampling, limits: Limits
+    model: Model, prompts: Sequence[str], sampling: Sampling, limits: EngineLimits
 ) -> Iterator[Answer]:
     """Answers batch by batch: ``max_batch_size`` at a time, of similar length, so that few of them
     wait for others."""
-    import torch
     from megatron.core.inference.contexts import StaticInferenceContext
     from megatron.core.inference.engines.static_engine import StaticInferenceEngine
     from megatron.core.inference.text_generation_controllers.text_generation_controller import (
         TextGenerationController,
     )
 
-    torch.manual_seed(sampling.random_seed)
+    parameters, seed = _start(sampling)
     tokens = [model.tokens(prompt) for prompt in prompts]
-    reasons = [too_long(len(ids), sampling, limits) for ids in tokens]
-    yield from (Answer(request, refused=reason) for request, reason in enumerate(reasons) if reason)
-    fitting = sorted(
-        (request for request, reason in enumerate(reasons) if not reason),
-        key=lambda request: len(tokens[request]),
-    )
+    fitting = []
+    for request, ids in sorted(enumerate(tokens), key=lambda item: len(item[1])):
+        if reason := too_long(len(ids), sampling, limits):
+            yield Answer(request, refused=reason)
+        else:
+            fitting.append(request)
     narrowed = _narrowed(tokens, sampling, limits)
-    model.wrapper.inference_wrapper_config.inference_max_requests = narrowed.max_batch_size
-    model.wrapper.inference_wrapper_config.inference_max_seq_length = (
-        narrowed.inference_max_seq_length
-    )
-    for begin in range(0, len(fitting), narrowed.max_batch_size):
-        batch = fitting[begin : begin + narrowed.max_batch_size]
+    size, length = narrowed.max_batch_size, narrowed.inference_max_seq_length
+    config = model.wrapper.inference_wrapper_config
+    config.inference_max_requests, config.inference_max_seq_length = size, length
+    for begin in range(0, len(fitting), size):
+        batch = fitting[begin : begin + size]
         # Its buffers are as large as the first batch that it sees.
-        model.wrapper.inference_context = StaticInferenceContext(
-            len(batch), narrowed.inference_max_seq_length
-        )
-        engine = StaticInferenceEngine(
-            TextGenerationController(model.wrapper, model.tokenizer),
-            narrowed.max_batch_size,
-            sampling.random_seed,
-        )
-        found = engine.generate(
-            [prompts[request] for request in batch], sampling_params=sampling.parameters()
-        )
-        yield from (
-            model.answer(request, one.generated_tokens.tolist())
-            for request, one in zip(batch, found, strict=True)
-        )
+        model.wrapper.inference_context = StaticInferenceContext(len(batch), length)
+        controller = TextGenerationController(model.wrapper, model.tokenizer)
+        asked = [prompts[request] for request in batch]
+        engine = StaticInferenceEngine(controller, size, seed)
+        answers = engine.generate(asked, sampling_params=parameters)
+        for request, answer in zip(batch, answers, strict=True):
+            yield model.answer(request, answer.generated_tokens.tolist())
 
 
-def _narrowed(tokens: Sequence[Sequence[int]], sampling: Sampling, limits: Limits) -> Limits:
+def _narrowed(
+    tokens: Sequence[Sequence[int]], sampling: Sampling, limits: EngineLimits
+) -> EngineLimits:
     """``limits`` no wider than these prompts can use: the caches are made in full before the first
     token."""
     fitting = [len(ids) for ids in tokens if not too_long(len(ids), sampling, limits)]
-    length = max(fitting, default=1) + sampling.num_tokens_to_generate
-    return replace(
-        limits,
-        max_batch_size=max(1, min(limits.max_batch_size, len(fitting))),
-        inference_max_seq_length=length,
-    )
+    length = max(fitting, default=1) + sampling.max_new_tokens
+    size = max(1, min(limits.max_batch_size, len(fitting)))
+    return replace(limits, max_batch_size=size, inference_max_seq_length=length)
 
 
 def _work(folder: Path) -> None:
     """The process that predict and deliver start on ``job.json``: logits of ``token_ids``, or
-    answers to ``rows``."""
+    answers to ``rows``, one a line appended to the file that the job names."""
     job: dict[str, Any] = json.loads((folder / "job.json").read_text("utf-8"))
-    model = Model(job["checkpoint"], job["trust"], job["base"])
+    model = Model(job["checkpoint"], job["trust"], job["base"], job["device"])
     if "token_ids" in job:
         import numpy
 
-        numpy.save(folder / "logits.npy", model.logits(job["token_ids"]))
-    else:
-        _answer(model, job, folder / "speed.json")
-
-
-def _answer(model: Model, job: dict[str, Any], speed: Path) -> None:
-    """Append one answer a line to the file that the job names; say how fast it was."""
+        numpy.save(folder / "logits.npy", megatron_logits(model.core, job["token_ids"]))
+        return
     run = {"dynamic": dynamic, "static": static}[job["engine"]]
-    rows, began, made = job["rows"], time.perf_counter(), 0
+    sampling, limits = Sampling(**job["sampling"]), EngineLimits(**job["limits"])
+    rows, began, tokens = job["rows"], time.perf_counter(), 0
     with Path(job["answers"]).open("a", encoding="utf-8") as stream:
-        for answer in run(
-            model,
-            [row["prompt"] for row in rows],
-            Sampling(**job["sampling"]),
-            Limits(**job["limits"]),
-        ):
-            made += len(answer.tokens)
-            stream.write(
-                json.dumps(asdict(answer) | {"request": rows[answer.request]["row"]}) + "\n"
-            )
+        for answer in run(model, [row["prompt"] for row in rows], sampling, limits):
+            tokens += len(answer.tokens)
+            line = asdict(answer) | {"request": rows[answer.request]["row"]}
+            stream.write(json.dumps(line) + "\n")
             stream.flush()
-    speed.write_text(json.dumps({"tokens": made, "seconds": time.perf_counter() - began}))
+    speed = {"tokens": tokens, "seconds": time.perf_counter() - began}
+    (folder / "speed.json").write_text(json.dumps(speed))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,51 +28,35 @@ class Device:
 
 def choose_device() -> Device:
     """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32.
-    ``WORKSHOP_DEVICE=cpu|gpu`` overrides.
-
-    Raises:
-        WorkshopError: ``WORKSHOP_DEVICE`` is neither of these.
-    """
-    wanted = os.environ.get("WORKSHOP_DEVICE") or "auto"
-    if wanted not in ("auto", "cpu", "gpu"):
+    ``WORKSHOP_DEVICE=cpu|gpu`` overrides."""
+    chosen = os.environ.get("WORKSHOP_DEVICE") or "auto"
+    if chosen not in ("auto", "cpu", "gpu"):
         raise WorkshopError(
-            f"WORKSHOP_DEVICE is {wanted!r}; set it to cpu or gpu, or leave it out to have one "
+            f"WORKSHOP_DEVICE is {chosen!r}; set it to cpu or gpu, or leave it out to have one "
             "chosen."
         )
-    if wanted == "cpu":
-        return Device("cpu", "32", "fp32", "WORKSHOP_DEVICE=cpu")
-    if wanted == "gpu":
-        return Device("gpu", "bf16-mixed", "bf16", "WORKSHOP_DEVICE=gpu")
-    name = gpu_name()
-    if name is None:
-        return Device("cpu", "32", "fp32", "no NVIDIA GPU found")
-    if not torch_has_cuda():
-        return Device("cpu", "32", "fp32", f"{name} found, but the installed torch is a CPU build")
-    return Device("gpu", "bf16-mixed", "bf16", f"{name} found")
+    reason = f"WORKSHOP_DEVICE={chosen}"
+    if chosen == "auto":
+        name = gpu_name()
+        chosen = "gpu" if name and torch_has_cuda() else "cpu"
+        reason = f"{name} found" if name else "no NVIDIA GPU found"
+        if name and chosen == "cpu":
+            reason += ", but the installed torch is a CPU build"
+    return Device(chosen, *{"cpu": ("32", "fp32"), "gpu": ("bf16-mixed", "bf16")}[chosen], reason)
 
 
 def gpu_name() -> str | None:
-    """The first GPU that ``nvidia-smi`` lists and ``CUDA_VISIBLE_DEVICES`` does not hide, or
-    None."""
+    """The first GPU that ``nvidia-smi`` lists and ``CUDA_VISIBLE_DEVICES`` does not hide."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return None
-    answer = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    return (
-        answer.stdout.splitlines()[0].strip()
-        if answer.returncode == 0 and answer.stdout.strip()
-        else None
-    )
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    answer = subprocess.run(command, check=False, capture_output=True, text=True, timeout=30)
+    names = answer.stdout.strip().splitlines()
+    return names[0].strip() if answer.returncode == 0 and names else None
 
 
 def torch_has_cuda() -> bool:
-    """True if the installed torch was built with CUDA, read from its ``version.py`` without
-    importing it."""
+    """Whether the installed torch was built with CUDA, by its ``version.py``."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
@@ -79,7 +64,7 @@ def torch_has_cuda() -> bool:
     return re.search(r"^cuda\s*(:[^=]*)?=\s*['\"]", text, re.MULTILINE) is not None
 
 
-def quiet_environment(environment: dict[str, str]) -> None:
+def quiet_environment(environment: MutableMapping[str, str]) -> None:
     """Turn off telemetry of NeMo, Weights & Biases and Hugging Face, and leave unset what a person
     has set otherwise."""
     for name, value in {

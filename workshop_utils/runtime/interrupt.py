@@ -32,9 +32,8 @@ def watch() -> None:
     """Have Ctrl-C and SIGTERM interrupt this process, which is a command's own."""
     _watched.add(os.getpid())
     for number in PATIENCE:
-        if (
-            signal.getsignal(number) != signal.SIG_IGN
-        ):  # a shell lets its jobs in the background ignore Ctrl-C
+        # A shell lets its jobs in the background ignore Ctrl-C.
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
 
 
@@ -49,9 +48,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if _interrupted.is_set():  # the second Ctrl-C of an impatient person would stop the cleaning up
         return
     _interrupted.set()
-    sys.unraisablehook = lambda unraisable: (
-        None
-    )  # what the exception below meets in a callback, where Python cannot go on with it
+    # For the exception below in a callback, where Python cannot go on with it.
+    sys.unraisablehook = lambda unraisable: None
     timer = threading.Timer(PATIENCE[number], end)
     timer.daemon = True
     timer.start()

@@ -8,31 +8,27 @@ from pathlib import Path
 
 from workshop_utils.runtime.device import gpu_name
 
+_PACKAGES = ("nemo-toolkit", "megatron-core", "torch", "transformers", "peft")
+
 
 def describe_machine() -> dict:
     """System, processor, cores this process may use, memory in GiB, GPU or null, and the versions
-    that matter."""
-    packages = ("nemo-toolkit", "megatron-core", "torch", "transformers", "peft")
+    that matter (null where a package is not installed)."""
+    model = re.search(r"(?m)^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"))
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": model[1].strip() if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory() / 2**30, 1),
         "gpu": gpu_name(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {
+            name: next((package.version for package in metadata.distributions(name=name)), None)
+            for name in _PACKAGES
+        },
     }
 
 
-def _processor() -> str:
-    found = re.search(
-        r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE
-    )
-    return found[1].strip() if found else platform.machine()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -77,8 +77,9 @@ class Workshop:
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
         """The run's overrides for any ``base``, another run directory, and a fresh start."""
         place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}"
-        place += ("exp_manager.resume_if_exists=false",)
-        settings = self.plan(*place, *overrides).overrides | {"model.restore_from_path": str(base)}
+        plan = self.plan(*place, "exp_manager.resume_if_exists=false", *overrides)
+        plan.write_rows()
+        settings = plan.overrides | {"model.restore_from_path": str(base)}
         return [f"{key}={value}" for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:

@@ -20,19 +20,23 @@ from pathlib import Path
 _INHERITED = str(Path(__file__).parent / "inherited")
 
 
-def apply() -> None:
+def apply(device: str | None = None) -> None:
     """Register every patch, for this process and for the processes it starts. Calling it again
     changes nothing.
 
-    ``WORKSHOP_DEVICE=cpu`` hides the GPUs of a machine that has some. Has to run before torch is
-    imported for that.
+    ``device`` "cpu", or without it ``WORKSHOP_DEVICE=cpu``, hides the GPUs of a machine that has
+    some. Has to run before torch is imported for that.
+
+    ``os.environ`` changes for it, as the libraries ask no other way: ``PYTHONPATH``,
+    ``CUDA_VISIBLE_DEVICES``, the places of :mod:`workshop_utils.core.home`, and from patches
+    ``TORCHDYNAMO_DISABLE`` and ``NVIDIA_PYTORCH_VERSION``.
     """
     from workshop_utils.core import home
 
     from . import megatron_core, nemo2, nemo_script_path, paged_attention, torch_cuda  # noqa: F401  each registers its patches when imported
     from .registry import activate
 
-    if os.environ.get("WORKSHOP_DEVICE") == "cpu":
+    if (device or os.environ.get("WORKSHOP_DEVICE")) == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     home.use_writable_places()  # NeMo makes directories when it is imported
     inherit(os.environ)
@@ -44,5 +48,5 @@ def inherit(environment: dict[str, str]) -> None:
     patches too."""
     paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     package_root = str(Path(__file__).parents[3])
-    wanted = [path for path in (_INHERITED, package_root) if path not in paths]
-    environment["PYTHONPATH"] = os.pathsep.join(wanted + paths)
+    missing = [path for path in (_INHERITED, package_root) if path not in paths]
+    environment["PYTHONPATH"] = os.pathsep.join(missing + paths)

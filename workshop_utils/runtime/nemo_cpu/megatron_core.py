@@ -9,7 +9,6 @@ from .torch_cuda import CpuTorch, name_types_of_the_cpu
 
 
 @patch(
-    "megatron-core",
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.optimizer.optimizer",
     "megatron.core.optimizer.clip_grads",
@@ -24,47 +23,35 @@ from .torch_cuda import CpuTorch, name_types_of_the_cpu
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.dist_checkpointing.strategies.two_stage",
     when=no_cuda,
-    reason="device='cuda' and pin_memory=True are written in the source: 'Torch not compiled with "
-    "CUDA enabled'",
 )
 def cuda_literals_in_megatron(module: ModuleType) -> None:
-    """Give the module a ``torch`` that makes its tensors on the CPU. Narrower, and faster, than a
-    mode around every operation."""
+    """device='cuda' and pin_memory=True are written in the source: 'Torch not compiled with CUDA
+    enabled'.
+
+    Give the module a ``torch`` that makes its tensors on the CPU. Narrower, and faster, than a mode
+    around every operation."""
     module.torch = CpuTorch(module.torch)
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.optimizer.clip_grads",
-    when=no_cuda,
-    reason="clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in "  # noqa: E501
-    "the first step",
-)
+@patch("megatron.core.optimizer.clip_grads", when=no_cuda)
 def clipping_on_cpu(module: ModuleType) -> None:
-    """Assert the CPU's type."""
+    """clipping asserts that gradients are of type 'torch.cuda.FloatTensor': AssertionError in the
+    first step."""
     name_types_of_the_cpu(module.clip_grad_by_total_norm_fp32)
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.optimizer.optimizer",
-    when=no_cuda,
-    reason="the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' "
-    "and its like: TypeError",
-)
+@patch("megatron.core.optimizer.optimizer", when=no_cuda)
 def bf16_optimizer_on_cpu(module: ModuleType) -> None:
-    """Compare with the CPU's types."""
+    """the optimizer of bf16 parameters compares their types with 'torch.cuda.BFloat16Tensor' and
+    its like: TypeError."""
     name_types_of_the_cpu(module.Float16OptimizerWithFloat16Params.__init__)
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.tensor_parallel.random",
-    when=no_cuda,
-    reason="only seeded where a GPU exists: 'cuda rng state model-parallel-rng is not added'",
-)
+@patch("megatron.core.tensor_parallel.random", when=no_cuda)
 def random_states_of_the_gpu(module: ModuleType) -> None:
-    """There is one generator on a CPU; forking the tracker leaves it alone."""
+    """only seeded where a GPU exists: 'cuda rng state model-parallel-rng is not added'.
+
+    There is one generator on a CPU; forking the tracker leaves it alone."""
     module.CudaRNGStatesTracker.fork = lambda self, name=None: contextlib.nullcontext()
     module.model_parallel_cuda_manual_seed = lambda *args, **kwargs: None
 
@@ -81,20 +68,14 @@ FUSIONS = (
 )
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.transformer.transformer_config",
-    when=no_transformer_engine,
-    reason="NeMo's LlamaConfig asks for fused kernels that come with Transformer Engine or Apex: "
-    "ValueError in __post_init__",
-)
+@patch("megatron.core.transformer.transformer_config", when=no_transformer_engine)
 def fusions_off(module: ModuleType) -> None:
-    """Turn the fusions off before the configuration checks itself."""
+    """NeMo's LlamaConfig asks for fused kernels that come with Transformer Engine or Apex:
+    ValueError in __post_init__."""
     config = module.TransformerConfig
     check = config.__post_init__
 
     def post_init(self):
-        """Turn off every one of FUSIONS that is on, then check as before."""
         for name in FUSIONS:
             if getattr(self, name, None):
                 setattr(self, name, False)
@@ -103,20 +84,16 @@ def fusions_off(module: ModuleType) -> None:
     config.__post_init__ = post_init
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.models.gpt.gpt_layer_specs",
-    when=no_transformer_engine,
-    reason="the local layers store the norm before a mixture of experts as "
-    "mlp.linear_fc1.layer_norm_weight; with Transformer Engine, and so in every checkpoint "
-    "of a GPU, it is pre_mlp_layernorm.weight: neither machine loads the other's Mixtral",
-)
+@patch("megatron.core.models.gpt.gpt_layer_specs", when=no_transformer_engine)
 def norm_before_the_experts(module: ModuleType) -> None:
-    """Store it under its own name: without a fused layer there is nothing to rename."""
+    """the local layers store the norm before a mixture of experts as
+    mlp.linear_fc1.layer_norm_weight; with Transformer Engine, and so in every checkpoint of a GPU,
+    it is pre_mlp_layernorm.weight: neither machine loads the other's Mixtral.
+
+    Store it under its own name: without a fused layer there is nothing to rename."""
     original = module.get_gpt_layer_local_spec
 
     def get_gpt_layer_local_spec(num_experts=None, *args, **kwargs):
-        """The original spec; with experts, without the renaming of the norm before them."""
         spec = original(num_experts, *args, **kwargs)
         if num_experts is not None:
             spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
@@ -125,34 +102,23 @@ def norm_before_the_experts(module: ModuleType) -> None:
     module.get_gpt_layer_local_spec = get_gpt_layer_local_spec
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.transformer.torch_norm",
-    when=no_transformer_engine,
-    reason="Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine "
-    "have: AssertionError, 'zero_centered_gamma not supported by torch LayerNorm'",
-)
+@patch("megatron.core.transformer.torch_norm", when=no_transformer_engine)
 def zero_centred_layer_norm(module: ModuleType) -> None:
-    """The same norm in plain torch."""
+    """Nemotron's norm multiplies by (1 + weight), which only Apex and Transformer Engine have:
+    AssertionError, 'zero_centered_gamma not supported by torch LayerNorm'."""
     torch, original = module.torch, module.WrappedTorchNorm.__new__
 
     class ZeroCentredLayerNorm(torch.nn.LayerNorm):
-        """A layer norm whose weight is added to 1."""
-
         def reset_parameters(self):
-            """Start at zero: the weight counts from 1."""
             torch.nn.init.zeros_(self.weight)
             torch.nn.init.zeros_(self.bias)
 
         def forward(self, hidden):
-            """The layer norm of ``hidden`` times (1 + weight), plus the bias."""
             return torch.nn.functional.layer_norm(
                 hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps
             )
 
     def new(cls, config, hidden_size, eps=1e-5, *args, **kwargs):
-        """A :class:`ZeroCentredLayerNorm` where the configuration asks for one, else what it
-        was."""
         if config.layernorm_zero_centered_gamma and config.normalization == "LayerNorm":
             return ZeroCentredLayerNorm(hidden_size, eps=eps)
         return original(cls, config, hidden_size, eps, *args, **kwargs)
@@ -160,14 +126,9 @@ def zero_centred_layer_norm(module: ModuleType) -> None:
     module.WrappedTorchNorm.__new__ = new
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.transformer.moe.moe_utils",
-    when=no_transformer_engine,
-    reason="the router of a mixture of experts asks whether te_general_gemm is there, a name that "
-    "is only set with Transformer Engine: NameError",
-)
+@patch("megatron.core.transformer.moe.moe_utils", when=no_transformer_engine)
 def router_without_transformer_engine(module: ModuleType) -> None:
-    """It is not: the router multiplies with torch then."""
+    """the router of a mixture of experts asks whether te_general_gemm is there, a name that is only
+    set with Transformer Engine: NameError."""
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None

@@ -10,14 +10,9 @@ from types import ModuleType, SimpleNamespace
 from .registry import no_cuda, no_modelopt, no_transformer_engine, patch
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.lightning.io.pl",
-    when=no_cuda,
-    reason="asserts torch.cuda.is_initialized() after loading a checkpoint",
-)
+@patch("nemo.lightning.io.pl", when=no_cuda)
 def loaded_tensors_stay_on_cpu(module: ModuleType) -> None:
-    """Tensors loaded without a GPU are where they belong."""
+    """asserts torch.cuda.is_initialized() after loading a checkpoint."""
     module._fix_tensors_device = lambda checkpoint: checkpoint
 
 
@@ -31,36 +26,25 @@ def local_layer_norm_name(name):
     )
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.lightning.io.state",
-    when=no_transformer_engine,
-    reason="importers and exporters name the layer norms as Transformer Engine fuses them: they "
-    "match nothing in a local-spec model",
-)
+@patch("nemo.lightning.io.state", when=no_transformer_engine)
 def layer_norm_names_of_connectors(module: ModuleType) -> None:
-    """Rename both sides of a mapping when neither model has fused layer norms and one has separate
+    """importers and exporters name the layer norms as Transformer Engine fuses them: they match
+    nothing in a local-spec model.
+
+    Rename both sides of a mapping when neither model has fused layer norms and one has separate
     ones."""
     original = module.apply_transforms
 
     def names(model):
-        """Names in the state dict of ``model``, of the module in it where it wraps one."""
-        return (
-            (model if isinstance(model, module._ModelState) else getattr(model, "module", model))
-            .state_dict()
-            .keys()
-        )
+        is_state = isinstance(model, module._ModelState)
+        return (model if is_state else getattr(model, "module", model)).state_dict().keys()
 
     def apply_transforms(source, target, mapping, *args, **kwargs):
-        """The original, with the mapping's layer norms renamed where that is needed."""
         if any("layer_norm_" in f"{key}{value}" for key, value in mapping.items()):
-            known = [*names(source), *names(target)]
-            fused = any(".linear_qkv.layer_norm_" in name for name in known)
-            if not fused and any(".pre_mlp_layernorm." in name for name in known):
-                mapping = {
-                    local_layer_norm_name(key): local_layer_norm_name(value)
-                    for key, value in mapping.items()
-                }
+            known = " ".join([*names(source), *names(target)])
+            if ".linear_qkv.layer_norm_" not in known and ".pre_mlp_layernorm." in known:
+                renamed = local_layer_norm_name
+                mapping = {renamed(key): renamed(value) for key, value in mapping.items()}
         return original(source, target, mapping, *args, **kwargs)
 
     module.apply_transforms = apply_transforms
@@ -76,15 +60,12 @@ class _EmptySettings(ModuleType):
         return {}
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo",
-    when=no_modelopt,
-    reason="nemo.collections.llm reads modelopt.torch.speculative.EAGLE3_DEFAULT_CFG at import; the "  # noqa: E501
-    "ModelOpt releases it wants do not import with torch 2.13",
-)
+@patch("nemo", when=no_modelopt)
 def modelopt_at_import(module: ModuleType) -> None:
-    """Put empty modules in its place. Nothing in the workshop quantises or distils."""
+    """nemo.collections.llm reads modelopt.torch.speculative.EAGLE3_DEFAULT_CFG at import; the
+    ModelOpt releases it wants do not import with torch 2.13.
+
+    Put empty modules in its place. Nothing in the workshop quantises or distils."""
     for name in ("modelopt", "modelopt.torch", "modelopt.torch.speculative"):
         stand_in = _EmptySettings(name)
         stand_in.__path__ = []
@@ -92,33 +73,26 @@ def modelopt_at_import(module: ModuleType) -> None:
         sys.modules.setdefault(name, stand_in)
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.collections.llm.modelopt.quantization.quantizer",
-    when=no_modelopt,
-    reason="export_ckpt(target='hf') first asks ModelOpt whether the model is quantised",
-)
+@patch("nemo.collections.llm.modelopt.quantization.quantizer", when=no_modelopt)
 def export_without_modelopt(module: ModuleType) -> None:
-    """It is not."""
+    """export_ckpt(target='hf') first asks ModelOpt whether the model is quantised."""
     module.export_hf_checkpoint = lambda *args, **kwargs: None
 
 
 @patch(
-    "nemo-toolkit",
     "nemo.collections.llm.gpt.data.utils",
     "nemo.collections.nlp.data.language_modeling.text_memmap_dataset",
     when=no_cuda,
-    reason="the pool that indexes data files inherits Lightning's SIGTERM handler, survives "
-    "Pool.terminate() and hangs join(): seen with the fork start method, which is what a CPU "
-    "run uses",
 )
 def index_workers_can_be_stopped(module: ModuleType) -> None:
-    """Workers are forked while SIGTERM has its default meaning."""
+    """the pool that indexes data files inherits Lightning's SIGTERM handler, survives
+    Pool.terminate() and hangs join(): seen with the fork start method, which is what a CPU run
+    uses.
+
+    Workers are forked while SIGTERM has its default meaning."""
     original = module.build_index_files
 
     def build_index_files(*args, **kwargs):
-        """The original, with SIGTERM at its default meanwhile; unchanged outside the main thread,
-        which cannot set it."""
         if threading.current_thread() is not threading.main_thread():
             return original(*args, **kwargs)
         handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -130,44 +104,30 @@ def index_workers_can_be_stopped(module: ModuleType) -> None:
     module.build_index_files = build_index_files
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.collections.llm.peft.lora",
-    when=no_transformer_engine,
-    reason="LoRA asks of every layer whether it is a te.Linear: UnavailableError, "
-    "'transformer_engine.pytorch could not be imported'",
-)
+@patch("nemo.collections.llm.peft.lora", when=no_transformer_engine)
 def lora_without_transformer_engine(module: ModuleType) -> None:
-    """No layer is one: ``te.Linear`` becomes a class without instances."""
+    """LoRA asks of every layer whether it is a te.Linear: UnavailableError,
+    'transformer_engine.pytorch could not be imported'.
+
+    No layer is one: ``te.Linear`` becomes a class without instances."""
     module.te = SimpleNamespace(Linear=type("NoTransformerEngineLinear", (), {}))
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.collections.llm.peft.utils",
-    when=no_transformer_engine,
-    reason="Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for "
-    "the real ones: TypeError, 'isinstance() arg 2 must be a type'",
-)
+@patch("nemo.collections.llm.peft.utils", when=no_transformer_engine)
 def adapters_without_transformer_engine(module: ModuleType) -> None:
-    """Say that Transformer Engine is not there."""
+    """Megatron-Core puts mocks in place of Transformer Engine's layers, which NeMo takes for the
+    real ones: TypeError, 'isinstance() arg 2 must be a type'."""
     module.HAVE_TE = False
 
 
-@patch(
-    "nemo-toolkit",
-    "nemo.lightning.pytorch.callbacks.progress_printer",
-    when=no_cuda,
-    reason="rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the "
-    "next collective operation of the others meets that one, and the run hangs at its first "
-    "checkpoint with two processes",
-)
+@patch("nemo.lightning.pytorch.callbacks.progress_printer", when=no_cuda)
 def timers_of_one_process(module: ModuleType) -> None:
-    """Print the timers only where there is one process."""
+    """rank 0, which alone prints, gathers Megatron's timers from all ranks: over gloo the next
+    collective operation of the others meets that one, and the run hangs at its first checkpoint
+    with two processes."""
     original = module.ProgressPrinter.log_megatron_timers
 
     def log_megatron_timers(self, timers):
-        """The original for one process, nothing for more."""
         import torch
 
         return original(self, timers) if torch.distributed.get_world_size() == 1 else None

@@ -10,41 +10,26 @@ from .registry import always, patch
 
 def no_flash_attention() -> bool:
     """True when neither flash-attn nor its version for Hopper is installed, whatever the device."""
-    return all(
-        importlib.util.find_spec(name) is None for name in ("flash_attn", "flashattn_hopper")
-    )
+    return not any(map(importlib.util.find_spec, ("flash_attn", "flashattn_hopper")))
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.transformer.attention",
-    when=no_flash_attention,
-    reason="the dynamic engine reads its paged cache with two kernels of flash-attn: "
-    "AssertionError, 'flash attn verion v2.7.3 and above is required for dynamic batching'",
-)
+@patch("megatron.core.transformer.attention", when=no_flash_attention)
 def paged_attention(module: ModuleType) -> None:
-    """The same two functions by torch's scaled_dot_product_attention."""
-    module.flash_attn_varlen_func, module.flash_attn_with_kvcache = (
-        attend_to_pages,
-        attend_one_token_to_pages,
-    )
+    """the dynamic engine reads its paged cache with two kernels of flash-attn: AssertionError,
+    'flash attn verion v2.7.3 and above is required for dynamic batching'."""
+    module.flash_attn_varlen_func = attend_to_pages
+    module.flash_attn_with_kvcache = attend_one_token_to_pages
     module.is_fa_min_version = lambda *args, **kwargs: True
 
 
-@patch(
-    "megatron-core",
-    "megatron.core.inference.contexts.dynamic_context",
-    when=always,
-    reason="the rows of finished requests keep their chunk numbers (fill_ on a copy made by "
-    "indexing); a shorter request in such a row gives chunks back that others still use: "
-    "their cache is overwritten, or 'The expanded size of the tensor must match'",
-)
+@patch("megatron.core.inference.contexts.dynamic_context", when=always)
 def chunks_of_finished_requests(module: ModuleType) -> None:
-    """Forget what stands in the row before a request takes it."""
+    """the rows of finished requests keep their chunk numbers (fill_ on a copy made by indexing); a
+    shorter request in such a row gives chunks back that others still use: their cache is
+    overwritten, or 'The expanded size of the tensor must match'."""
     original = module.DynamicInferenceContext.add_request
 
     def add_request(self, request_id, tokens, num_tokens_to_generate=None):
-        """The original, on a clean row."""
         self.request_to_kv_chunk_ids[self.total_request_count :] = -1
         original(self, request_id, tokens, num_tokens_to_generate)
 

@@ -49,22 +49,28 @@ def always() -> bool:
 class Patch:
     """One change to one module of a third-party library.
 
-    Attributes:
-        name: the name of the function that makes the change.
-        library: the distribution's name, a key of :data:`LIBRARIES`.
-        module: dotted name of the module whose import triggers the patch, that is, the file it
-            answers.
-        when: the condition, one of this module's functions.
-        reason: what happens without it.
-        change: the function; gets the imported module.
+    ``module`` is the file it answers: ``change`` gets it right after its import, if the condition
+    ``when`` holds. The first paragraph of the function's docstring is the ``reason``, that is, what
+    happens without it.
     """
 
-    name: str
-    library: str
     module: str
     when: Callable[[], bool]
-    reason: str
     change: Callable[[ModuleType], None]
+
+    @property
+    def name(self) -> str:
+        return self.change.__name__
+
+    @property
+    def reason(self) -> str:
+        return " ".join(self.change.__doc__.partition("\n\n")[0].split()).removesuffix(".")
+
+    @property
+    def library(self) -> str:
+        """A key of :data:`LIBRARIES`."""
+        top = self.module.partition(".")[0]
+        return {"nemo": "nemo-toolkit", "megatron": "megatron-core"}.get(top, top)
 
     @property
     def version(self) -> str:
@@ -82,15 +88,12 @@ class Patch:
 PATCHES: list[Patch] = []
 
 
-def patch(library: str, *modules: str, when: Callable[[], bool], reason: str):
+def patch(*modules: str, when: Callable[[], bool]):
     """Decorator: register a function as the patch of ``modules`` (several where the same fault
     stands in several files)."""
 
     def register(change: Callable[[ModuleType], None]):
-        """Add ``change`` to PATCHES, once for each module, and return it as it is."""
-        PATCHES.extend(
-            Patch(change.__name__, library, module, when, reason, change) for module in modules
-        )
+        PATCHES.extend(Patch(module, when, change) for module in modules)
         return change
 
     return register

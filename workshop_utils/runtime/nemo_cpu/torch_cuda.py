@@ -8,63 +8,38 @@ from types import FunctionType, ModuleType
 from .registry import no_cuda, patch
 
 
-class _Stream:
-    """Stands in for ``torch.cuda.Stream``: CPU work is finished when a call returns, so there is
-    nothing to order."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def synchronize(self):
-        """Nothing to wait for."""
-
-    def wait_stream(self, stream):
-        """Nothing to wait for."""
-
-    def wait_event(self, event):
-        """Nothing to wait for."""
-
-    def record_event(self, event=None):
-        """``event``, or a new one."""
-        return event or _Event()
-
-
-class _Event:
-    """Stands in for ``torch.cuda.Event``."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def record(self, *args):
-        """Nothing to record."""
-
-    def synchronize(self):
-        """Nothing to wait for."""
-
-    def wait(self, *args):
-        """Nothing to wait for."""
-
-    def query(self) -> bool:
-        """True: the work is finished."""
-        return True
-
-    def elapsed_time(self, other) -> float:
-        """0 milliseconds: nothing is timed."""
-        return 0.0
-
-
 def _returns(value):
     return lambda *args, **kwargs: value
 
 
-@patch(
-    "torch",
-    "torch",
-    when=no_cuda,
-    reason="NeMo and Megatron-Core call torch.cuda functions unconditionally: AssertionError, "
-    "'Torch not compiled with CUDA enabled' or 'Found no NVIDIA driver'",
-)
+class _Event:
+    """Stands in for ``torch.cuda.Event``: CPU work is finished when a call returns."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    record = synchronize = wait = _returns(None)
+    query = _returns(True)
+    elapsed_time = _returns(0.0)
+
+
+class _Stream:
+    """Stands in for ``torch.cuda.Stream``: there is nothing to order."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    synchronize = wait_stream = wait_event = _returns(None)
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+
+@patch("torch", when=no_cuda)
 def cuda_calls_do_nothing(torch: ModuleType) -> None:
-    """``torch.cuda.current_device()`` answers "cpu", so that ``device=torch.cuda.current_device()``
-    is right as it stands."""
+    """NeMo and Megatron-Core call torch.cuda functions unconditionally: AssertionError, 'Torch not
+    compiled with CUDA enabled' or 'Found no NVIDIA driver'.
+
+    ``torch.cuda.current_device()`` answers "cpu", so that ``device=torch.cuda.current_device()`` is
+    right as it stands."""
     cuda = torch.cuda
     for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, _returns(None))
@@ -78,52 +53,32 @@ def cuda_calls_do_nothing(torch: ModuleType) -> None:
         setattr(cuda, name, getattr(torch, name))
 
 
-@patch(
-    "torch",
-    "torch",
-    when=no_cuda,
-    reason=".cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'",
-)
+@patch("torch", when=no_cuda)
 def cuda_method_keeps_the_cpu(torch: ModuleType) -> None:
-    """``tensor.cuda()`` and ``module.cuda()`` return what they were called on."""
+    """.cuda() on tensors and modules: 'Torch not compiled with CUDA enabled'."""
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self
 
 
-@patch(
-    "lightning",
-    "lightning.fabric.utilities.device_dtype_mixin",
-    when=no_cuda,
-    reason="a LightningModule has a cuda() of its own, "
-    "which NeMo's MegatronGPTModel.generate calls: TypeError in torch.device('cuda', 'cpu')",
-)
+@patch("lightning.fabric.utilities.device_dtype_mixin", when=no_cuda)
 def cuda_method_of_lightning_modules(module: ModuleType) -> None:
-    """As for other modules: return what it was called on."""
+    """a LightningModule has a cuda() of its own, which NeMo's MegatronGPTModel.generate calls:
+    TypeError in torch.device('cuda', 'cpu')."""
     module._DeviceDtypeModuleMixin.cuda = lambda self, *args, **kwargs: self
 
 
-@patch(
-    "torch",
-    "torch",
-    when=no_cuda,
-    reason="Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and "
-    "minutes on a CPU; there is nothing to fuse for",
-)
+@patch("torch", when=no_cuda)
 def no_compilation(torch: ModuleType) -> None:
-    """Turn torch.compile off, in child processes too."""
+    """Megatron-Core decorates functions with torch.compile, which wants a C++ compiler and minutes
+    on a CPU; there is nothing to fuse for."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     torch._dynamo.config.disable = True
 
 
-@patch(
-    "torch",
-    "torch",
-    when=no_cuda,
-    reason="Megatron-Core's linear layers keep the state of the GPU's autocast for their backward "
-    "pass: 'expected m1 and m2 to have the same dtype' in mixed precision on a CPU",
-)
+@patch("torch", when=no_cuda)
 def autocast_of_autograd_functions(torch: ModuleType) -> None:
-    """Keep the state of the CPU's autocast where that of a GPU is asked for."""
+    """Megatron-Core's linear layers keep the state of the GPU's autocast for their backward pass:
+    'expected m1 and m2 to have the same dtype' in mixed precision on a CPU."""
     for name in ("custom_fwd", "custom_bwd"):
         original = getattr(torch.amp, name)
         setattr(
@@ -139,18 +94,12 @@ class CpuTorch:
     """``torch`` as a module sees it that writes ``device="cuda"`` in so many words: the same, but
     tensors are made on the CPU."""
 
+    # fmt: off
     FACTORIES = (
-        "tensor",
-        "zeros",
-        "ones",
-        "empty",
-        "full",
-        "arange",
-        "rand",
-        "randn",
-        "empty_like",
+        "tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like",
         "zeros_like",
     )
+    # fmt: on
 
     def __init__(self, torch: ModuleType):
         self._torch = torch
@@ -184,7 +133,6 @@ def name_types_of_the_cpu(function: FunctionType) -> None:
     have it compare with the CPU's names."""
 
     def on_cpu(constant):
-        """``constant`` without "cuda." in it; in a tuple as well."""
         if isinstance(constant, tuple):
             return tuple(map(on_cpu, constant))
         return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant

@@ -1,6 +1,8 @@
 """A NeMo 1.0 configuration as NeMo 2.0 code: :func:`migrate` translates, :mod:`.code` prints.
 Neither imports NeMo."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -21,12 +23,10 @@ from workshop_utils.training.migrate.table import (
 )
 
 SECTIONS = ("model", "trainer", "exp_manager")
-_MIXED = {
-    "bf16": "bf16-mixed",
-    "bf16-mixed": "bf16-mixed",
-    "16": "16-mixed",
-    "16-mixed": "16-mixed",
-}
+SCHEDULE = "model.optim.sched."
+_MIXED = {"bf16": "bf16-mixed", "16": "16-mixed"}
+_DATA = {"rows", "finetuning", "pretraining"}
+"""Targets that depend on the kind of data."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class Migration:
 
     def value(self, target: str, argument: str) -> Any:
         """What an argument was set to, or None."""
-        found = self.parts.get(target, {}).get(argument)
-        return found.value if found else None
+        argument = self.parts.get(target, {}).get(argument)
+        return argument.value if argument else None
 
 
 def migrate(path: Path | str, allow_unknown: bool = False) -> Migration:
@@ -71,42 +71,32 @@ def migrate(path: Path | str, allow_unknown: bool = False) -> Migration:
     model_config.yaml of a ``.nemo``.
 
     Raises:
-        WorkshopError: the file is no YAML, is another kind of file, an interpolation of it cannot
-            be resolved, or (unless
-            ``allow_unknown``) a key looks like a mistyped one; the message names the key.
+        WorkshopError: it is no such file, an interpolation of it cannot be resolved, or (unless
+            ``allow_unknown``) a key looks like a mistyped one.
     """
     path = Path(path)
-    flat = _flat(_resolved(_read(path), path))
-    made = Migration(
-        path.name, finetuning=any(key.startswith("model.data.train_ds.") for key in flat)
-    )
-    used = (
-        {"rows", "finetuning"}
-        if made.finetuning
-        else {"pretraining"}
-        if "model.data.data_prefix" in flat
-        else set()
-    )
-    rows = {
-        row.key: row
-        for row in ROWS
-        if row.target in used or row.target not in ("rows", "finetuning", "pretraining")
-    }
-    rows |= _precision(made, flat)
+    flat = dict(_flat(_resolved(_read(path), path)))
+    finetuning = any(key.startswith("model.data.train_ds.") for key in flat)
+    result = Migration(path.name, finetuning=finetuning)
+    unused = {"pretraining"} if finetuning else _DATA
+    if not finetuning and "model.data.data_prefix" in flat:
+        unused = _DATA - {"pretraining"}
+    rows = {row.key: row for row in ROWS if row.target not in unused}
+    rows |= {row.key: row for row in _precision(result, flat)}
     if not allow_unknown:
         _refuse_mistyped(path, flat, rows)
-    _schedule(made, flat)
+    _schedule(result, flat)
     for key, value in flat.items():
         if value is None:
-            made.unset += 1
+            result.unset += 1
         elif value == "???":
-            made.left[key] = (value, "has to be given")
+            result.left[key] = (value, "has to be given")
         elif key in rows:
-            _translate(made, rows[key], value)
-        elif key not in _HANDLED and not (made.schedule and _in_schedule(made, key)):
-            made.left[key] = (value, _reason(key) or "no key of NeMo 1.0 that is known here")
-    _follow_up(made, flat)
-    return made
+            _translate(result, rows[key], value)
+        elif key not in _HANDLED and not (result.schedule and _in_schedule(result, key)):
+            result.left[key] = (value, _reason(key))
+    _follow_up(result, flat)
+    return result
 
 
 _HANDLED = {
@@ -136,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
             "such a model to NeMo 2.0."
         )
     if not any(section in tree for section in SECTIONS):
-        if not any(f"model.{key}" in {row.key for row in ROWS} for key in tree):
+        if not {f"model.{key}" for key in tree} & {row.key for row in ROWS}:
             raise WorkshopError(
                 f"{path} has none of the sections {', '.join(SECTIONS)}, nor keys of a model: it "
                 "is no NeMo 1.0 configuration."
@@ -152,8 +142,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _resolved(tree: dict[str, Any], path: Path) -> dict[str, Any]:
     """``tree`` with its ``${...}`` filled in, NeMo 1.0's own arithmetic among them."""
-    import math
-
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -174,195 +162,141 @@ def _resolved(tree: dict[str, Any], path: Path) -> dict[str, Any]:
         ) from None
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their values; a mapping that is one value (``model.data.data_prefix``) stays
     one."""
-    flat = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and value and key != "model.data.data_prefix":
-            flat |= _flat(value, f"{key}.")
+            yield from _flat(value, f"{key}.")
         else:
-            flat[key] = value
-    return flat
+            yield key, value
 
 
-def _translate(made: Migration, row: Row, value: Any) -> None:
+def _translate(result: Migration, row: Row, value: Any) -> None:
+    arguments = {row.argument: value}
     if row.convert is not None:
         try:
             value = row.convert(value)
         except (KeyError, IndexError, TypeError, AttributeError):
-            made.left[row.key] = (value, "this value has no counterpart")
+            result.left[row.key] = (value, "this value has no counterpart")
             return
-    for argument, one in (
-        value if isinstance(value, dict) and row.convert else {row.argument: value}
-    ).items():
-        made.put(row.target, argument, one, row.key, row.note)
+        arguments = value if isinstance(value, dict) else {row.argument: value}
+    for argument, setting in arguments.items():
+        result.put(row.target, argument, setting, row.key, row.note)
 
 
-def _precision(made: Migration, flat: dict[str, Any]) -> dict[str, Row]:
+def _precision(result: Migration, flat: dict[str, Any]) -> list[Row]:
     """Precision is an object of its own in NeMo 2.0; which further keys mean something depends on
     it."""
-    precision, rows = flat.get("trainer.precision"), {}
-    if precision is None or precision == "???":
-        return rows
-    if str(precision) in ("32", "32-true"):
-        made.put("trainer", "precision", 32, "trainer.precision")
-    elif str(precision) in _MIXED:
-        mixed = _MIXED[str(precision)]
-        made.put("precision", "precision", mixed, "trainer.precision")
-        made.put(
-            "optimizer", "bf16" if mixed == "bf16-mixed" else "fp16", True, "trainer.precision"
-        )
-        rows |= {row.key: row for row in FP16_ROWS if mixed == "16-mixed"}
-        if flat.get("model.fp8"):
-            made.put(
-                "precision",
-                "fp8",
-                "hybrid" if flat.get("model.fp8_hybrid") else "e4m3",
-                "model.fp8",
-            )
-            rows |= {row.key: row for row in FP8_ROWS}
+    key = "trainer.precision"
+    precision = str(flat.get(key))
+    mixed = _MIXED.get(precision.removesuffix("-mixed"))
+    if precision in ("None", "???"):
+        return []
+    if precision in ("32", "32-true"):
+        result.put("trainer", "precision", 32, key)
+    elif mixed:
+        result.put("precision", "precision", mixed, key)
+        result.put("optimizer", "bf16" if mixed == "bf16-mixed" else "fp16", True, key)
+        rows = FP16_ROWS if mixed == "16-mixed" else []
+        if not flat.get("model.fp8"):
+            return rows
+        kind = "hybrid" if flat.get("model.fp8_hybrid") else "e4m3"
+        result.put("precision", "fp8", kind, "model.fp8")
+        return rows + FP8_ROWS
     else:
-        made.left["trainer.precision"] = (
-            precision,
-            "MegatronMixedPrecision has 16-mixed and bf16-mixed, Trainer 32",
-        )
-    return rows
+        why = "MegatronMixedPrecision has 16-mixed and bf16-mixed, Trainer 32"
+        result.left[key] = (flat[key], why)
+    return []
 
 
-def _schedule(made: Migration, flat: dict[str, Any]) -> None:
+def _schedule(result: Migration, flat: dict[str, Any]) -> None:
     """The schedule of the learning rate: a class for each of NeMo 1.0's names."""
-    name = flat.get("model.optim.sched.name")
+    name = flat.get(f"{SCHEDULE}name")
     if name is None:
         return
     if name not in schedules():
-        made.left["model.optim.sched.name"] = (name, f"NeMo 2.0 has {', '.join(schedules())}")
+        result.left[f"{SCHEDULE}name"] = (name, f"NeMo 2.0 has {', '.join(schedules())}")
         return
-    made.schedule = name
-    arguments = made.parts.setdefault("schedule", {})
+    result.schedule = name
+    arguments = result.parts.setdefault("schedule", {})
     if (steps := flat.get("trainer.max_steps")) not in (None, "???"):
         arguments["max_steps"] = Argument(steps, "trainer.max_steps")
-    prefix = "model.optim.sched."
     for key, value in flat.items():
-        if value is not None and _in_schedule(made, key):
-            arguments[key.removeprefix(prefix)] = Argument(value, key)
+        if value is not None and _in_schedule(result, key):
+            arguments[key.removeprefix(SCHEDULE)] = Argument(value, key)
 
 
-def _in_schedule(made: Migration, key: str) -> bool:
-    return (
-        key.startswith("model.optim.sched.")
-        and key.removeprefix("model.optim.sched.") in schedules()[made.schedule]
-    )
+def _in_schedule(result: Migration, key: str) -> bool:
+    return key.startswith(SCHEDULE) and key.removeprefix(SCHEDULE) in schedules()[result.schedule]
 
 
-def _follow_up(made: Migration, flat: dict[str, Any]) -> None:
+def _follow_up(result: Migration, flat: dict[str, Any]) -> None:
     """What NeMo 2.0 needs beside the translated keys, and parts that are switched off."""
-    if made.value("strategy", "save_ckpt_format") == "zarr":
-        made.put(
-            "strategy",
-            "ckpt_async_save",
-            False,
-            "model.dist_ckpt_format",
-            "zarr is not saved asynchronously; NeMo 2.0 calls zarr deprecated",
-        )
-    if (made.value("strategy", "pipeline_model_parallel_size") or 1) > 1:
-        dtype = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}.get(
-            made.value("precision", "precision"), "float32"
-        )
-        made.put(
-            "strategy",
-            "pipeline_dtype",
-            Code(f"torch.{dtype}"),
-            "trainer.precision",
-            "needed by pipelines",
-        )
-    for target, off, why in (
-        (
-            "stopping",
-            not flat.get("exp_manager.create_early_stopping_callback"),
-            "exp_manager.create_early_stopping_callback is off",
-        ),
-        (
-            "checkpoint",
-            flat.get("exp_manager.create_checkpoint_callback") is False,
-            "exp_manager.create_checkpoint_callback is off",
-        ),
-        ("peft", _adapter(flat) is not None, _adapter(flat)),
-    ):
-        for argument in made.parts.pop(target, {}).values() if off else ():
-            made.left[argument.source] = (argument.value, why)
-    if "peft" in made.parts:
-        if "dropout_position" not in made.parts["peft"]:
-            made.put("peft", "dropout_position", "post", "NeMo 1.0's default", "NeMo 2.0's is pre")
-    elif (scheme := flat.get("model.peft.peft_scheme")) not in (None, "none", "lora"):
-        made.left["model.peft.peft_scheme"] = (scheme, WITHOUT["model.peft.*"])
-    if "pretraining" in made.parts and not made.value("pretraining", "paths"):
-        made.put("pretraining", "paths", ["DATA"], "model.data.data_prefix", "has to be given")
-    if made.finetuning:
-        files = flat.get("model.data.train_ds.file_names")
-        first = files[0] if isinstance(files, list) and files else files
-        folder = (
-            str(PurePosixPath(first).parent)
-            if isinstance(first, str) and first != "???"
-            else "FOLDER"
-        )
-        made.put(
-            "finetuning",
-            "dataset_root",
-            folder,
-            "model.data.train_ds.file_names",
-            "needs training.jsonl, validation.jsonl and test.jsonl in it",
-        )
-
-
-def _adapter(flat: dict[str, Any]) -> str | None:
-    """Why there is no LoRA, or None where there is."""
-    scheme, variant = (
-        flat.get("model.peft.peft_scheme"),
-        flat.get("model.peft.lora_tuning.variant") or "nemo",
-    )
+    put, value = result.put, result.value
+    if value("strategy", "save_ckpt_format") == "zarr":
+        why = "zarr is not saved asynchronously; NeMo 2.0 calls zarr deprecated"
+        put("strategy", "ckpt_async_save", False, "model.dist_ckpt_format", why)
+    if (value("strategy", "pipeline_model_parallel_size") or 1) > 1:
+        types = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}
+        dtype = Code(f"torch.{types.get(value('precision', 'precision'), 'float32')}")
+        put("strategy", "pipeline_dtype", dtype, "trainer.precision", "needed by pipelines")
+    scheme = flat.get("model.peft.peft_scheme")
+    variant = flat.get("model.peft.lora_tuning.variant") or "nemo"
+    no_lora = None
     if scheme not in ("lora", ["lora"]):
-        return f"model.peft.peft_scheme is {scheme}"
-    return (
-        None
-        if variant == "nemo"
-        else f"variant is {variant}: see llm.peft.CanonicalLoRA, which takes other target_modules"
+        no_lora = f"model.peft.peft_scheme is {scheme}"
+    elif variant != "nemo":
+        no_lora = (
+            f"variant is {variant}: see llm.peft.CanonicalLoRA, which takes other target_modules"
+        )
+    stops, saves = (
+        f"exp_manager.create_{name}_callback" for name in ("early_stopping", "checkpoint")
     )
+    for target, why in {
+        "stopping": None if flat.get(stops) else f"{stops} is off",
+        "checkpoint": f"{saves} is off" if flat.get(saves) is False else None,
+        "peft": no_lora,
+    }.items():
+        for argument in result.parts.pop(target, {}).values() if why else ():
+            result.left[argument.source] = (argument.value, why)
+    if "peft" in result.parts:
+        if "dropout_position" not in result.parts["peft"]:
+            put("peft", "dropout_position", "post", "NeMo 1.0's default", "NeMo 2.0's is pre")
+    elif scheme not in (None, "none", "lora"):
+        result.left["model.peft.peft_scheme"] = (scheme, WITHOUT["model.peft.*"])
+    if "pretraining" in result.parts and not value("pretraining", "paths"):
+        put("pretraining", "paths", ["DATA"], "model.data.data_prefix", "has to be given")
+    if result.finetuning:
+        key = "model.data.train_ds.file_names"
+        files = flat.get(key)
+        first = files[0] if isinstance(files, list) and files else files
+        is_given = isinstance(first, str) and first != "???"
+        folder = str(PurePosixPath(first).parent) if is_given else "FOLDER"
+        needs = "needs training.jsonl, validation.jsonl and test.jsonl in it"
+        put("finetuning", "dataset_root", folder, key, needs)
 
 
-def _reason(key: str) -> str | None:
-    found = [why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern)]
-    return (
-        found[0]
-        if found
-        else "no certain counterpart"
-        if any(fnmatchcase(key, pattern) for pattern in OTHER)
-        else None
-    )
+def _reason(key: str) -> str:
+    reasons = [why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern)]
+    if any(fnmatchcase(key, pattern) for pattern in OTHER):
+        reasons.append("no certain counterpart")
+    return [*reasons, "no key of NeMo 1.0 that is known here"][0]
 
 
 def _refuse_mistyped(path: Path, flat: dict[str, Any], rows: dict[str, Row]) -> None:
     """Raises WorkshopError for a key that is none of NeMo 1.0's but nearly the name of one that is
     not in the file."""
-    exact = {
-        *rows,
-        *_HANDLED,
-        *(row.key for row in (*ROWS, *FP16_ROWS, *FP8_ROWS)),
-        *(name for name in (*WITHOUT, *OTHER) if "*" not in name),
-    }
+    exact = {*rows, *_HANDLED, *(row.key for row in (*ROWS, *FP16_ROWS, *FP8_ROWS))}
+    exact |= {name for name in (*WITHOUT, *OTHER) if "*" not in name}
+    patterns = [name for name in WITHOUT if "*" in name and not name.endswith(".*")]
     for key in flat:
-        if key in exact or any(
-            "*" in pattern and not pattern.endswith(".*") and fnmatchcase(key, pattern)
-            for pattern in WITHOUT
-        ):
+        if key in exact or any(fnmatchcase(key, pattern) for pattern in patterns):
             continue
         parent, _, last = key.rpartition(".")
-        siblings = [
-            one.rpartition(".")[2]
-            for one in exact
-            if one.rpartition(".")[0] == parent and one not in flat
-        ]
+        absent = (name.rpartition(".") for name in exact if name not in flat)
+        siblings = [name for above, _, name in absent if above == parent]
         if near := nearest(last, siblings, cutoff=0.87):
             raise WorkshopError(
                 f"{path}: {key} is no key of NeMo 1.0. Did you mean {parent}.{near[0]}? "

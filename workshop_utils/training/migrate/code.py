@@ -12,34 +12,25 @@ _IMPORTS = {
     "ddp": "from megatron.core.distributed import DistributedDataParallelConfig",
     "optimizer": "from megatron.core.optimizer import OptimizerConfig",
     "stopping": "from lightning.pytorch.callbacks import EarlyStopping",
-    "tokenizer": "from nemo.collections.nlp.modules.common.tokenizer_utils import get_nmt_tokenizer",  # noqa: E501
+    "tokenizer": "from nemo.collections.nlp.modules.common.tokenizer_utils import "
+    "get_nmt_tokenizer",
 }
+Arguments = dict[str, Argument]
 
 
-def script(made: Migration) -> str:
+def script(migration: Migration) -> str:
     """The whole script. What it defines can be executed without training: that stands under ``if
     __name__ == "__main__"``."""
-    body = _body(made)
-    imports = ["import torch"] if any("torch." in line for line in body) else []
-    imports += (
-        ["from nemo.lightning import io"] if any("io.load_context" in line for line in body) else []
-    )
-    imports += [
+    body = _body(migration)
+    used = {"import torch": "torch.", "from nemo.lightning import io": "io.load_context"}
+    imports = [
+        *(line for line, name in used.items() if any(name in text for text in body)),
         "from nemo import lightning as nl",
         "from nemo.collections import llm",
-        *(line for part, line in _IMPORTS.items() if part in made.parts),
+        *(line for part, line in _IMPORTS.items() if part in migration.parts),
     ]
-    return "\n".join(
-        [
-            f"# NeMo 2.0 code for {_one_line(made.name)}, written by `workshop migrate`.",
-            "",
-            *sorted(imports),
-            "",
-            *body,
-            "",
-            *_left(made),
-        ]
-    )
+    title = f"# NeMo 2.0 code for {_one_line(migration.name)}, written by `workshop migrate`."
+    return "\n".join([title, "", *sorted(imports), "", *body, "", *_left(migration)])
 
 
 def table(rows: list) -> str:
@@ -51,122 +42,89 @@ def table(rows: list) -> str:
     return "\n".join(["| NeMo 1.0 | NeMo 2.0 | argument | remark |", "|---|---|---|---|", *lines])
 
 
-def _body(made: Migration) -> list[str]:
-    parts, built, lines = made.parts, {}, []
+def _body(migration: Migration) -> list[str]:
+    parts, defined, lines = migration.parts, [], []
 
-    def add(variable: str, text: list[str]) -> None:
-        """Append ``variable = text``, an expression of several lines, and remember that the
-        variable is there."""
+    def define(variable: str, call: str, arguments: Arguments) -> None:
+        text = _call(call, arguments)
         lines.extend([f"{variable} = {text[0]}", *text[1:]])
-        built[variable] = True
+        defined.append(variable)
 
-    if "ddp" in parts:
-        parts["strategy"] = parts.get("strategy", {}) | {"ddp": _inline("ddp", parts["ddp"])}
-    add("strategy", _call("nl.MegatronStrategy", parts.get("strategy", {})))
-    trainer = {"strategy": Argument(Code("strategy"), "")} | parts.get("trainer", {})
-    if "precision" in parts:
-        trainer["plugins"] = _inline("precision", parts["precision"])
-    if "stopping" in parts:
-        trainer["callbacks"] = _inline("stopping", parts["stopping"], "[{}]")
-    add("trainer", _call("nl.Trainer", trainer))
-    log = dict(parts.get("log", {}))
-    if "checkpoint" in parts:
-        log["ckpt"] = _inline("checkpoint", parts["checkpoint"])
-    add("log", _call("nl.NeMoLogger", log))
-    resume = dict(parts.get("resume", {}))
-    if "restore" in parts:
-        resume["restore_config"] = _inline("restore", parts["restore"])
-    add("resume", _call("nl.AutoResume", resume))
+    def nested(argument: str, part: str, wrap: str = "{}", name: str = "") -> Arguments:
+        """``argument`` as the call of ``part``, where there is that part."""
+        if part not in parts:
+            return {}
+        text = "\n    ".join(_call(name or TARGETS[part][0], parts[part]))
+        return {argument: Argument(Code(wrap.format(text)), "")}
+
+    def with_parts(target: str, *calls: Arguments) -> Arguments:
+        arguments = dict(parts.get(target, {}))
+        for call in calls:
+            arguments |= call
+        return arguments
+
+    define("strategy", "nl.MegatronStrategy", with_parts("strategy", nested("ddp", "ddp")))
+    trainer = with_parts(
+        "trainer", nested("plugins", "precision"), nested("callbacks", "stopping", "[{}]")
+    )
+    define("trainer", "nl.Trainer", {"strategy": Argument(Code("strategy"), "")} | trainer)
+    define("log", "nl.NeMoLogger", with_parts("log", nested("ckpt", "checkpoint")))
+    define("resume", "nl.AutoResume", with_parts("resume", nested("restore_config", "restore")))
     if "optimizer" in parts:
-        optim = {"config": _inline("optimizer", parts["optimizer"])}
-        if made.schedule:
-            optim["lr_scheduler"] = _inline(
-                "schedule", parts["schedule"], name=f"nl.lr_scheduler.{made.schedule}Scheduler"
-            )
-        add("optim", _call("nl.MegatronOptimizerModule", optim))
-    if "peft" in parts:
-        add("peft", _call("llm.peft.LoRA", parts["peft"]))
-    if "tokenizer" in parts:
-        add("tokenizer", _call("get_nmt_tokenizer", parts["tokenizer"]))
-    data = "finetuning" if made.finetuning else "pretraining"
+        optim = nested("config", "optimizer")
+        if migration.schedule:
+            name = f"nl.lr_scheduler.{migration.schedule}Scheduler"
+            optim |= nested("lr_scheduler", "schedule", name=name)
+        define("optim", "nl.MegatronOptimizerModule", optim)
+    for variable in ("peft", "tokenizer"):
+        if variable in parts:
+            define(variable, TARGETS[variable][0], parts[variable])
+    data = "finetuning" if migration.finetuning else "pretraining"
     if data in parts:
-        arguments = dict(parts[data])
-        if "rows" in parts:
-            arguments["dataset_kwargs"] = _inline("rows", parts["rows"])
+        arguments = with_parts(data, nested("dataset_kwargs", "rows"))
         if "tokenizer" in parts:
             arguments["tokenizer"] = Argument(Code("tokenizer"), "")
-        add("data", _call(TARGETS[data][0], arguments))
-    return [*lines, *_run(made, built)]
+        define("data", TARGETS[data][0], arguments)
+    return [*lines, *_run(migration, defined)]
 
 
-def _run(made: Migration, built: dict[str, bool]) -> list[str]:
+def _run(migration: Migration, defined: list[str]) -> list[str]:
     """The model and the call that trains it."""
-    config = made.parts.get("config", {})
-    names = ", ".join(
-        f"{name}={name}"
-        for name in ("model", "data", "trainer", "log", "resume", "optim", "peft")
-        if name in built or name == "model"
-    )
+    config = migration.parts.get("config", {})
+    settings = [
+        f"model.config.{name} = {_python(setting.value)}  # {setting.source}"
+        for name, setting in config.items()
+    ]
+    known = ("model", "data", "trainer", "log", "resume", "optim", "peft")
+    names = ", ".join(f"{name}={name}" for name in known if name in (*defined, "model"))
     if "num_layers" in config:
         model = _call("llm.GPTConfig", config)
-        tokenizer = ", tokenizer=tokenizer" if "tokenizer" in built else ""
+        tokenizer = ", tokenizer=tokenizer" if "tokenizer" in defined else ""
         lines = [f"config = {model[0]}", *model[1:], f"model = llm.GPTModel(config{tokenizer})"]
-        end = [f"    llm.{'finetune' if made.finetuning else 'pretrain'}({names})"]
+        end = [f"llm.{'finetune' if migration.finetuning else 'pretrain'}({names})"]
     else:
-        lines, base = [], made.value("restore", "path") or "CHECKPOINT"
+        # Without data these settings belong to a model that is loaded, which nothing here does.
+        lines = [] if "data" in defined else [f"# {line}" for line in settings]
+        context = _python((migration.value("restore", "path") or "CHECKPOINT") + "/context")
         end = [
-            f'    model = io.load_context({_python(base + "/context")}, subpath="model")',
-            *(
-                f"    model.config.{name} = {_python(one.value)}  # {one.source}"
-                for name, one in config.items()
-            ),
-            f"    llm.finetune({names}, tokenizer='model')",
-        ]
-    if "data" not in built:
-        # Without num_layers they belong to a model that is loaded, which nothing here does.
-        settings = (
-            []
-            if "num_layers" in config
-            else [
-                f"# model.config.{name} = {_python(one.value)}  # {one.source}"
-                for name, one in config.items()
-            ]
-        )
-        return [
-            *lines,
+            f'model = io.load_context({context}, subpath="model")',
             *settings,
-            (
-                "# Add data=, a data module: the configuration names none. Then llm.pretrain or "
-                "llm.finetune."
-            ),
+            f"llm.finetune({names}, tokenizer='model')",
         ]
-    return [*lines, "", 'if __name__ == "__main__":', *end]
+    if "data" not in defined:
+        missing = "# Add data=, a data module: the configuration names none. Then llm.pretrain or "
+        return [*lines, f"{missing}llm.finetune."]
+    return [*lines, "", 'if __name__ == "__main__":', *(f"    {line}" for line in end)]
 
 
-def _call(name: str, arguments: dict[str, Argument]) -> list[str]:
+def _call(called: str, arguments: Arguments) -> list[str]:
     if not arguments:
-        return [f"{name}()"]
-    return [
-        f"{name}(",
-        *(
-            f"    {argument}={_python(one.value)},{_remark(one)}"
-            for argument, one in arguments.items()
-        ),
-        ")",
-    ]
-
-
-def _inline(
-    part: str, arguments: dict[str, Argument], wrap: str = "{}", name: str | None = None
-) -> Argument:
-    """A call as the value of an argument."""
-    lines = _call(name or TARGETS[part][0], arguments)
-    return Argument(Code(wrap.format("\n    ".join(lines))), "")
-
-
-def _remark(one: Argument) -> str:
-    said = "; ".join(part for part in (one.source, one.note) if part)
-    return f"  # {said}" if said else ""
+        return [f"{called}()"]
+    lines = []
+    for name, argument in arguments.items():
+        said = "; ".join(filter(None, (argument.source, argument.note)))
+        lines.append(f"    {name}={_python(argument.value)},{f'  # {said}' if said else ''}")
+    return [f"{called}(", *lines, ")"]
 
 
 def _python(value: Any) -> str:
@@ -183,20 +141,17 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _left(made: Migration) -> list[str]:
+def _left(migration: Migration) -> list[str]:
     """The keys without a counterpart, by reason."""
     reasons: dict[str, list[str]] = {}
-    for key, (value, why) in made.left.items():
+    for key, (value, why) in migration.left.items():
         reasons.setdefault(why, []).append(_one_line(f"{key}: {_python(value)}"))
-    lines = (
-        [f"# Keys of {_one_line(made.name)} that were not migrated: {len(made.left)}"]
-        if made.left
-        else []
-    )
+    lines = []
+    if migration.left:
+        name = _one_line(migration.name)
+        lines.append(f"# Keys of {name} that were not migrated: {len(migration.left)}")
     for why, keys in reasons.items():
         lines += [f"# - {why}:", *(f"#     {key}" for key in keys)]
-    return (
-        [*lines, f"# Keys that are null and so need no argument: {made.unset}"]
-        if made.unset
-        else lines
-    )
+    if migration.unset:
+        lines.append(f"# Keys that are null and so need no argument: {migration.unset}")
+    return lines

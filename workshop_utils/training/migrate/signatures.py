@@ -8,87 +8,52 @@ from pathlib import Path
 
 from workshop_utils.core.errors import WorkshopError
 
+_NL, _LLM, _CORE = "nemo/lightning/", "nemo/collections/llm/", "megatron/core/"
+_NLP = "nemo/collections/nlp/modules/common/"
+_LIGHTNING = "lightning/pytorch/"
+_SCHEDULES = f"{_NL}pytorch/optim/lr_scheduler.py"
+# fmt: off
 TARGETS = {
-    "strategy": (
-        "nl.MegatronStrategy",
-        [
-            ("nemo/lightning/pytorch/strategies/megatron_strategy.py", "MegatronStrategy"),
-            ("torch/nn/parallel/distributed.py", "DistributedDataParallel"),
-        ],
-    ),
-    "ddp": (
-        "DistributedDataParallelConfig",
-        [
-            (
-                "megatron/core/distributed/distributed_data_parallel_config.py",
-                "DistributedDataParallelConfig",
-            )
-        ],
-    ),
-    "precision": (
-        "nl.MegatronMixedPrecision",
-        [("nemo/lightning/pytorch/plugins/mixed_precision.py", "MegatronMixedPrecision")],
-    ),
-    "trainer": ("nl.Trainer", [("lightning/pytorch/trainer/trainer.py", "Trainer")]),
-    "stopping": (
-        "EarlyStopping",
-        [("lightning/pytorch/callbacks/early_stopping.py", "EarlyStopping")],
-    ),
-    "checkpoint": (
-        "nl.ModelCheckpoint",
-        [
-            ("nemo/lightning/pytorch/callbacks/model_checkpoint.py", "ModelCheckpoint"),
-            ("lightning/pytorch/callbacks/model_checkpoint.py", "ModelCheckpoint"),
-        ],
-    ),
-    "log": ("nl.NeMoLogger", [("nemo/lightning/nemo_logger.py", "NeMoLogger")]),
-    "restore": (
-        "nl.RestoreConfig",
-        [("nemo/lightning/pytorch/strategies/utils.py", "RestoreConfig")],
-    ),
-    "resume": ("nl.AutoResume", [("nemo/lightning/resume.py", "AutoResume")]),
-    "optimizer": (
-        "OptimizerConfig",
-        [("megatron/core/optimizer/optimizer_config.py", "OptimizerConfig")],
-    ),
-    "tokenizer": (
-        "get_nmt_tokenizer",
-        [("nemo/collections/nlp/modules/common/tokenizer_utils.py", "get_nmt_tokenizer")],
-    ),
-    "config": (
-        "llm.GPTConfig",
-        [
-            ("nemo/collections/llm/gpt/model/base.py", "GPTConfig"),
-            ("megatron/core/transformer/transformer_config.py", "TransformerConfig"),
-            ("megatron/core/model_parallel_config.py", "ModelParallelConfig"),
-        ],
-    ),
-    "peft": ("llm.peft.LoRA", [("nemo/collections/llm/peft/lora.py", "LoRA")]),
-    "rows": ("dict", [("nemo/collections/llm/gpt/data/core.py", "create_sft_dataset")]),
-    "finetuning": (
-        "llm.FineTuningDataModule",
-        [("nemo/collections/llm/gpt/data/fine_tuning.py", "FineTuningDataModule")],
-    ),
-    "pretraining": (
-        "llm.PreTrainingDataModule",
-        [("nemo/collections/llm/gpt/data/pre_training.py", "PreTrainingDataModule")],
-    ),
+    "strategy": ("nl.MegatronStrategy",
+                 f"{_NL}pytorch/strategies/megatron_strategy.py",
+                 "torch/nn/parallel/distributed.py:DistributedDataParallel"),
+    "ddp": ("DistributedDataParallelConfig",
+            f"{_CORE}distributed/distributed_data_parallel_config.py"),
+    "precision": ("nl.MegatronMixedPrecision", f"{_NL}pytorch/plugins/mixed_precision.py"),
+    "trainer": ("nl.Trainer", f"{_LIGHTNING}trainer/trainer.py"),
+    "stopping": ("EarlyStopping", f"{_LIGHTNING}callbacks/early_stopping.py"),
+    "checkpoint": ("nl.ModelCheckpoint",
+                   f"{_NL}pytorch/callbacks/model_checkpoint.py",
+                   f"{_LIGHTNING}callbacks/model_checkpoint.py"),
+    "log": ("nl.NeMoLogger", f"{_NL}nemo_logger.py"),
+    "restore": ("nl.RestoreConfig", f"{_NL}pytorch/strategies/utils.py"),
+    "resume": ("nl.AutoResume", f"{_NL}resume.py"),
+    "optimizer": ("OptimizerConfig", f"{_CORE}optimizer/optimizer_config.py"),
+    "tokenizer": ("get_nmt_tokenizer", f"{_NLP}tokenizer_utils.py"),
+    "config": ("llm.GPTConfig",
+               f"{_LLM}gpt/model/base.py",
+               f"{_CORE}transformer/transformer_config.py:TransformerConfig",
+               f"{_CORE}model_parallel_config.py:ModelParallelConfig"),
+    "peft": ("llm.peft.LoRA", f"{_LLM}peft/lora.py"),
+    "rows": ("dict", f"{_LLM}gpt/data/core.py:create_sft_dataset"),
+    "finetuning": ("llm.FineTuningDataModule", f"{_LLM}gpt/data/fine_tuning.py"),
+    "pretraining": ("llm.PreTrainingDataModule", f"{_LLM}gpt/data/pre_training.py"),
 }
-"""How each part of a NeMo 2.0 script is written, and the sources of what it takes: a class and
-those it passes the rest on to."""
-
-_SCHEDULES = "nemo/lightning/pytorch/optim/lr_scheduler.py"
+# fmt: on
+"""How each part of a NeMo 2.0 script is written, and the sources of what it takes: FILE:CLASS where
+the class is called otherwise, and those that it passes the rest on to."""
 
 
 @functools.cache
 def parameters(target: str) -> frozenset[str]:
     """The keyword arguments that ``target`` (a key of TARGETS) takes in the installed versions.
-
-    Raises:
-        WorkshopError: the package is not installed, or has no such class any more.
-    """
+    Raises WorkshopError where the package is not installed, or has no such class any more."""
+    written, *sources = TARGETS[target]
+    names = (source.partition(":") for source in sources)
     return frozenset(
-        name for file, name_of in TARGETS[target][1] for name in _parameters(file, name_of)
+        argument
+        for file, _, name in names
+        for argument in _parameters(file, name or written.rpartition(".")[2])
     )
 
 
@@ -103,37 +68,27 @@ def schedules() -> dict[str, frozenset[str]]:
 
 
 def _parameters(file: str, name: str) -> list[str]:
-    found = [
-        node
-        for node in _tree(file).body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
-    ]
-    if not found:
+    named = {getattr(node, "name", None): node for node in reversed(_tree(file).body)}
+    if not (node := named.get(name)):
         raise WorkshopError(
             f"{file} of the installed packages has no {name}: this NeMo is not one that "
             "`workshop migrate` knows."
         )
-    node = found[0]
     if isinstance(node, ast.ClassDef):
-        methods = [
-            one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"
-        ]
-        if not methods:  # a dataclass
-            return [
-                one.target.id
-                for one in node.body
-                if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
-            ]
-        node = methods[0]
-    return [one.arg for one in [*node.args.args, *node.args.kwonlyargs] if one.arg != "self"]
+        methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+        if "__init__" not in methods:  # a dataclass
+            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+            return [field.id for field in fields if isinstance(field, ast.Name)]
+        node = methods["__init__"]
+    arguments = (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
+    return [name for name in arguments if name != "self"]
 
 
 @functools.cache
 def _tree(file: str) -> ast.Module:
     package, _, rest = file.partition("/")
     spec = importlib.util.find_spec(package)
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for folder in folders:
+    for folder in (spec and spec.submodule_search_locations) or ():
         if (Path(folder) / rest).is_file():
             return ast.parse((Path(folder) / rest).read_text(encoding="utf-8"))
     raise WorkshopError(

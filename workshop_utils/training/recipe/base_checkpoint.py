@@ -9,13 +9,12 @@ checkpoint with the same record that also passes verification is reused.
 import json
 import os
 import re
-import socket
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils.checkpoints import sources
+from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound, verify
@@ -24,7 +23,6 @@ from workshop_utils.core.errors import (
     CheckpointError,
     NotACheckpoint,
     OutputExists,
-    WaitedTooLong,
     WorkshopError,
 )
 from workshop_utils.core.hashing import of_contents
@@ -53,11 +51,7 @@ class Source:
 
 
 def import_base(
-    hf_model_id: str,
-    target: Path,
-    timeout: float = TIMEOUT,
-    trust: bool = False,
-    rank: int | None = None,
+    hf_model_id: str, target: Path, timeout: float = TIMEOUT, trust: bool = False
 ) -> Path:
     """The NeMo 2.0 checkpoint of ``hf_model_id`` at ``target``, imported first when it is not
     there; ``target``.
@@ -67,9 +61,8 @@ def import_base(
     ``ngc://org/team/model:version``. A NeMo 2.0 source is linked to, not copied.
 
     Where several processes ask at once, one imports; the others wait up to ``timeout`` seconds and
-    say for whom. Under torchrun only ``rank`` 0 (default: the environment's RANK) imports, and the
-    other ranks wait for the checkpoint to appear on their disk. What an interrupted import left is
-    removed and the import done again. With ``trust``, findings of verification are only printed.
+    say for whom. What an interrupted import left is removed and the import done again. With
+    ``trust``, findings of verification are only printed.
 
     Raises:
         WorkshopError: there is no such model, directory or name.
@@ -77,18 +70,13 @@ def import_base(
         CheckpointError: the source is unsafe, damaged, or of a family that NeMo cannot import.
         OutputExists: ``target`` holds something that this function did not make; nothing is
             replaced.
-        WaitedTooLong: another process did not finish in time, or this rank's disk never got the
-            checkpoint.
+        WaitedTooLong: another process did not finish in time.
     """
     source, target = find_source(hf_model_id), Path(os.path.abspath(target))
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    if rank > 0:
-        return _wait_for_first_rank(source, target, timeout, trust, rank)
     with waiting.alone_on(target, f"importing {source.name}", timeout):
         waiting.remove_leftovers(target)
-        if _is_reusable(source, target, trust):
-            return target
-        _make(source, target, trust)
+        if not _is_reusable(source, target, trust):
+            _make(source, target, trust)
     return target
 
 
@@ -97,13 +85,17 @@ def find_source(hf_model_id: str) -> Source:
     when it is nothing."""
     name = hf_model_id.strip()
     if name.startswith("ngc://"):
-        return _of_ngc(name)
+        address = name.removeprefix("ngc://")
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
+            raise WorkshopError(
+                f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
+                "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
+            )
+        return _at("ngc", address, None, name)
     plain = name.removeprefix("hf://").rstrip("/")
     if Path(plain).expanduser().is_dir():
         directory = Path(plain).expanduser().resolve()
         return Source(str(directory), directory=directory)
-    if plain in sources.catalogue():
-        return Source(plain, model=sources.find(plain))
     if plain.startswith((".", "/", "~")) or plain.count("/") > 1:
         raise WorkshopError(
             f"hf_model_id: {plain} is no directory. Give a Hugging Face id (org/model), a name "
@@ -116,50 +108,22 @@ def find_source(hf_model_id: str) -> Source:
         raise WorkshopError(
             f"hf_model_id: {name} is no Hugging Face id: org/model, or org/model@revision."
         )
-    known = [
-        one
-        for one in sources.catalogue().values()
-        if one.source == "huggingface" and one.address == address
-    ]
-    if known and revision in ("", known[0].revision):
-        return Source(known[0].name, model=known[0])
-    return Source(
-        plain,
-        model=_unlisted(
-            plain.replace("/", "--"), "huggingface", address, revision or None, "huggingface"
-        ),
-    )
+    return _at("huggingface", address, revision or None, plain)
 
 
-def _of_ngc(name: str) -> Source:
-    address = name.removeprefix("ngc://")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}:[\w.-]+", address):
-        raise WorkshopError(
-            f"hf_model_id: {name} is no NGC name: ngc://org/team/model:version, for instance "
-            "ngc://nvidia/nemo/llama-3_2-1b-instruct:2.0."
-        )
-    known = [
-        one
-        for one in sources.catalogue().values()
-        if one.source == "ngc" and one.address == address
-    ]
-    if known:
-        return Source(known[0].name, model=known[0])
-    return Source(
-        name, model=_unlisted(re.sub(r"[/:]", "--", address), "ngc", address, None, "nemo2")
-    )
-
-
-def _unlisted(
-    name: str, source: str, address: str, revision: str | None, form: str
-) -> sources.Model:
-    """A model that the catalogue does not list; its licence is not known here, so the messages
-    point to its page."""
-    site = "https://huggingface.co" if source == "huggingface" else "https://catalog.ngc.nvidia.com"
-    page = f"{site}/{address}" if source == "huggingface" else site
-    return sources.Model(
-        name, address, 0, source, address, revision, 0, "see its page", page, False, form, {}
-    )
+def _at(source: str, address: str, revision: str | None, name: str) -> Source:
+    """The model of the catalogue at ``address``, else one that it does not list: the licence of
+    that is not known here, so the messages point to its page."""
+    for model in sources.catalogue().values():
+        same = (model.source, model.address) == (source, address)
+        if same and revision in (None, model.revision):
+            return Source(model.name, model=model)
+    page, form = "https://catalog.ngc.nvidia.com", "nemo2"
+    if source == "huggingface":
+        page, form = f"https://huggingface.co/{address}", "huggingface"
+    folder = re.sub("[/:]", "--", name.removeprefix("ngc://"))
+    about = (revision, 0, "see its page", page, False, form, {})
+    return Source(name, model=sources.Model(folder, address, 0, source, address, *about))
 
 
 def _make(source: Source, target: Path, trust: bool) -> None:
@@ -172,39 +136,35 @@ def _make(source: Source, target: Path, trust: bool) -> None:
             f"{paths.shown(directory)} is a {kind}; a base is a Hugging Face model or a NeMo 2.0 "
             "checkpoint. `workshop convert` may help."
         )
+    from workshop_utils.checkpoints.convert.huggingface import check
+
     with paths.new_directory(target) as part:
         if kind is Kind.NEMO2:
-            from workshop_utils.checkpoints.formats import nemo2
-
             directory = nemo2.locate(directory).resolve()
             require_sound(directory, trust, (Kind.NEMO2,))
             for name in ("context", "weights"):
                 (part / name).symlink_to(directory / name, target_is_directory=True)
         else:
-            made = part / "checkpoint"
-            _import(directory, made, source.name, trust)
-            for content in made.iterdir():
-                content.rename(part / content.name)
-            made.rmdir()
-        record = {
-            "source": source.name,
-            "revision": source.model and source.model.revision,
-            "files": of_contents(directory),
-        }
+            # The process that imports does so, too, but its errors come back as text, and what it
+            # prints in spite of them is not seen.
+            check(directory)
+            require_sound(directory, trust, (Kind.HUGGINGFACE,))
+            print(f"importing {source.name} with NeMo", file=sys.stderr, flush=True)
+            run_import(directory, part, trust)
+        revision = source.model and source.model.revision
+        record = {"source": source.name, "revision": revision, "files": of_contents(directory)}
         (part / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
-def _import(model: Path, made: Path, name: str, trust: bool) -> None:
-    """NeMo's importer, in a process of its own: Lightning refuses to build NeMo's trainer in a
-    notebook's kernel."""
-    from workshop_utils.checkpoints.convert.huggingface import check
-
-    # That process does so, too, but its errors come back as text, and what it prints in spite of
-    # them is not seen.
-    check(model)
-    require_sound(model, trust, (Kind.HUGGINGFACE,))
-    print(f"importing {name} with NeMo", file=sys.stderr, flush=True)
-    run_quietly("import", str(model), "--out", str(made), *(["--trust"] if trust else []))
+def run_import(source: Path, folder: Path, trust: bool, *options: str) -> None:
+    """``workshop import``, which fills the empty ``folder``, in a process of its own: Lightning
+    refuses to build NeMo's trainer in a notebook's kernel."""
+    out = folder / "checkpoint"
+    words = [str(source), "--out", str(out), *options, *(["--trust"] if trust else [])]
+    run_quietly("import", *words)
+    for part in out.iterdir():
+        part.rename(folder / part.name)
+    out.rmdir()
 
 
 def _fetched(source: Source) -> Path:
@@ -226,30 +186,22 @@ def _is_reusable(source: Source, target: Path, trust: bool) -> bool:
     OutputExists for foreign content."""
     if not target.exists() and not target.is_symlink():
         return False
-    where = paths.shown(target)
-    record = _read_record(target)
+    where, record = paths.shown(target), _read_record(target)
     foreign = not target.is_dir() or {item.name for item in target.iterdir()} - _PARTS
     sound = not foreign and _is_sound(target, trust)
     if foreign or (record is None and sound):
-        what = (
-            "a checkpoint, and nothing says what it was made from"
-            if sound
-            else "something that is no import of this command"
-        )
+        what = "something that is no import of this command"
+        what = "a checkpoint, and nothing says what it was made from" if sound else what
         raise OutputExists(
             f"{where} holds {what}. Nothing was replaced. Move it away, or set nemo_ckpt_dir to "
             "another directory."
         )
-    if not sound:
-        print(
-            f"{where} is not whole (an interrupted or damaged import); it is imported again.",
-            file=sys.stderr,
-        )
-    elif reason := _difference(record, source):
-        print(f"{where} was made from {reason}; it is imported again.", file=sys.stderr)
-    else:
-        return True
-    return False
+    fault = "is not whole (an interrupted or damaged import)"
+    if sound:
+        fault = (other := _difference(record, source)) and f"was made from {other}"
+    if fault:
+        print(f"{where} {fault}; it is imported again.", file=sys.stderr)
+    return not fault
 
 
 def _is_sound(target: Path, trust: bool) -> bool:
@@ -265,10 +217,10 @@ def _is_sound(target: Path, trust: bool) -> bool:
 
 def _read_record(target: Path) -> dict | None:
     try:
-        found = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 def _difference(record: dict, source: Source) -> str | None:
@@ -283,28 +235,3 @@ def _difference(record: dict, source: Source) -> str | None:
     except CheckpointError:
         return None
     return f"another state of {paths.shown(source.here)}" if changed else None
-
-
-def _wait_for_first_rank(
-    source: Source, target: Path, timeout: float, trust: bool, rank: int
-) -> Path:
-    patience = waiting.Patience(timeout)
-    while not (
-        _read_record(target)
-        and not _difference(_read_record(target), source)
-        and _is_sound(target, trust)
-    ):
-        who = waiting.holder(target) or "rank 0"
-        if patience.spent():
-            raise WaitedTooLong(
-                f"rank {rank} on {socket.gethostname()} waited {timeout:g} s for "
-                f"{paths.shown(target)}, which {who} should have made from {source.name}. If the "
-                "disks of the machines are not shared, run `workshop recipe import` on each of "
-                "them first, or set nemo_ckpt_dir to a shared directory. If rank 0 failed, its "
-                "error stands in its log."
-            )
-        patience.say(
-            f"rank {rank} waits for {paths.shown(target)}, which {who} makes from {source.name}"
-        )
-        time.sleep(min(waiting.PAUSE, timeout))
-    return target

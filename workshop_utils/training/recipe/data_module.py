@@ -1,9 +1,7 @@
 """NeMo's fine-tuning data module for what :mod:`.prepare_data` wrote, on GPUs and on a CPU. Imports
 NeMo.
 
-    data = PreparedDataModule("datasets/tickets", tokenizer=load_tokenizer(checkpoint),
-    seq_length=512, micro_batch_size=2,
-                              global_batch_size=8)
+    data = PreparedDataModule("datasets/tickets", tokenizer=load_tokenizer(checkpoint))
     llm.finetune(model=model, data=data, tokenizer="data", ...)
 
 The loss counts the answer and the stop token alone (NeMo's ``answer_only_loss``); rows that are too
@@ -32,10 +30,10 @@ class PreparedDataModule(FineTuningDataModule):
     """``FineTuningDataModule`` with the settings that belong to the prepared rows of
     ``dataset_root``.
 
-    What stands between prompt and answer comes from the preparation. ``on_cpu`` (default: torch
-    sees no GPU) loads in this process, without pinned memory. ``packed_sequence_specs`` packs the
-    rows first, with the same settings; NeMo itself packs with its defaults. Lengths are in tokens,
-    batch sizes in rows, of all ranks together for ``global_batch_size``.
+    What stands between prompt and answer comes from the preparation. Without a GPU rows are loaded
+    in this process, without pinned memory. ``packed_sequence_specs`` packs the rows first, with the
+    same settings; NeMo itself packs with its defaults. Lengths are in tokens, batch sizes in rows,
+    of all ranks together for ``global_batch_size``.
 
     Raises:
         DataError: ``dataset_root`` holds no prepared rows, or they were changed since.
@@ -52,12 +50,11 @@ class PreparedDataModule(FineTuningDataModule):
         seed: int = 1234,
         num_workers: int = 8,
         packed_sequence_specs: "PackedSequenceSpecs | None" = None,
-        on_cpu: bool | None = None,
         dataset_kwargs: dict[str, Any] | None = None,
     ):
         import torch
 
-        self.on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+        self.on_cpu = not torch.cuda.is_available()
         self.prepared = load_prepared(dataset_root)
         settings = {"prompt_template": self.prepared.prompt_template}
         super().__init__(
@@ -79,10 +76,9 @@ class PreparedDataModule(FineTuningDataModule):
     def default_pack_path(self) -> Path:
         """Packed rows of this tokenizer, size and length; packing again with others leaves them
         alone."""
-        name = f"{self._extract_tokenizer_model_name()}-{self.packed_sequence_size}-{self.seq_length}".lstrip(  # noqa: E501
-            "-"
-        )
-        return Path(self.dataset_root) / "packed" / name
+        tokenizer = self._extract_tokenizer_model_name()
+        name = f"{tokenizer}-{self.packed_sequence_size}-{self.seq_length}"
+        return Path(self.dataset_root) / "packed" / name.lstrip("-")
 
     def prepare_data(self) -> None:
         """Pack the rows where that is asked for: a whole directory or nothing. Lightning calls this
@@ -92,10 +88,8 @@ class PreparedDataModule(FineTuningDataModule):
         from nemo.collections.llm.gpt.data.packed_sequence import prepare_packed_sequence_data
 
         with paths.new_directory(self.default_pack_path) as part:
-            for source, packed in (
-                (self.train_path, self.train_path_packed),
-                (self.validation_path, self.validation_path_packed),
-            ):
+            validation = (self.validation_path, self.validation_path_packed)
+            for source, packed in ((self.train_path, self.train_path_packed), validation):
                 # NeMo's own call leaves dataset_kwargs out, and so packs rows that are joined by
                 # its default template.
                 prepare_packed_sequence_data(
@@ -132,10 +126,9 @@ def load_tokenizer(checkpoint: Path | str) -> "TokenizerSpec":
     """
     from nemo.collections.common.tokenizers import AutoTokenizer
 
-    checkpoint = Path(checkpoint)
-    folder = (
-        checkpoint / "context" / "nemo_tokenizer" if nemo2.looks_like(checkpoint) else checkpoint
-    )
+    folder = Path(checkpoint)
+    if nemo2.looks_like(folder):
+        folder = folder / "context" / "nemo_tokenizer"
     if not (folder / "tokenizer_config.json").is_file():
         raise DataError(
             f"{paths.shown(folder)} holds no Hugging Face tokenizer (tokenizer_config.json is "

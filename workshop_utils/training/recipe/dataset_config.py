@@ -7,40 +7,23 @@ The fields have the names and defaults of the reference pipeline's class of that
 added.
 """
 
-import hashlib
-import importlib
-import importlib.util
-import inspect
+import dataclasses
 import json
-import os
-import sys
-import traceback
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from workshop_utils.core import paths
+from workshop_utils.core import checked
 from workshop_utils.core.errors import DataError
-from workshop_utils.training.recipe import row_templates
+from workshop_utils.training.recipe import row_conversion, row_templates
+from workshop_utils.training.recipe.row_conversion import Converter
 
-Converter = Callable[[dict[str, Any]], dict[str, Any] | None]
-_OWN_ARGUMENTS = (
-    "path",
-    "name",
-    "split",
-    "streaming",
-    "num_proc",
-    "trust_remote_code",
-    "cache_dir",
-    "keep_in_memory",
+_INSTEAD = {"path": "dataset_name", "name": "dataset_config", "split": "split"}
+_INSTEAD |= {"num_proc": "num_proc"} | dict.fromkeys(
+    ("streaming", "trust_remote_code", "cache_dir", "keep_in_memory")
 )
-OWN_SPLITS = "train/validation/test"
-ANYTHING = (Exception, SystemExit)
-"""What a converter of the user's may raise: anything, so that nothing narrower would do, and
-``sys.exit(0)`` would end this program as if all were done. None is swallowed: each becomes a
-DataError with the line that raised it. Ctrl-C is not among them."""
+"""Arguments of ``datasets.load_dataset`` that ``load_kwargs`` may not hold, and the fields that
+stand for them."""
+_SHARE = {"limits": {"gt": 0, "lt": 1}}  # no split may be empty
 
 
 @dataclass(frozen=True)
@@ -68,49 +51,37 @@ class HFDatasetConfig:
     dataset_name: str
     dataset_config: str | None = None
     split: str = "train"
-    train_split_ratio: float = 0.9
-    val_test_split_ratio: float = 0.5
+    train_split_ratio: float = field(default=0.9, metadata=_SHARE)
+    val_test_split_ratio: float = field(default=0.5, metadata=_SHARE)
     input_template: str | None = None
     output_template: str | None = None
-    field_mapping: Mapping[str, str] | str | None = None
-    num_proc: int = 8
-    load_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    field_mapping: dict[str, str] | str | None = None
+    num_proc: int = field(default=8, metadata={"limits": {"ge": 1}})
+    load_kwargs: dict[str, Any] = field(default_factory=dict)
     custom_converter: Converter | str | None = None
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dataset_name, str) or not self.dataset_name.strip():
-            raise DataError(
-                "dataset_name is missing: name a data set of the Hugging Face Hub, a file or a "
-                "folder."
-            )
-        for name in ("train_split_ratio", "val_test_split_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        mapping = self.field_mapping
+        if isinstance(mapping, str):  # as on the command line
+            try:
+                mapping = json.loads(mapping)
+            except ValueError as error:
                 raise DataError(
-                    f"{name} is {value!r}; it must lie between 0 and 1, both left out: no split "
-                    "may be empty."
-                )
-        if (
-            isinstance(self.num_proc, bool)
-            or not isinstance(self.num_proc, int)
-            or self.num_proc < 1
-        ):
-            raise DataError(
-                f"num_proc is {self.num_proc!r}; it must be a whole number of processes, at "
-                "least 1."
-            )
-        object.__setattr__(self, "field_mapping", _mapping(self.field_mapping))
-        for name in sorted(set(self.load_kwargs) & set(_OWN_ARGUMENTS)):
-            raise DataError(
-                f"load_kwargs: {name} is not taken here; "
-                + (f"set {_INSTEAD[name]}." if name in _INSTEAD else "it is chosen for you.")
-            )
+                    f"field_mapping is no JSON ({error}). Example: "
+                    '\'{"question": "instruction"}\'.'
+                ) from None
+        object.__setattr__(self, "field_mapping", {} if mapping is None else mapping)
+        checked.check(self, DataError)
+        for name in sorted(self.load_kwargs.keys() & _INSTEAD):
+            ours = _INSTEAD[name]
+            instead = f"set {ours}" if ours else "it is chosen for you"
+            raise DataError(f"load_kwargs: {name} is not taken here; {instead}.")
         self._check_templates()
         if "/" in self.split and len([part for part in self.split.split("/") if part]) != 3:
             raise DataError(
                 f"split is {self.split!r}; give one split to divide, or three with slashes to "
-                f"take as they are: {OWN_SPLITS}."
+                "take as they are: train/validation/test."
             )
 
     def _check_templates(self) -> None:
@@ -123,28 +94,25 @@ class HFDatasetConfig:
                 "output_template and field_mapping."
             )
         if isinstance(self.custom_converter, str):
-            _place_of_converter(self.custom_converter)
+            row_conversion.place_of_converter(self.custom_converter)
         if self.field_mapping and self.input_template is None:
             raise DataError(
                 "field_mapping names the fields of templates: give input_template and "
                 "output_template."
             )
-        if templates := self.templates():
-            fields = {name for one in templates for name in one.fields}
-            for name in self.field_mapping:
-                if name not in fields:
-                    raise DataError(
-                        f"field_mapping: no template has a field {{{name}}}; they have "
-                        f"{', '.join(f'{{{one}}}' for one in sorted(fields))}."
-                    )
+        fields = {name for template in self.templates() or () for name in template.fields}
+        if unknown := [name for name in self.field_mapping if name not in fields]:
+            raise DataError(
+                f"field_mapping: no template has a field {{{unknown[0]}}}; they have "
+                f"{', '.join(f'{{{name}}}' for name in sorted(fields))}."
+            )
 
     def templates(self) -> tuple[row_templates.RowTemplate, row_templates.RowTemplate] | None:
         """Both templates, parsed; None when there are none."""
         if self.input_template is None:
             return None
-        return row_templates.parse(self.input_template, "input_template"), row_templates.parse(
-            self.output_template, "output_template"
-        )
+        names = ("input_template", "output_template")
+        return tuple(row_templates.parse(getattr(self, name), name) for name in names)
 
     def own_splits(self) -> list[str] | None:
         """The names of the data set's own splits, where these are to be used; else None."""
@@ -153,153 +121,17 @@ class HFDatasetConfig:
     def converter(self) -> Converter | None:
         """``custom_converter`` as a function. Raises :class:`DataError` when there is none of that
         name."""
-        return (
-            load_converter(self.custom_converter)
-            if isinstance(self.custom_converter, str)
-            else self.custom_converter
-        )
+        given = self.custom_converter
+        return row_conversion.load_converter(given) if isinstance(given, str) else given
+
+    def conversion(self, columns: list[str], tokenizer_dir: Any) -> row_conversion.Conversion:
+        """What turns a row with these ``columns`` into prompt and answer."""
+        rule = (self.templates(), self.field_mapping, self.converter(), str(self.custom_converter))
+        return row_conversion.Conversion(self.dataset_name, columns, tokenizer_dir, *rule)
 
     def describe(self) -> dict[str, Any]:
         """Everything of it that shapes the rows, as JSON values: the configuration's part of the
         cache's key."""
-        kept = {
-            name: getattr(self, name)
-            for name in (
-                "dataset_name",
-                "dataset_config",
-                "split",
-                "train_split_ratio",
-                "val_test_split_ratio",
-                "input_template",
-                "output_template",
-                "field_mapping",
-                "load_kwargs",
-                "seed",
-            )
-        }
-        return kept | {"custom_converter": converter_hash(self.converter())}
-
-
-_INSTEAD = {
-    "path": "dataset_name",
-    "name": "dataset_config",
-    "split": "split",
-    "num_proc": "num_proc",
-}
-
-
-def _mapping(given: Mapping[str, str] | str | None) -> dict[str, str]:
-    """``given`` as a dict; a text is JSON, as on the command line."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except ValueError as error:
-            raise DataError(
-                f'field_mapping is no JSON ({error}). Example: \'{{"question": "instruction"}}\'.'
-            ) from None
-    if given is not None and not (
-        isinstance(given, Mapping)
-        and all(isinstance(one, str) for pair in given.items() for one in pair)
-    ):
-        raise DataError(
-            f"field_mapping is {given!r}; it maps fields of the templates to columns: "
-            "{'question': 'instruction'}."
-        )
-    return dict(given or {})
-
-
-def _place_of_converter(name: str) -> tuple[str, str]:
-    """File or module, and function, of ``name``. Raises :class:`DataError` when it is written
-    otherwise, or the file is not there."""
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute.isidentifier():
-        raise DataError(
-            f"custom_converter is {name!r}; write FILE.py:function or package.module:function."
-        )
-    if place.endswith(".py") and not Path(place).is_file():
-        raise DataError(f"custom_converter: {paths.shown(place)} does not exist.")
-    return place, attribute
-
-
-def load_converter(name: str) -> Converter:
-    """The function that ``FILE.py:name`` or ``package.module:name`` names; the current directory is
-    searched for modules, too.
-
-    Its module is run, as any import does. Raises :class:`DataError` when the module or the function
-    cannot be found.
-    """
-    place, attribute = _place_of_converter(name)
-    module = _module_of_file(Path(place), name) if place.endswith(".py") else _module(place, name)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        there = (
-            ", ".join(
-                sorted(one for one, value in vars(module).items() if inspect.isfunction(value))
-            )
-            or "none"
-        )
-        raise DataError(
-            f"custom_converter: {place} has no function {attribute!r}; its functions: {there}."
-        )
-    return found
-
-
-def _module_of_file(file: Path, name: str) -> ModuleType:
-    # Its own name, so that worker processes find the function again by it.
-    known = (
-        "workshop_converter_"
-        + hashlib.sha256(str(file.resolve()).encode() + file.read_bytes()).hexdigest()[:16]
-    )
-    if known not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[known] = module
-        try:
-            spec.loader.exec_module(module)
-        except ANYTHING as error:
-            del sys.modules[known]
-            raise DataError(
-                f"custom_converter: {name} cannot be imported: {last_line(error)}."
-            ) from error
-    return sys.modules[known]
-
-
-def _module(place: str, name: str) -> ModuleType:
-    sys.path.insert(0, os.getcwd())
-    try:
-        # A notebook may have changed the file since.
-        return (
-            importlib.reload(sys.modules[place])
-            if place in sys.modules
-            else importlib.import_module(place)
-        )
-    except ANYTHING as error:
-        raise DataError(
-            f"custom_converter: {name} cannot be imported: {last_line(error)}."
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-
-
-def last_line(error: BaseException) -> str:
-    """What ``error`` of somebody's code says, and where it was raised: "KeyError: 'text' (my.py,
-    line 7)"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def converter_hash(function: Converter | None) -> str | None:
-    """Changes with the source of ``function``: its code, the values it refers to, and the whole
-    file that it stands in."""
-    if function is None:
-        return None
-    from datasets.fingerprint import Hasher
-
-    found = hashlib.sha256(Hasher.hash(function).encode())
-    source = (
-        inspect.getsourcefile(inspect.unwrap(function)) if inspect.isroutine(function) else None
-    )
-    if source and Path(source).is_file():
-        found.update(Path(source).read_bytes())
-    return found.hexdigest()
+        names = [one.name for one in dataclasses.fields(self) if one.name != "num_proc"]
+        shapes = {name: getattr(self, name) for name in names}
+        return shapes | {"custom_converter": row_conversion.converter_hash(self.converter())}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DataError, FetchError
+from workshop_utils.core.hashing import sha256
 from workshop_utils.core.nearest import did_you_mean, nearest
 from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
 
@@ -49,11 +50,11 @@ class Source:
         with _explained(self.config):
             if self.place is None:
                 self.builder.download_and_prepare()
-                found = self.builder.as_dataset()
+                rows = self.builder.as_dataset()
             else:
-                found = _read_local(self.place, self.config, scratch)
+                rows = _read_local(self.place, self.config, scratch)
         names = self.config.own_splits() or [self.config.split]
-        return [_split(found, name, self.config.dataset_name) for name in names]
+        return [_split(rows, name, self.config.dataset_name) for name in names]
 
 
 def find(config: HFDatasetConfig) -> Source:
@@ -64,21 +65,20 @@ def find(config: HFDatasetConfig) -> Source:
         DataError: there is no such data set, configuration, file or format.
         FetchError: the Hub cannot be reached and the data set is not cached.
     """
-    place = Path(config.dataset_name).expanduser()
+    name, place = config.dataset_name, Path(config.dataset_name).expanduser()
+    suffix = place.suffix.lower()
     if place.exists():
-        if place.is_file() and place.suffix.lower() not in FORMATS:
+        if place.is_file() and suffix not in FORMATS:
             raise DataError(
                 f"{paths.shown(place)}: files ending in {place.suffix or 'nothing'} are not "
                 f"read; known are {', '.join(FORMATS)}."
             )
         return Source(config, place.resolve(), _content(place))
-    if (
-        config.dataset_name.startswith((".", "/", "~"))
-        or place.suffix.lower() in FORMATS
-        or config.dataset_name.count("/") > 1
-    ):
-        raise DataError(f"{paths.shown(place)} does not exist.{_near(place)}")
-    if config.dataset_name == "pandas":  # CVE-2026-57845
+    if name.startswith((".", "/", "~")) or suffix in FORMATS or name.count("/") > 1:
+        there = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
+        near = [paths.shown(place.parent / like) for like in nearest(place.name, there)]
+        raise DataError(f"{paths.shown(place)} does not exist.{did_you_mean(near)}")
+    if name == "pandas":  # CVE-2026-57845
         raise DataError(
             "dataset_name: pandas is the library's builder that reads pickles, which run code. "
             "Save the rows as Parquet or JSON Lines."
@@ -87,30 +87,16 @@ def find(config: HFDatasetConfig) -> Source:
 
     with _explained(config):
         builder = datasets.load_dataset_builder(
-            config.dataset_name,
-            config.dataset_config,
-            trust_remote_code=False,
-            **config.load_kwargs,
+            name, config.dataset_config, trust_remote_code=False, **config.load_kwargs
         )
     return Source(config, None, builder.hash or str(builder.info.version), builder)
 
 
-def _near(place: Path) -> str:
-    there = [item.name for item in place.parent.iterdir()] if place.parent.is_dir() else []
-    return did_you_mean(paths.shown(place.parent / name) for name in nearest(place.name, there))
-
-
 def _content(place: Path) -> str:
     """Hash of the names and bytes of all files at ``place``."""
-    found = hashlib.sha256()
-    for file in (
-        [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
-    ):
-        found.update(f"{file.relative_to(place)}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    digests = [(str(file.relative_to(place)), sha256(file)) for file in files if file.is_file()]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
@@ -118,21 +104,19 @@ def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
 
     # A cache of this preparation only: the library's own knows files by path and time, not by
     # content.
-    options = {"cache_dir": str(scratch / "cache")} | dict(config.load_kwargs)
-    if place.is_dir() and any(
-        (place / name).is_file() for name in ("dataset_dict.json", "state.json")
-    ):
+    options = {"cache_dir": str(scratch / "cache")} | config.load_kwargs
+    if any((place / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return datasets.load_from_disk(str(place))
     if place.is_dir():
         return datasets.load_dataset(
             str(place), config.dataset_config, trust_remote_code=False, **options
         )
-    kind = FORMATS[place.suffix.lower()]
-    if place.suffix.lower() == ".tsv":
+    suffix = place.suffix.lower()
+    if suffix == ".tsv":
         options.setdefault("sep", "\t")
-    if place.suffix.lower() == ".jsonl":
+    if suffix == ".jsonl":
         _check_json_lines(place)
-    return datasets.load_dataset(kind, data_files=str(place), **options)
+    return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
 
 
 def _check_json_lines(file: Path) -> None:
@@ -141,38 +125,32 @@ def _check_json_lines(file: Path) -> None:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                rows += 1
+                rows, where = rows + 1, f"{paths.shown(file)}, line {number}"
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    raise DataError(
-                        f"{paths.shown(file)}, line {number}: not JSON in UTF-8 ({error})."
-                    ) from None
+                    raise DataError(f"{where}: not JSON in UTF-8 ({error}).") from None
                 if not isinstance(row, dict):
-                    raise DataError(
-                        f"{paths.shown(file)}, line {number}: a {type(row).__name__}, not an "
-                        "object."
-                    )
+                    raise DataError(f"{where}: a {type(row).__name__}, not an object.")
     if not rows:
         raise DataError(f"{paths.shown(file)} holds no rows: write one JSON object a line.")
 
 
-def _split(found: Any, name: str, source: str) -> "Dataset":
+def _split(rows: Any, name: str, source: str) -> "Dataset":
     import datasets
 
-    if isinstance(found, datasets.Dataset):
+    if isinstance(rows, datasets.Dataset):
         if name != "train":
             raise DataError(
                 f"split: {source} is one data set without splits; leave split at 'train'."
             )
-        made = found
-    elif name in found:
-        made = found[name]
+    elif name in rows:
+        rows = rows[name]
     else:
-        raise DataError(f"split: {source} has no split {name!r}; it has {', '.join(found)}.")
-    if not len(made):
+        raise DataError(f"split: {source} has no split {name!r}; it has {', '.join(rows)}.")
+    if not len(rows):
         raise DataError(f"{source}, split {name!r}: no rows.")
-    return made
+    return rows
 
 
 @contextlib.contextmanager
@@ -217,8 +195,8 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
         said = _one_line(error).partition(" Example of usage")[0]
         if "trust_remote_code" in said:
             said = (
-                "it comes with a script of its own, which is never run here. The Hub keeps a Parquet copy of most of them: "  # noqa: E501
-                'load_kwargs {"revision": "refs/convert/parquet"}.'
+                "it comes with a script of its own, which is never run here. The Hub keeps a "
+                'Parquet copy of most of them: load_kwargs {"revision": "refs/convert/parquet"}.'
             )
         about = "dataset_config: " if "BuilderConfig" in said or "Config name" in said else ""
         raise DataError(f"{about}{name}: {said}") from None

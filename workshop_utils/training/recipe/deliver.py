@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from workshop_utils.adapters import proof
 from workshop_utils.adapters.export import export_adapter
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -32,8 +36,9 @@ from workshop_utils.core.errors import (
 )
 from workshop_utils.core.paths import shown
 from workshop_utils.inference import nemo2_engine
-from workshop_utils.runtime.processes import run_job, run_quietly
+from workshop_utils.runtime.processes import run_job
 from workshop_utils.training.recipe import choose_checkpoint
+from workshop_utils.training.recipe.base_checkpoint import find_source, run_import
 
 if TYPE_CHECKING:
     import numpy
@@ -41,8 +46,6 @@ if TYPE_CHECKING:
     from workshop_utils.training.recipe.plan import Resolved
 
 FORMS = ("hf_peft", "merged", "hf_model")
-TO = {"hf_peft": "hf-peft", "merged": "nemo2-merged"}
-"""What :mod:`workshop_utils.adapters` calls them."""
 RECORD = "workshop_export.json"
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of two logits, as a part of the largest logit, by the dtype of the exported
@@ -57,15 +60,11 @@ def export(
     checkpoint: Path | str | None = None,
     overwrite: bool | None = None,
 ) -> Path:
-    """Export a checkpoint of the run; returns the new directory. What the options say fills in what
-    is not given.
+    """Export a checkpoint of the run (best, last, or a directory) in one of the :data:`FORMS`;
+    returns the new directory. What the options say fills in what is not given.
 
-    An export of the same checkpoint is compared again and reused.
-
-    Args:
-        form: one of :data:`FORMS`.
-        checkpoint: best, last, or a directory.
-        overwrite: replace an export of another checkpoint, or a spoilt one.
+    An export of the same checkpoint is compared again and reused. With ``overwrite`` one of another
+    checkpoint, or a spoilt one, is replaced.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
@@ -76,10 +75,9 @@ def export(
         GenerationFailed: NeMo failed; with what it wrote last.
     """
     options = resolved.options
-    form = form or (
-        "hf_peft" if options.no_merge else "merged" if options.target == "nemo2" else "hf_model"
-    )
-    overwrite = options.overwrite if overwrite is None else overwrite
+    if form is None:
+        whole = "merged" if options.target == "nemo2" else "hf_model"
+        form = "hf_peft" if options.no_merge else whole
     if form not in FORMS:
         raise WorkshopError(f"The form of an export is {form!r}; it is one of {', '.join(FORMS)}.")
     chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
@@ -90,76 +88,57 @@ def export(
             f"{shown(chosen)} is a full fine-tune: it has no adapter, and is a whole NeMo 2.0 "
             "model as it is. For Hugging Face leave no_merge out and set target: hf."
         )
-    folder = resolved.output_dir / "exports"
-    way_out = _Export(chosen, base, folder, overwrite, options.trust, options.hf_model_id)
-    return {"hf_peft": way_out.hf_peft, "merged": way_out.merged, "hf_model": way_out.hf_model}[
-        form
-    ]()
+    overwrite = options.overwrite if overwrite is None else overwrite
+    return getattr(_Export(resolved, chosen, base, overwrite), form)()
 
 
+@dataclass
 class _Export:
     """One checkpoint on its way out; NeMo's logits of it are computed once."""
 
-    def __init__(
-        self,
-        checkpoint: Path,
-        base: Path | None,
-        folder: Path,
-        overwrite: bool,
-        trust: bool,
-        hf_model_id: str,
-    ):
-        self.checkpoint, self.base, self.folder = checkpoint, base, folder
-        self.overwrite, self.trust, self.hf_model_id = overwrite, trust, hf_model_id
-        self.expected: numpy.ndarray | None = None
+    resolved: Resolved
+    checkpoint: Path
+    base: Path | None
+    overwrite: bool
 
     def place(self, form: str) -> Path:
         """Where ``form`` goes. Put together as text: a suffix would eat into a name with dots."""
-        return self.folder / f"{self.checkpoint.name}.{form}"
+        return self.resolved.output_dir / "exports" / f"{self.checkpoint.name}.{form}"
 
     def hf_peft(self) -> Path:
-        """The adapter alone."""
         with self.huggingface_base() as base:
-            return self.exported(
-                "hf_peft",
-                self.hf_model_id,
-                "float32",
-                lambda made: huggingface_logits(base, self.token_ids, made),
-            )
+            name = self.resolved.options.hf_model_id
+            return self.adapter("hf_peft", "hf-peft", name, "float32", lambda peft: (base, peft))
 
     def merged(self) -> Path:
-        """Adapter and base in one NeMo 2.0 checkpoint."""
+        def side(merged: Path) -> proof.Side:
+            def logits(token_ids: list[list[int]]) -> numpy.ndarray:
+                # A view: a checkpoint that still has the name of an unfinished one is refused.
+                with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
+                    for part in merged.iterdir():
+                        (Path(view) / part.name).symlink_to(part.resolve())
+                    return self.nemo_logits(Path(view), token_ids)
 
-        def logits(made: Path) -> numpy.ndarray:
-            """NeMo's logits ``[rows, tokens, vocabulary]`` of the checkpoint ``made``."""
-            # A view: a checkpoint that still has the name of an unfinished one is refused.
-            with tempfile.TemporaryDirectory(prefix="workshop-merged-") as view:
-                for part in made.iterdir():
-                    (Path(view) / part.name).symlink_to(part.resolve())
-                return nemo_logits(Path(view), self.token_ids, self.trust)
+            return logits
 
-        return self.exported("merged", str(self.base), self.dtype, logits)
+        return self.adapter("merged", "nemo2-merged", str(self.base), self.dtype, side)
 
-    def exported(
-        self, form: str, base_model: str, dtype: str, logits: Callable[[Path], numpy.ndarray]
+    def adapter(
+        self, form: str, to: str, base: str, dtype: str, side: Callable[[Path], proof.Side]
     ) -> Path:
-        """What :mod:`workshop_utils.adapters` makes of the adapter. Its ``logits`` are compared
-        before it gets its name."""
+        """What :mod:`workshop_utils.adapters` makes of the adapter. The logits of its ``side`` are
+        compared before it gets its name."""
         target = self.place(form)
-
-        def accept(made: Path) -> None:
-            """Compare ``made``, which has no name yet, with the trained model. Raises as
-            :meth:`compare`."""
-            self.compare(target, logits(made), dtype, "" if made == target else _GONE)
-
         export_adapter(
             self.checkpoint,
-            TO[form],
+            to,
             target,
-            base_model=base_model,
+            base_model=base,
             overwrite=self.overwrite,
-            trust=self.trust,
-            accept=accept,
+            trust=self.resolved.options.trust,
+            accept=lambda part: self.compare(
+                target, side(part), dtype, "" if part == target else _GONE
+            ),
             elsewhere="Move it away",
         )
         return target
@@ -169,45 +148,51 @@ class _Export:
         kept."""
         source, target = self.merged() if self.base else self.checkpoint, self.place("hf_model")
         mark = {"checkpoint": self.checkpoint.name, "files": nemo2.contents_of(self.checkpoint)}
-        if not self.reusable(target, mark):
-            with paths.new_directory(target) as part:
-                to_huggingface(source, part, self.trust)
-                paths.write_text(part / RECORD, json.dumps(mark) + "\n")
-                self.compare(target, huggingface_logits(part, self.token_ids), self.dtype, _GONE)
-        else:
-            self.compare(target, huggingface_logits(target, self.token_ids), self.dtype, _LEFT)
+        if self.reusable(target, mark):
+            self.compare(target, target, self.dtype, _LEFT)
+            return target
+        with paths.new_directory(target) as part:
+            to_huggingface(source, part, self.resolved.options.trust)
+            paths.write_text(part / RECORD, json.dumps(mark) + "\n")
+            self.compare(target, part, self.dtype, _GONE)
         return target
+
+    @cached_property
+    def whole(self) -> nemo2.Checkpoint:
+        """The base, or the full model."""
+        return nemo2.describe(self.base or self.checkpoint)
 
     @property
     def dtype(self) -> str:
-        """Of the weights that are merged or exported: the base's, or the full model's."""
-        from workshop_utils.checkpoints.formats import nemo2
+        """Of the weights that are merged or exported."""
+        return dtypes(self.whole.tensors)[0]
 
-        return dtypes(nemo2.describe(self.base or self.checkpoint).tensors)[0]
-
-    @property
+    @cached_property
     def token_ids(self) -> list[list[int]]:
         """The same token ids for every form, from the lower half of the vocabulary: rows at its end
         may only pad it, and NeMo's exporter leaves those out."""
-        import random
-
-        from workshop_utils.checkpoints.formats import nemo2
-
-        rows = nemo2.describe(self.base or self.checkpoint).architecture.vocabulary or 256
-        draw = random.Random(0)
+        rows, draw = self.whole.architecture.vocabulary or 256, random.Random(0)
         return [[draw.randrange(rows // 2) for _ in range(_LENGTH)] for _ in range(_ROWS)]
 
-    def compare(self, target: Path, found: numpy.ndarray, dtype: str, end: str) -> None:
-        """Raise ConformanceFailed, which ends in ``end``, unless ``found`` are the logits that NeMo
-        computes from the checkpoint."""
-        if self.expected is None:
-            self.expected = nemo_logits(self.checkpoint, self.token_ids, self.trust, self.base)
-        rows = min(found.shape[-1], self.expected.shape[-1])  # NeMo may pad the vocabulary
-        expected = self.expected[..., :rows]
-        apart, allowed = (
-            abs(found[..., :rows] - expected).max(),
-            TOLERANCE.get(dtype, 1e-3) * abs(expected).max(),
-        )
+    def nemo_logits(
+        self, checkpoint: Path, token_ids: list[list[int]], base: Path | None = None
+    ) -> numpy.ndarray:
+        options, device = self.resolved.options, self.resolved.device
+        return nemo_logits(checkpoint, token_ids, options.trust, base, device)
+
+    @cached_property
+    def trained(self) -> list[numpy.ndarray]:
+        """NeMo's logits of the checkpoint."""
+        return list(self.nemo_logits(self.checkpoint, self.token_ids, self.base))
+
+    def compare(self, target: Path, side: proof.Side, dtype: str, end: str) -> None:
+        """Raise ConformanceFailed, which ends in ``end``, unless the logits of ``side`` are those
+        that NeMo computes from the checkpoint."""
+        try:
+            difference = proof.compare(proof.logits(side, self.token_ids), self.trained)
+        except UserWarning as warning:  # of PEFT: keys are missing
+            raise ConformanceFailed(f"{shown(target)}: {warning} {end}".rstrip()) from None
+        apart, allowed = difference.largest, TOLERANCE.get(dtype, 1e-3) * difference.scale
         if not apart <= allowed:
             raise ConformanceFailed(
                 f"{shown(target)}: its logits differ from those that NeMo computes from "
@@ -222,91 +207,51 @@ class _Export:
     def reusable(self, target: Path, mark: dict) -> bool:
         """Whether ``target`` was made from the same checkpoint; raises OutputExists if it is
         something that may not be replaced."""
-        if not target.exists():
-            return False
         ours = (target / RECORD).is_file()
-        if ours and not self.overwrite and read_json(target / RECORD) == mark:
+        if not target.exists() or (ours and self.overwrite):
+            return False
+        if ours and read_json(target / RECORD) == mark:
             return True
-        if not ours or not self.overwrite:
-            what = (
-                "an export of another checkpoint"
-                if ours
-                else "something that this command did not make"
-            )
-            fix = "--overwrite replaces it" if ours else "Move it away"
-            raise OutputExists(f"{shown(target)} is {what}. It was left as it is. {fix}.")
-        return False
+        what, fix = "something that this command did not make", "Move it away"
+        if ours:
+            what, fix = "an export of another checkpoint", "--overwrite replaces it"
+        raise OutputExists(f"{shown(target)} is {what}. It was left as it is. {fix}.")
 
     @contextlib.contextmanager
     def huggingface_base(self) -> Iterator[Path]:
         """The base as transformers loads it: the one that was imported where it is still here, else
         exported for as long as it takes."""
-        from workshop_utils.training.recipe.base_checkpoint import find_source
-
-        here = None
+        here, options = None, self.resolved.options
         with contextlib.suppress(WorkshopError):  # the id may name nothing on this machine
-            here = find_source(self.hf_model_id).here
+            here = find_source(options.hf_model_id).here
         if here and (here / "config.json").is_file():
-            require_sound(here, self.trust, (Kind.HUGGINGFACE,))
+            require_sound(here, options.trust, (Kind.HUGGINGFACE,))
             yield here
             return
         with tempfile.TemporaryDirectory(prefix="workshop-base-") as folder:
-            to_huggingface(self.base, Path(folder), self.trust)
+            to_huggingface(self.base, Path(folder), options.trust)
             yield Path(folder)
 
 
 def nemo_logits(
-    checkpoint: Path, token_ids: list[list[int]], trust: bool = False, base: Path | None = None
+    checkpoint: Path,
+    token_ids: list[list[int]],
+    trust: bool = False,
+    base: Path | None = None,
+    device: str | None = None,
 ) -> numpy.ndarray:
-    """NeMo's fp32 logits of a NeMo 2.0 checkpoint, an adapter with its ``base``, computed in a
-    process of its own.
-
-    ``[rows, tokens, vocabulary]``.
-    """
+    """NeMo's fp32 logits ``[rows, tokens, vocabulary]`` of a NeMo 2.0 checkpoint, an adapter with
+    its ``base``, computed in a process of its own."""
     import numpy
 
+    job = {"token_ids": token_ids, "trust": trust, "base": base and str(base), "device": device}
     with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as folder:
-        job = {
-            "checkpoint": str(checkpoint.resolve()),
-            "token_ids": token_ids,
-            "trust": trust,
-            "base": base and str(base),
-        }
+        job["checkpoint"] = str(checkpoint.resolve())
         run_job(nemo2_engine.__name__, Path(folder), job, checkpoint)
         return numpy.load(Path(folder) / "logits.npy")
 
 
-def huggingface_logits(
-    model: Path, token_ids: list[list[int]], adapter: Path | None = None
-) -> numpy.ndarray:
-    """The same by transformers, of a model directory or of one with a PEFT ``adapter``; in fp32
-    whatever the weights are in."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, torch_dtype=torch.float32, trust_remote_code=False
-    )
-    if adapter:
-        from peft import PeftModel
-
-        loaded = PeftModel.from_pretrained(loaded, adapter)
-    with torch.inference_mode():
-        return loaded.eval()(torch.tensor(token_ids)).logits.float().numpy()
-
-
 def to_huggingface(checkpoint: Path, folder: Path, trust: bool = False) -> None:
     """Fill ``folder`` with the Hugging Face model of a NeMo 2.0 ``checkpoint``, by NeMo's own
-    exporter in a process of its own."""
-    made = folder / "model"
-    run_quietly(
-        "import",
-        str(checkpoint),
-        "--to-huggingface",
-        "--out",
-        str(made),
-        *(["--trust"] if trust else []),
-    )
-    for file in made.iterdir():
-        file.rename(folder / file.name)
-    made.rmdir()
+    exporter."""
+    run_import(checkpoint, folder, trust, "--to-huggingface")

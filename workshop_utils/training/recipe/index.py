@@ -26,13 +26,12 @@ FILE = Path(__file__).with_name("recipe_index.json")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: a module of ``nemo.collections.llm.recipes``.
+    """One recipe: a module of ``nemo.collections.llm.recipes``, and NeMo's classes in it.
 
-    ``model`` and ``config`` are NeMo's classes, ``layers`` and ``hidden`` their sizes. ``schemes``
-    are the values of ``peft_scheme`` that its ``finetune_recipe`` takes (none where it has none),
-    each with its own values of the options that may be left to it: ``learning_rate``,
-    ``warmup_steps``, ``lora_dim`` and so on. The fields after ``pretrain`` come from the first of
-    them: ``base`` is the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
+    ``schemes`` are the values of ``peft_scheme`` that its ``finetune_recipe`` takes (none where it
+    has none), each with its own values of the options that may be left to it: ``learning_rate``,
+    ``lora_dim`` and so on. The fields after ``pretrain`` come from the first of them: ``base`` is
+    the checkpoint it names, ``global_batch_size`` rows, ``seq_length`` tokens.
     """
 
     name: str
@@ -60,31 +59,15 @@ def recipes() -> dict[str, Recipe]:
 def table() -> str:
     """The recipes as a table: schemes, parallel sizes and batches of their fine-tuning, and the
     model."""
-    head = (
-        "recipe",
-        "fine-tuning",
-        "TP",
-        "PP",
-        "CP",
-        "tokens",
-        "layers",
-        "hidden",
-        "model",
-        "base",
-    )
+    head = ("recipe", "fine-tuning", "TP", "PP", "CP", "tokens")
+    head += ("layers", "hidden", "model", "base")
     rows = [
         (
-            one.name,
-            ", ".join(one.schemes) or "-",
-            *(
-                one.tensor_parallel_size,
-                one.pipeline_parallel_size,
-                one.context_parallel_size,
-                one.seq_length,
-            ),
-            *(one.layers, one.hidden, one.config, one.base),
+            *(recipe.name, ", ".join(recipe.schemes) or "-", recipe.tensor_parallel_size),
+            *(recipe.pipeline_parallel_size, recipe.context_parallel_size, recipe.seq_length),
+            *(recipe.layers, recipe.hidden, recipe.config, recipe.base),
         )
-        for one in recipes().values()
+        for recipe in recipes().values()
     ]
     cells = [head, *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -92,16 +75,12 @@ def table() -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in cells
     ]
-    usable = sum(bool(one.schemes) for one in recipes().values())
-    return "\n".join(
-        [
-            *lines,
-            (
-                f"{len(rows)} recipes of NeMo {nemo_version()}, {usable} of them for fine-tuning. "
-                "TP, PP, CP and tokens: its own, with LoRA."
-            ),
-        ]
+    usable = sum(bool(recipe.schemes) for recipe in recipes().values())
+    lines.append(
+        f"{len(rows)} recipes of NeMo {nemo_version()}, {usable} of them for fine-tuning. TP, PP, "
+        "CP and tokens: its own, with LoRA."
     )
+    return "\n".join(lines)
 
 
 def nemo_version() -> str:
@@ -143,40 +122,51 @@ def generate() -> dict:
     import nemo
     from nemo.collections.llm import recipes as modules
 
-    found = {
-        name: module
-        for name, module in vars(modules).items()
+    described = [
+        asdict(_described(name, module))
+        for name, module in sorted(vars(modules).items())
         if isinstance(module, ModuleType) and _gives_a_model(module)
-    }
-    return {
-        "nemo": nemo.__version__,
-        "recipes": [asdict(_described(name, module)) for name, module in sorted(found.items())],
-    }
+    ]
+    return {"nemo": nemo.__version__, "recipes": described}
 
 
 def _gives_a_model(module: ModuleType) -> bool:
     """Whether the recipe knows its model. ``hf_auto_model_for_causal_lm`` takes any of
     transformers', without Megatron."""
-    parameters = (
-        inspect.signature(module.model).parameters.values() if hasattr(module, "model") else None
-    )
-    return parameters is not None and all(one.default is not one.empty for one in parameters)
+    if not hasattr(module, "model"):
+        return False
+    parameters = inspect.signature(module.model).parameters.values()
+    return all(parameter.default is not parameter.empty for parameter in parameters)
+
+
+def _get(config: Any, *names: str) -> Any:
+    """The value at the end of ``names``; None where one is not there."""
+    for name in names:
+        config = getattr(config, name, None)
+    return config
 
 
 def _described(name: str, module: ModuleType) -> Recipe:
     model = module.model()
-    config = getattr(model, "config", None)
     built = _finetunings(module) if hasattr(module, "finetune_recipe") else {}
     first = next(iter(built.values()), None)
+    strategy, base = _get(first, "trainer", "strategy"), _get(first, "resume", "restore_config")
+    base = _get(base, "path")
     return Recipe(
         name=name,
         model=model.__fn_or_cls__.__name__,
-        config=config.__fn_or_cls__.__name__ if config is not None else None,
-        layers=getattr(config, "num_layers", None),
-        hidden=getattr(config, "hidden_size", None),
+        config=_get(model, "config", "__fn_or_cls__", "__name__"),
+        layers=_get(model, "config", "num_layers"),
+        hidden=_get(model, "config", "hidden_size"),
         schemes={scheme: _own(recipe) for scheme, recipe in built.items()},
         pretrain=hasattr(module, "pretrain_recipe"),
-        **(_finetuning(first) if first is not None else {}),
+        base=base and base.removeprefix("nemo://"),
+        tensor_parallel_size=_get(strategy, "tensor_model_parallel_size"),
+        pipeline_parallel_size=_get(strategy, "pipeline_model_parallel_size"),
+        context_parallel_size=_get(strategy, "context_parallel_size"),
+        global_batch_size=_get(first, "data", "global_batch_size"),
+        micro_batch_size=_get(first, "data", "micro_batch_size"),
+        seq_length=_get(first, "data", "seq_length"),
     )
 
 
@@ -185,40 +175,12 @@ def _finetunings(module: ModuleType) -> dict[str, "run.Partial"]:
     built = {}
     for scheme, theirs in (("lora", "lora"), ("dora", "dora"), ("full_ft", "none")):
         try:
-            built[scheme] = module.finetune_recipe(
-                peft_scheme=theirs, num_nodes=16
-            )  # some refuse to be built for few
-        except (
-            AssertionError,
-            TypeError,
-            ValueError,
-        ) as error:  # what NeMo's recipes raise for a scheme that they lack
+            # Some refuse to be built for few nodes.
+            built[scheme] = module.finetune_recipe(peft_scheme=theirs, num_nodes=16)
+        # What NeMo's recipes raise for a scheme that they lack.
+        except (AssertionError, TypeError, ValueError) as error:
             print(f"{module.__name__} {scheme}: {error}", file=sys.stderr)
     return built
-
-
-def _finetuning(recipe: "run.Partial") -> dict[str, int | str | None]:
-    """Sizes and base of a fine-tuning recipe, where it gives them."""
-    strategy, data = getattr(recipe.trainer, "strategy", None), getattr(recipe, "data", None)
-    resume = getattr(getattr(recipe, "resume", None), "restore_config", None)
-    sizes = {
-        size: getattr(strategy, size, None)
-        for size in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-        )
-    }
-    batches = {
-        size: getattr(data, size, None)
-        for size in ("global_batch_size", "micro_batch_size", "seq_length")
-    }
-    base = getattr(resume, "path", None)
-    return (
-        {size.replace("_model_", "_"): value for size, value in sizes.items()}
-        | batches
-        | {"base": base and base.removeprefix("nemo://")}
-    )
 
 
 def _own(recipe: "run.Partial") -> dict[str, Any]:
@@ -226,23 +188,18 @@ def _own(recipe: "run.Partial") -> dict[str, Any]:
     for."""
     import fiddle
 
-    optim, peft = (
-        getattr(recipe, "optim", None),
-        fiddle.build(getattr(recipe, "peft", None)),
-    )  # built: its layers are made by a factory
-    found = {
-        "learning_rate": getattr(getattr(optim, "config", None), "lr", None),
-        "warmup_steps": getattr(getattr(optim, "lr_scheduler", None), "warmup_steps", None),
-        **{
-            f"lora_{name}": getattr(peft, name, None)
-            for name in ("dim", "alpha", "dropout", "target_modules")
-        },
+    peft = fiddle.build(getattr(recipe, "peft", None))  # its layers are made by a factory
+    values = {
+        "learning_rate": _get(recipe, "optim", "config", "lr"),
+        "warmup_steps": _get(recipe, "optim", "lr_scheduler", "warmup_steps"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    for name in ("dim", "alpha", "dropout", "target_modules"):
+        values[f"lora_{name}"] = _get(peft, name)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 if __name__ == "__main__":
-    made = generate()
-    lines = ",\n".join(json.dumps(one) for one in made["recipes"])  # one a line
-    paths.write_text(FILE, f'{{"nemo": {json.dumps(made["nemo"])}, "recipes": [\n{lines}\n]}}\n')
+    index = generate()
+    lines = ",\n".join(map(json.dumps, index["recipes"]))  # one a line
+    paths.write_text(FILE, f'{{"nemo": {json.dumps(index["nemo"])}, "recipes": [\n{lines}\n]}}\n')
     print(f"{len(recipes())} recipes")

@@ -11,37 +11,37 @@ import json
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.core import paths
-from workshop_utils.core.errors import TrainingFailed, WorkshopError
+from workshop_utils.core.errors import WorkshopError
 from workshop_utils.core.hashing import sha256
 from workshop_utils.training.recipe import choose_checkpoint
-from workshop_utils.training.recipe.callbacks import TRACE
-from workshop_utils.training.recipe.plan import ONE_MACHINE, RUN, Resolved, on_cpu, require_possible
+from workshop_utils.training.recipe.build import TRACE, finetune_recipe
+from workshop_utils.training.recipe.options import FIELDS, TRAIN, from_mapping
+from workshop_utils.training.recipe.plan import (
+    ONE_MACHINE,
+    RUN,
+    Resolved,
+    require_possible,
+    resolve,
+)
 from workshop_utils.training.recipe.prepare_data import load_prepared, require_whole_batch
 from workshop_utils.training.runs import launch, run_record
 from workshop_utils.training.runs.environment import training_environment
-from workshop_utils.training.runs.events import read_events
+from workshop_utils.training.runs.events import last_step, read_events
 
-WATCHING = (
-    "log_every_n_steps",
-    "enable_",
-    "use_wandb",
-    "resume",
-    "import_timeout",
-    "trust",
-    "nemo_logs_dir",
-    "hfdc_num_proc",
+_PLACES = ("output_dir", "nemo_ckpt_dir", "data_dir")
+_NOT_DECISIVE = (
+    *_PLACES,
+    *("hf_model_id", "log_every_n_steps", "enable_", "use_wandb", "resume", "import_timeout"),
+    *("trust", "nemo_logs_dir", "hfdc_num_proc"),
 )
-_PLACES = ("output_dir", "nemo_ckpt_dir", "data_dir", "hf_model_id")
-"""Beginnings of the options of training that change what is seen of a run, not its outcome."""
+"""Beginnings of the options of training that change what is seen of a run, not its outcome, or that
+only say where what decides it lies."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,10 @@ class TrainResult:
     seconds: float
 
     def __str__(self) -> str:
-        """Two lines for people."""
         early = ", stopped early: the validation loss no longer fell" if self.stopped_early else ""
         loss = "" if self.val_loss is None else f", validation loss {self.val_loss:.4f}"
-        return (
-            f"{self.steps} steps{early}{loss}\nbest: {paths.shown(self.best)}\nlast: "
-            f"{paths.shown(self.last)}"
-        )
+        best, last = paths.shown(self.best), paths.shown(self.last)
+        return f"{self.steps} steps{early}{loss}\nbest: {best}\nlast: {last}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,8 @@ class Job(run_record.Run):
     """One run of the recipe path."""
 
     resolved: Resolved
+    again = "--no-resume, or resume: false"
+    elsewhere = "set another output_dir"
 
     @property
     def run_dir(self) -> Path:
@@ -87,39 +86,26 @@ class Job(run_record.Run):
     @cached_property
     def device(self) -> str:
         """cpu or gpu."""
-        return "cpu" if on_cpu(self.resolved) else "gpu"
+        return self.resolved.device
 
     def fingerprint(self) -> dict:
         """What decides the outcome: options of training, base and data. Equal fingerprints, equal
         runs on one machine."""
-        from workshop_utils.training.recipe.options import TRAIN, field
-
-        options = dataclasses.asdict(self.resolved.options)
         kept = {
             name: value
-            for name, value in options.items()
-            if field(name).metadata["script"] == TRAIN
-            and not name.startswith((*WATCHING, *_PLACES))
+            for name, value in dataclasses.asdict(self.resolved.options).items()
+            if FIELDS[name].metadata["script"] == TRAIN and not name.startswith(_NOT_DECISIVE)
         }
         files = [self.resolved.data_dir / f"{name}.jsonl" for name in ("training", "validation")]
+        base = nemo2.contents_of(self.resolved.nemo_ckpt_dir)
         digests = [sha256(file) for file in files if file.is_file()]
         # As JSON would give it back: a tuple becomes a list.
-        return json.loads(
-            json.dumps(
-                {
-                    "options": kept,
-                    "files": digests,
-                    "base": nemo2.contents_of(self.resolved.nemo_ckpt_dir),
-                }
-            )
-        )
+        return json.loads(json.dumps({"options": kept, "files": digests, "base": base}))
 
     def __str__(self) -> str:
         options = self.resolved.options
-        return (
-            f"llm.finetune, {options.recipe_cls_name}, {options.peft_scheme}, "
-            f"{self.resolved.world_size} processes"
-        )
+        processes = f"{self.resolved.world_size} processes"
+        return f"llm.finetune, {options.recipe_cls_name}, {options.peft_scheme}, {processes}"
 
 
 def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
@@ -140,25 +126,8 @@ def train(resolved: Resolved, progress: bool | None = None) -> TrainResult:
     """
     _require_ready(resolved)
     job = Job(resolved)
-    resolved.output_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(resolved.output_dir / f".{RUN}.lock").acquire(blocking=False):
-            if resolved.options.resume and _has_finished(job):
-                print(
-                    f"{paths.shown(job.run_dir)}: an identical run has finished; it is used. "
-                    "(--no-resume, or resume: false, trains again.)"
-                )
-            else:
-                launch.prepare(
-                    job, fresh=not resolved.options.resume, switch="--no-resume, or resume: false"
-                )
-                _run(job, progress is not False)
-            return _result(job)
-    except Timeout:
-        raise WorkshopError(
-            f"Another process is training in {paths.shown(resolved.output_dir)}. Wait, or set "
-            "another output_dir."
-        ) from None
+    launch.make(job, lambda: _run(job, progress is not False), not resolved.options.resume)
+    return _result(job)
 
 
 def _require_ready(resolved: Resolved) -> None:
@@ -180,68 +149,28 @@ def _require_ready(resolved: Resolved) -> None:
     require_whole_batch(load_prepared(resolved.data_dir), resolved.global_batch_size)
 
 
-def _has_finished(job: Job) -> bool:
-    record = run_record.read(job)
-    return (
-        record.get("fingerprint") == job.fingerprint()
-        and record.get("status") == run_record.FINISHED
-    )
-
-
 def _run(job: Job, progress: bool) -> None:
-    """Run the job in a process of its own, and write down how it ended."""
-    options = job.resolved.options
-    asked = job.record.with_name("job.json")
-    paths.write_text(
-        asked,
-        json.dumps(
-            dataclasses.asdict(options)
-            | {
-                "output_dir": str(job.resolved.output_dir),
-                "nemo_ckpt_dir": str(job.resolved.nemo_ckpt_dir),
-                "data_dir": str(job.resolved.data_dir),
-            },
-            indent=2,
-        ),
-    )
+    """``python -m`` of this module on the options and the places, as JSON."""
+    options, asked = job.resolved.options, job.record.with_name("job.json")
+    places = {name: str(getattr(job.resolved, name)) for name in _PLACES}
+    paths.write_text(asked, json.dumps(dataclasses.asdict(options) | places, indent=2))
     environment = training_environment(job.run_dir, options.gpus_per_node) | {
-        "WORKSHOP_EVENTS": str(job.events),
+        "WORKSHOP_DEVICE": job.device,
         "PL_GLOBAL_SEED": str(options.seed),
         "NEMORUN_HOME": str(asked.with_name("nemo_run")),
-        "PATH": os.pathsep.join(
-            [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
-        ),
+        # NeMo-Run starts the `torchrun` that it finds first.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     if options.use_wandb:
-        off = {
-            "WANDB_MODE": "disabled",
-            "WANDB_DISABLED": "true",
-        }.items()  # our defaults; WANDB_MODE=offline of a person stays
+        # Our defaults; WANDB_MODE=offline of a person stays.
+        off = {"WANDB_MODE": "disabled", "WANDB_DISABLED": "true"}.items()
         environment = dict(environment.items() - off)
     if options.enable_pytorch_profiler:
         (job.run_dir / TRACE).mkdir(exist_ok=True)  # NeMo asks for it
-    if job.device == "cpu":
-        environment["WORKSHOP_DEVICE"] = "cpu"
-    began = time.monotonic()
-    record = run_record.begin(job)
-    try:
-        command = [sys.executable, "-m", "workshop_utils.training.recipe.job", str(asked)]
-        status = launch.run_logged(command, environment, job.log, job.events if progress else None)
-    except KeyboardInterrupt:
-        run_record.end(job, record, run_record.INTERRUPTED, time.monotonic() - began, None)
-        print(launch.stopped(job.run_dir))
-        raise
-    cause = _cause(job.log) if status else None
-    run_record.end(
-        job,
-        record,
-        run_record.FAILED if status else run_record.FINISHED,
-        time.monotonic() - began,
-        status,
-        cause,
+    command = [sys.executable, "-m", "workshop_utils.training.recipe.job", str(asked)]
+    launch.run_recorded(
+        job, command, environment, progress, lambda status: _cause(job.log) if status else None
     )
-    if cause:
-        raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(job.log)}")
     for line in mismatches(job.log):
         print(f"note: {line}", file=sys.stderr)
 
@@ -257,23 +186,18 @@ def _cause(log: Path) -> str:
 def mismatches(log: Path) -> list[str]:
     """What NeMo said in ``log`` about names of weights that the checkpoint or the model lacks; each
     line once."""
-    found = re.findall(
-        r"(?:Missing|Unexpected) keys \(for [^)]*\): .*", log.read_text(errors="replace")
-    )
-    return list(dict.fromkeys(found))
+    said = r"(?:Missing|Unexpected) keys \(for [^)]*\): .*"
+    return list(dict.fromkeys(re.findall(said, log.read_text(errors="replace"))))
 
 
 def _result(job: Job) -> TrainResult:
-    events = read_events(job.events)
-    steps = max((event["step"] for event in events if event["event"] == "step"), default=0)
-    best = choose_checkpoint.choose(job.run_dir, "best")
+    events, steps = read_events(job.events), last_step(job.events)
+    losses = [event["loss"] for event in events if event["event"] == "validation"]
     return TrainResult(
         run_dir=job.run_dir,
-        best=best,
+        best=choose_checkpoint.choose(job.run_dir, "best"),
         last=choose_checkpoint.choose(job.run_dir, "last"),
-        val_loss=min(
-            (event["loss"] for event in events if event["event"] == "validation"), default=None
-        ),
+        val_loss=min(losses, default=None),
         steps=steps,
         stopped_early=steps < job.resolved.options.max_steps,
         seconds=run_record.read(job)["seconds"],
@@ -286,12 +210,8 @@ def _experiment(resolved: Resolved) -> int:
     import nemo_run as run
     from torchx.specs import AppState
 
-    from workshop_utils.training.recipe.build import finetune_recipe
-
-    recipe = finetune_recipe(resolved)
-    executor = run.LocalExecutor(
-        ntasks_per_node=resolved.options.gpus_per_node, launcher="torchrun"
-    )
+    recipe, processes = finetune_recipe(resolved), resolved.options.gpus_per_node
+    executor = run.LocalExecutor(ntasks_per_node=processes, launcher="torchrun")
     with run.Experiment("recipe") as experiment:
         experiment.add(recipe, executor=executor, name="train")
         experiment.run(sequential=True, tail_logs=True)
@@ -300,11 +220,5 @@ def _experiment(resolved: Resolved) -> int:
 
 
 if __name__ == "__main__":
-    from workshop_utils.training.recipe.options import from_mapping
-    from workshop_utils.training.recipe.plan import resolve
-
-    sys.exit(
-        _experiment(
-            resolve(from_mapping(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
-        )
-    )
+    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    sys.exit(_experiment(resolve(from_mapping(asked))))

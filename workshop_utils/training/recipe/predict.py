@@ -28,9 +28,9 @@ from workshop_utils.core.errors import NotACheckpoint, WorkshopError
 from workshop_utils.core.hashing import sha256
 from workshop_utils.core.progress import progress_bar
 from workshop_utils.inference import metrics, nemo2_engine
+from workshop_utils.inference.sampling import Sampling
 from workshop_utils.runtime.processes import run_job
 from workshop_utils.training.recipe import choose_checkpoint
-from workshop_utils.training.recipe.plan import of_options
 
 if TYPE_CHECKING:
     from workshop_utils.training.recipe.plan import Resolved
@@ -57,9 +57,8 @@ class Predictions:
     @property
     def speed(self) -> str:
         """Tokens a second in words; nothing where that is not known."""
-        return (
-            f", {self.tokens / self.seconds:.0f} tokens/s" if self.tokens and self.seconds else ""
-        )
+        known = self.tokens and self.seconds
+        return f", {self.tokens / self.seconds:.0f} tokens/s" if known else ""
 
 
 @dataclass(frozen=True)
@@ -78,38 +77,27 @@ class TestReport:
 
     def __str__(self) -> str:
         lines = [f"checkpoint: {paths.shown(self.checkpoint)}"]
-        for name, one in ((BASE, self.base), ("tuned", self.tuned)):
-            if one:
-                lines.append(f"{name}: {paths.shown(one.file)}{one.speed}")
-                lines += [f"  row {row + 1} refused: {why}" for row, why in one.refused.items()]
+        for name, answers in ((BASE, self.base), ("tuned", self.tuned)):
+            if answers:
+                lines.append(f"{name}: {paths.shown(answers.file)}{answers.speed}")
+                lines += [f"  row {row + 1} refused: {why}" for row, why in answers.refused.items()]
         if self.comparison:
             return "\n".join([*lines, "", str(self.comparison)])
         width = max(map(len, self.metrics))
-        return "\n".join(
-            [
-                *lines,
-                "",
-                *(f"{name.ljust(width)}  {value}" for name, value in self.metrics.items()),
-                f"{self.rows} rows",
-            ]
-        )
+        means = [f"{name.ljust(width)}  {value}" for name, value in self.metrics.items()]
+        return "\n".join([*lines, "", *means, f"{self.rows} rows"])
 
 
 def test(
     resolved: Resolved, checkpoint: Path | str | None = None, progress: bool = True
 ) -> TestReport:
-    """Answer up to ``max_samples`` test rows with the chosen checkpoint and, with ``compare_base``,
-    with the base; measure both.
-
-    Args:
-        resolved: see :func:`workshop_utils.training.recipe.plan.resolve`.
-        checkpoint: best, last, or a directory; by default the option ``checkpoint``.
+    """Answer up to ``max_samples`` test rows with ``checkpoint`` (best, last, or a directory; by
+    default the option) and, with ``compare_base``, with the base; measure both.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it or its base is unsafe or damaged.
         DataError: the test file is missing or has an unusable row.
         GenerationFailed: NeMo failed; with what it wrote last.
-        WorkshopError: two options contradict each other.
     """
     options = resolved.options
     chosen = choose_checkpoint.choose(resolved.run_dir, str(checkpoint or options.checkpoint))
@@ -121,108 +109,81 @@ def test(
             f"{paths.shown(base)} (nemo_ckpt_dir) is no NeMo 2.0 checkpoint, and the tuned model "
             "is to be compared with it. Import the base, or switch compare_base off."
         )
-    sampling, limits = of_options(options)
+
     folder = resolved.output_dir / "predictions"
 
-    def answered(one: Path, name: str, its_base: Path | None = None) -> Predictions:
-        """The predictions file of the checkpoint ``one``."""
-        file, engine = folder / f"{name}.jsonl", options.inference_engine
-        return predict(one, rows, file, sampling, limits, engine, options.trust, progress, its_base)
+    def answered(model: Path, name: str, its_base: Path | None = None) -> Predictions:
+        file, engine = folder / f"{name}.jsonl", (*resolved.engine(), options.inference_engine)
+        where = (its_base, resolved.device)
+        return predict(model, rows, file, *engine, options.trust, progress, *where)
 
     before = answered(base, BASE) if base else None
     after = answered(chosen, chosen.name, own)
-    labels = [label for _, label in rows]
-    model = options.bertscore_model
-    comparison = (
-        metrics.compare(before.predictions, after.predictions, labels, model) if before else None
-    )
-    means = (
-        comparison.tuned
-        if comparison
-        else metrics.means(metrics.measure(after.predictions, labels, model))
-    )
-    return TestReport(chosen, len(rows), after, before, means, comparison)
+    labels, model = [label for _, label in rows], options.bertscore_model
+    if before:
+        comparison = metrics.compare(before.predictions, after.predictions, labels, model)
+        return TestReport(chosen, len(rows), after, before, comparison.tuned, comparison)
+    means = metrics.means(metrics.measure(after.predictions, labels, model))
+    return TestReport(chosen, len(rows), after, None, means, None)
 
 
 def read_test_rows(file: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Prompt and label of the rows of ``file``, from its start. Rows are ``{"input", "output"}``,
-    as the data phase writes them.
-
-    Raises:
-        DataError: the file is missing, or a row is not what it should be.
-    """
-    rows = chat_data.read_rows(file)[:limit]
-    return [
-        (chat_data.prompt_turns(row["messages"])[-1]["content"], row["messages"][-1]["content"])
-        for row in rows
-    ]
+    """Prompt and label of the first rows of ``file``: ``{"input", "output"}``, as the data phase
+    writes them. Raises DataError for a missing file or an unusable row."""
+    turns = [row["messages"] for row in chat_data.read_rows(file)[:limit]]
+    return [(chat_data.prompt_turns(one)[-1]["content"], one[-1]["content"]) for one in turns]
 
 
 def predict(
     checkpoint: Path,
     rows: Sequence[tuple[str, str]],
     file: Path,
-    sampling: nemo2_engine.Sampling,
-    limits: nemo2_engine.Limits,
+    sampling: Sampling,
+    limits: nemo2_engine.EngineLimits,
     engine: str = "dynamic",
     trust: bool = False,
     progress: bool = True,
     base: Path | None = None,
+    device: str | None = None,
 ) -> Predictions:
     """Answer ``rows`` (prompt, label) with a NeMo 2.0 checkpoint, in a process of its own, and
-    write ``file``.
+    write ``file``. ``base`` takes the place of the one that an adapter names.
 
-    ``base`` takes the place of the one that an adapter names.
-
-    Raises: as :func:`test`.
+    Raises: as :func:`test`, and WorkshopError for an unknown engine or an impossible sampling.
     """
     if engine not in nemo2_engine.ENGINES:
         raise WorkshopError(
             f"inference_engine is {engine!r}; it is one of {', '.join(nemo2_engine.ENGINES)}."
         )
+    nemo2_engine.check(sampling, limits)
     require_sound(checkpoint, trust, (Kind.NEMO2, Kind.NEMO2_ADAPTER))
     base = base or nemo2_engine.base_of(checkpoint)
-    mark = _fingerprint(checkpoint, base, rows, sampling, limits, engine)
+    weights = [nemo2.contents_of(path) for path in (checkpoint, base) if path]
+    made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
+    mark = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
     if done := _finished(file, mark):
         return Predictions(file, checkpoint, *done)
-    partial = file.with_name(f".{file.name}.partial")
+    partial, speed = file.with_name(f".{file.name}.partial"), {}
     known = _resume(partial, mark)
-    left = [row for row in range(len(rows)) if row not in known]
-    speed = (
-        _answer(checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress)
-        if left
-        else {}
-    )
-    known = _resume(partial, mark)
-    _write(file, mark, rows, known)
+    if left := [row for row in range(len(rows)) if row not in known]:
+        job = {"checkpoint": str(checkpoint.resolve()), "base": base and str(base), "trust": trust}
+        job |= {"engine": engine, "sampling": asdict(sampling), "limits": asdict(limits)}
+        job |= {"device": device, "answers": str(partial.resolve())}
+        # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has
+        # never seen them.
+        job["rows"] = [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left]
+        with _bar(partial, len(rows), checkpoint.name, progress):
+            speed = _answer(job, checkpoint)
+        speed = speed if len(left) == len(rows) else {}
+    _write(file, mark, rows, _resume(partial, mark))
     partial.unlink()
-    predictions, refused = _finished(file, mark)
-    return Predictions(
-        file, checkpoint, predictions, refused, **(speed if len(left) == len(rows) else {})
-    )
+    return Predictions(file, checkpoint, *_finished(file, mark), **speed)
 
 
-def _answer(
-    checkpoint, base, rows, left, partial, sampling, limits, engine, trust, progress
-) -> dict[str, float]:
-    # NeMo's data module takes the spaces at both ends of a prompt away, too: the model has never
-    # seen them.
-    with (
-        tempfile.TemporaryDirectory(prefix="workshop-recipe-") as name,
-        _bar(partial, len(rows), checkpoint.name, progress),
-    ):
-        job = {
-            "checkpoint": str(checkpoint.resolve()),
-            "engine": engine,
-            "sampling": asdict(sampling),
-            "limits": asdict(limits),
-            "trust": trust,
-            "base": base and str(base),
-            "answers": str(partial.resolve()),
-            "rows": [{"row": row, "prompt": rows[row][0].strip(" ")} for row in left],
-        }
-        run_job(nemo2_engine.__name__, Path(name), job, checkpoint)
-        return json.loads((Path(name) / "speed.json").read_text())
+def _answer(job: dict, checkpoint: Path) -> dict[str, float]:
+    with tempfile.TemporaryDirectory(prefix="workshop-recipe-") as folder:
+        run_job(nemo2_engine.__name__, Path(folder), job, checkpoint)
+        return json.loads((Path(folder) / "speed.json").read_text())
 
 
 def _write(
@@ -232,15 +193,11 @@ def _write(
     it they are not used again."""
     lines = []
     for row, (prompt, label) in enumerate(rows):
-        answer = answers[row]
-        line = {"input": prompt, "label": label, "prediction": answer["text"].strip()}
-        lines.append(
-            json.dumps(
-                line | ({"refused": answer["refused"]} if answer["refused"] else {}),
-                ensure_ascii=False,
-            )
-        )
-    paths.write_text(file, "\n".join(lines) + "\n")
+        text, refused = answers[row]["text"], answers[row]["refused"]
+        line = {"input": prompt, "label": label, "prediction": text.strip()}
+        line |= {"refused": refused} if refused else {}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    paths.write_text(file, "".join(lines))
     paths.write_text(_record(file), json.dumps({"made_from": mark, "sha256": sha256(file)}) + "\n")
 
 
@@ -254,9 +211,8 @@ def _finished(file: Path, mark: str) -> tuple[tuple[str, ...], dict[int, str]] |
     except (FileNotFoundError, ValueError):
         return None
     lines = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
-    return tuple(line["prediction"] for line in lines), {
-        row: line["refused"] for row, line in enumerate(lines) if "refused" in line
-    }
+    refused = {row: line["refused"] for row, line in enumerate(lines) if "refused" in line}
+    return tuple(line["prediction"] for line in lines), refused
 
 
 def _resume(partial: Path, mark: str) -> dict[int, dict]:
@@ -275,13 +231,6 @@ def _resume(partial: Path, mark: str) -> dict[int, dict]:
     return {answer["request"]: answer for answer in map(json.loads, whole)}
 
 
-def _fingerprint(checkpoint: Path, base: Path | None, rows, sampling, limits, engine) -> str:
-    """Of everything that decides the answers."""
-    weights = [nemo2.contents_of(one) for one in (checkpoint, base) if one]
-    made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
 def _record(file: Path) -> Path:
     return file.with_name(f".{file.name}.made_from")
 
@@ -292,21 +241,17 @@ def _bar(partial: Path, total: int, name: str, progress: bool) -> Iterator[None]
     if not progress:
         yield
         return
-    stop = threading.Event()
-    with progress_bar(
-        total=total, desc=f"{name}: loading NeMo", unit="row", dynamic_ncols=True
-    ) as bar:
+    stop, form = threading.Event(), {"unit": "row", "dynamic_ncols": True}
+    with progress_bar(total=total, desc=f"{name}: loading NeMo", **form) as bar:
 
         def follow() -> None:
-            """Move the bar until the work is done."""
-            while True:
+            ended = False
+            while not ended:
                 ended = stop.wait(0.5)
                 seen = partial.read_bytes().count(b"\n") - 1
                 if seen > bar.n:
                     bar.set_description(name, refresh=False)
                     bar.update(seen - bar.n)
-                if ended:
-                    return
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

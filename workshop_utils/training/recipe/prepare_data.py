@@ -20,7 +20,7 @@ statistics, and each file's hash. The rows are used again only while all of it i
 import contextlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ from workshop_utils.core.hashing import sha256
 from workshop_utils.training import data_check
 from workshop_utils.training.recipe import dataset_sources, splits, waiting
 from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
-from workshop_utils.training.recipe.row_conversion import COLUMNS, Conversion
+from workshop_utils.training.recipe.row_conversion import COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,45 +90,32 @@ class Prepared:
     reused: bool = False
 
     def __str__(self) -> str:
-        lines = [
-            (
-                f"{paths.shown(self.directory)}: {self.source_rows:,} rows "
-                f"read{' earlier; nothing has changed since' if self.reused else ''}"
-            )
-        ]
-        for name, found in self.statistics.items():
-            tokens = (
-                f"; {found.mean_tokens:.0f} tokens a row, longest {found.max_tokens:,}"
-                if found.max_tokens
-                else ""
-            )
-            of = (
-                f" (of a sample of {found.sampled:,})"
-                if found.sampled and found.sampled < found.rows
-                else ""
-            )
-            lines.append(f"  {name}: {found.rows:,} rows{tokens}{of}")
-            if found.truncated:
-                cut = f", {found.answers_cut:,} of them in the answer" if found.answers_cut else ""
+        earlier = " earlier; nothing has changed since" if self.reused else ""
+        lines = [f"{paths.shown(self.directory)}: {self.source_rows:,} rows read{earlier}"]
+        for name, split in self.statistics.items():
+            lines.append(f"  {name}: {split.rows:,} rows")
+            if split.max_tokens:
+                longest = f"longest {split.max_tokens:,}"
+                lines[-1] += f"; {split.mean_tokens:.0f} tokens a row, {longest}"
+            if split.sampled and split.sampled < split.rows:
+                lines[-1] += f" (of a sample of {split.sampled:,})"
+            if split.truncated:
+                cut = f", {split.answers_cut:,} of them in the answer" if split.answers_cut else ""
                 lines.append(
-                    f"    {found.truncated:,} rows are longer than max_seq_length "
+                    f"    {split.truncated:,} rows are longer than max_seq_length "
                     f"{self.max_seq_length:,} and will be cut{cut}"
                 )
-        lines += [
-            f"  left out: {count:,} rows because {_REASONS[reason]}"
-            for reason, count in self.left_out.items()
-            if count
-        ]
+        for reason, count in self.left_out.items():
+            if count:
+                lines.append(f"  left out: {count:,} rows because {_REASONS[reason]}")
         if self.repeated:
-            lines.append(
-                f"  {self.repeated:,} rows share their input with another row"
-                + ("" if self.leaks else "; all of them are in training")
-            )
-        lines += [
-            f"  dropped: {count:,} {name} rows whose input stands in an earlier split"
-            for name, count in self.leaks.items()
-            if count
-        ]
+            training = "" if self.leaks else "; all of them are in training"
+            lines.append(f"  {self.repeated:,} rows share their input with another row{training}")
+        for name, count in self.leaks.items():
+            if count:
+                lines.append(
+                    f"  dropped: {count:,} {name} rows whose input stands in an earlier split"
+                )
         return "\n".join(lines)
 
 
@@ -149,53 +136,54 @@ def prepare(
     ``timeout`` seconds.
 
     Raises:
-        DataError: a column is missing, a row is wrong, a split would be empty, rows need a chat
-            template and there is none.
+        DataError: of data, templates or converter; nothing of an earlier preparation has changed.
         FetchError: the Hub cannot be reached.
         OutputExists: ``data_dir`` holds other things; nothing was replaced.
         WaitedTooLong: another process is still at it.
     """
-    data_dir = Path(data_dir)
-    tokenizer_dir = _tokenizer_dir(tokenizer_dir)
+    data_dir, tokenizer_dir = Path(data_dir), _tokenizer_dir(tokenizer_dir)
     with waiting.alone_on(data_dir, f"preparing {config.dataset_name}", timeout):
         _require_ours(data_dir)
         source = dataset_sources.find(config)
         key = _key(config, source.revision, tokenizer_dir, max_seq_length)
-        if found := _cached(data_dir, key):
-            return found
+        marker = _read_marker(data_dir)
+        if marker and marker["key"] == key:
+            with contextlib.suppress(DataError):  # a file was changed or deleted
+                return load_prepared(data_dir)
         waiting.remove_leftovers(data_dir)
         with (
             _progress_bars(progress),
             paths.new_directory(data_dir) as part,
             tempfile.TemporaryDirectory(prefix="workshop-data-") as scratch,
         ):
-            return _write(
-                config, source, part, data_dir, Path(scratch), tokenizer_dir, max_seq_length, key
-            )
+            marker = _write(config, source, part, Path(scratch), tokenizer_dir, max_seq_length)
+            (part / MARKER).write_text(json.dumps({"key": key} | marker, indent=1), "utf-8")
+        return _prepared(data_dir, marker, reused=False)
 
 
 def load_prepared(data_dir: Path) -> Prepared:
     """What :func:`prepare` made in ``data_dir``. Raises :class:`DataError` when it made nothing
     there, or a file has changed since."""
     data_dir = Path(data_dir)
-    marker = _read_marker(data_dir)
-    if marker is None:
+    if (marker := _read_marker(data_dir)) is None:
         raise DataError(
             f"{paths.shown(data_dir)} holds no prepared data ({MARKER} is missing). Run "
             "`workshop recipe data` first."
         )
-    for name, wanted in marker["files"].items():
+    for name, digest in marker["files"].items():
         file = data_dir / name
-        if not file.is_file() or sha256(file) != wanted:
+        if not file.is_file() or sha256(file) != digest:
             raise DataError(
                 f"{paths.shown(file)} is missing or has changed since it was prepared. Run "
                 "`workshop recipe data` again; it is made anew."
             )
-    found = marker["prepared"]
-    found["statistics"] = {
-        name: SplitStatistics(**one) for name, one in found["statistics"].items()
-    }
-    return Prepared(directory=data_dir, reused=True, **found)
+    return _prepared(data_dir, marker, reused=True)
+
+
+def _prepared(data_dir: Path, marker: dict[str, Any], reused: bool) -> Prepared:
+    about = marker["prepared"]
+    statistics = {name: SplitStatistics(**split) for name, split in about["statistics"].items()}
+    return Prepared(directory=data_dir, reused=reused, **about | {"statistics": statistics})
 
 
 def require_whole_batch(prepared: Prepared, global_batch_size: int) -> None:
@@ -214,35 +202,19 @@ def require_whole_batch(prepared: Prepared, global_batch_size: int) -> None:
         )
 
 
-def _cached(data_dir: Path, key: Mapping[str, Any]) -> Prepared | None:
-    marker = _read_marker(data_dir)
-    if marker is None or marker["key"] != key:
-        return None
-    try:
-        return load_prepared(data_dir)
-    except DataError:  # a file was changed or deleted
-        return None
-
-
 def _read_marker(data_dir: Path) -> dict[str, Any] | None:
     try:
         marker = json.loads((data_dir / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return (
-        marker
-        if isinstance(marker, dict) and {"key", "files", "prepared"} <= marker.keys()
-        else None
-    )
+    whole = isinstance(marker, dict) and {"key", "files", "prepared"} <= marker.keys()
+    return marker if whole else None
 
 
 def _require_ours(data_dir: Path) -> None:
     """The directory will be replaced: it has to be ours, or empty."""
-    if (
-        data_dir.exists()
-        and not (data_dir / MARKER).is_file()
-        and (not data_dir.is_dir() or any(data_dir.iterdir()))
-    ):
+    ours = not data_dir.exists() or (data_dir / MARKER).is_file()
+    if not ours and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise OutputExists(
             f"{paths.shown(data_dir)} holds something that was not prepared by this command. "
             "Nothing was replaced. Set data_dir to another directory."
@@ -254,103 +226,71 @@ def _key(
 ) -> dict[str, Any]:
     """Everything that shapes the rows and their statistics, as it looks after a round trip through
     JSON."""
-    tokenizer = (
-        {
-            name: sha256(tokenizer_dir / name)
-            for name in _TOKENIZER_FILES
-            if (tokenizer_dir / name).is_file()
-        }
-        if tokenizer_dir
-        else None
-    )
-    whole = config.describe() | {
-        "format": _FORMAT,
-        "revision": revision,
-        "tokenizer": tokenizer,
-        "max_seq_length": max_seq_length,
-    }
-    return json.loads(json.dumps(whole, default=str))
+    files = [tokenizer_dir / name for name in _TOKENIZER_FILES] if tokenizer_dir else []
+    tokenizer = {file.name: sha256(file) for file in files if file.is_file()}
+    source = {"format": _FORMAT, "revision": revision}
+    texts = {"tokenizer": tokenizer, "max_seq_length": max_seq_length}
+    return json.loads(json.dumps(config.describe() | source | texts, default=str))
 
 
 def _tokenizer_dir(given: Path | None) -> Path | None:
     if given is None:
         return None
     inside = Path(given) / "context" / "nemo_tokenizer"
-    found = inside if inside.is_dir() else Path(given)
-    if not (found / "tokenizer.json").is_file():
+    folder = inside if inside.is_dir() else Path(given)
+    if not (folder / "tokenizer.json").is_file():
         raise DataError(
-            f"{paths.shown(found)} has no tokenizer.json: give the directory of a tokenizer or "
+            f"{paths.shown(folder)} has no tokenizer.json: give the directory of a tokenizer or "
             "of a NeMo 2.0 checkpoint."
         )
-    return found
+    return folder
 
 
 def _write(
     config: HFDatasetConfig,
     source: dataset_sources.Source,
     part: Path,
-    data_dir: Path,
     scratch: Path,
     tokenizer_dir: Path | None,
     max_seq_length: int,
-    key: Mapping[str, Any],
-) -> Prepared:
+) -> dict[str, Any]:
+    """The three files, in ``part``; returns what the marker holds beside the key."""
     from datasets import concatenate_datasets
 
     loaded = source.load(scratch)
-    convert = Conversion(config, loaded[0].column_names, tokenizer_dir)
+    convert = config.conversion(loaded[0].column_names, tokenizer_dir)
     converted = [
-        _convert(one, convert, config.num_proc, scratch / f"{number}.arrow")
-        for number, one in enumerate(loaded)
+        _convert(rows, convert, config.num_proc, scratch / f"{number}.arrow")
+        for number, rows in enumerate(loaded)
     ]
-    reasons = [reason for one in converted for reason in one["reason"]]
+    reasons = [reason for rows in converted for reason in rows["reason"]]
     kept = [
-        one.select([row for row, reason in enumerate(one["reason"]) if not reason])
-        for one in converted
+        rows.select([row for row, reason in enumerate(rows["reason"]) if not reason])
+        for rows in converted
     ]
     left_out = {reason: reasons.count(reason) for reason in _REASONS}
-    if not sum(len(one) for one in kept):
-        raise DataError(
-            f"{config.dataset_name}: no row is left: "
-            + "; ".join(
-                f"{count:,} because {_REASONS[name]}" for name, count in left_out.items() if count
-            )
-            + "."
-        )
+    if not any(map(len, kept)):
+        counts = [
+            f"{count:,} because {_REASONS[name]}" for name, count in left_out.items() if count
+        ]
+        raise DataError(f"{config.dataset_name}: no row is left: {'; '.join(counts)}.")
     if config.own_splits():
-        division = splits.keep([one["key"] for one in kept])
+        division = splits.keep([rows["key"] for rows in kept])
     else:
-        division = splits.divide(
-            kept[0]["key"], config.train_split_ratio, config.val_test_split_ratio, config.seed
-        )
-    rows = concatenate_datasets(kept)
-    for name, positions in division.rows.items():
-        _write_rows(part / f"{name}.jsonl", rows.select(positions))
+        ratios = (config.train_split_ratio, config.val_test_split_ratio)
+        division = splits.divide(kept[0]["key"], *ratios, config.seed)
+    rows, statistics, files = concatenate_datasets(kept), {}, {}
     between = _between(set(rows["ends"]), config.dataset_name)
-    found = {
-        "statistics": {
-            name: _statistics(
-                part / f"{name}.jsonl", len(positions), between, tokenizer_dir, max_seq_length
-            )
-            for name, positions in division.rows.items()
-        },
-        "source_rows": sum(len(one) for one in loaded),
-        "left_out": left_out,
-        "repeated": division.repeated,
-        "leaks": division.dropped,
-        "prompt_template": between,
-        "max_seq_length": max_seq_length,
-        "revision": source.revision,
-    }
-    files = {f"{name}.jsonl": sha256(part / f"{name}.jsonl") for name in splits.NAMES}
-    kept_statistics = found | {
-        "statistics": {name: asdict(one) for name, one in found["statistics"].items()}
-    }
-    (part / MARKER).write_text(
-        json.dumps({"key": key, "files": files, "prepared": kept_statistics}, indent=1),
-        encoding="utf-8",
-    )
-    return Prepared(directory=data_dir, **found)
+    for name, positions in division.rows.items():
+        file = part / f"{name}.jsonl"
+        with file.open("w", encoding="utf-8") as stream:
+            stream.writelines(_lines(rows.select(positions)))
+        split = _statistics(file, len(positions), between, tokenizer_dir, max_seq_length)
+        statistics[name], files[file.name] = asdict(split), sha256(file)
+    about = {"statistics": statistics, "source_rows": sum(map(len, loaded)), "left_out": left_out}
+    about |= {"repeated": division.repeated, "leaks": division.dropped, "revision": source.revision}
+    about |= {"prompt_template": between, "max_seq_length": max_seq_length}
+    return {"files": files, "prepared": about}
 
 
 def _between(ends: set[str], name: str) -> str:
@@ -366,24 +306,24 @@ def _between(ends: set[str], name: str) -> str:
 
 @contextlib.contextmanager
 def _progress_bars(shown: bool) -> Iterator[None]:
-    """The bars of the ``datasets`` library on or off, and afterwards as they were."""
+    """The bars of the ``datasets`` library off unless ``shown``, and afterwards as they were."""
     import datasets
 
-    were_on = datasets.is_progress_bar_enabled()
-    if not shown:
+    off = datasets.is_progress_bar_enabled() and not shown
+    if off:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if were_on:
+        if off:
             datasets.enable_progress_bars()
 
 
-def _convert(rows: "Dataset", convert: Callable, num_proc: int, made: Path) -> "Dataset":
+def _convert(rows: "Dataset", convert: Callable, num_proc: int, file: Path) -> "Dataset":
     """Every row of ``rows`` converted, in as many processes as are worth starting."""
     import datasets
 
-    processes = max(1, min(num_proc, len(rows) // _ROWS_A_PROCESS))
+    processes = min(num_proc, len(rows) // _ROWS_A_PROCESS)
     return rows.map(
         convert,
         with_indices=True,
@@ -392,14 +332,9 @@ def _convert(rows: "Dataset", convert: Callable, num_proc: int, made: Path) -> "
         desc="preparing rows",
         features=datasets.Features(dict.fromkeys(COLUMNS, datasets.Value("string"))),
         load_from_cache_file=False,
-        cache_file_name=str(made),
+        cache_file_name=str(file),
         new_fingerprint="workshop",
     )
-
-
-def _write_rows(file: Path, rows: "Dataset") -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.writelines(_lines(rows))
 
 
 def _lines(rows: "Dataset") -> Iterator[str]:
@@ -415,13 +350,12 @@ def _statistics(
     if tokenizer_dir is None:
         return SplitStatistics(rows)
     tokenizer = read_tokenizer(tokenizer_dir / "tokenizer.json")
-    counter = SimpleNamespace(
-        count=lambda texts: [
-            len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ]
-    )
+
+    def count(texts: list[str]) -> list[int]:
+        encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(tokens.ids) for tokens in encoded]
+
     rule = data_check.Template(prompt_template, "output", ("input",), max_seq_length, extra=1)
-    found = data_check.count(file, rule, counter)
-    return SplitStatistics(
-        rows, found.sampled, found.mean_tokens, found.longest, found.truncated, found.answers_cut
-    )
+    counted = data_check.count(file, rule, SimpleNamespace(count=count))
+    lengths = (counted.mean_tokens, counted.longest, counted.truncated, counted.answers_cut)
+    return SplitStatistics(rows, counted.sampled, *lengths)

@@ -1,118 +1,114 @@
-"""A row of a data set -> prompt and answer, by templates, by a converter, or by the model's chat
-template."""
+"""A row of a data set -> prompt and answer: by templates, by the user's converter, or by the
+model's chat template."""
 
-from collections.abc import Mapping
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from workshop_utils.core import chat_data
+from workshop_utils.core import chat_data, paths
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError
 from workshop_utils.training.recipe import splits
-from workshop_utils.training.recipe.dataset_config import (
-    ANYTHING,
-    Converter,
-    HFDatasetConfig,
-    last_line,
-)
 from workshop_utils.training.recipe.row_templates import RowTemplate
 
+Converter = Callable[[dict[str, Any]], dict[str, Any] | None]
 COLUMNS = ("input", "output", "key", "reason", "ends")
 """What a row becomes: the two texts, the input's key for finding leaks, why the row is left out,
 and how the prompt ends."""
+ANYTHING = (Exception, SystemExit)
+"""What a converter of the user's may raise: anything, so that nothing narrower would do, and
+``sys.exit(0)`` would end this program as if all were done. None is swallowed: each becomes a
+DataError with the line that raised it. Ctrl-C is not among them."""
 
 
+@dataclass
 class Conversion:
-    """From a row of the data set to prompt and answer; is sent to worker processes.
+    """From a row of the data set to prompt and answer; is sent to worker processes. Raises
+    :class:`DataError` at once when a column is missing, or a chat template is needed and there is
+    none."""
 
-    Raises :class:`DataError` at once when a column is missing or a chat template is needed and
-    there is none.
-    """
+    name: str
+    columns: list[str]
+    tokenizer_dir: Path | None
+    templates: tuple[RowTemplate, RowTemplate] | None
+    mapping: Mapping[str, str]
+    converter: Converter | None
+    converter_name: str
 
-    def __init__(self, config: HFDatasetConfig, columns: list[str], tokenizer_dir: Path | None):
-        self.mapping, self.tokenizer_dir, self.columns = (
-            config.field_mapping,
-            tokenizer_dir,
-            columns,
-        )
-        self.converter: Converter | None = config.converter()
-        self.converter_name = str(config.custom_converter)
-        self.templates: tuple[RowTemplate, RowTemplate] | None = config.templates()
-        self.is_chat = not self.converter and not self.templates and "messages" in columns
-        if self.templates:
-            for template in self.templates:
-                template.columns(self.mapping, columns)
-        elif not self.converter and not self.is_chat and not {"input", "output"} <= set(columns):
+    def __post_init__(self) -> None:
+        plain = not self.converter and not self.templates
+        self.is_chat = plain and "messages" in self.columns
+        for template in self.templates or ():
+            template.require_columns(self.mapping, self.columns)
+        if plain and not self.is_chat and not {"input", "output"} <= set(self.columns):
             raise DataError(
-                f"{config.dataset_name} has neither `messages` nor `input` and `output`; its "
-                f"columns are {', '.join(columns)}. Give input_template and output_template, or "
-                "a custom_converter."
+                f"{self.name} has neither `messages` nor `input` and `output`; its columns are "
+                f"{', '.join(self.columns)}. Give input_template and output_template, or a "
+                "custom_converter."
             )
-        if self.is_chat and tokenizer_dir is None:
+        if self.is_chat and self.tokenizer_dir is None:
             raise DataError(
-                f"{config.dataset_name} holds conversations (`messages`): give the tokenizer, "
-                "whose chat template renders them (`workshop recipe import` first)."
+                f"{self.name} holds conversations (`messages`): give the tokenizer, whose chat "
+                "template renders them (`workshop recipe import` first)."
             )
-        self._tokenizer: ChatTokenizer | None = (
-            ChatTokenizer(tokenizer_dir) if self.is_chat else None
-        )
+        self._tokenizer = ChatTokenizer(self.tokenizer_dir) if self.is_chat else None
 
     def __getstate__(self) -> dict[str, Any]:
         # The tokenizer is read again in each worker: the templates it compiled cannot be sent.
         return self.__dict__ | {"_tokenizer": None}
 
     def __call__(self, row: dict[str, Any], position: int) -> dict[str, str]:
-        """``input``, ``output``, the ``key`` of the input, the ``reason`` to leave the row out, or
-        "", and how the prompt ``ends``."""
-        where = f"row {position + 1}"
-        found, reason = self._texts(row, where)
-        if found is None:
+        """:data:`COLUMNS` of a row; ``reason`` is "" for one that is kept."""
+        texts, reason = self._texts(row, f"row {position + 1}")
+        if texts is None:
             return dict.fromkeys(COLUMNS, "") | {"reason": reason}
-        prompt, answer, ends = found
+        prompt, answer, ends = texts
         if not ends and prompt[-1:].isspace() and not prompt.endswith(" "):
             ends = "new line"
-        return {
-            "input": prompt,
-            "output": answer,
-            "key": splits.key(prompt),
-            "reason": "" if answer.strip() else "empty",
-            "ends": ends,
-        }
+        reason = "" if answer.strip() else "empty"
+        values = (prompt, answer, splits.key(prompt), reason, ends)
+        return dict(zip(COLUMNS, values, strict=True))
 
     def _texts(self, row: dict[str, Any], where: str) -> tuple[tuple[str, str, str] | None, str]:
+        """Prompt, answer, and "chat" where a chat template made them; or why there are none."""
         if self.converter:
-            made = self._converted(row, where)
-            return (None, "converter") if made is None else (made, "")
+            return self._converted(row, where), "converter"
         if self.is_chat:
-            return (
-                (None, "null")
-                if row["messages"] is None
-                else (self._chat(row["messages"], where), "")
-            )
+            messages = row["messages"]
+            return None if messages is None else self._chat(messages, where), "null"
         if self.templates:
-            texts = tuple(template.render(row, self.mapping) for template in self.templates)
+            texts = [template.render(row, self.mapping) for template in self.templates]
         else:
-            texts = row["input"], row["output"]
-        return (None, "null") if None in texts else (_require_texts(texts, where), "")
+            texts = [row["input"], row["output"]]
+        return None if None in texts else _require_texts(texts, where), "null"
 
     def _converted(self, row: dict[str, Any], where: str) -> tuple[str, str, str] | None:
         try:
-            made = self.converter(dict(row))
+            answer = self.converter(dict(row))
         except ANYTHING as error:
             raise DataError(
-                f"{where}: {self.converter_name} failed: {last_line(error)}. The row has "
+                f"{where}: {self.converter_name} failed: {_last_line(error)}. The row has "
                 f"{', '.join(self.columns)}."
             ) from error
-        if made is None:
+        if answer is None:
             return None
-        if isinstance(made, Mapping) and "messages" in made:
-            return self._chat(made["messages"], where)
-        if not isinstance(made, Mapping) or not {"input", "output"} <= made.keys():
+        if isinstance(answer, Mapping) and "messages" in answer:
+            return self._chat(answer["messages"], where)
+        if not isinstance(answer, Mapping) or not {"input", "output"} <= answer.keys():
             raise DataError(
-                f"{where}: {self.converter_name} returned {made!r:.80}; it has to return "
+                f"{where}: {self.converter_name} returned {answer!r:.80}; it has to return "
                 "{'input': ..., 'output': ...}, {'messages': [...]} or None."
             )
-        return _require_texts((made["input"], made["output"]), where)
+        return _require_texts([answer["input"], answer["output"]], where)
 
     def _chat(self, messages: list[dict[str, Any]], where: str) -> tuple[str, str, str]:
         if self._tokenizer is None:
@@ -131,8 +127,93 @@ class Conversion:
         return chat_data.render_prompt(self._tokenizer, turns), turns[-1]["content"].strip(), "chat"
 
 
-def _require_texts(texts: tuple[Any, Any], where: str) -> tuple[str, str, str]:
+def _require_texts(texts: list[Any], where: str) -> tuple[str, str, str]:
     for name, value in zip(("input", "output"), texts, strict=True):
         if not isinstance(value, str):
             raise DataError(f"{where}: {name} is {value!r:.80}, not a text.")
     return *texts, ""
+
+
+def place_of_converter(name: str) -> tuple[str, str]:
+    """File or module, and function, of ``name``. Raises :class:`DataError` when it is written
+    otherwise, or the file is not there."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute.isidentifier():
+        raise DataError(
+            f"custom_converter is {name!r}; write FILE.py:function or package.module:function."
+        )
+    if place.endswith(".py") and not Path(place).is_file():
+        raise DataError(f"custom_converter: {paths.shown(place)} does not exist.")
+    return place, attribute
+
+
+def load_converter(name: str) -> Converter:
+    """The function that ``FILE.py:name`` or ``package.module:name`` names; the current directory is
+    searched for modules, too.
+
+    Its module is run, as any import does. Raises :class:`DataError` when the module or the function
+    cannot be found.
+    """
+    place, attribute = place_of_converter(name)
+    try:
+        module = _module_of_file(Path(place)) if place.endswith(".py") else _module(place)
+    except ANYTHING as error:
+        raise DataError(
+            f"custom_converter: {name} cannot be imported: {_last_line(error)}."
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value))
+        raise DataError(
+            f"custom_converter: {place} has no function {attribute!r}; its functions: "
+            f"{', '.join(known) or 'none'}."
+        )
+    return function
+
+
+def _module_of_file(file: Path) -> ModuleType:
+    # Its own name, so that worker processes find the function again by it.
+    content = str(file.resolve()).encode() + file.read_bytes()
+    name = f"workshop_converter_{hashlib.sha256(content).hexdigest()[:16]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except ANYTHING:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _module(place: str) -> ModuleType:
+    sys.path.insert(0, os.getcwd())
+    try:
+        # A notebook may have changed the file since.
+        known = sys.modules.get(place)
+        return importlib.reload(known) if known else importlib.import_module(place)
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _last_line(error: BaseException) -> str:
+    """What ``error`` of somebody's code says, and where it was raised: "KeyError: 'text' (my.py,
+    line 7)"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def converter_hash(function: Converter | None) -> str | None:
+    """Changes with the source of ``function``: its code, the values it refers to, and the whole
+    file that it stands in."""
+    if function is None:
+        return None
+    from datasets.fingerprint import Hasher
+
+    digest, source = hashlib.sha256(Hasher.hash(function).encode()), None
+    if inspect.isroutine(function):
+        source = inspect.getsourcefile(inspect.unwrap(function))
+    if source and Path(source).is_file():
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()

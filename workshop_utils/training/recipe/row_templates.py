@@ -7,7 +7,7 @@ below are read wherever the template comes from, any other is an error.
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,15 +26,14 @@ def unescape(text: str, where: str) -> str:
     Raises :class:`DataError` for any other escape; ``where`` begins the message.
     """
 
-    def replaced(found: re.Match) -> str:
-        """The characters that one escape stands for. Raises :class:`DataError` where it is none."""
-        code = found[1]
+    def replaced(escape: re.Match) -> str:
+        code = escape[1]
         if len(code) > 1:
             return chr(int(code[1:], 16))
         if code not in ESCAPES:
             known = " ".join(f"\\{name}" for name in ESCAPES)
             raise DataError(
-                f"{where}: \\{code} at character {found.start() + 1} is no escape. Known are "
+                f"{where}: \\{code} at character {escape.start() + 1} is no escape. Known are "
                 f"{known} \\xNN \\uNNNN; a backslash is written \\\\."
             )
         return ESCAPES[code]
@@ -62,32 +61,30 @@ class RowTemplate:
         """The names in braces, without what stands in brackets."""
         return [field for _, field, _ in self.pieces if field is not None]
 
-    def columns(self, mapping: Mapping[str, str], present: Iterable[str]) -> None:
-        """Check that each field, or the column that ``mapping`` gives it, is among the columns
-        ``present``.
-
-        Raises :class:`DataError` with all columns and the nearest.
-        """
+    def require_columns(self, mapping: Mapping[str, str], present: list[str]) -> None:
+        """Raise :class:`DataError` unless each field, or the column that ``mapping`` gives it, is
+        among the columns ``present``; all of them and the nearest stand in the message."""
         for field in self.fields:
-            require_column(
-                self.where,
-                mapping.get(field, field),
-                list(present),
-                field if field in mapping else None,
-            )
+            column = mapping.get(field, field)
+            if column not in present:
+                mapped = f" (from field_mapping, for {{{field}}})" if field in mapping else ""
+                hint = did_you_mean(nearest(column, present, cutoff=0.5))
+                raise DataError(
+                    f"{self.where}: the data set has no column {column!r}{mapped}.{hint} Its "
+                    f"columns are: {', '.join(present)}. field_mapping gives a field another "
+                    "column."
+                )
 
     def render(self, row: Mapping[str, Any], mapping: Mapping[str, str]) -> str | None:
         """The template with the values of ``row``; None when one of them is null. Raises
         :class:`DataError` for one that is no text or number."""
-        made = []
+        texts = []
         for text, field, keys in self.pieces:
-            made.append(text)
-            if field is not None:
-                value = self._value(row, mapping.get(field, field), keys)
-                if value is None:
-                    return None
-                made.append(value)
-        return "".join(made)
+            value = "" if field is None else self._value(row, mapping.get(field, field), keys)
+            if value is None:
+                return None
+            texts += [text, value]
+        return "".join(texts)
 
     def _value(self, row: Mapping[str, Any], column: str, keys: tuple[str, ...]) -> str | None:
         value, path = row[column], column
@@ -105,9 +102,10 @@ class RowTemplate:
             return value
         if isinstance(value, int | float):
             return str(value)
+        key = next(iter(value), "key") if isinstance(value, dict) else 0
         raise DataError(
             f"{self.where}: {path} is no text but {_short(value)}. Take a value out of it, as in "
-            f"{{{path}[{_first_key(value)}]}}, or give a custom_converter."
+            f"{{{path}[{key}]}}, or give a custom_converter."
         )
 
 
@@ -126,15 +124,16 @@ def parse(template: str, where: str) -> RowTemplate:
         if field is None:
             pieces.append((text, None, ()))
             continue
-        found = _FIELD.fullmatch(field)
-        if not found or form or conversion:
-            raise DataError(
-                f"{where}: "
-                f"{{{field}{'!' + conversion if conversion else ''}{':' + form if form else ''}}} "
-                "is no column. Write {column} or {column[key]}; a brace that is text is "
-                "written {{ or }}."
+        name = _FIELD.fullmatch(field)
+        if not name or form or conversion:
+            written = (
+                field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
             )
-        pieces.append((text, found[1], tuple(re.findall(r"\[([^\[\]]+)\]", found[2]))))
+            raise DataError(
+                f"{where}: {{{written}}} is no column. Write {{column}} or {{column[key]}}; a "
+                "brace that is text is written {{ or }}."
+            )
+        pieces.append((text, name[1], tuple(re.findall(r"\[([^\[\]]+)\]", name[2]))))
     if not any(field for _, field, _ in pieces):
         raise DataError(
             f"{where}: {template!r} names no column in braces: every row would be the same."
@@ -142,25 +141,6 @@ def parse(template: str, where: str) -> RowTemplate:
     return RowTemplate(where, tuple(pieces))
 
 
-def require_column(
-    where: str, column: str, present: list[str], mapped_from: str | None = None
-) -> None:
-    """Raise :class:`DataError` unless ``column`` is among those ``present``; all of them and the
-    nearest stand in the message."""
-    if column in present:
-        return
-    mapped = f" (from field_mapping, for {{{mapped_from}}})" if mapped_from else ""
-    hint = did_you_mean(nearest(column, present, cutoff=0.5))
-    raise DataError(
-        f"{where}: the data set has no column {column!r}{mapped}.{hint} Its columns are: "
-        f"{', '.join(present)}. field_mapping gives a field another column."
-    )
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def _first_key(value: Any) -> Any:
-    return next(iter(value), "key") if isinstance(value, dict) else 0

@@ -38,27 +38,22 @@ def sizes(rows: int, train_ratio: float, test_ratio: float) -> dict[str, int]:
     """
 
     def share(count: int, ratio: float) -> int:
-        """``ratio`` of ``count`` rows, halves rounded up."""
         # As a decimal fraction: 0.9 of 10 rows is 9, where binary floating point may say 8.99...
         return int(count * Fraction(str(ratio)) + Fraction(1, 2))
 
-    def divide(count: int) -> dict[str, int]:
-        """Rows of each split, of ``count`` in all; some may be 0."""
+    def counts(count: int) -> dict[str, int]:
         training = share(count, train_ratio)
         test = share(count - training, test_ratio)
         return dict(zip(NAMES, (training, count - training - test, test), strict=True))
 
-    made = divide(rows)
-    if all(made.values()):
-        return made
-    enough = next(
-        (count for count in range(rows + 1, max(1000, 10 * rows)) if all(divide(count).values())),
-        None,
-    )
+    if all(counts(rows).values()):
+        return counts(rows)
+    more = range(rows + 1, max(1000, 10 * rows))
+    enough = next((count for count in more if all(counts(count).values())), None)
     said = f"{enough} rows would do" if enough else "no number of rows near this one does"
     raise DataError(
         f"{rows} rows with train_split_ratio {train_ratio:g} and val_test_split_ratio "
-        f"{test_ratio:g} make {', '.join(f'{count} {name}' for name, count in made.items())} "
+        f"{test_ratio:g} make {', '.join(f'{n} {name}' for name, n in counts(rows).items())} "
         f"rows: none may be empty. With these ratios {said}; or change the ratios."
     )
 
@@ -73,10 +68,10 @@ def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int
     Raises :class:`DataError` when a split would be empty or too few rows have an input of their
     own.
     """
-    wanted = sizes(len(keys), train_ratio, test_ratio)
-    times = Counter(keys)
-    single = [row for row, one in enumerate(keys) if times[one] == 1]
-    held_out = wanted["validation"] + wanted["test"]
+    _, validation, test = sizes(len(keys), train_ratio, test_ratio).values()
+    times, held_out = Counter(keys), validation + test
+    single = [row for row, key in enumerate(keys) if times[key] == 1]
+    repeated = len(keys) - len(single)
     if len(single) < held_out:
         raise DataError(
             f"validation and test need {held_out} of {len(keys)} rows, but only {len(single)} "
@@ -85,15 +80,11 @@ def divide(keys: Sequence[str], train_ratio: float, test_ratio: float, seed: int
             "row into input_template."
         )
     random.Random(seed).shuffle(single)
-    validation, test = single[: wanted["validation"]], single[wanted["validation"] : held_out]
-    taken = {*validation, *test}
+    taken = set(single[:held_out])
     training = [row for row in range(len(keys)) if row not in taken]
     random.Random(seed).shuffle(training)
-    return Division(
-        dict(zip(NAMES, (training, validation, test), strict=True)),
-        len(keys) - sum(count == 1 for count in times.values()),
-        {},
-    )
+    rows = (training, single[:validation], single[validation:held_out])
+    return Division(dict(zip(NAMES, rows, strict=True)), repeated, {})
 
 
 def keep(parts: Sequence[Sequence[str]]) -> Division:
@@ -107,24 +98,12 @@ def keep(parts: Sequence[Sequence[str]]) -> Division:
     """
     rows, dropped, seen, start = {}, {}, set(), 0
     for name, keys in zip(NAMES, parts, strict=True):
-        clean = [
-            position
-            for position, one in enumerate(keys, start)
-            if name == "training" or one not in seen
-        ]
-        dropped[name] = len(keys) - len(clean)
-        if not clean:
-            raise DataError(
-                f"the split {name} is empty"
-                + (
-                    f": all its {len(keys)} inputs also stand in the splits before it."
-                    if keys
-                    else "."
-                )
-            )
-        rows[name] = clean
+        rows[name] = [row for row, key in enumerate(keys, start) if key not in seen]
+        if not rows[name]:
+            why = f": all its {len(keys)} inputs also stand in the splits before it" if keys else ""
+            raise DataError(f"the split {name} is empty{why}.")
+        dropped[name] = len(keys) - len(rows[name])
         seen.update(keys)
         start += len(keys)
-    together = [one for keys in parts for one in keys]
-    times = Counter(together)
+    times = Counter(key for keys in parts for key in keys)
     return Division(rows, sum(count for count in times.values() if count > 1), dropped)

@@ -1,5 +1,5 @@
-"""One process at a time works on a path; the others wait, say for whom, and give up after a
-timeout.
+"""One process at a time works on a path; the others wait, say for whom (at once, then every
+minute), and give up after a timeout.
 
 The lock is the operating system's (``filelock``), so it ends with the process that holds it,
 however that ended: a killed job never blocks the next. A file beside it says who holds it, for
@@ -36,37 +36,32 @@ def alone_on(target: Path, doing: str, timeout: float) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    target = Path(target)
-    lock = FileLock(target.parent / f".{target.name}.lock")
-    patience = Patience(timeout)
+    target, note = Path(target), _note(Path(target))
+    lock, began = FileLock(target.parent / f".{target.name}.lock"), time.monotonic()
+    where, said = paths.shown(target), -REPEAT
     while True:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=min(PAUSE, timeout), poll_interval=0.05)
             break
         except Timeout:
-            who = holder(target) or "another process"
-            if patience.spent():
+            who, waited = holder(target) or "another process", time.monotonic() - began
+            if waited >= timeout:
                 raise WaitedTooLong(
-                    f"waited {timeout:g} s for {who}, which holds the lock of "
-                    f"{paths.shown(target)}. Let it finish or stop it, then start again; with "
-                    "more time it may be enough to wait longer."
+                    f"waited {timeout:g} s for {who}, which holds the lock of {where}. Let it "
+                    "finish or stop it, then start again; with more time it may be enough to wait "
+                    "longer."
                 ) from None
-            patience.say(f"waiting for {who} to finish with {paths.shown(target)}")
+            if waited - said >= REPEAT:
+                said, left = waited, f"{timeout - waited:.0f} s left"
+                print(f"waiting for {who} to finish with {where}; {left}", file=sys.stderr)
         except OSError as error:
             raise WorkshopError(
-                f"{paths.shown(target)} cannot be made ({error.strerror}: {error.filename}). "
-                "Give another place."
+                f"{where} cannot be made ({error.strerror}: {error.filename}). Give another place."
             ) from None
-    note = _note(target)
     try:
-        mine = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "doing": doing,
-            "since": f"{datetime.now():%H:%M:%S}",
-        }
-        paths.write_text(note, json.dumps(mine))
+        mine = {"pid": os.getpid(), "host": socket.gethostname(), "doing": doing}
+        paths.write_text(note, json.dumps(mine | {"since": f"{datetime.now():%H:%M:%S}"}))
         yield
     finally:
         note.unlink(missing_ok=True)
@@ -83,38 +78,13 @@ def holder(target: Path) -> str | None:
         return None
 
 
-class Patience:
-    """Counts down ``timeout`` seconds, and says what is waited for: at once, then every minute."""
-
-    def __init__(self, timeout: float):
-        self.timeout, self._started, self._said = timeout, time.monotonic(), None
-
-    def spent(self) -> bool:
-        """Whether the time is over."""
-        return time.monotonic() - self._started >= self.timeout
-
-    def say(self, what: str) -> None:
-        """Print ``what`` to standard error, with the time left, unless a line is less than a minute
-        old."""
-        now = time.monotonic()
-        if self._said is None or now - self._said >= REPEAT:
-            self._said = now
-            print(
-                f"{what}; {max(0.0, self.timeout - (now - self._started)):.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
 def remove_leftovers(target: Path) -> None:
     """Delete temporary directories for ``target`` of programs that were killed. To be called with
     the lock held: nobody writes them."""
     for pattern in (f".{target.name}.*.partial", f".{target.name}.*.old"):
         for left in target.parent.glob(pattern):
-            print(
-                f"{paths.shown(left)}: left by a program that was stopped; removed.",
-                file=sys.stderr,
-            )
+            said = "left by a program that was stopped; removed."
+            print(f"{paths.shown(left)}: {said}", file=sys.stderr)
             shutil.rmtree(left)
 
 

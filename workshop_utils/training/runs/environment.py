@@ -3,13 +3,9 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from workshop_utils.runtime import orphans
-from workshop_utils.runtime.device import quiet_environment
-
-if TYPE_CHECKING:
-    pass
+from workshop_utils.runtime import processes
+from workshop_utils.runtime.device import Device, quiet_environment
 
 
 def notes(run_dir: Path) -> Path:
@@ -21,34 +17,26 @@ def notes(run_dir: Path) -> Path:
 def torchrun(script: Path, overrides: list[str], nproc_per_node: int = 1) -> list[str]:
     """The command line. ``--standalone`` picks a free port, so that two runs on one machine do not
     meet."""
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    return [
-        *launcher,
-        "--standalone",
-        f"--nproc_per_node={nproc_per_node}",
-        str(script),
-        *overrides,
-    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc_per_node={nproc_per_node}", str(script), *overrides]
 
 
 def training_environment(
-    run_dir: Path, nproc_per_node: int = 1, tokens_per_step: float | None = None
+    run_dir: Path,
+    nproc_per_node: int = 1,
+    tokens_per_step: float | None = None,
+    device: Device | None = None,
 ) -> dict[str, str]:
-    """Environment of the training processes: patches, events (with tokens a second where
-    ``tokens_per_step`` is known), no telemetry, the cores shared out among the processes."""
-    from workshop_utils.runtime import nemo_cpu
-
-    environment = dict(os.environ)
-    quiet_environment(environment)
-    nemo_cpu.inherit(environment)
-    environment.setdefault(
-        "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node))
+    """Environment of the training processes: patches, ``device``, events (with tokens a second
+    where ``tokens_per_step`` is known), no telemetry, the cores shared out among the processes."""
+    environment = processes.environment(
+        WORKSHOP_EVENTS=str(notes(run_dir) / "events.jsonl"), HYDRA_FULL_ERROR="1"
     )
+    quiet_environment(environment)
+    cores = len(os.sched_getaffinity(0)) // nproc_per_node
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
     if tokens_per_step:
         environment["WORKSHOP_TOKENS_PER_STEP"] = str(tokens_per_step)
-    return environment | {
-        "WORKSHOP_EVENTS": str(notes(run_dir) / "events.jsonl"),
-        "HYDRA_FULL_ERROR": "1",
-        "PYTHONUNBUFFERED": "1",
-        orphans.VARIABLE: str(os.getpid()),
-    }
+    if device:
+        environment["WORKSHOP_DEVICE"] = device.kind
+    return environment

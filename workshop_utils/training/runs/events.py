@@ -24,77 +24,58 @@ def _event_writer(target: Path):
     from lightning.pytorch import Callback
 
     class EventWriter(Callback):
-        """Writes "start", "step" (loss, lr, seconds and tokens a second of this step, bytes of
-        memory), "validation" (loss) and "end" on rank 0; of a test "start" and "step" alone."""
+        """Writes "start" (max_steps), "step" (loss and lr, null where there is none, seconds and
+        tokens a second of this step, bytes of memory), "validation" (loss) and "end" on rank 0; of
+        a test "start" and "step" alone, counted in batches of all test sets together."""
 
         def _write(self, trainer, event: str, **values) -> None:
-            if trainer.is_global_zero:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("a+b") as stream:
-                    # A full disk, or the end of an earlier start, can have cut the line before.
-                    if stream.tell():
-                        stream.seek(-1, os.SEEK_END)
-                        if stream.read(1) != b"\n":
-                            stream.write(b"\n")
-                    stream.write(
-                        json.dumps(
-                            {
-                                "event": event,
-                                "step": trainer.global_step,
-                                "time": time.time(),
-                                **values,
-                            }
-                        ).encode()
-                        + b"\n"
-                    )
+            if not trainer.is_global_zero:
+                return
+            target.parent.mkdir(parents=True, exist_ok=True)
+            told = {"event": event, "step": trainer.global_step, "time": time.time(), **values}
+            with target.open("a+b") as stream:
+                # A full disk, or the end of an earlier start, can have cut the line before.
+                if stream.tell():
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read(1) != b"\n":
+                        stream.write(b"\n")
+                stream.write(json.dumps(told).encode() + b"\n")
 
         def on_train_start(self, trainer, module):
-            """Write "start" with the number of steps to do."""
             _leave_callbacks_out_of_checkpoints(trainer)
             self._write(trainer, "start", max_steps=trainer.max_steps)
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            """Start the clock of the step."""
             self._began = time.perf_counter()
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-            """Write "step"; loss and lr are null where there is none."""
             loss = trainer.callback_metrics.get("reduced_train_loss")
-            rate = trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None
-            seconds, tokens = (
-                time.perf_counter() - self._began,
-                os.environ.get("WORKSHOP_TOKENS_PER_STEP"),
-            )
+            seconds = time.perf_counter() - self._began
+            tokens = os.environ.get("WORKSHOP_TOKENS_PER_STEP")
             self._write(
                 trainer,
                 "step",
                 loss=None if loss is None else float(loss),
-                lr=rate,
+                lr=trainer.optimizers[0].param_groups[0].get("lr") if trainer.optimizers else None,
                 seconds=seconds,
                 tokens_per_second=float(tokens) / seconds if tokens else None,
                 memory=_memory(),
             )
 
         def on_validation_end(self, trainer, module):
-            """Write "validation", except for the check before training or without a loss."""
-            loss = trainer.callback_metrics.get(
-                "val_loss", trainer.callback_metrics.get("validation_loss")
-            )
+            metrics = trainer.callback_metrics
+            loss = metrics.get("val_loss", metrics.get("validation_loss"))
             if loss is not None and not trainer.sanity_checking:
                 self._write(trainer, "validation", loss=float(loss))
 
         def on_test_start(self, trainer, module):
-            """Write "start" with the number of batches to answer."""
             self._write(trainer, "start", max_steps=sum(trainer.num_test_batches))
 
         def on_test_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
-            """Write "step" for the batches answered so far, of all test sets together."""
-            self._write(
-                trainer, "step", step=sum(trainer.num_test_batches[:dataloader_idx]) + batch_idx + 1
-            )
+            before = sum(trainer.num_test_batches[:dataloader_idx])
+            self._write(trainer, "step", step=before + batch_idx + 1)
 
         def on_train_end(self, trainer, module):
-            """Write "end"."""
             self._write(trainer, "end")
 
     return EventWriter()
@@ -115,11 +96,9 @@ def _memory() -> int:
     import psutil
     import torch
 
-    return (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else psutil.Process().memory_info().rss
-    )
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss
 
 
 def read_events(path: Path) -> list[dict]:
@@ -130,3 +109,9 @@ def read_events(path: Path) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             events.append(json.loads(line))
     return [event for event in events if isinstance(event, dict)]
+
+
+def last_step(path: Path) -> int:
+    """The most optimizer steps that the events in ``path`` tell of."""
+    steps = (event["step"] for event in read_events(path) if event["event"] == "step")
+    return max(steps, default=0)

@@ -1,19 +1,21 @@
-"""Run a plan: torchrun in a process group of its own, progress from its events, the real cause when
-it fails."""
+"""Make a run, of either path: again only where it has to be, in a process of its own, with progress
+from its events, and the real cause when it fails."""
 
 import contextlib
 import itertools
-import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from workshop_utils.core import paths
+from workshop_utils.core.errors import TrainingFailed, WorkshopError
 from workshop_utils.core.progress import progress_bar
+from workshop_utils.runtime import processes
 from workshop_utils.training.runs import run_record
 from workshop_utils.training.runs.events import read_events
 from workshop_utils.training.runs.run_record import Run
@@ -27,11 +29,10 @@ LINGER = 2.0
 
 _LESS_MEMORY = "lower model.micro_batch_size or model.data.train_ds.max_seq_length"
 _ADVICE = {
-    r"\[Errno (27|28)\]": (
-        "The disk is full, or a limit on the size of files is reached. Make room, and run the "
-        "same command again."
-    ),
-    r"MemoryError|bad_alloc|not enough memory|[Cc]annot allocate memory|out of memory": f"Memory ran out: {_LESS_MEMORY}, or close other programs.",  # noqa: E501
+    r"\[Errno (27|28)\]": "The disk is full, or a limit on the size of files is reached. Make "
+    "room, and run the same command again.",
+    r"MemoryError|bad_alloc|not enough memory|[Cc]annot allocate memory|out of memory": "Memory "
+    f"ran out: {_LESS_MEMORY}, or close other programs.",
 }
 
 _FULL = 1 << 16
@@ -42,52 +43,88 @@ _UNFINISHED = "-unfinished"
 ``nemo/utils/callbacks/nemo_model_checkpoint.py``, 2.4.1)."""
 
 _CLOSING = b"closing signal SIGTERM"
+"""What torchrun logs when it begins to stop the other workers because one failed. It then waits
+30 s for those that do not listen, as Lightning does not in the middle of a collective operation
+(``torch/distributed/elastic/multiprocessing/api.py``, torch 2.13)."""
 
 
-def prepare(run: Run, fresh: bool, switch: str = "--fresh, or fresh=True") -> None:
-    """Leave the run directory as the run is to find it: empty, or as an interrupted start left it.
-    ``switch`` is what ``fresh`` is called."""
+def make(run: Run, start: Callable[[], None], fresh: bool, resume: bool = True) -> None:
+    """Have ``start`` make ``run``, unless an equal run has finished; an unfinished equal one is
+    gone on with, any other one is kept under a numbered name. A line says which. ``fresh`` begins
+    anew whatever is there, and so does an unfinished run without ``resume``. Raises WorkshopError
+    where another process is at it."""
+    run.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    where = paths.shown(run.run_dir)
+    lock = FileLock(run.run_dir.with_name(f".{run.run_dir.name}.lock"))
+    try:
+        with lock.acquire(blocking=False):
+            if not fresh and run_record.has_finished(run):
+                used = f"an identical run has finished; {run.result} is used."
+                print(f"{where}: {used} ({run.again}, trains again.)")
+                return
+            _prepare(run, fresh or not resume)
+            start()
+    except Timeout:
+        raise WorkshopError(
+            f"Another process is training in {where}. Wait, or {run.elsewhere}."
+        ) from None
+
+
+def _prepare(run: Run, fresh: bool) -> None:
+    """Leave the run directory empty, or as an interrupted start of the same run left it."""
     if not run.run_dir.exists():
         return
     record = run_record.read(run)
-    continues = (
-        not fresh
-        and record.get("fingerprint") == run.fingerprint()
-        and record.get("status") != run_record.FINISHED
-    )
-    if not continues:
-        print(f"The earlier run is kept as {paths.shown(_keep(run.run_dir))}.")
+    if fresh or record.get("status") == run_record.FINISHED or not run_record.is_same(run, record):
+        numbered = (run.run_dir.with_name(f"{run.run_dir.name}.{n}") for n in itertools.count(1))
+        kept = run.run_dir.rename(next(place for place in numbered if not place.exists()))
+        print(f"The earlier run is kept as {paths.shown(kept)}.")
         return
     print(run_record.how_it_ended(run, record))
     if checkpoint := last_checkpoint(run.run_dir):
-        print(f"Continuing from {paths.shown(checkpoint)}. ({switch}, starts over.)")
+        print(f"Continuing from {paths.shown(checkpoint)}. ({run.again}, starts over.)")
     else:
         print("It left no checkpoint: starting from the first step.")
         run.events.unlink(missing_ok=True)
 
 
+def run_recorded(
+    run: Run,
+    command: Sequence[str],
+    environment: dict[str, str],
+    progress: bool,
+    cause_of: Callable[[int], str | None],
+) -> None:
+    """Run ``command``, which makes ``run``, and write down how it ended. ``cause_of`` gives the
+    reason why an exit status, or what is there, means that it has failed: then TrainingFailed is
+    raised."""
+    began = time.monotonic()
+    record = run_record.begin(run)
+    try:
+        status = run_logged(command, environment, run.log, run.events if progress else None)
+        cause = cause_of(status)
+    except KeyboardInterrupt:
+        run_record.end(run, record, run_record.INTERRUPTED, time.monotonic() - began)
+        if checkpoint := last_checkpoint(run.run_dir):
+            print(f"Stopped. The same command continues from {paths.shown(checkpoint)}.")
+        else:
+            print("Stopped before the first checkpoint. The same command starts over.")
+        raise
+    how = run_record.FAILED if cause else run_record.FINISHED
+    run_record.end(run, record, how, time.monotonic() - began, status, cause)
+    if cause:
+        raise TrainingFailed(f"{cause}\nThe whole log: {paths.shown(run.log)}")
+
+
 def last_checkpoint(run_dir: Path) -> Path | None:
     """The checkpoint that a run in ``run_dir`` goes on from; one that NeMo had not finished, which
     it marks and removes, is none."""
-    found = [
-        path for path in run_dir.glob("checkpoints/*last*") if not path.name.endswith(_UNFINISHED)
-    ]
-    return max(
-        (
-            path
-            for path in found
-            if not path.with_name(path.name.removesuffix(".ckpt") + _UNFINISHED).exists()
-        ),
-        default=None,
-    )
 
+    def is_whole(path: Path) -> bool:
+        mark = path.with_name(path.name.removesuffix(".ckpt") + _UNFINISHED)
+        return not path.name.endswith(_UNFINISHED) and not mark.exists()
 
-def stopped(run_dir: Path) -> str:
-    """What to tell after Ctrl-C: whether the same command continues a run in ``run_dir`` or starts
-    over."""
-    if checkpoint := last_checkpoint(run_dir):
-        return f"Stopped. The same command continues from {paths.shown(checkpoint)}."
-    return "Stopped before the first checkpoint. The same command starts over."
+    return max(filter(is_whole, run_dir.glob("checkpoints/*last*")), default=None)
 
 
 def run_logged(
@@ -103,35 +140,17 @@ def run_logged(
 
     Ctrl-C (and a notebook's interrupt) ends the whole process group before it goes on.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            with _bar(events, doing, unit) as show:
-                while (status := process.poll()) is None:
-                    show()
-                    if _has_lost_a_worker(log):
-                        time.sleep(LINGER)
-                        break
-                    time.sleep(0.5)
-                show()
-                return status if status is not None else _end(process)
-        finally:
-            _end(process)
 
+    def follow() -> bool:
+        show()
+        if lost_a_worker := _CLOSING in log.read_bytes():
+            time.sleep(LINGER)
+        return lost_a_worker
 
-def _has_lost_a_worker(log: Path) -> bool:
-    """Whether torchrun has begun to stop the other workers because one failed. It then waits 30 s
-    for those that do not listen, as Lightning does not in the middle of a collective operation
-    (``torch/distributed/elastic/multiprocessing/api.py``, torch 2.13).
-    """
-    return _CLOSING in log.read_bytes()
+    with _bar(events, doing, unit) as show:
+        status = processes.run(command, log, environment, follow, GRACE)
+        show()
+    return status
 
 
 @contextlib.contextmanager
@@ -145,42 +164,26 @@ def _bar(
         return
 
     def show() -> None:
-        """Bring the bar to the last step in ``events``."""
-        seen = read_events(events)
-        steps = [event for event in seen if event["event"] == "step"]
-        starts = [event for event in seen if event["event"] == "start"]
-        if starts and bar.total is None:
+        last = {event["event"]: event for event in read_events(events)}
+        if "start" in last and bar.total is None:
             bar.set_description(doing, refresh=False)
-            bar.reset(total=starts[-1]["max_steps"])
-        if steps:
-            bar.n = steps[-1]["step"]
-            said = (
+            bar.reset(total=last["start"]["max_steps"])
+        if step := last.get("step"):
+            bar.n = step["step"]
+            words = (
                 ("tokens_per_second", "{:.0f} tokens/s", 1),
                 ("loss", "loss {:.3f}", 1),
                 ("memory", "{:.1f} GB", 1e9),
             )
-            bar.set_postfix_str(
-                ", ".join(
-                    text.format(steps[-1][key] / unit)
-                    for key, text, unit in said
-                    if steps[-1].get(key) is not None
-                )
-            )
+            known = [(key, text, of) for key, text, of in words if step.get(key) is not None]
+            bar.set_postfix_str(", ".join(text.format(step[key] / of) for key, text, of in known))
 
     with progress_bar(desc="loading NeMo and the model", unit=unit, dynamic_ncols=True) as bar:
         yield show
 
 
-def _end(process: subprocess.Popen) -> int:
-    """End the process group: politely, then not; returns its exit status. torchrun hands SIGTERM
-    on; Lightning may swallow it."""
-    for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(patience)
-    return process.wait()
+_NO_MESSAGE = re.compile(r"\s*$|Traceback|\[|[EWI]\d{4} |\w+: +\d+%")
+"""A message may go on for some lines; NeMo's log and the next traceback do not belong to it."""
 
 
 def failure_cause(log: Path) -> str:
@@ -190,56 +193,28 @@ def failure_cause(log: Path) -> str:
         # The log itself ends where there was no room left.
         return _with_advice("[Errno 28] No space left on device")
     text = Path(log).read_text(errors="replace").replace(f"{paths.root()}/", "")
-    lines = text.splitlines()
-    cut = next(
-        (
-            i
-            for i, line in enumerate(lines)
-            if "torch.distributed.elastic.multiprocessing.errors.ChildFailedError" in line
-        ),
-        len(lines),
-    )
-    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in lines[:cut]]
+    of_torchrun = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+    of_workers = itertools.takewhile(lambda line: of_torchrun not in line, text.splitlines())
+    lines = [re.sub(r"^\[rank\d+\]:\s?", "", line) for line in of_workers]
     for index in range(len(lines) - 1, -1, -1):
         if re.match(r"^(\w+\.)*\w*(Error|Exception|Interrupt|Exit)\b.*", lines[index]):
-            # A message may go on for some lines; NeMo's log and the next traceback do not belong to
-            # it.
-            rest = itertools.takewhile(
-                lambda line: (
-                    line.strip() and not re.match(r"Traceback|\[|[EWI]\d{4} |\w+: +\d+%", line)
-                ),
-                lines[index + 1 :],
-            )
+            rest = itertools.takewhile(lambda line: not _NO_MESSAGE.match(line), lines[index + 1 :])
             return _with_advice("\n".join([lines[index], *itertools.islice(rest, 5)]))
     ended = re.search(r"exitcode\s*:\s*-(\d+)", text)
-    name = (
-        signal.Signals(int(ended[1])).name
-        if ended and int(ended[1]) in set(signal.Signals)
-        else None
-    )
-    if name == "SIGKILL":
+    number = int(ended[1]) if ended else 0
+    if number == signal.SIGKILL:
         return (
             "A training process was killed (SIGKILL). Usually the system does that when memory "
             f"runs out: {_LESS_MEMORY}."
         )
+    by = f", by {signal.Signals(number).name}" if number in set(signal.Signals) else ""
     own = itertools.takewhile(lambda line: "failed (exitcode" not in line, lines)
-    tail = "\n".join([line for line in own if line.strip()][-5:])
+    last = "\n".join([line for line in own if line.strip()][-5:])
     return _with_advice(
-        f"The training process ended without a Python error{f', by {name}' if name else ''}. Its "
-        f"last words:\n{tail}"
+        f"The training process ended without a Python error{by}. Its last words:\n{last}"
     )
 
 
 def _with_advice(message: str) -> str:
-    """``message``, and what to do where that is always the same."""
-    for signs, advice in _ADVICE.items():
-        if re.search(signs, message):
-            return f"{message}\n{advice}"
-    return message
-
-
-def _keep(run_dir: Path) -> Path:
-    number = 1
-    while (kept := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    return run_dir.rename(kept)
+    advice = [advice for signs, advice in _ADVICE.items() if re.search(signs, message)]
+    return "\n".join([message, *advice[:1]])

@@ -2,6 +2,7 @@
 counts."""
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,39 +29,35 @@ def trained(sizes: Architecture, peft: Mapping[str, Any]) -> int:
 
     After ``peft_config.py`` and ``parallel_adapters.py`` (NeMo 2.4.1): ``adapter`` has two
     bottlenecks with a layer norm in each layer, ``ia3`` a factor for each key, value and inner unit
-    of the feed-forward, ``ptuning`` an embedding and two linear layers.
+    of the feed-forward, ``ptuning`` an embedding and two linear layers, ``lora`` rank x (in + out)
+    for each module.
     """
     scheme = peft["peft_scheme"]
     if scheme == "none":
         return parameters(sizes)
     if scheme == "ptuning":
-        rows, width, inner = (
-            peft["p_tuning"][key] for key in ("virtual_tokens", "embedding_dim", "bottleneck_dim")
-        )
+        keys = ("virtual_tokens", "embedding_dim", "bottleneck_dim")
+        rows, width, inner = (peft["p_tuning"][key] for key in keys)
         return rows * width + (width + 1) * inner + (inner + 1) * sizes.hidden
     settings = peft[SECTIONS[scheme]]
     layers = len(settings["layer_selection"] or range(sizes.layers))
-    if scheme == "lora":
-        modules = lora_modules(list(settings["target_modules"]))
-        # "canonical" has an A for each of q, k and v, and for gate and up, where "nemo" has one for
-        # all.
-        more = {"attention_qkv": 2, "mlp_fc1": 1} if settings["variant"] == "canonical" else {}
-        further = (
-            layers
-            * settings["adapter_dim"]
-            * sizes.hidden
-            * sum(more.get(module, 0) for module in modules)
-        )
-        return lora_parameters(sizes, modules, settings["adapter_dim"], layers) + further
+    if scheme == "ia3":
+        return layers * (2 * sizes.groups * sizes.head_dim + sizes.ffn)
+    rank, hidden = settings["adapter_dim"], sizes.hidden
     if scheme == "adapter":
-        return (
-            layers
-            * 2
-            * 2
-            * sizes.hidden
-            * (settings["adapter_dim"] + (settings["norm_position"] is not None))
-        )
-    return layers * (2 * sizes.groups * sizes.head_dim + sizes.ffn)
+        return layers * 2 * 2 * hidden * (rank + (settings["norm_position"] is not None))
+    heads = sizes.heads * sizes.head_dim
+    ends = {
+        "attention_qkv": hidden + heads + 2 * sizes.groups * sizes.head_dim,
+        "attention_dense": heads + hidden,
+        "mlp_fc1": hidden + 2 * sizes.ffn,
+        "mlp_fc2": sizes.ffn + hidden,
+    }
+    if settings["variant"] == "canonical":
+        # An A for each of q, k and v, and for gate and up, where "nemo" has one for all.
+        ends["attention_qkv"] += 2 * hidden
+        ends["mlp_fc1"] += hidden
+    return layers * rank * sum(map(ends.get, lora_modules(list(settings["target_modules"]))))
 
 
 def parameters(sizes: Architecture) -> int:
@@ -68,18 +65,6 @@ def parameters(sizes: Architecture) -> int:
     attention = sizes.hidden * sizes.head_dim * (2 * sizes.heads + 2 * sizes.groups)
     embeddings = (sizes.vocabulary or 0) * sizes.hidden * (1 if sizes.tied else 2)
     return sizes.layers * (attention + 3 * sizes.hidden * sizes.ffn) + embeddings
-
-
-def lora_parameters(sizes: Architecture, modules: list[str], rank: int, layers: int) -> int:
-    """Weights of a LoRA adapter: rank x (in + out) for every module of every adapted layer."""
-    heads = sizes.heads * sizes.head_dim
-    ends = {
-        "attention_qkv": sizes.hidden + (sizes.heads + 2 * sizes.groups) * sizes.head_dim,
-        "attention_dense": heads + sizes.hidden,
-        "mlp_fc1": sizes.hidden + 2 * sizes.ffn,
-        "mlp_fc2": sizes.ffn + sizes.hidden,
-    }
-    return layers * rank * sum(ends[module] for module in modules)
 
 
 def estimate(
@@ -110,36 +95,25 @@ def estimate(
             once.
 
     Activations after Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
-    Models" (2022), equation 1, without
-    recomputation: ``tokens * hidden * (34 + 5 * heads * length / hidden)`` bytes a layer in 16
-    bits, twice that in 32; and two copies of the logits in 32 bits. A weight and token take 2
-    operations forward, 2 for the gradient of the activation, and 2 for that of the weight where it
-    is trained.
+    Models" (2022), equation 1, without recomputation: ``tokens * hidden * (34 + 5 * heads * length
+    / hidden)`` bytes a layer in 16 bits, twice that in 32; and two copies of the logits in 32 bits.
+    A weight and token take 2 operations forward, 2 for the gradient of the activation, and 2 for
+    that of the weight where it is trained.
     """
-    size = 2 if half_compute else 4
     count = parameters(sizes)
-    activations = (
-        sizes.layers
-        * tokens
-        * sizes.hidden
-        * (34 + 5 * sizes.heads * length / sizes.hidden)
-        * size
-        / 2
-    )
+    of_a_layer = tokens * sizes.hidden * (34 + 5 * sizes.heads * length / sizes.hidden)
+    activations = sizes.layers * of_a_layer * (1 if half_compute else 2)
     logits = 2 * 4 * tokens * (sizes.vocabulary or 0)
-    memory = (
-        count * (2 if half_weights else 4) + trainable * (4 + 4 + 8) + activations + logits
-    ) / split
+    weights = count * (2 if half_weights else 4) + trainable * (4 + 4 + 8)
+    memory = math.ceil((weights + activations + logits) / split)
     disk = kept_checkpoints * trainable * 12 + trainable * 4
     operations = (4.0 * count + 2.0 * trainable) * trained_tokens + 2.0 * count * validated_tokens
-    return Estimate(count, trainable, math.ceil(memory), disk, operations)
+    return Estimate(count, trainable, memory, disk, operations)
 
 
 def operations_per_second() -> float:
     """Floating-point operations a second of this machine's processors: the best of five products of
     two small matrices."""
-    import time
-
     import numpy
 
     matrix = numpy.ones((1024, 1024), "float32")

@@ -1,11 +1,14 @@
 """From a few settings to the exact torchrun command: defaults of this machine and this data set,
-then the user's overrides."""
+then the user's overrides. Nothing is written: the rows that are rendered stay in memory."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shlex
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +22,12 @@ from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import chat_data, paths
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError, NotACheckpoint, WorkshopError
-from workshop_utils.core.hashing import of_contents, sha256
+from workshop_utils.core.hashing import of_contents, sampled, sha256
 from workshop_utils.runtime.device import Device, choose_device
 from workshop_utils.training.runs.environment import notes, torchrun, training_environment
 from workshop_utils.training.runs.run_record import Run
-from workshop_utils.training.script.configuration import compose, plain, refuse_mistyped
-from workshop_utils.training.script.preflight import Preflight, preflight
+from workshop_utils.training.script.configuration import compose, defaults, plain, refuse_mistyped
+from workshop_utils.training.script.preflight import PARTS, Preflight, preflight
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -48,10 +51,9 @@ RECIPE = {
 and the script's defaults hold."""
 
 RENDERED_TEMPLATE = "'{input}{output}'"
-"""How rows of :func:`workshop_utils.core.chat_data.render_file` are glued, as an override;
+"""How rows of :func:`workshop_utils.core.chat_data.render` are glued, as an override;
 validation and test follow train_ds."""
 
-PARTS = ("train_ds", "validation_ds", "test_ds")
 _STARTS = ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint")
 """Overrides that name what else than the base a run starts from."""
 
@@ -60,10 +62,10 @@ _PLACES = (
     "index_mapping_dir",
     "restore_from_path",
     "exp_manager.exp_dir",
-    "exp_manager.resume_from_checkpoint",
+    _STARTS[1],
 )
-"""Overrides that say where something lies: its contents are looked at, or it is where the run
-goes."""
+"""Ends of overrides that say where something lies: its contents are looked at, or it is where the
+run goes."""
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
@@ -71,7 +73,11 @@ UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finet
 
 @dataclass
 class Plan(Run):
-    """Everything that is known before training starts."""
+    """Everything that is known before training starts.
+
+    ``data`` are the rows that were rendered, for training and for validation; ``makes_tickets``
+    says that they are the workshop's own, which are not there yet.
+    """
 
     command: list[str]
     environment: dict[str, str]
@@ -81,16 +87,37 @@ class Plan(Run):
     config: "DictConfig"
     preflight: Preflight
     data: list[chat_data.Rendered] = field(default_factory=list)
+    makes_tickets: bool = False
+
+    again = "--fresh, or fresh=True"
+    elsewhere = "give the run another --name"
+    result = "its adapter"
 
     @property
     def adapter(self) -> Path:
         """The ``.nemo`` that NeMo writes at the end."""
         return self.run_dir / "checkpoints" / f"{self.run_dir.name}.nemo"
 
+    def is_there(self) -> bool:
+        return self.adapter.exists()
+
     @property
     def seed(self) -> int:
-        """Of the data's order and the adapter's weights."""
         return self.config.model.seed
+
+    def write_rows(self) -> None:
+        """Put the rendered rows where the command looks for them. Raises WorkshopError where
+        nothing can be written."""
+        try:
+            if self.makes_tickets:
+                chat_data.make_tickets()
+            for rendered in self.data:
+                rendered.write()
+        except OSError as error:
+            raise WorkshopError(
+                f"{paths.shown(self.data[0].path.parent)} cannot be written: {error.strerror}. "
+                "Make room, or set WORKSHOP_ROOT."
+            ) from None
 
     def fingerprint(self) -> dict:
         """What decides the outcome: overrides, script, data, base and the adapter to go on from.
@@ -102,6 +129,8 @@ class Plan(Run):
         from omegaconf import OmegaConf
 
         starts = [OmegaConf.select(self.config, key) for key in _STARTS]
+        to_be_written = {str(rows.path): {"": sampled(rows.content)} for rows in self.data}
+        data = self.config.model.data
         return {
             "overrides": {
                 key.lstrip("+"): value
@@ -111,8 +140,8 @@ class Plan(Run):
             "script": sha256(script_path()),
             "data": {
                 part: [
-                    of_contents(Path(name))
-                    for name in self.config.model.data[part].get("file_names") or []
+                    to_be_written.get(name) or of_contents(Path(name))
+                    for name in data[part].get("file_names") or []
                 ]
                 for part in PARTS
             },
@@ -135,9 +164,10 @@ def make_plan(
     name: str | None = None,
     nproc_per_node: int = 1,
     trust: bool = False,
+    device: Device | None = None,
 ) -> Plan:
     """Plan a run. ``overrides`` are Hydra's ``key=value``; they win over the workshop's recipe and
-    this machine's settings.
+    the settings of ``device`` (default: the one of this machine).
 
     The recipe is for rows that are rendered here (``data``, or the tickets): where ``overrides``
     name ``model.data.train_ds.file_names``, the script's own defaults take its place.
@@ -147,14 +177,11 @@ def make_plan(
     printed.
 
     Raises:
-        WorkshopError: an override is no ``key=value``, or ``model.restore_from_path`` is missing.
-        WorkshopError: an override names a key that the script does not have; the nearest one is
-            offered.
-        NotACheckpoint: ``model.restore_from_path`` is not what the script path can load; the
-            message says what to do.
-        CheckpointError: the base or the adapter is unsafe or damaged; the message lists what is
-            wrong.
-        DataError: a data file or a row given as ``data`` or ``validation`` is not usable.
+        WorkshopError: an override cannot be read or names a key that the script does not have, or
+            ``model.restore_from_path`` is missing.
+        NotACheckpoint: the script path cannot load ``model.restore_from_path``.
+        CheckpointError: the base or the adapter is unsafe or damaged.
+        DataError: ``data`` or ``validation`` is not usable.
 
     What else would go wrong stands in the plan's ``preflight``; :func:`.train.finetune` refuses to
     start then.
@@ -169,15 +196,14 @@ def make_plan(
         )
     if nproc_per_node < 1:
         raise WorkshopError(f"--nproc-per-node is {nproc_per_node}; it has to be at least 1.")
-    device = choose_device()
+    device = device or choose_device()
     run_dir = _run_dir(given, name or f"{base.stem if base.is_file() else base.name}-lora")
     described = read_config(base) if base.is_file() else read_yaml(base / "model_config.yaml")
-    tokenizer = _tokenizer(base, described)
+    tokenizer = tokenizer_of(base, described)
     rendered = [] if own_files else _render(tokenizer, run_dir, data, validation)
     recipe = {} if own_files else RECIPE
-    scheme = (recipe | given).get("model.peft.peft_scheme") or compose(
-        script, []
-    ).model.peft.peft_scheme
+    scheme = (recipe | given).get("model.peft.peft_scheme")
+    scheme = scheme or defaults(script).model.peft.peft_scheme
     settings = {**recipe, **machine_settings(device, nproc_per_node, scheme), **_files(rendered)}
     place = {"exp_manager.exp_dir": str(run_dir.parent), "exp_manager.name": run_dir.name}
     ours = place | {"model.restore_from_path": str(base)}
@@ -195,33 +221,27 @@ def make_plan(
     ]
     config = compose(script, words)
     require_sound_loads(config, base, trust)
-    if (
-        config.exp_manager.exp_dir,
-        config.exp_manager.name,
-        config.exp_manager.explicit_log_dir,
-    ) != (str(run_dir.parent), run_dir.name, None):
+    logs = config.exp_manager
+    if (logs.exp_dir, logs.name, logs.explicit_log_dir) != (*place.values(), None):
         raise WorkshopError(
             "exp_manager.exp_dir and exp_manager.name say where the run goes: give them once, as "
             "plain key=value without + or ${}, and no explicit_log_dir."
         )
+    in_memory = {str(rows.path): [*rows.lines] for rows in rendered}
+    sizes = architecture(described)
     checked = preflight(
-        config,
-        compose(SCRIPT, []),
-        architecture(described),
-        nproc_per_node,
-        run_dir,
-        tokenizer,
-        device,
+        config, defaults(SCRIPT), sizes, nproc_per_node, run_dir, tokenizer, device, in_memory
     )
     return Plan(
         torchrun(script, words, nproc_per_node),
-        training_environment(run_dir, nproc_per_node, checked.tokens_per_step),
+        training_environment(run_dir, nproc_per_node, checked.tokens_per_step, device),
         settings,
         run_dir,
         device,
         config,
         checked,
         rendered,
+        makes_tickets=not own_files and not data and not _tickets_dir().exists(),
     )
 
 
@@ -232,13 +252,9 @@ def _contents_of_base(base: Path) -> dict[str, Any]:
         return of_contents(base)
     config = read_yaml(base / "model_config.yaml")
     # A bridged view names its tokenizer by an absolute path.
-    named = {
-        key: value
+    config["tokenizer"] = {
+        key: of_contents(Path(value)) if isinstance(value, str) and os.path.isabs(value) else value
         for key, value in section(config, "tokenizer").items()
-        if isinstance(value, str) and os.path.isabs(value)
-    }
-    config["tokenizer"] = section(config, "tokenizer") | {
-        key: of_contents(Path(value)) for key, value in named.items()
     }
     return {"config": config, "weights": of_contents(base / "model_weights")}
 
@@ -258,13 +274,8 @@ def parse_overrides(overrides: list[str]) -> dict[str, str]:
 
 def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
     """Verify what else than ``base`` the run with the composed ``config`` would load; Hydra has
-    several spellings for each key.
-
-    Raises:
-        WorkshopError: the base that Hydra ends up with is not ``base``.
-        CheckpointError: as :func:`workshop_utils.checkpoints.verify.verify.require_sound`.
-        DataError: the rows are packed, without ``trust``.
-    """
+    several spellings for each key. Raises CheckpointError for what is unsound, WorkshopError where
+    Hydra ends up with another base, DataError for packed rows without ``trust``."""
     from omegaconf import OmegaConf
 
     said = OmegaConf.select(config, "model.restore_from_path")
@@ -273,7 +284,7 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
             f"model.restore_from_path ends up as {said!r}: give it once, as plain key=value "
             "without + or quotes."
         )
-    for key in ("model.peft.restore_from_path", "exp_manager.resume_from_checkpoint"):
+    for key in _STARTS:
         if path := OmegaConf.select(config, key):
             require_sound(path, trust)
     if path := lightning_checkpoint(config):
@@ -286,90 +297,61 @@ def require_sound_loads(config: "DictConfig", base: Path, trust: bool) -> None:
 
 
 def lightning_checkpoint(config: "DictConfig") -> Path | None:
-    """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything.
-
-    Raises:
-        WorkshopError: one of its two keys is missing, ``model.peft.restore_from_path`` is given as
-            well, or it is no file.
-    """
-    peft = config.model.peft
+    """What ``model.peft.restore_from_ckpt`` of the generation script names, if anything. Raises
+    WorkshopError where that is no file, or not all that is needed."""
+    key, peft = "model.peft.restore_from_ckpt", config.model.peft
     where = peft.get("restore_from_ckpt") or {}
     folder, name = where.get("checkpoint_dir"), where.get("checkpoint_name")
     if not folder and not name:
         return None
     if not folder or not name or peft.restore_from_path:
         raise WorkshopError(
-            "model.peft.restore_from_ckpt needs checkpoint_dir and checkpoint_name, and no "
-            "model.peft.restore_from_path beside them."
+            f"{key} needs checkpoint_dir and checkpoint_name, and no model.peft.restore_from_path "
+            "beside them."
         )
     if not (path := Path(folder) / name).is_file():
         raise WorkshopError(
-            f"model.peft.restore_from_ckpt: {paths.shown(path)} is no file. Give the .ckpt of an "
-            "adapter's training; where the whole model was trained, give its .nemo as "
-            "model.restore_from_path."
+            f"{key}: {paths.shown(path)} is no file. Give the .ckpt of an adapter's training; "
+            "where the whole model was trained, give its .nemo as model.restore_from_path."
         )
     return path.resolve()
 
 
 def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
     """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the
-    base.
-
-    Raises:
-        WorkshopError: there is none, or a key of ``given`` is mistyped.
-        NotACheckpoint: the script path cannot load it.
-        CheckpointError: it is unsafe or damaged, without ``trust``.
-    """
+    base. Raises WorkshopError for these, NotACheckpoint for what the script path cannot load."""
     refuse_mistyped(script, given)
-    base = given.get("model.restore_from_path")
-    if not base:
-        from omegaconf import OmegaConf
-
-        if OmegaConf.select(
-            compose(script, [f"{key}={value}" for key, value in given.items()]),
-            "model.restore_from_path",
-        ):
-            raise WorkshopError("Give model.restore_from_path as plain key=value, without +.")
+    key = "model.restore_from_path"
+    if not given.get(key):
+        compose(script, [f"{name}={value}" for name, value in given.items()])
+        if any(name.lstrip("+") == key and value for name, value in given.items()):
+            raise WorkshopError(f"Give {key} as plain key=value, without +.")
         raise WorkshopError(
-            "model.restore_from_path is missing: give a directory made by `workshop bridge`, or "
-            "a .nemo file."
+            f"{key} is missing: give a directory made by `workshop bridge`, or a .nemo file."
         )
-    base = Path(_unquoted(base)).resolve()
-    check_loadable(base)
+    base = Path(_unquoted(given[key])).resolve()
+    where, wrong = paths.shown(base), None
+    if not base.exists():
+        wrong = "does not exist."
+    elif base.is_file():
+        wrong = None if base.suffix == ".nemo" else "is a file, but not a .nemo archive."
+    elif (base / "context").is_dir():
+        wrong = (
+            "is a NeMo 2.0 checkpoint, which the script path cannot load. Run `workshop bridge "
+            f"{where}` and give the directory that it makes."
+        )
+    elif not (base / "model_config.yaml").is_file() or not (base / "model_weights").is_dir():
+        wrong = "has no model_config.yaml and model_weights/."
+    if wrong:
+        raise NotACheckpoint(f"{key}: {where} {wrong}")
     require_sound(base, trust, SCRIPT_PATH_BASES)
     return base
-
-
-def check_loadable(base: Path) -> None:
-    """Say at once, not after 30 s of imports, that ``base`` cannot be loaded by the script path.
-
-    Raises:
-        NotACheckpoint: with the command that helps.
-    """
-    if not base.exists():
-        raise NotACheckpoint(f"model.restore_from_path: {paths.shown(base)} does not exist.")
-    if base.is_file():
-        if base.suffix != ".nemo":
-            raise NotACheckpoint(
-                f"model.restore_from_path: {paths.shown(base)} is a file, but not a .nemo archive."
-            )
-        return
-    if (base / "context").is_dir():
-        raise NotACheckpoint(
-            f"model.restore_from_path: {paths.shown(base)} is a NeMo 2.0 checkpoint, which the "
-            f"script path cannot load. Run `workshop bridge {paths.shown(base)}` and give the "
-            "directory that it makes."
-        )
-    if not (base / "model_config.yaml").is_file() or not (base / "model_weights").is_dir():
-        raise NotACheckpoint(
-            f"model.restore_from_path: {paths.shown(base)} has no model_config.yaml and "
-            "model_weights/."
-        )
 
 
 def machine_settings(device: Device, nproc_per_node: int, scheme: str = "") -> dict[str, str]:
     """Overrides that this device needs. Fused Adam comes with Apex; without it NeMo's plain AdamW
     does the same sums."""
+    no_apex = importlib.util.find_spec("apex") is None
     settings = {
         "trainer.devices": str(nproc_per_node),
         "trainer.accelerator": device.kind,
@@ -379,21 +361,15 @@ def machine_settings(device: Device, nproc_per_node: int, scheme: str = "") -> d
         # Every rank then draws the whole matrix and takes its slice: the run equals that of one
         # process.
         settings["model.use_cpu_initialization"] = "true"
-    if device.kind == "cpu" or importlib.util.find_spec("apex") is None:
+    if device.kind == "cpu" or no_apex:
         settings["model.optim.name"] = "adamw"
-    if "adapter" in scheme and importlib.util.find_spec("apex") is None:
-        settings["model.peft.adapter_tuning.norm_type"] = (
-            "layernorm"  # the default, mixedfusedlayernorm, is Apex's
-        )
+    if "adapter" in scheme and no_apex:  # the default, mixedfusedlayernorm, is Apex's
+        settings["model.peft.adapter_tuning.norm_type"] = "layernorm"
     return settings
 
 
 def script_path() -> Path:
-    """Our entry script, or the one of the NeMo clone that ``NEMO_PATH`` names.
-
-    Raises:
-        WorkshopError: ``NEMO_PATH`` holds no such script.
-    """
+    """Our entry script, or the one of the NeMo clone that ``NEMO_PATH`` names."""
     clone = os.environ.get("NEMO_PATH")
     if not clone:
         return SCRIPT
@@ -408,10 +384,8 @@ def script_path() -> Path:
 
 def _run_dir(given: dict[str, str], name: str) -> Path:
     said = {key: _unquoted(value) for key, value in given.items() if value != "null"}
-    parent, name = (
-        Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune"),
-        said.get("exp_manager.name") or name,
-    )
+    parent = Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune")
+    name = said.get("exp_manager.name") or name
     if not re.fullmatch(r"\w[\w.+ '-]*", name):
         raise WorkshopError(
             f"{name!r} is no name for a run, which becomes a folder and a file: use letters, "
@@ -425,57 +399,61 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
+def _tickets_dir() -> Path:
+    return paths.data_dir() / "tickets"
+
+
+@contextlib.contextmanager
+def _tickets() -> Iterator[Path]:
+    """The folder of the workshop's rows; where it is not there, one for the moment."""
+    if _tickets_dir().exists():
+        yield _tickets_dir()
+        return
+    with tempfile.TemporaryDirectory(prefix="workshop-tickets-") as name:
+        yield chat_data.make_tickets(Path(name))
+
+
 def _render(
     tokenizer: ChatTokenizer | None, run_dir: Path, data: Path | None, validation: Path | None
 ) -> list[chat_data.Rendered]:
-    train = Path(data) if data else paths.data_dir() / "tickets" / "train.jsonl"
-    if validation is None:
-        beside = train.with_name("validation.jsonl")
-        validation = beside if beside.exists() else train
     if tokenizer is None:
         raise WorkshopError(
             "The data cannot be rendered for a .nemo base: give model.data.train_ds.file_names "
             "and validation_ds."
         )
-    if not data and not train.parent.exists():
-        chat_data.make_tickets()
-    if not data and not train.exists():
-        make = (
-            f"python {paths.shown(paths.repository_file('data/make_tickets.py'))} --out "
-            f"{paths.shown(train.parent)}"
-        )
-        raise DataError(f"{paths.shown(train)} does not exist: run `{make}`, or give --data.")
-    files = paths.runs_dir() / "finetune" / "data" / run_dir.name
-    try:
+    with contextlib.nullcontext() if data else _tickets() as tickets:
+        train = Path(data) if data else tickets / "train.jsonl"
+        if not data and not train.exists():
+            script = paths.shown(paths.repository_file("data/make_tickets.py"))
+            raise DataError(
+                f"{paths.shown(train)} does not exist: run `python {script} --out "
+                f"{paths.shown(train.parent)}`, or give --data."
+            )
+        beside = train.with_name("validation.jsonl")
+        validation = Path(validation or (beside if beside.exists() else train))
+        folder = paths.runs_dir() / "finetune" / "data" / run_dir.name
         return [
-            chat_data.render_file(path, tokenizer, files / f"{kind}.jsonl")
-            for kind, path in (("train", train), ("validation", Path(validation)))
+            chat_data.render(train, tokenizer, folder / "train.jsonl"),
+            chat_data.render(validation, tokenizer, folder / "validation.jsonl"),
         ]
-    except OSError as error:
-        raise WorkshopError(
-            f"{paths.shown(files)} cannot be written: {error.strerror}. Make room, or set "
-            "WORKSHOP_ROOT."
-        ) from None
 
 
 def _files(rendered: list[chat_data.Rendered]) -> dict[str, str]:
     if not rendered:
         return {}
-    train, validation = rendered
+    train, validation = (json.dumps([str(rows.path)], ensure_ascii=False) for rows in rendered)
     return {
-        "model.data.train_ds.file_names": json.dumps([str(train.path)], ensure_ascii=False),
+        "model.data.train_ds.file_names": train,
         # The rendered input ends where the answer begins; a blank between them is no part of the
         # chat template.
         "model.data.train_ds.prompt_template": RENDERED_TEMPLATE,
         "model.data.train_ds.concat_sampling_probabilities": "[1.0]",
-        "model.data.validation_ds.file_names": json.dumps(
-            [str(validation.path)], ensure_ascii=False
-        ),
+        "model.data.validation_ds.file_names": validation,
         "model.data.validation_ds.names": "[validation]",
     }
 
 
-def _tokenizer(base: Path, described: dict) -> ChatTokenizer | None:
+def tokenizer_of(base: Path, described: dict) -> ChatTokenizer | None:
     """The base's own tokenizer; None for a ``.nemo``, which carries it inside."""
     if base.is_file():
         return None

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.checkpoints.formats import lightning, saved_tensors
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.nemo_archive import read_config
+from workshop_utils.checkpoints.formats.safe_text import read_yaml
 from workshop_utils.core import chat_data, paths
-from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError, TrainingFailed, WorkshopError
-from workshop_utils.runtime.device import choose_device
+from workshop_utils.runtime.device import Device, choose_device
 from workshop_utils.training.runs.environment import torchrun, training_environment
 from workshop_utils.training.runs.launch import failure_cause, run_logged
 from workshop_utils.training.script import value_check
-from workshop_utils.training.script.configuration import compose, plain
+from workshop_utils.training.script.configuration import compose, defaults, plain
 from workshop_utils.training.script.plan import (
     RENDERED_TEMPLATE,
     base_of,
@@ -25,6 +25,7 @@ from workshop_utils.training.script.plan import (
     machine_settings,
     parse_overrides,
     require_sound_loads,
+    tokenizer_of,
 )
 from workshop_utils.training.script.preflight import Preflight
 
@@ -34,10 +35,15 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).with_name("megatron_gpt_generate.py")
 ROWS = ("label_key", "prompt_template", "add_bos", "add_eos", "add_sep", "truncation_field")
 KINDS = ("lora_tuning", "adapter_tuning", "p_tuning", "ia3_tuning")
+TEST = "model.data.test_ds"
 
 
 def predict(
-    overrides: Sequence[str], data: Path | None = None, out: Path | None = None, trust: bool = False
+    overrides: Sequence[str],
+    data: Path | None = None,
+    out: Path | None = None,
+    trust: bool = False,
+    device: Device | None = None,
 ) -> Path:
     """Answer the rows of ``data`` and return the file of predictions: one ``{"input", "pred",
     "label"}`` a line, as NeMo writes it.
@@ -58,33 +64,26 @@ def predict(
     base = base_of(given, SCRIPT, trust)
     if out and Path(out).is_dir():
         raise WorkshopError(f"--out: {paths.shown(out)} is a directory. Give a file.")
-    if data and "model.data.test_ds.file_names" in given:
+    if data and f"{TEST}.file_names" in given:
+        raise WorkshopError(f"Both --data and {TEST}.file_names are given: leave one of them out.")
+    if not data and f"{TEST}.file_names" not in given:
         raise WorkshopError(
-            "Both --data and model.data.test_ds.file_names are given: leave one of them out."
+            f"Nothing to answer: give --data FILE.jsonl, or {TEST}.file_names=[FILE.jsonl]."
         )
-    if data is None and "model.data.test_ds.file_names" not in given:
-        raise WorkshopError(
-            "Nothing to answer: give --data FILE.jsonl, or "
-            "model.data.test_ds.file_names=[FILE.jsonl]."
-        )
+    device = device or choose_device()
     with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
         folder = Path(name)
-        settings = machine_settings(choose_device(), 1) | {"model.data.test_ds.names": "[test]"}
+        settings = machine_settings(device, 1) | {f"{TEST}.names": "[test]"}
         settings.pop("model.optim.name", None)
-        if data is not None:
-            rendered = chat_data.render_file(
-                data, ChatTokenizer(_tokenizer(base)), folder / "test.jsonl"
-            )
-            settings |= {
-                "model.data.test_ds.file_names": json.dumps([str(rendered.path)]),
-                "model.data.test_ds.prompt_template": RENDERED_TEMPLATE,
-                "model.data.test_ds.tokens_to_generate": "48",
-            }
+        if data:
+            settings |= _rendered(base, data, folder / "test.jsonl")
         settings |= {
-            "model.data.test_ds.output_file_path_prefix": str(folder / "answers"),
-            "model.data.test_ds.index_mapping_dir": str(folder),
+            f"{TEST}.output_file_path_prefix": str(folder / "answers"),
+            f"{TEST}.index_mapping_dir": str(folder),
+            **given,
+            "model.restore_from_path": plain(str(base)),
         }
-        settings |= given | {"model.restore_from_path": plain(str(base))}
+        # What the adapter says comes below the rest, and which one it is Hydra has to tell.
         config = compose(SCRIPT, [f"{key}={value}" for key, value in settings.items()])
         require_sound_loads(config, base, trust)
         adapter = lightning_checkpoint(config) or config.model.peft.restore_from_path
@@ -92,46 +91,46 @@ def predict(
         words = [f"{key}={value}" for key, value in settings.items()]
         config = compose(SCRIPT, words)
         Preflight(problems=list(_problems(config))).require()
-        if config.inference.outfile_path and out:
+        named = config.inference.outfile_path
+        if named and out:
             raise WorkshopError(
                 "Both --out and inference.outfile_path are given: leave one of them out."
             )
-        print(f"NeMo answers; its log: {paths.shown(log())}", flush=True)
-        environment = training_environment(folder)
-        if run_logged(
-            torchrun(SCRIPT, words),
-            environment,
-            log(),
-            Path(environment["WORKSHOP_EVENTS"]),
-            "answering",
-            "batch",
-        ):
-            raise TrainingFailed(f"{failure_cause(log())}\nThe whole log: {paths.shown(log())}")
-        if "model.data.test_ds.output_file_path_prefix" in given:
-            return Path(given["model.data.test_ds.output_file_path_prefix"]).parent
-        source = Path(adapter).stem if adapter else "base"
-        target = (
-            out
-            or config.inference.outfile_path
-            or paths.runs_dir()
-            / "predictions"
-            / f"{source}-{Path(data).stem if data else 'test'}.jsonl"
+        log = paths.runs_dir() / "predictions" / "torchrun.log"
+        print(f"NeMo answers; its log: {paths.shown(log)}", flush=True)
+        environment = training_environment(folder, device=device)
+        events = Path(environment["WORKSHOP_EVENTS"])
+        if run_logged(torchrun(SCRIPT, words), environment, log, events, "answering", "batch"):
+            raise TrainingFailed(f"{failure_cause(log)}\nThe whole log: {paths.shown(log)}")
+        if f"{TEST}.output_file_path_prefix" in given:
+            return Path(given[f"{TEST}.output_file_path_prefix"]).parent
+        source, rows = (
+            Path(adapter).stem if adapter else "base",
+            Path(data).stem if data else "test",
         )
-        made = "".join(
-            file.read_text(encoding="utf-8")
-            for file in sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl"))
-        )
+        target = Path(out or named or paths.runs_dir() / "predictions" / f"{source}-{rows}.jsonl")
+        parts = sorted(folder.glob("answers_test_*_inputs_preds_labels.jsonl"))
         try:
-            return paths.write_text(Path(target), made)
+            return paths.write_text(target, "".join(part.read_text("utf-8") for part in parts))
         except OSError as error:
             raise WorkshopError(
                 f"{paths.shown(target)} cannot be written: {error.strerror}. Give another --out."
             ) from None
 
 
-def log() -> Path:
-    """What NeMo prints while it answers."""
-    return paths.runs_dir() / "predictions" / "torchrun.log"
+def _rendered(base: Path, data: Path, target: Path) -> dict[str, str]:
+    """Put the rows of ``data`` into ``target``; the overrides that name them."""
+    if base.is_file():
+        raise WorkshopError(
+            f"Rows cannot be rendered for a .nemo base: give {TEST}.file_names and prompt_template."
+        )
+    tokenizer = tokenizer_of(base, read_yaml(base / "model_config.yaml"))
+    chat_data.render(data, tokenizer, target).write()
+    return {
+        f"{TEST}.file_names": json.dumps([str(target)]),
+        f"{TEST}.prompt_template": RENDERED_TEMPLATE,
+        f"{TEST}.tokens_to_generate": "48",
+    }
 
 
 def _settings_of(adapter: str | Path | None, rows: bool) -> dict[str, str]:
@@ -141,34 +140,33 @@ def _settings_of(adapter: str | Path | None, rows: bool) -> dict[str, str]:
     """
     if not adapter or not (source := Path(adapter)).is_file():
         return {}
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if source.suffix == ".nemo":
         config = read_config(source)
     else:
         with source.open("rb") as file:
-            config, _ = lightning.configuration(
-                source, saved_tensors.read_state(file, paths.shown(source))
-            )
-        peft, known = section(config, "peft"), compose(SCRIPT, []).model.peft
-        found = {
+            state = saved_tensors.read_state(file, paths.shown(source))
+        config, _ = lightning.configuration(source, state)
+        peft, known = section(config, "peft"), defaults(SCRIPT).model.peft
+        settings = {
             f"model.peft.{kind}.{key}": value
             for kind in KINDS
             for key, value in section(peft, kind).items()
             if key in known[kind]
         }
-        found["model.peft.peft_scheme"] = peft.get("peft_scheme", known.peft_scheme)
+        settings["model.peft.peft_scheme"] = peft.get("peft_scheme", known.peft_scheme)
     if rows:
         train = section(section(config, "data"), "train_ds")
-        found |= {f"model.data.test_ds.{key}": train[key] for key in ROWS if key in train}
+        settings |= {f"{TEST}.{key}": train[key] for key in ROWS if key in train}
     return {
         key: plain(value) if isinstance(value, str) else json.dumps(value)
-        for key, value in found.items()
+        for key, value in settings.items()
     }
 
 
 def _problems(config: "DictConfig") -> Iterator[str]:
     """What would fail after half a minute of imports."""
-    if wrong := list(value_check.wrong_values(config, compose(SCRIPT, []))):
+    if wrong := list(value_check.wrong_values(config, defaults(SCRIPT))):
         yield from wrong
         return
     model, test = config.model, config.model.data.test_ds
@@ -191,24 +189,11 @@ def _problems(config: "DictConfig") -> Iterator[str]:
             f"model.peft.restore_from_path: {paths.shown(adapter)} is a directory. Give the "
             ".nemo that a training wrote."
         )
-    if len(set(test.names)) != len(test.file_names):
-        yield (
-            f"model.data.test_ds.names has {len(set(test.names))} names for "
-            f"{len(test.file_names)} files."
-        )
+    names, files = len(set(test.names)), len(test.file_names)
+    if names != files:
+        yield f"{TEST}.names has {names} names for {files} files."
     for name in test.file_names:
         try:
             chat_data.lines(Path(name))
         except DataError as error:
             yield str(error)
-
-
-def _tokenizer(base: Path) -> Path:
-    from workshop_utils.checkpoints.formats.safe_text import read_yaml
-
-    if base.is_file():
-        raise WorkshopError(
-            "Rows cannot be rendered for a .nemo base: give model.data.test_ds.file_names and "
-            "prompt_template."
-        )
-    return Path(read_yaml(base / "model_config.yaml")["tokenizer"]["type"])
