@@ -171,3 +171,10 @@ def test_diagrams_have_one_look_and_a_title():
     for ground in ("#ffffff", "#111111"):  # of JupyterLab's light and dark themes
         assert contrast(colours["lineColor"], ground) >= LINES
         assert contrast(colours["primaryBorderColor"], ground) >= LINES
+
+
+@every_notebook
+def test_what_is_imported_is_taught_or_of_the_series(file):
+    """Nothing of the terminal's room, and of the lowest only what ``series`` hands on."""
+    code = "\n".join(source(cell) for cell in cells(file, "code"))
+    assert not re.findall(r"workshop_utils\.(?:cli|core)\b.*|from workshop_utils import .*", code)

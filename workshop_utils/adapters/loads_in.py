@@ -6,6 +6,7 @@ and configuration: no values are read.
 """
 
 import shlex
+from collections.abc import Iterator
 
 from workshop_utils.adapters.rules import ANY_RANK, READERS, Facts, check
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
@@ -58,6 +59,20 @@ def loads_in(checkpoint: Checkpoint) -> list[Reader]:
     if answers is None:
         return models.loads_in(checkpoint)
     return [Reader(name, *answers[name]) for name in models.READERS]
+
+
+def reader_lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """What can load it, as it is and after a command, and what cannot; readers with the same answer
+    share a line."""
+    shared: dict[tuple[str, str], list[str]] = {}
+    for reader in loads_in(checkpoint):
+        shared.setdefault((reader.answer, reader.how), []).append(reader.name)
+    for answer, title in {"yes": "loads in", "after": "loads after", "no": "not in"}.items():
+        for (its_answer, how), names in shared.items():
+            if its_answer == answer:
+                who = ", ".join(names)
+                yield title, f"{how}  [{who}]" if answer == "after" else f"{who}: {how}"
+                title = ""
 
 
 def _asked(facts: Facts, calls: dict[str, str]) -> Answers:

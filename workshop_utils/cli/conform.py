@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workshop_utils.cli import options
-from workshop_utils.core import terminal
 from workshop_utils.core.paths import shown
 
 if TYPE_CHECKING:
@@ -35,13 +34,6 @@ examples:
   workshop conform adapter.nemo --reader trtllm
   workshop conform loras/support-bot --reader nim1 --json
 """
-_MARKS = {
-    None: "✓ OK   ",
-    "note": "✓ OK   ",
-    "warning": "! WARN ",
-    "not known": "? NOT KNOWN",
-    "refused": "✗ FAIL ",
-}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -81,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
         print(json.dumps(as_dict(result), indent=2))
     else:
-        print("\n".join(lines(result)))
+        print("\n".join(result.lines()))
     return 0 if result.conforms else 1
 
 
@@ -107,21 +99,3 @@ def as_dict(result: "Result") -> dict[str, Any]:
         "rules": rules,
         "notes": result.notes,
     }
-
-
-def lines(result: "Result") -> list[str]:
-    """One line a rule, its fault and fix below it, and the verdict."""
-    text = []
-    for verdict in result.rules:
-        text.append(f"{_MARKS[verdict.severity]} {verdict.rule}")
-        if verdict.severity not in (None, "note"):
-            text += [f"          {verdict.fault}", f"          fix: {verdict.fix}"]
-    text += [f"note: {note}" for note in result.notes]
-    broken, count = len(result.broken), len(result.rules)
-    kept = (
-        "none" if any(its.severity in ("warning", "not known") for its in result.rules) else "all"
-    )
-    verdict = f"all {count} rules kept" if kept == "all" else f"none of {count} rules broken"
-    verdict = f"{broken} of {count} rules broken" if broken else verdict
-    text.append(f"{result.reader}: {verdict}: {shown(result.path)}")
-    return [terminal.one_line(line) for line in text]

@@ -147,23 +147,9 @@ def lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
         yield "base model", f"{shown(adapter.base) if here else adapter.base}{here}"
     for number, note in enumerate(checkpoint.notes):
         yield "" if number else "note", note
+    from workshop_utils.adapters.loads_in import reader_lines
+
     yield from reader_lines(checkpoint)
-
-
-def reader_lines(checkpoint: "Checkpoint") -> Iterator[tuple[str, str]]:
-    """What can load it, as it is and after a command, and what cannot; readers with the same answer
-    share a line."""
-    from workshop_utils.adapters.loads_in import loads_in
-
-    shared: dict[tuple[str, str], list[str]] = {}
-    for reader in loads_in(checkpoint):
-        shared.setdefault((reader.answer, reader.how), []).append(reader.name)
-    for answer, title in {"yes": "loads in", "after": "loads after", "no": "not in"}.items():
-        for (its_answer, how), names in shared.items():
-            if its_answer == answer:
-                who = ", ".join(names)
-                yield title, f"{how}  [{who}]" if answer == "after" else f"{who}: {how}"
-                title = ""
 
 
 def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:

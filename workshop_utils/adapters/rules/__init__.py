@@ -13,10 +13,21 @@ from pathlib import Path
 
 from workshop_utils.adapters.rules.facts import Facts
 from workshop_utils.adapters.rules.table import READERS, RULES, Ask, Fault, Rule, Severity, Source
+from workshop_utils.core import terminal
 from workshop_utils.core.errors import WorkshopError
+from workshop_utils.core.paths import shown
 
 ANY_RANK = math.inf
 """As the largest rank: any that the server can be started with."""
+
+
+_MARKS = {
+    None: "✓ OK   ",
+    "note": "✓ OK   ",
+    "warning": "! WARN ",
+    "not known": "? NOT KNOWN",
+    "refused": "✗ FAIL ",
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,23 @@ class Result:
         """What else to know, and what is not known of the reader."""
         odd = [": ".join(filter(None, (its.fault, its.fix))) for its in self.of(Severity.NOTE)]
         return [*READERS[self.reader].notes, *odd]
+
+    def lines(self) -> list[str]:
+        """One line a rule, its fault and fix below it, and the verdict."""
+        text = []
+        for verdict in self.rules:
+            text.append(f"{_MARKS[verdict.severity]} {verdict.rule}")
+            if verdict.severity not in (None, "note"):
+                text += [f"          {verdict.fault}", f"          fix: {verdict.fix}"]
+        text += [f"note: {note}" for note in self.notes]
+        broken, count = len(self.broken), len(self.rules)
+        kept = (
+            "none" if any(its.severity in ("warning", "not known") for its in self.rules) else "all"
+        )
+        verdict = f"all {count} rules kept" if kept == "all" else f"none of {count} rules broken"
+        verdict = f"{broken} of {count} rules broken" if broken else verdict
+        text.append(f"{self.reader}: {verdict}: {shown(self.path)}")
+        return [terminal.one_line(line) for line in text]
 
 
 def check(
