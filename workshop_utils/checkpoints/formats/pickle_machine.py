@@ -12,6 +12,7 @@ file, and cannot say what a file would have called.
 import contextlib
 import gc
 import pickle
+import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,6 +33,10 @@ MAX_ATTRIBUTES = 4_000_000
 MAX_SETS = 50_000
 """An empty set takes 216 bytes of memory and one in the file."""
 
+_TEXT = {str}
+_PUTS = rb"(?:\x94|q.|r.{4}|p\d+\n)*"
+_TUPLED = re.compile(_PUTS + rb"[\x86t]" + _PUTS, re.DOTALL)
+"""What stands between a text and a call of which it is the last argument."""
 _SCALARS = frozenset({str, int, float, bool, bytes, type(None)})
 # Larger ones can be chosen so that all have one hash, which makes each new key slower than the
 # last.
@@ -113,8 +118,8 @@ class Enumeration(Inert):
 
 GETATTR = Foreign("builtins.getattr")
 """Allowed for one thing only: ``getattr(ENUMERATION, "MEMBER")`` with an :class:`Enumeration` that
-has it. So Python 3.11.0 to 3.11.4 pickles members (``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2);
-earlier and later ones call the class."""
+has it, and the name written out there. So Python 3.11.0 to 3.11.4 pickles members
+(``Enum.__reduce_ex__`` in ``enum.py``, 3.11.2); earlier and later ones call the class."""
 
 
 class Harmful(pickle.UnpicklingError):
@@ -161,6 +166,7 @@ class Machine(pickle._Unpickler):
         self.stack, self.metastack, self.memo = [], [], []
         self.append = self.stack.append
         self.sets = self.chosen_keys = self.attributes = self.members = 0
+        self.text, self.literal = at, False
         self.harmless: set[str] = set()
         self.seen: dict[str, None] = {}
         self.failure: Exception | None = None
@@ -181,15 +187,11 @@ class Machine(pickle._Unpickler):
         data, stack, marks, memo = self.data, self.stack, self.metastack, self.memo
         push, pop, remember = stack.append, stack.pop, memo.append
         uint16, int32, uint32 = (struct.Struct(form).unpack_from for form in ("<H", "<i", "<I"))
-        at = self.at
+        at, harmless = self.at, self.harmless
         while True:
             op = data[at]
             at += 1
             if op < 0x80:
-                if op == 0x6A:  # LONG_BINGET
-                    push(memo[uint32(data, at)[0]])
-                    at += 4
-                    continue
                 if op == 0x68:  # BINGET
                     push(memo[data[at]])
                     at += 1
@@ -202,14 +204,37 @@ class Machine(pickle._Unpickler):
                     push(uint16(data, at)[0])
                     at += 2
                     continue
+                if op == 0x52:  # REDUCE
+                    arguments = pop()
+                    if stack[-1] is GETATTR:
+                        near = at - self.text < 64
+                        self.literal = bool(near and _TUPLED.fullmatch(data, self.text, at - 1))
+                    stack[-1] = self._call(stack[-1], arguments)
+                    if data[at] == 0x94:
+                        remember(stack[-1])
+                        at += 1
+                    continue
                 if op == 0x28:  # MARK
                     marks.append(len(stack))
+                    continue
+                if op == 0x6A:  # LONG_BINGET
+                    push(memo[uint32(data, at)[0]])
+                    at += 4
                     continue
                 if op == 0x29:  # EMPTY_TUPLE
                     push(())
                     continue
                 if op == 0x75:  # SETITEMS
-                    self._fill(self.pop_mark())
+                    items = self.pop_mark()
+                    # Nearly always the state of a Record, which BUILD gives it at once and clears.
+                    if data[at] == 0x62 and not stack[-1] and isinstance(stack[-2], Record):
+                        names = items[::2]
+                        if set(map(type, names)) == _TEXT and harmless.issuperset(names):
+                            stack[-2].__setstate__(dict(zip(names, items[1::2], strict=True)))
+                            pop()
+                            at += 1
+                            continue
+                    self._fill(items)
                     continue
                 if op == 0x62:  # BUILD
                     state = pop()
@@ -217,16 +242,13 @@ class Machine(pickle._Unpickler):
                     continue
                 if op == 0x7D:  # EMPTY_DICT
                     push({})
-                elif op == 0x52:  # REDUCE
-                    arguments = pop()
-                    stack[-1] = self._call(stack[-1], arguments)
                 elif op == 0x4A:  # BININT
                     push(int32(data, at)[0])
                     at += 4
                 elif op == 0x58:  # BINUNICODE
                     end = at + 4 + uint32(data, at)[0]
                     push(str(data[at + 4 : end], "utf-8"))
-                    at = end
+                    at = self.text = end
                 elif op == 0x2E:  # STOP
                     self.at = at
                     return pop()
@@ -234,18 +256,18 @@ class Machine(pickle._Unpickler):
                     self.at = at
                     self._rare(op)
                     at = self.at
-            elif op == 0x81:  # NEWOBJ
-                arguments = pop()
-                stack[-1] = self._call(stack[-1], arguments)
             elif op == 0x85:  # TUPLE1
                 stack[-1] = (stack[-1],)
             elif op == 0x87:  # TUPLE3
                 third, second = pop(), pop()
                 stack[-1] = (stack[-1], second, third)
+            elif op == 0x81:  # NEWOBJ
+                arguments = pop()
+                stack[-1] = self._call(stack[-1], arguments)
             elif op == 0x8C:  # SHORT_BINUNICODE
                 end = at + 1 + data[at]
                 push(str(data[at + 1 : end], "utf-8"))
-                at = end
+                at = self.text = end
             elif op == 0x8A:  # LONG1
                 end = at + 1 + data[at]
                 push(int.from_bytes(data[at + 1 : end], "little", signed=True))
@@ -267,6 +289,8 @@ class Machine(pickle._Unpickler):
         if run is None:
             raise pickle.UnpicklingError(f"it has the unknown opcode {op:#04x}")
         run(self)
+        if op == 0x56:  # UNICODE
+            self.text = self.at
         top = self.stack[-1] if self.stack else None
         if type(top) is int and top.bit_length() > 8 * MAX_NUMBER:
             raise pickle.UnpicklingError(f"it has a number of more than {MAX_NUMBER} bytes")
@@ -292,8 +316,8 @@ class Machine(pickle._Unpickler):
 
     def _call(self, what: Any, arguments: Any) -> Any:
         if type(what) is Foreign:
-            if what is GETATTR and _is_member(arguments):
-                self.members += 1
+            if what is GETATTR and self.literal and _is_member(arguments):
+                self.members, self.literal = self.members + 1, False
                 return Inert(f"{arguments[0].text}.{arguments[1]}")
             self._note(what.text, arguments)
             return Foreign(f"{what.text}(...)"[:200])
