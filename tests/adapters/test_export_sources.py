@@ -180,7 +180,7 @@ def test_nemotron_whose_mlp_has_no_gate(root):
     same(answers(base, export(back, "hf-peft", root / "p2")), expected, 5e-3)
     proof = prove(source, {"hf-peft": peft, "hf-merged": merged, "nemo": back}, base)
     assert proof.proven and [form.proven for form in proof.forms] == [True, True, None]
-    assert "has no gate" in proof.forms[2].untold
+    assert "has no gate" in proof.forms[2].not_checked
 
 
 def test_what_peft_trained_for_a_base_without_a_gate(root):
@@ -451,7 +451,7 @@ def test_the_proof_of_numbers_that_are_none_and_of_no_effect(root):
     state[name] = state[name].index_fill(0, torch.arange(1, 63), float("nan"))
     save_file(state, file, metadata={"format": "pt"})
     proof = prove(source, {"merged": merged}, base, trust=True)
-    assert (proof.proven, proof.forms[0].untold) == (False, "its logits are no numbers")
+    assert (proof.proven, proof.forms[0].not_checked) == (False, "its logits are no numbers")
     assert plots.proof_finding(proof).startswith("0 of 1 exports")
     plots.plot_proof(proof)
     none = {name: tensor * ("linear_in" in name) for name, tensor in tensors_of(GQA).items()}
@@ -470,7 +470,7 @@ def test_the_proof_says_what_it_cannot_load(root):
     }
     proof = prove(source, forms, base)
     assert [form.proven for form in proof.forms] == [None, True] and proof.proven
-    assert "head size" in proof.forms[0].untold
+    assert "head size" in proof.forms[0].not_checked
 
 
 @pytest.mark.slow

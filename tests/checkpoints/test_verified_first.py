@@ -188,7 +188,7 @@ def test_evaluate(root, cut_model, adapter):
 
 @pytest.mark.parametrize("other", ["adapter_config.json", "context/model.yaml"])
 def test_a_directory_of_two_formats(root, originals, other):
-    """transformers follows an adapter_config.json to another base; the doctor looks for NeMo
+    """transformers follows an adapter_config.json to another base; verification looks for NeMo
     first."""
     model = make_tiny_model(root / "hf")
     if other == "adapter_config.json":

@@ -44,6 +44,18 @@ def test_the_choice_and_its_reason(gpu_machine, monkeypatch, variables, torch_ha
     assert (made.kind, made.precision, made.reason) == chosen
 
 
+def test_the_choice_of_the_settings_file(gpu_machine, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    (tmp_path / "workshop.yaml").write_text("device: cpu\n")
+    assert (device.choose_device().kind, device.choose_device().reason) == (
+        "cpu",
+        "workshop.yaml: device=cpu",
+    )
+    (tmp_path / "workshop.yaml").write_text("device: tpu\n")
+    with pytest.raises(WorkshopError, match="workshop.yaml: device is 'tpu'; set it to cpu or gpu"):
+        device.choose_device()
+
+
 def test_another_word_is_refused(monkeypatch):
     monkeypatch.setenv("WORKSHOP_DEVICE", "tpu")
     with pytest.raises(WorkshopError, match="'tpu'; set it to cpu or gpu"):

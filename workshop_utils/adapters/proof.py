@@ -57,7 +57,7 @@ class Form:
     ``logits`` is the largest difference of a logit from the trained adapter's, ``agreement`` the
     share of positions with the same most likely token. ``update`` is the largest difference of a
     weight update, relative to the largest trained one, over all modules; ``by_layer`` the same for
-    each layer. ``untold`` says why it could not be loaded here; the figures are then None.
+    each layer. ``not_checked`` says why it could not be loaded here; the figures are then None.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Form:
     update: float | None = None
     by_layer: tuple[float, ...] = ()
     proven: bool | None = None
-    untold: str | None = None
+    not_checked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class Proof:
         ]
         for form in self.forms:
             figures = f"{'':30}"
-            if not form.untold:
+            if not form.not_checked:
                 figures = f"{form.logits:9.1e} {form.agreement:10.1%} {form.update:9.1e}"
             verdict = {True: "equal", False: "DIFFERS", None: "not told"}[form.proven]
             lines.append(
                 f"{form.name:16} {form.dtype:9} {figures}  {verdict:10} "
-                f"{form.untold or form.reader}"
+                f"{form.not_checked or form.reader}"
             )
         effect = f"The adapter itself moves a logit by up to {self.effect:.2g}"
         return "\n".join([*lines, f"{effect} ({self.tokens} tokens)."])
@@ -288,16 +288,16 @@ def _prove_one(
     try:
         model = reads(path, base)
     except UnsupportedAdapter as error:
-        return dataclasses.replace(form, untold=str(error))
+        return dataclasses.replace(form, not_checked=str(error))
     except (UserWarning, RuntimeError) as error:
         why = f"it does not load: {str(error).splitlines()[0]}"
-        return dataclasses.replace(form, proven=False, untold=why)
+        return dataclasses.replace(form, proven=False, not_checked=why)
     found = compare(logits(model, tokens), expected)
     if not effect:
         why = "the adapter changes no logit: there is nothing to prove"
-        return dataclasses.replace(form, untold=why)
+        return dataclasses.replace(form, not_checked=why)
     if not math.isfinite(found.largest):
-        return dataclasses.replace(form, proven=False, untold="its logits are no numbers")
+        return dataclasses.replace(form, proven=False, not_checked="its logits are no numbers")
     merged = not path.is_file() and not (path / PEFT_CONFIG).is_file()
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()

@@ -3,8 +3,6 @@
 import os
 from dataclasses import asdict, dataclass, fields
 
-import yaml
-
 from workshop_utils.core import paths
 from workshop_utils.core.errors import WorkshopError
 
@@ -27,6 +25,8 @@ def load_settings() -> Settings:
     file = paths.root() / "workshop.yaml"
     chosen = {}
     if file.exists():
+        import yaml  # late: choosing a device wants no package
+
         try:
             chosen = yaml.safe_load(file.read_text()) or {}
         except yaml.YAMLError as error:
@@ -47,4 +47,6 @@ def save_settings(settings: Settings) -> None:
     if settings == Settings():
         file.unlink(missing_ok=True)
     else:
+        import yaml
+
         paths.write_text(file, yaml.safe_dump(asdict(settings), sort_keys=False))

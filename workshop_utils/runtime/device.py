@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workshop_utils.core.errors import WorkshopError
+from workshop_utils.core.settings import load_settings
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,15 @@ class Device:
 
 
 def choose_device() -> Device:
-    """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32.
-    ``WORKSHOP_DEVICE=cpu|gpu`` overrides."""
-    chosen = os.environ.get("WORKSHOP_DEVICE") or "auto"
+    """A GPU in bf16 where the driver and this torch can use one, else the CPU in fp32; the
+    settings (``WORKSHOP_DEVICE=cpu|gpu``, ``workshop.yaml``) override."""
+    chosen = load_settings().device
+    stated = "WORKSHOP_DEVICE" if os.environ.get("WORKSHOP_DEVICE") else "workshop.yaml: device"
     if chosen not in ("auto", "cpu", "gpu"):
         raise WorkshopError(
-            f"WORKSHOP_DEVICE is {chosen!r}; set it to cpu or gpu, or leave it out to have one "
-            "chosen."
+            f"{stated} is {chosen!r}; set it to cpu or gpu, or leave it out to have one chosen."
         )
-    reason = f"WORKSHOP_DEVICE={chosen}"
+    reason = f"{stated}={chosen}"
     if chosen == "auto":
         name = gpu_name()
         chosen = "gpu" if name and torch_has_cuda() else "cpu"

@@ -246,7 +246,7 @@ def proof_finding(proof: Proof) -> str:
     wrong = ""
     for form in told:
         if not form.proven:
-            why = f": {form.untold}" if form.untold else f" differs by {form.logits:.1g}"
+            why = f": {form.not_checked}" if form.not_checked else f" differs by {form.logits:.1g}"
             wrong += f"; {form.name}{why}"
     close = f", these differ by {max(equal):.0e} at most" if equal else ""
     moved = f"the adapter moves a logit by up to {proof.effect:.0f}"

@@ -107,13 +107,11 @@ def open_workshop(show: bool = True) -> Workshop:
     from workshop_utils.runtime import nemo_cpu
 
     settings = load_settings()
-    if settings.device != "auto":
-        os.environ["WORKSHOP_DEVICE"] = settings.device
     quiet_environment(os.environ)
     warnings.filterwarnings(
         "ignore", message="The pynvml package is deprecated", category=FutureWarning
     )
-    nemo_cpu.apply()
+    nemo_cpu.apply(settings.device)
     workshop = Workshop(settings, chosen_model(), choose_device())
     if show:
         print(f"model:  {workshop.model.name}\ndevice: {workshop.device}\nseed:   {SEED}")

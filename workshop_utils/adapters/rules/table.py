@@ -434,7 +434,7 @@ _OURS = Source("workshop serve", _DAY)
 _SAFE = Source("CVE-2025-23304, CVE-2026-24157: what loading a stranger's file runs", _DAY)
 
 ALL = ("trtllm", "nemo", "peft", "vllm", "nim1", "nim2", "serve")
-JUDGED = ALL[:-1]
+OFFERED = ALL[:-1]
 SERVERS = ("trtllm", "vllm", "nim1", "nim2")
 FUSED = ("trtllm", "nim1")
 N, W = Severity.NOTE, Severity.WARNING
@@ -450,15 +450,15 @@ RULES = (
     Rule("readable", ALL, None, "it can be read, and nothing in it runs code", _readable,
          _UNREADABLE, _SAFE, stops=True),
     # A .nemo.
-    Rule("plain-tar", JUDGED, "nemo", "a plain, uncompressed tar",
+    Rule("plain-tar", OFFERED, "nemo", "a plain, uncompressed tar",
          lambda ask: "it is compressed with gzip" if nemo_archive.is_compressed(ask.facts.file)
          else None, "gunzip it, or: {again}", _TRTLLM),
-    Rule("one-part", JUDGED, "nemo", "the weights are in one part", _parts,
+    Rule("one-part", OFFERED, "nemo", "the weights are in one part", _parts,
          "put them together: {again}", _TRTLLM, stops=True),
-    Rule("members", JUDGED, "nemo",
+    Rule("members", OFFERED, "nemo",
          "exactly model_config.yaml and model_weights.ckpt, both at the top or both under ./",
          _members, "{again}", _TRTLLM),
-    Rule("plain-lora", JUDGED, "nemo", "a LoRA adapter: peft.peft_scheme lora, variant nemo",
+    Rule("plain-lora", OFFERED, "nemo", "a LoRA adapter: peft.peft_scheme lora, variant nemo",
          lambda ask: ask.facts.no_lora,
          "no server reads another kind: train with these two; a whole model is served as a model",
          _CONVERTS, stops=True),
@@ -466,7 +466,7 @@ RULES = (
          lambda ask: _names(
              ask, lambda name: "self_attention.adapter_layer.lora_kqv_adapter" in name),
          "export it for PEFT, which takes every module: {peft}", _TRTLLM),
-    Rule("layout", JUDGED, "nemo",
+    Rule("layout", OFFERED, "nemo",
          "every layer has both halves, of one rank, in the shapes that the YAML asks for",
          lambda ask: _first(ask.facts.layout[1]), "{trained}", _TRTLLM),
     # A PEFT directory.
@@ -474,16 +474,16 @@ RULES = (
          "a .bin is a pickle, which a server unpickles; to be safer: {again}", _NIM, N),
     Rule("lora", ALL, "hf-peft", f"{PEFT_CONFIG}: peft_type is 'LORA'", _field("peft_type", "LORA"),
          "only LoRA adapters are served this way; merge another kind into its base", _PEFT),
-    Rule("task", JUDGED, "hf-peft", f"{PEFT_CONFIG}: task_type is 'CAUSAL_LM'",
+    Rule("task", OFFERED, "hf-peft", f"{PEFT_CONFIG}: task_type is 'CAUSAL_LM'",
          _field("task_type", "CAUSAL_LM"),
          "only PEFT's classes that find the model by themselves ask for it; NeMo's exporter leaves "
          "it out", _PEFT, N),
-    Rule("rank", JUDGED, "hf-peft", f"{PEFT_CONFIG}: r is a positive whole number",
+    Rule("rank", OFFERED, "hf-peft", f"{PEFT_CONFIG}: r is a positive whole number",
          _positive("r", size), "write the rank there, the first size of each lora_A", _PEFT),
-    Rule("alpha", JUDGED, "hf-peft", f"{PEFT_CONFIG}: lora_alpha is a positive number",
+    Rule("alpha", OFFERED, "hf-peft", f"{PEFT_CONFIG}: lora_alpha is a positive number",
          _positive("lora_alpha", number),
          "write the alpha of the training there: without it nobody knows the scale", _PEFT),
-    Rule("base", JUDGED, "hf-peft", f"{PEFT_CONFIG} names the base", _base,
+    Rule("base", OFFERED, "hf-peft", f"{PEFT_CONFIG} names the base", _base,
          "name it: {again} --base ID", _PEFT, W),
     Rule("beside", (*SERVERS, "serve"), "hf-peft",
          "nothing was trained beside the adapter: bias is 'none', modules_to_save empty",
@@ -497,7 +497,7 @@ RULES = (
          _only_peft(lambda names: names), "PEFT does, servers do not", _PEFT, N),
     Rule("no-dora", (*SERVERS, "serve"), "hf-peft", f"{PEFT_CONFIG}: use_dora is False",
          _field("use_dora", False, None), "servers take no DoRA; merge it: {merged}", _VLLM),
-    Rule("prefix", JUDGED, "hf-peft", f"keys begin with {PEFT_PREFIX}",
+    Rule("prefix", OFFERED, "hf-peft", f"keys begin with {PEFT_PREFIX}",
          lambda ask: _names(ask, lambda name: name.startswith(PEFT_PREFIX)),
          "PEFT leaves them out with a warning, and B stays zero: {again} --trust", _PEFT),
     Rule("keys", SERVERS, "hf-peft",
@@ -505,10 +505,10 @@ RULES = (
          "train without the other modules: servers take these only", _VLLM),
     Rule("keys", ("peft",), "hf-peft", "keys are base_model.model.MODULE.lora_A|B.weight",
          _keys, "look which module they are for: PEFT leaves them out", _PEFT),
-    Rule("magnitudes", JUDGED, "hf-peft",
+    Rule("magnitudes", OFFERED, "hf-peft",
          "every module of a DoRA adapter has its lora_magnitude_vector", _magnitudes, "{trained}",
          _PEFT, when=lambda ask: bool(ask.config.get("use_dora"))),
-    Rule("modules", JUDGED, "hf-peft",
+    Rule("modules", OFFERED, "hf-peft",
          "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules "
          "names just these", _modules,
          "write target_modules, r and layers_to_transform as the tensors have them; where tensors "
@@ -519,11 +519,11 @@ RULES = (
     Rule("max-rank", ALL, None, "the rank is at most {largest}", _rank,
          "raise {option} of the server, or train with a rank of {largest} or less", _VLLM,
          when=lambda ask: ask.largest is not None),
-    Rule("converter-fields", JUDGED, "nemo",
+    Rule("converter-fields", OFFERED, "nemo",
          "the YAML has every field that NeMo's converter reads",
          lambda ask: _first(f"{name} is missing" for name in _CONVERTER
                             if ask.config.get(name) is None), "{again}", _CONVERTS),
-    Rule("parallel", JUDGED, "nemo", "one tensor-parallel and one pipeline-parallel rank",
+    Rule("parallel", OFFERED, "nemo", "one tensor-parallel and one pipeline-parallel rank",
          _parallel, "write 1 for both into model_config.yaml if the weights are those of the whole "
          "model; else {trained}", _CONVERTS),
     Rule("baked-in", FUSED, "nemo",
@@ -537,13 +537,13 @@ RULES = (
          else None, "{again}", _LOADS),
     Rule("head-size", ("nemo",), "nemo", "the head size is hidden_size / heads", _head_size,
          "use {peft}", _CONVERTS, N),
-    Rule("storage", JUDGED, None, "every tensor has storage of its own", _stored,
+    Rule("storage", OFFERED, None, "every tensor has storage of its own", _stored,
          "whoever writes the file has to clone() first: {again}", _TRTLLM),
-    Rule("dtype", JUDGED, None, "one floating-point dtype, as the base can have it", _dtype,
+    Rule("dtype", OFFERED, None, "one floating-point dtype, as the base can have it", _dtype,
          "", _VLLM),
-    Rule("finite", JUDGED, None, "every number is finite", _finite,
+    Rule("finite", OFFERED, None, "every number is finite", _finite,
          "train again with a lower rate: these weights are lost", _TRTLLM, values=True),
-    Rule("trained", JUDGED, None, "the adapter was trained: some B is not zero", _some_b,
+    Rule("trained", OFFERED, None, "the adapter was trained: some B is not zero", _some_b,
          "this adapter answers like its base. Export a checkpoint after training, and look that no "
          "key was left out when it was loaded", _PEFT, values=True),
 )  # fmt: skip

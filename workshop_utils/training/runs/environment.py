@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from workshop_utils.runtime import processes
-from workshop_utils.runtime.device import Device, quiet_environment
+from workshop_utils.runtime.device import Device, choose_device, quiet_environment
 
 
 def notes(run_dir: Path) -> Path:
@@ -37,6 +37,5 @@ def training_environment(
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
     if tokens_per_step:
         environment["WORKSHOP_TOKENS_PER_STEP"] = str(tokens_per_step)
-    if device:
-        environment["WORKSHOP_DEVICE"] = device.kind
+    environment["WORKSHOP_DEVICE"] = (device or choose_device()).kind
     return environment
