@@ -198,12 +198,13 @@ def logits(side: Side, token_ids: Sequence[Sequence[int]]) -> list[numpy.ndarray
     if isinstance(side, (Path, tuple)):
         side = load(*side) if isinstance(side, tuple) else load(side)
     if isinstance(side, torch.nn.Module):
-        ids, mask = (
-            pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            for rows in (token_ids, [[1] * len(row) for row in token_ids])
-        )
+        rows = [torch.tensor(row, device=side.device) for row in token_ids]
+        inputs = {"input_ids": pad_sequence(rows, batch_first=True)}
+        if len(set(map(len, rows))) > 1:
+            ones = [torch.ones_like(row) for row in rows]
+            inputs["attention_mask"] = pad_sequence(ones, batch_first=True)
         with torch.inference_mode():
-            rows = side(input_ids=ids, attention_mask=mask).logits.float().numpy()
+            rows = side(**inputs).logits.float().cpu().numpy()
     else:
         rows = numpy.asarray(side(token_ids))
     return [row[: len(ids)] for row, ids in zip(rows, token_ids, strict=True)]

@@ -224,15 +224,9 @@ def logits(
     model: PreTrainedModel | Path, token_ids: Sequence[Sequence[int]], adapter: Path | None = None
 ):
     """fp32 logits, a numpy array ``[batch, sequence, vocabulary]``, of token ids ``[batch,
-    sequence]`` without padding.
+    sequence]`` without padding; ``model`` and ``adapter`` may be directories."""
+    import numpy
 
-    ``model`` may be a directory: it is read in fp32 on the CPU, with the PEFT ``adapter`` in it,
-    whatever the weights are in.
-    """
-    import torch
+    from workshop_utils.adapters import proof
 
-    if isinstance(model, Path):
-        model = _read(model, adapter, torch.float32)
-    ids = torch.tensor(token_ids, device=model.device)
-    with torch.inference_mode():
-        return model(input_ids=ids).logits.float().cpu().numpy()
+    return numpy.stack(proof.logits((model, adapter) if adapter else model, token_ids))

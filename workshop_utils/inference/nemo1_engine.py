@@ -20,6 +20,7 @@ from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
 from workshop_utils.core.errors import NotACheckpoint, UnsupportedAdapter
+from workshop_utils.inference.nemo2_engine import megatron_logits
 from workshop_utils.runtime import nemo_cpu
 from workshop_utils.runtime.device import choose_device
 from workshop_utils.runtime.processes import run_job
@@ -97,17 +98,11 @@ class NemoModel:
         return answers
 
     def logits(self, token_ids: Sequence[Sequence[int]]) -> numpy.ndarray:
-        """fp32 logits ``[batch, sequence, vocabulary]`` of token ids ``[batch, sequence]`` without
-        padding."""
-        import torch
-
-        ids = torch.tensor(token_ids, device=next(self.model.parameters()).device)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        with torch.inference_mode():
-            # Without a mask Megatron-Core's attention is causal.
-            logits = self.model.model(ids, positions, None).float().cpu().numpy()
+        """As :func:`.nemo2_engine.megatron_logits`."""
         # Rows that only pad the vocabulary are cut off.
-        return logits[..., : self.model.cfg.get("override_vocab_size")]
+        return megatron_logits(self.model.model, token_ids)[
+            ..., : self.model.cfg.get("override_vocab_size")
+        ]
 
 
 def ask_nemo(
