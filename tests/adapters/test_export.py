@@ -291,7 +291,7 @@ def test_defaults_of_nemo_for_missing_heads(root):
     config = config_of(SHAPES["mha"]) | {"num_query_groups": None}
     del config["kv_channels"]
     source = write_adapter(root / "a.nemo", config, tensors_of(SHAPES["mha"]))
-    assert read_adapter(source).architecture.heads == (4, 4, 8)
+    assert read_adapter(source).architecture.qkv == (4, 4, 8)
     assert read_nemo(export(source, "nemo"))[0]["num_query_groups"] == 4
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.checkpoints.formats.lora_layout import Architecture, Halves, Place
+from workshop_utils.checkpoints.formats.architecture import Architecture
+from workshop_utils.checkpoints.formats.lora_layout import Halves, Place
 from workshop_utils.checkpoints.formats.qkv import Order
 from workshop_utils.core.hashing import sha256
 
@@ -58,7 +59,7 @@ class LoraAdapter:
     def layers(self) -> int:
         """Layers of the base, or as far as the adapter tells."""
         if self.architecture:
-            return self.architecture.num_layers
+            return self.architecture.layers
         return 1 + max(layer for layer, _ in self.weights)
 
 

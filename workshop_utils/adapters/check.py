@@ -18,7 +18,8 @@ from workshop_utils.adapters.read import read_adapter
 from workshop_utils.adapters.record import Record
 from workshop_utils.adapters.rules import check
 from workshop_utils.checkpoints.formats import huggingface, nemo2, values
-from workshop_utils.checkpoints.formats.lora_layout import TARGETS, Architecture
+from workshop_utils.checkpoints.formats.architecture import Architecture
+from workshop_utils.checkpoints.formats.lora_layout import TARGETS
 from workshop_utils.checkpoints.formats.summary import Checkpoint
 from workshop_utils.checkpoints.formats.tensor import Tensor as Stored
 from workshop_utils.core.errors import ConformanceFailed, WorkshopError
@@ -197,7 +198,7 @@ def cut(rows: Tensor, target: str, sizes: Architecture | None, order: str) -> di
 
     modules = TARGETS[target].modules if target in TARGETS else (target,)
     if target == "attention_qkv":
-        nh, ng, hd = sizes.heads
+        nh, ng, hd = sizes.qkv
         size = nh // ng
         if order == "interleaved":
             slots = [
@@ -209,7 +210,7 @@ def cut(rows: Tensor, target: str, sizes: Architecture | None, order: str) -> di
             slots = [list(range(nh)), list(range(nh, nh + ng)), list(range(nh + ng, nh + 2 * ng))]
         parts = [torch.cat([rows[slot * hd : (slot + 1) * hd] for slot in each]) for each in slots]
     elif target == "mlp_fc1" and sizes.gated:
-        parts = [rows[: sizes.ffn_hidden_size], rows[sizes.ffn_hidden_size :]]
+        parts = [rows[: sizes.ffn], rows[sizes.ffn :]]
     else:
         return {modules[-1]: rows}  # without a gate, up_proj alone
     return dict(zip(modules, parts, strict=True))

@@ -20,7 +20,7 @@ from workshop_utils.adapters.adapter import LoraAdapter, as_tensor
 from workshop_utils.adapters.modules import separated, updated
 from workshop_utils.checkpoints.convert import readers, weights
 from workshop_utils.checkpoints.formats import huggingface, nemo2, values
-from workshop_utils.checkpoints.formats.lora_layout import TARGETS, Place, modules_of
+from workshop_utils.checkpoints.formats.lora_layout import TARGETS, Place, features, modules_of
 from workshop_utils.checkpoints.formats.qkv import Heads, join, split
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES, DTYPES, Chunk, Tensor
@@ -129,12 +129,12 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
     source, checkpoint, apart = readers.read(base), nemo2.describe(base), separated(adapter)
     sizes = read_nemo2.base_architecture(source.fields)
     shapes = {
-        f"{module} of layer {layer}": sizes.features(module)[::-1]
+        f"{module} of layer {layer}": features(sizes, module)[::-1]
         for target in TARGETS
         # An mlp_fc1 with a gate and one without have not even up_proj in common.
         if target != "mlp_fc1" or sizes.gated == apart.architecture.gated
         for module in modules_of(target, sizes)
-        for layer in range(sizes.num_layers)
+        for layer in range(sizes.layers)
     }
     places = {f"{module} of layer {layer}": (layer, module) for layer, module in apart.weights}
     _fit(apart, shapes, places, base)
@@ -154,7 +154,7 @@ def merge_nemo2(adapter: LoraAdapter, base: Path, directory: Path) -> None:
             # A part of a matrix says nothing of the length of its rows (DoRA), nor where a head
             # begins.
             weight = held[at] if whole else as_tensor(values.read_tensor(checkpoint, tensor, layer))
-            merged = merged_fused(weight, apart, layer, FUSED[tensor.name], sizes.heads)
+            merged = merged_fused(weight, apart, layer, FUSED[tensor.name], sizes.qkv)
             rows.append(merged.to(held.dtype) if whole else merged.to(held.dtype)[region])
         return torch.stack(rows)
 

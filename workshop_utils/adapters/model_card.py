@@ -109,7 +109,7 @@ def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
         lines.append(
             "- Do not give this file to TensorRT-LLM: it expects `Q|K|V` rows and applies no scale."
         )
-        heads, hidden = adapter.architecture.heads, adapter.architecture.hidden_size
+        heads, hidden = adapter.architecture.qkv, adapter.architecture.hidden
         if heads.channels * heads.attention != hidden:
             lines.append(
                 "- NeMo's converter takes hidden_size / heads for the head size; this model's "

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from workshop_utils.adapters.adapter import LoraAdapter
+from workshop_utils.checkpoints.formats.architecture import Architecture
 from workshop_utils.checkpoints.formats.lora_layout import (
     TARGETS,
-    Architecture,
     Halves,
+    features,
     modules_of,
     ordered,
 )
@@ -131,7 +132,7 @@ def _parts(adapter: LoraAdapter, target: str, rows: Tensor) -> Iterator[tuple[st
         )
     modules = modules_of(target, sizes)
     if target == "attention_qkv":
-        return zip(modules, split(rows, sizes.heads, adapter.qkv_order), strict=True)
+        return zip(modules, split(rows, sizes.qkv, adapter.qkv_order), strict=True)
     return zip(modules, rows.chunk(len(modules)), strict=True)
 
 
@@ -140,7 +141,7 @@ def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
 
     if (layer, target) in adapter.weights:
         return adapter.weights[layer, target]
-    inputs, rows = adapter.architecture.features(target)
+    inputs, rows = features(adapter.architecture, target)
     modules = modules_of(target, adapter.architecture)
     parts = [adapter.weights.get((layer, module)) for module in modules]
     there = [halves for halves in parts if halves]
@@ -151,14 +152,14 @@ def _fused(adapter: LoraAdapter, layer: int, target: str) -> Halves:
     a = there[0].linear_in if shared else torch.cat([halves.linear_in for halves in there])
     blocks, at = [], 0
     for module, halves in zip(modules, parts, strict=True):
-        block = like.new_zeros(adapter.architecture.features(module)[1], a.shape[0])
+        block = like.new_zeros(features(adapter.architecture, module)[1], a.shape[0])
         if halves:
             width = halves.linear_out.shape[1]
             block[:, at : at + width] = halves.linear_out
             at += 0 if shared else width
         blocks.append(block)
     if target == "attention_qkv":
-        return Halves(a, join(*blocks, adapter.architecture.heads, adapter.qkv_order))
+        return Halves(a, join(*blocks, adapter.architecture.qkv, adapter.qkv_order))
     return Halves(a, torch.cat(blocks))
 
 
@@ -189,12 +190,12 @@ def synthetic_config(
     if architecture is None:
         return config
     sizes = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.heads.attention,
-        "num_query_groups": architecture.heads.groups,
-        "kv_channels": architecture.heads.channels,
+        "num_layers": architecture.layers,
+        "hidden_size": architecture.hidden,
+        "ffn_hidden_size": architecture.ffn,
+        "num_attention_heads": architecture.qkv.attention,
+        "num_query_groups": architecture.qkv.groups,
+        "kv_channels": architecture.qkv.channels,
         "activation": architecture.activation,
     }
     return sizes | config | {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}

@@ -101,7 +101,7 @@ def read_state(source: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     if len(parts) == 1:
         return parts[0, 0]
     architecture = architecture_of(source, config)
-    return merge(source, parts, architecture.num_layers, architecture.gated)
+    return merge(source, parts, architecture.layers, architecture.gated)
 
 
 def _load_tensors(source: Path, member: str) -> dict[str, Tensor]:

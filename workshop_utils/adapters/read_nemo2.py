@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.modules import of_one_rank, synthetic_config
 from workshop_utils.checkpoints.formats import gpt_config, nemo2, values
-from workshop_utils.checkpoints.formats.architecture import number
+from workshop_utils.checkpoints.formats.architecture import Architecture, number
 from workshop_utils.checkpoints.formats.lora_layout import (
     TARGETS,
-    Architecture,
     Halves,
     Place,
     faults,
+    features,
     nemo1_key,
     ordered,
     parse,
 )
 from workshop_utils.checkpoints.formats.nemo1_config import ACTIVATIONS
-from workshop_utils.checkpoints.formats.qkv import Heads
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.core.paths import shown
 
@@ -59,7 +58,7 @@ def read(source: Path) -> LoraAdapter:
             "exported here."
         )
     sizes = base_architecture(fields)
-    layers = _layers(source, sizes.num_layers)
+    layers = _layers(source, sizes.layers)
     weights = {place: _halves(source, *place, parts) for place, parts in sorted(layers.items())}
     magnitudes = {
         place: layers[place]["", "magnitude"]
@@ -123,11 +122,13 @@ def base_architecture(fields: Mapping[str, Any]) -> Architecture:
     :func:`workshop_utils.checkpoints.formats.gpt_config.read_fields`)."""
     function = fields["activation_func"], fields["gated_linear_unit"]
     return Architecture(
-        fields["hidden_size"],
-        fields["ffn_hidden_size"],
-        fields["num_layers"],
-        Heads(fields["num_attention_heads"], fields["num_query_groups"], fields["kv_channels"]),
-        next((name for name, stands_for in ACTIVATIONS.items() if stands_for == function), None),
+        layers=fields["num_layers"],
+        hidden=fields["hidden_size"],
+        heads=fields["num_attention_heads"],
+        groups=fields["num_query_groups"],
+        head_dim=fields["kv_channels"],
+        ffn=fields["ffn_hidden_size"],
+        activation=next((name for name, its in ACTIVATIONS.items() if its == function), None),
     )
 
 
@@ -204,7 +205,7 @@ def _check_shapes(
     magnitudes: Mapping[Place, Tensor],
 ) -> None:
     def shapes(layer: int, target: str):
-        inputs, outputs = sizes.features(target)
+        inputs, outputs = features(sizes, target)
         rank = weights[layer, target].linear_in.shape[0]
         return (rank, inputs), (outputs, rank)
 
@@ -212,9 +213,9 @@ def _check_shapes(
     layers = {layer for layer, _ in weights}
     wrong = [fault for _, fault, _ in faults(places, layers, shapes, nemo1_key, "its base")]
     wrong += [
-        f"layer {layer}, {target}: weight_magnitude is no [{sizes.features(target)[1]}]"
+        f"layer {layer}, {target}: weight_magnitude is no [{features(sizes, target)[1]}]"
         for (layer, target), lengths in magnitudes.items()
-        if lengths.shape != (sizes.features(target)[1],)
+        if lengths.shape != (features(sizes, target)[1],)
     ]
     if wrong:
         raise DamagedCheckpoint(f"{shown(source)}: {wrong[0]}.")

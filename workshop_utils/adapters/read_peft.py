@@ -19,15 +19,15 @@ from workshop_utils.adapters import read_nemo2
 from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.modules import of_one_rank, synthetic_config
 from workshop_utils.checkpoints.formats import gpt_config, huggingface, values
-from workshop_utils.checkpoints.formats.architecture import size
+from workshop_utils.checkpoints.formats.architecture import Architecture, size
 from workshop_utils.checkpoints.formats.lora_layout import (
     MODULES,
     PEFT_CONFIG,
     PEFT_PREFIX,
-    Architecture,
     Halves,
     Place,
     faults,
+    features,
     of_pattern,
     ordered,
     parse,
@@ -35,7 +35,6 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     peft_only,
     peft_scale,
 )
-from workshop_utils.checkpoints.formats.qkv import Heads
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
 from workshop_utils.core.paths import shown
@@ -114,9 +113,8 @@ def base_architecture(base: Path) -> Architecture | None:
     sizes = huggingface.architecture(read_json(base / "config.json"))
     if sizes is None:
         return None
-    heads = Heads(sizes.heads, sizes.groups, sizes.head_dim)
     activation = "squared-relu" if sizes.family == "Nemotron" else "fast-swiglu"
-    return Architecture(sizes.hidden, sizes.ffn, sizes.layers, heads, activation)
+    return dataclasses.replace(sizes, activation=activation)
 
 
 def _check(
@@ -139,7 +137,7 @@ def _check(
         )
         if type(rank) is not int:
             raise DamagedCheckpoint(f"{where}: {PEFT_CONFIG} has r = {rank!r} for {module}.")
-        inputs, outputs = sizes.features(module) if sizes else (None, None)
+        inputs, outputs = features(sizes, module) if sizes else (None, None)
         return (rank, inputs), (outputs, rank)
 
     stated = f"{PEFT_CONFIG} (r = {config.get('r')})" + " with its base" * bool(sizes)
@@ -160,10 +158,9 @@ def _check(
                 f"{list(halves['B'].shape[:1])}."
             )
     last = max(layer for layer, _ in places)
-    if sizes and last >= sizes.num_layers:
+    if sizes and last >= sizes.layers:
         raise DamagedCheckpoint(
-            f"{where}: it has tensors for layer {last}, which its base, of {sizes.num_layers}, "
-            "lacks."
+            f"{where}: it has tensors for layer {last}, which its base, of {sizes.layers}, lacks."
         )
 
 

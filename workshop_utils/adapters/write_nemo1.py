@@ -45,7 +45,7 @@ def config_for(adapter: LoraAdapter, record: Record) -> dict[str, Any]:
     config["tensor_model_parallel_size"] = config["pipeline_model_parallel_size"] = 1
     # Written out because NeMo's converter takes another default (all heads) only when the field is
     # absent, not when it is null.
-    config["num_query_groups"] = adapter.architecture.heads.groups
+    config["num_query_groups"] = adapter.architecture.qkv.groups
     config["peft"]["lora_tuning"] |= {
         "variant": "nemo",
         "target_modules": list(adapter.targets),
@@ -63,7 +63,7 @@ def tensors_for(adapter: LoraAdapter, record: Record) -> dict[str, Tensor]:
     state = {}
     for (layer, target), (a, b) in adapter.weights.items():
         if target == "attention_qkv":
-            b = reorder(b, adapter.architecture.heads, adapter.qkv_order, record.qkv_order)
+            b = reorder(b, adapter.architecture.qkv, adapter.qkv_order, record.qkv_order)
         if record.alpha_baked_in and adapter.scale != 1:
             # In single precision, so that half-precision weights are rounded once.
             b = (b.float() * adapter.scale).to(b.dtype)

@@ -4,12 +4,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workshop_utils.checkpoints.formats.qkv import Heads
+
 
 @dataclass(frozen=True)
 class Architecture:
     """Sizes of a decoder-only transformer. ``rope_scaling`` is None, the four numbers of Llama
     3.1's rule, or another rule as it is; ``family`` a name such as ``Llama``, ``experts`` their
-    number in each layer, ``qk_norm`` whether queries and keys are normalised.
+    number in each layer, ``qk_norm`` whether queries and keys are normalised, ``activation``
+    that of the MLP by NeMo 1's name. What is None is not known.
     """
 
     layers: int
@@ -18,13 +21,24 @@ class Architecture:
     groups: int
     head_dim: int
     ffn: int
-    vocabulary: int | None
-    tied: bool
-    rope_base: float
+    vocabulary: int | None = None
+    tied: bool | None = None
+    rope_base: float | None = None
     rope_scaling: dict[str, Any] | None = None
     family: str | None = None
     experts: int | None = None
     qk_norm: bool = False
+    activation: str | None = None
+
+    @property
+    def qkv(self) -> Heads:
+        """The numbers that the rows of a fused q, k and v depend on."""
+        return Heads(self.heads, self.groups, self.head_dim)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP has a gate, by NeMo 1's name of its activation (``fast-swiglu``)."""
+        return str(self.activation).endswith("glu")
 
 
 def read(

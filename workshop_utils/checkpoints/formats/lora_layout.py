@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from workshop_utils.checkpoints.formats.architecture import number, size
+from workshop_utils.checkpoints.formats.architecture import Architecture, number, size
 from workshop_utils.checkpoints.formats.findings import Code, Report, stop
-from workshop_utils.checkpoints.formats.nemo1_config import ACTIVATIONS
-from workshop_utils.checkpoints.formats.qkv import Heads
 from workshop_utils.core.errors import DamagedCheckpoint, NotACheckpoint, UnsupportedAdapter
 from workshop_utils.core.paths import shown
 
@@ -180,41 +178,24 @@ class Halves(NamedTuple):
     linear_out: Tensor
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The numbers of the base model that fix the shapes of an adapter. ``activation`` is that of
-    the MLP, by NeMo 1's name."""
-
-    hidden_size: int
-    ffn_hidden_size: int
-    num_layers: int
-    heads: Heads
-    activation: str | None
-
-    @property
-    def gated(self) -> bool:
-        """Whether the MLP has a gate: mlp_fc1 is then gate_proj and up_proj, else up_proj alone."""
-        return ACTIVATIONS.get(self.activation, ("", False))[1]
-
-    def features(self, target: str) -> tuple[int, int]:
-        """Input and output features of the linear layer that ``target`` names, NeMo's or Hugging
-        Face's."""
-        hidden, ffn = self.hidden_size, self.ffn_hidden_size
-        query = self.heads.attention * self.heads.channels
-        group = self.heads.groups * self.heads.channels
-        return {
-            "attention_qkv": (hidden, self.heads.rows),
-            "attention_dense": (query, hidden),
-            "mlp_fc1": (hidden, ffn * (2 if self.gated else 1)),
-            "mlp_fc2": (ffn, hidden),
-            "self_attn.q_proj": (hidden, query),
-            "self_attn.k_proj": (hidden, group),
-            "self_attn.v_proj": (hidden, group),
-            "self_attn.o_proj": (query, hidden),
-            "mlp.gate_proj": (hidden, ffn),
-            "mlp.up_proj": (hidden, ffn),
-            "mlp.down_proj": (ffn, hidden),
-        }[target]
+def features(sizes: Architecture, target: str) -> tuple[int, int]:
+    """Input and output features of the linear layer that ``target`` names, NeMo's or Hugging
+    Face's, in a base of ``sizes``."""
+    hidden, ffn = sizes.hidden, sizes.ffn
+    query, group = sizes.heads * sizes.head_dim, sizes.groups * sizes.head_dim
+    return {
+        "attention_qkv": (hidden, sizes.qkv.rows),
+        "attention_dense": (query, hidden),
+        "mlp_fc1": (hidden, ffn * (2 if sizes.gated else 1)),
+        "mlp_fc2": (ffn, hidden),
+        "self_attn.q_proj": (hidden, query),
+        "self_attn.k_proj": (hidden, group),
+        "self_attn.v_proj": (hidden, group),
+        "self_attn.o_proj": (query, hidden),
+        "mlp.gate_proj": (hidden, ffn),
+        "mlp.up_proj": (hidden, ffn),
+        "mlp.down_proj": (ffn, hidden),
+    }[target]
 
 
 def modules_of(target: str, sizes: Architecture | None) -> tuple[str, ...]:
@@ -344,16 +325,16 @@ def read_layout(
         )
     targets = _targets(source, lora, {target for _, target in places}, report)
     stated = (
-        f"model_config.yaml (adapter_dim {rank}, hidden_size {architecture.hidden_size}, "
-        f"ffn_hidden_size {architecture.ffn_hidden_size}, num_layers {architecture.num_layers}, "
-        f"heads/groups/channels {'/'.join(map(str, architecture.heads))})"
+        f"model_config.yaml (adapter_dim {rank}, hidden_size {architecture.hidden}, "
+        f"ffn_hidden_size {architecture.ffn}, num_layers {architecture.layers}, "
+        f"heads/groups/channels {'/'.join(map(str, architecture.qkv))})"
     )
 
     def shapes(_: int, target: str) -> tuple[Shape, Shape]:
-        inputs, outputs = architecture.features(target)
+        inputs, outputs = features(architecture, target)
         return (rank, inputs), (outputs, rank)
 
-    layers = range(architecture.num_layers)
+    layers = range(architecture.layers)
     for code, fault, name in faults(places, layers, shapes, nemo1_key, stated):
         report(DamagedCheckpoint(f"{where}: {fault}.", name, code))
     weights = {
@@ -421,12 +402,12 @@ def architecture_of(source: Path, config: dict[str, Any]) -> Architecture:
     if uneven:
         raise DamagedCheckpoint(f"{shown(source)}: {uneven}.")
     return Architecture(
-        hidden_size=hidden,
-        ffn_hidden_size=number_of(source, config, "ffn_hidden_size", default=4 * hidden),
-        num_layers=number_of(source, config, "num_layers"),
-        heads=Heads(
-            heads, groups, number_of(source, config, "kv_channels", default=hidden // heads)
-        ),
+        layers=number_of(source, config, "num_layers"),
+        hidden=hidden,
+        heads=heads,
+        groups=groups,
+        head_dim=number_of(source, config, "kv_channels", default=hidden // heads),
+        ffn=number_of(source, config, "ffn_hidden_size", default=4 * hidden),
         activation=str(config.get("activation")),
     )
 
