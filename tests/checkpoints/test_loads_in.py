@@ -20,6 +20,7 @@ from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.checkpoints.formats.tensor import whole
 from workshop_utils.checkpoints.verify.loads_in import GGUF, READERS
 from workshop_utils.cli import build_parser
+from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
 
 LLAMA = Architecture(2, 32, 4, 2, 8, 48, 64, False, 10000.0, family="Llama")
 OTHER = {"architecture": dataclasses.replace(LLAMA, family="gemma")}
@@ -46,26 +47,26 @@ MODELS = {
     "view": (Kind.BRIDGED_VIEW, {"view_of": "models/nemo2/a"}),
     "lightning": (Kind.LIGHTNING, {}),
     "lightning of nemo": (Kind.LIGHTNING, {"detail": "of NeMo 1"}),
-    "megatron-lm": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"}),
+    "megatron-lm": (Kind.MEGATRON, {"variant": "Megatron-LM"}),
     "megatron-lm old": (Kind.MEGATRON, {"storage": "torch", "parallel": (2, 1)}),
-    "megatron-lm of another family": (Kind.MEGATRON, {"detail": "Megatron-LM, torch_dist"} | OTHER),
-    "megatron-bridge": (Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"}),
+    "megatron-lm of another family": (Kind.MEGATRON, {"variant": "Megatron-LM"} | OTHER),
+    "megatron-bridge": (Kind.MEGATRON, {"variant": "Megatron-Bridge"}),
     "megatron-bridge of another family": (
-        Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"} | OTHER),
+        Kind.MEGATRON, {"variant": "Megatron-Bridge"} | OTHER),
     "megatron-bridge adapter": (
-        Kind.MEGATRON, {"detail": "Megatron-Bridge, torch_dist"} | adapter()),
+        Kind.MEGATRON, {"variant": "Megatron-Bridge"} | adapter()),
     "hugging face": (Kind.HUGGINGFACE, {"detail": "llama"}),
     "hugging face of another family": (Kind.HUGGINGFACE, {"detail": "gemma"} | OTHER),
     "hugging face quantised": (
         Kind.HUGGINGFACE, {"tensors": (whole("a", (2,), "uint8", "f", 0, 2),)}),
     "hugging face without architecture": (Kind.HUGGINGFACE, {"architecture": None}),
-    "gguf": (Kind.GGUF, {"detail": "llama, Q4_1"}),
-    "gguf of another family": (Kind.GGUF, {"detail": "gemma2, Q4_1"} | OTHER),
-    "gguf of an architecture that transformers lacks": (Kind.GGUF, {"detail": "mamba2"} | OTHER),
+    "gguf": (Kind.GGUF, {"variant": "llama"}),
+    "gguf of another family": (Kind.GGUF, {"variant": "gemma2"} | OTHER),
+    "gguf of an architecture that transformers lacks": (Kind.GGUF, {"variant": "mamba2"} | OTHER),
 }  # fmt: skip
 FILES = (
     "peft", "peft dora", "peft of a large rank", "peft without base", "nemo1 adapter",
-    "nemo1 adapter parts", "export", "view",
+    "nemo1 adapter parts", "export",
 )  # fmt: skip
 
 
@@ -77,9 +78,6 @@ def described(case: str, root: Path) -> Checkpoint:
         given = {"architecture": LLAMA, "adapter": None, "detail": None, "tensors": tensors}
         path = Path("a b/model.nemo")
         return Checkpoint(path=path, kind=kind, nbytes=8, tokenizer=None, **given | changes)
-    if case == "view":
-        (root / "bridge.json").write_text('{"view_of": "../models/nemo2/a"}')
-        return Checkpoint(root, Kind.BRIDGED_VIEW, None, LLAMA, 8, (), None, None)
     rank = 600 if "rank" in case else 8
     config, state = config_of(GQA, rank=rank), tensors_of(GQA, rank=rank)
     if case == "nemo1 adapter parts":
@@ -194,6 +192,31 @@ def test_the_commands(answers, tmp_path):
     mlp = write_adapter(tmp_path / "mlp.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
     how = {reader.name: reader.how for reader in loads_in(identify(mlp))}
     assert how["TensorRT-LLM"] == "workshop export mlp.nemo --to hf-peft"
+
+
+@pytest.mark.parametrize(
+    "fields, taken",
+    [
+        ({}, "after"),
+        ({"task_type": None}, "after"),
+        ({"init_lora_weights": "pissa"}, "no"),
+        ({"alora_invocation_tokens": [1]}, "no"),
+        ({"bias": "all"}, "no"),
+        ({"r": 3}, "no"),
+    ],
+)
+def test_what_export_refuses_is_not_offered(fields, taken, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORKSHOP_ROOT", str(tmp_path))
+    path = described("peft", tmp_path).path
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | fields))
+    answers = {reader.name: reader.answer for reader in loads_in(identify(path))}
+    assert answers["script path"] == taken
+    if taken == "no":
+        with pytest.raises((UnsupportedAdapter, DamagedCheckpoint)):
+            export(path, "hf-peft", tmp_path / "again")
+    else:
+        assert export(path, "hf-peft", tmp_path / "again").is_dir()
 
 
 def test_the_architectures_are_those_of_the_installed_transformers():

@@ -12,9 +12,9 @@ from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
 from workshop_utils.inference.generate import load
 from workshop_utils.serving.server import adapters
 from workshop_utils.serving.server.engine import Engine, QueueFull, Row, UnknownModel
-from workshop_utils.serving.server.sampling import Sampling
+from workshop_utils.serving.server.sampling import RequestSampling, choose, generator
 
-GREEDY = Sampling(12, temperature=0)
+GREEDY = RequestSampling(max_new_tokens=12, temperature=0)
 ADAPTERS = (None, "one", "two", "fused")
 PROMPTS = ("a", "some words", "a much longer prompt than the others, to need padding")
 
@@ -41,7 +41,9 @@ def engine(folder):
 class Asked:
     """A request and what came of it."""
 
-    def __init__(self, engine, prompt: str, adapter: str | None, sampling: Sampling = GREEDY):
+    def __init__(
+        self, engine, prompt: str, adapter: str | None, sampling: RequestSampling = GREEDY
+    ):
         self.done, self.pieces = threading.Event(), []
         self.row = Row(engine.tokenizer(prompt).input_ids, sampling, self._take)
         engine.submit([self.row], adapter)
@@ -58,7 +60,11 @@ class Asked:
 
 
 def every_kind() -> list[tuple]:
-    samplings = (GREEDY, Sampling(12, 0.8, 0.9, seed=5), Sampling(12, 1.5, 1.0, seed=6))
+    samplings = (
+        GREEDY,
+        RequestSampling(max_new_tokens=12, temperature=0.8, top_p=0.9, seed=5),
+        RequestSampling(max_new_tokens=12, temperature=1.5, top_p=1.0, seed=6),
+    )
     return [
         (prompt, adapter, sampling)
         for prompt in PROMPTS
@@ -88,7 +94,10 @@ def test_one_pass_for_rows_of_different_adapters(engine):
 def test_eight_at_once_cost_less_than_one_after_the_other(engine):
     """At least 1.5 times the rate, in processor seconds of one thread: what else this machine does
     then changes nothing."""
-    kinds = [(PROMPTS[1], adapter, Sampling(40, temperature=0)) for adapter in ADAPTERS * 2]
+    kinds = [
+        (PROMPTS[1], adapter, RequestSampling(max_new_tokens=40, temperature=0))
+        for adapter in ADAPTERS * 2
+    ]
 
     def at_once() -> list[str]:
         with held(engine):
@@ -112,7 +121,7 @@ def test_eight_at_once_cost_less_than_one_after_the_other(engine):
 
 
 def test_joins_while_others_run(engine):
-    long = Sampling(150, temperature=0)
+    long = RequestSampling(max_new_tokens=150, temperature=0)
     expected = [Asked(engine, PROMPTS[2], "one", long).text, Asked(engine, PROMPTS[0], "two").text]
     before = engine.passes
     first = Asked(engine, PROMPTS[2], "one", long)
@@ -126,7 +135,7 @@ def test_joins_while_others_run(engine):
 
 
 def test_logits_of_a_batch_are_those_of_a_row_alone(engine):
-    with_logprobs = Sampling(12, temperature=0, logprobs=3)
+    with_logprobs = RequestSampling(max_new_tokens=12, temperature=0, logprobs=3)
     alone = [Asked(engine, prompt, "one", with_logprobs) for prompt in PROMPTS]
     assert all(each.text is not None for each in alone)
     with held(engine):
@@ -140,7 +149,7 @@ def test_logits_of_a_batch_are_those_of_a_row_alone(engine):
 
 
 def test_rows_under_way_keep_their_adapter(engine, folder):
-    long = Sampling(60, temperature=0)
+    long = RequestSampling(max_new_tokens=60, temperature=0)
     old = Asked(engine, "a", "one", long).text
     running = Asked(engine, "a", "one", long)
     while not running.pieces:
@@ -167,7 +176,7 @@ def test_all_adapters_removed_and_one_back(engine, folder):
 
 
 def test_cancelled_rows_leave(engine):
-    asked = Asked(engine, "a", "one", Sampling(30000, temperature=0))
+    asked = Asked(engine, "a", "one", RequestSampling(max_new_tokens=30000, temperature=0))
     while not asked.pieces:
         pass
     asked.row.cancelled = True
@@ -177,9 +186,14 @@ def test_cancelled_rows_leave(engine):
 
 
 def test_stop_strings_are_cut_and_never_given_out(engine):
-    whole = Asked(engine, "a", None, Sampling(40, temperature=0)).text
+    whole = Asked(engine, "a", None, RequestSampling(max_new_tokens=40, temperature=0)).text
     stop = whole[9:12]
-    asked = Asked(engine, "a", None, Sampling(40, temperature=0, stop=("never there", stop)))
+    asked = Asked(
+        engine,
+        "a",
+        None,
+        RequestSampling(max_new_tokens=40, temperature=0, stop=("never there", stop)),
+    )
     assert asked.text == whole[: whole.index(stop)]
     assert asked.pieces[-1].finish == "stop"
 
@@ -198,7 +212,9 @@ def test_stop_token_ends_a_row_and_is_no_text(engine):
 def test_numbers_that_overflow_end_nothing(engine, folder, scale, temperature):
     config, tensors = adapters.read(folder / "one")
     engine.install("huge", config, {key: value * scale for key, value in tensors.items()}).result()
-    asked = Asked(engine, "a", "huge", Sampling(4, temperature=temperature, logprobs=2))
+    asked = Asked(
+        engine, "a", "huge", RequestSampling(max_new_tokens=4, temperature=temperature, logprobs=2)
+    )
     assert asked.text is not None and asked.pieces[-1].finish == "length"
     assert all(math.isfinite(token.logprob) for piece in asked.pieces for token in piece.tokens)
     assert Asked(engine, "a", None).text
@@ -251,9 +267,16 @@ def test_adapter_of_another_model(engine, folder):
 
 
 def test_close_tells_those_who_wait(engine):
-    asked = Asked(engine, "a", None, Sampling(30000, temperature=0))
+    asked = Asked(engine, "a", None, RequestSampling(max_new_tokens=30000, temperature=0))
     engine.close()
     assert asked.done.wait(10)
     assert asked.pieces[-1].finish == "error"
     with pytest.raises(QueueFull):
         Asked(engine, "a", None)
+
+
+def test_top_k_draws_among_the_likeliest():
+    logits, random = torch.tensor([0.0, 2.0, 1.0, -1.0]), generator(0)
+    drawn = {choose(logits, RequestSampling(top_k=2, temperature=2.0), random) for _ in range(200)}
+    assert drawn == {1, 2}
+    assert choose(logits, RequestSampling(top_k=1, temperature=2.0), random) == 1

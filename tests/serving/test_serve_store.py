@@ -15,7 +15,7 @@ from workshop_utils.inference.generate import generate, load
 from workshop_utils.serving.server import adapters, engine
 from workshop_utils.serving.server.adapters import Store, read
 from workshop_utils.serving.server.engine import Row
-from workshop_utils.serving.server.sampling import Sampling
+from workshop_utils.serving.server.sampling import RequestSampling
 
 
 class Engine:
@@ -250,7 +250,9 @@ def test_no_configuration_changes_the_base_or_ends_the_engine(tmp_path, config):
     def answer() -> list[int]:
         ended = threading.Event()
         row = Row(
-            [5, 6, 7], Sampling(12, temperature=0), lambda piece: piece.finish and ended.set()
+            [5, 6, 7],
+            RequestSampling(max_new_tokens=12, temperature=0),
+            lambda piece: piece.finish and ended.set(),
         )
         made.submit([row], None)
         assert ended.wait(30)

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator
 
 from workshop_utils.adapters.rules import ANY_RANK, READERS, Facts, check
+from workshop_utils.checkpoints.formats.lora_layout import peft_only
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.checkpoints.verify import loads_in as models
 from workshop_utils.checkpoints.verify.loads_in import (
@@ -96,8 +97,9 @@ def _peft(checkpoint: Checkpoint) -> Answers:
     load = f'AutoModelForCausalLM.from_pretrained("{base}")'
     store = f"cp -r {path} $NIM_PEFT_SOURCE/"
     request = f'LoRARequest("{name}", 1, "{text}")'
+    facts = Facts.of(checkpoint.path)
     answers = _asked(
-        Facts.of(checkpoint.path),
+        facts,
         {
             PEFT: f'PeftModel.from_pretrained({load}, "{text}")',
             TRTLLM: f'LLM("{base}", enable_lora=True).generate(..., lora_request={request})',
@@ -112,15 +114,20 @@ def _peft(checkpoint: Checkpoint) -> Answers:
     transformers = answers[PEFT]
     if transformers[0] == "yes":
         transformers = "yes", f'{load}.load_adapter("{text}"), with PEFT installed'
+    # Here `workshop export` decides, which takes what PEFT takes but the fields of PEFT's own.
     script: tuple[Answer, str] = "after", f"{export} --to nemo --reader nemo --base DIR"
-    if adapter.variant != "LoRA":
+    nemo2: tuple[Answer, str] = (
+        "no",
+        (f"{_NO_IMPORTER}; merge it: {export} --to nemo2-merged --base DIR"),
+    )
+    if answers[PEFT][0] == "no":
+        script = nemo2 = answers[PEFT]
+    elif only := peft_only(facts.config):
+        why = f"{_NO_IMPORTER}, and no other form holds {', '.join(only)}"
+        script = nemo2 = "no", f"{why}; merge it with PEFT (merge_and_unload), then workshop import"
+    elif adapter.variant != "LoRA":
         script = "no", f"a .nemo holds plain LoRA; merge it: {export} --to hf-merged --base DIR"
-    merge = f"merge it: {export} --to nemo2-merged --base DIR"
-    return answers | {
-        TRANSFORMERS: transformers,
-        SCRIPT: script,
-        NEMO2: ("no", f"{_NO_IMPORTER}; {merge}"),
-    }
+    return answers | {TRANSFORMERS: transformers, SCRIPT: script, NEMO2: nemo2}
 
 
 def _nemo1(checkpoint: Checkpoint) -> Answers:

@@ -70,9 +70,10 @@ class Workshop:
         """The training run of the series, with ``overrides`` on top."""
         from workshop_utils.training.script import make_plan
 
-        files = self.data_files()
+        files = self.data_files() if self.settings.data else {}
         base = f"model.restore_from_path={self.bridged_checkpoint()}"
-        return make_plan([base, *overrides], data=files["train"], validation=files["validation"])
+        data, validation = files.get("train"), files.get("validation")
+        return make_plan([base, *overrides], data=data, validation=validation)
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
         """The run's overrides for any ``base``, another run directory, and a fresh start."""

@@ -89,6 +89,7 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         path=path,
         kind=Kind.GGUF,
         detail=f"{kind}, {precision}",
+        variant=kind,
         architecture=decoder_config.gguf(fields, names, vocabulary),
         nbytes=path.stat().st_size,
         tensors=header.tensors,

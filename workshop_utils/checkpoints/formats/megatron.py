@@ -131,10 +131,12 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
     if others := len(stored) - len(tensors):
         notes.append(f"{others} tensors of optimizer state beside the weights")
     run, args = _run_config(path), section(state, "args")
+    program = "Megatron-Bridge" if run else "Megatron-LM"
     rows = next((held for key, held in tensors.items() if key.endswith(EMBEDDING)), None)
     return Checkpoint(
         kind=Kind.MEGATRON,
-        detail=f"{'Megatron-Bridge' if run else 'Megatron-LM'}, {name}",
+        detail=f"{program}, {name}",
+        variant=program,
         architecture=_architecture(section(run, "model") or args, tensors, rows),
         tokenizer=_tokenizer(path, section(run, "tokenizer") or args),
         adapter=_adapter(run, tensors),
@@ -241,6 +243,7 @@ def _describe_ranks(path: Path, ranks: Mapping[tuple[int, int], str], report: Re
         path=path,
         kind=Kind.MEGATRON,
         detail="Megatron-LM, torch",
+        variant="Megatron-LM",
         architecture=_architecture(args, {tensor.name for tensor in whole}, rows),
         nbytes=sum((path / name).stat().st_size for name in ranks.values()),
         tensors=tuple(tensors),

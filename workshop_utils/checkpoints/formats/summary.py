@@ -47,8 +47,10 @@ class Checkpoint:
     its writer. ``nbytes`` are the files of the weights, which lie in ``path / folder``.
     ``parallel`` are the tensor- and pipeline-parallel sizes of parts that were not
     merged: ``tensors`` then lists each part's own. ``made_for`` is the reader that an export names,
-    ``storage`` how Megatron-Core stores the weights (torch_dist or torch), ``view_of`` the
-    checkpoint whose weights a view shows. ``notes`` are sentences on what else to know.
+    ``variant`` the program (Megatron-LM, Megatron-Bridge) or, of GGUF, llama.cpp's name of the
+    architecture, ``storage`` how Megatron-Core stores the weights (torch_dist or torch),
+    ``view_of`` the checkpoint whose weights a view shows. ``notes`` are sentences on what else to
+    know.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Checkpoint:
     folder: str = ""
     parallel: tuple[int, int] = (1, 1)
     made_for: str | None = None
+    variant: str | None = None
     storage: str | None = None
     view_of: str | None = None
 

@@ -137,7 +137,7 @@ def _lightning(checkpoint: Checkpoint) -> Answers:
 
 
 def _megatron(checkpoint: Checkpoint) -> Answers:
-    path, text, detail = quoted(checkpoint.path), shown(checkpoint.path), str(checkpoint.detail)
+    path, text = quoted(checkpoint.path), shown(checkpoint.path)
     name = f"{checkpoint.path.resolve().parent.name}-{name_of(checkpoint)}"
     if checkpoint.storage == "torch":
         again = (
@@ -155,7 +155,7 @@ def _megatron(checkpoint: Checkpoint) -> Answers:
         NEMO2: ("after", convert),
     }
     nemo = nemo if known else dict.fromkeys((SCRIPT, NEMO2), ("no", why))
-    if detail.startswith("Megatron-Bridge"):
+    if checkpoint.variant == "Megatron-Bridge":
         bridge = "AutoBridge.from_hf_pretrained(HF_ID)"
         export = f'{bridge}.export_ckpt("{text}", "{shown(paths.huggingface_model(name))}")'
         loads = {BRIDGE: ("yes", f'{bridge}.load_megatron_model("{text}")')}
@@ -210,7 +210,7 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
 def _gguf(checkpoint: Checkpoint) -> Answers:
     path = quoted(checkpoint.path)
     vllm = {VLLM: ("yes", f"vllm serve {path} --tokenizer BASE (experimental in vLLM)")}
-    kind = str(checkpoint.detail).partition(",")[0]
+    kind = checkpoint.variant
     if kind not in GGUF:
         why = (
             f"transformers 4.51 reads no GGUF of {kind}; give the Hugging Face model that it was "

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_PREFIX, parse
 from workshop_utils.core.errors import UnsupportedAdapter, WorkshopError
 from workshop_utils.serving.server import sampling
-from workshop_utils.serving.server.sampling import Piece, Sampling, Text
+from workshop_utils.serving.server.sampling import Piece, RequestSampling, Text
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class Row:
     """A text being generated. ``emit`` gets its pieces, in the engine's thread."""
 
     prompt: list[int]
-    sampling: Sampling
+    sampling: RequestSampling
     emit: Callable[[Piece], None]
     adapter: str = _BASE
     cancelled: bool = False
@@ -260,7 +260,7 @@ class Engine:
         )
         row.tokens.append(token)
         stopped = text.update(row.tokens) or token in self._stop_ids
-        full = len(row.tokens) >= row.sampling.max_tokens
+        full = len(row.tokens) >= row.sampling.max_new_tokens
         finish = "stop" if stopped else "length" if full else None
         new = text.take(last=finish is not None)
         if new or finish:

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from workshop_utils.serving.server.sampling import Sampling, Token
+from workshop_utils.serving.server.sampling import RequestSampling, Token
 
 _WITHOUT_EFFECT: dict[str, Any] = {
     "presence_penalty": 0,
@@ -110,11 +110,18 @@ class _Request(_Strict):
             raise ValueError("stream_options: only together with stream: true")
         return self
 
-    def sampling(self, room: int, index: int) -> Sampling:
+    def sampling(self, room: int, index: int) -> RequestSampling:
         """For choice ``index``, which has a seed of its own, with at most ``room`` tokens."""
         seed = None if self.seed is None else self.seed + index
         most, stop = self.limit or room, tuple(self.stop)
-        return Sampling(most, self.temperature, self.top_p, seed, stop, self.alternatives)
+        return RequestSampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=most,
+            seed=seed,
+            stop=stop,
+            logprobs=self.alternatives,
+        )
 
 
 class ChatRequest(_Request):

@@ -6,20 +6,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from workshop_utils.inference.sampling import Sampling
+
 if TYPE_CHECKING:
     from torch import Generator, Tensor
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class RequestSampling(Sampling):
     """What a request asks for. ``logprobs`` is how many alternatives to report with each token;
     None: no log probabilities."""
 
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
 
@@ -59,18 +57,22 @@ def generator(seed: int | None) -> Generator:
 
 
 def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
-    """The next token for ``logits`` ``[vocabulary]``, fp32 on the CPU: the likeliest at temperature
-    0, else one from the nucleus.
+    """The next token for ``logits`` ``[vocabulary]``, fp32 on the CPU: the likeliest where that is
+    asked for, else one of the ``top_k`` likeliest and from the nucleus.
 
     The nucleus is the smallest set of likeliest tokens whose probabilities reach ``top_p`` together
     (Holtzman et al. 2019).
     """
     import torch
 
-    if sampling.temperature < 1e-5:  # as vLLM: dividing by less overflows
+    if sampling.greedy or sampling.temperature < 1e-5:  # as vLLM: dividing by less overflows
         return int(logits.argmax())
     probabilities = torch.softmax((logits - logits.max()) / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
+    if sampling.top_k:
+        kept = probabilities.topk(min(sampling.top_k, len(probabilities)))
+        probabilities = torch.zeros_like(probabilities).scatter(0, kept.indices, kept.values)
+        probabilities /= probabilities.sum()
+    if 0 < sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         outside = ordered.cumsum(0) - ordered >= sampling.top_p
         outside[0] = False
@@ -79,7 +81,11 @@ def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
 
 
 def described(
-    logits: Tensor, token: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase, offset: int
+    logits: Tensor,
+    token: int,
+    sampling: RequestSampling,
+    tokenizer: PreTrainedTokenizerBase,
+    offset: int,
 ) -> Token:
     """``token`` with the log probabilities that the request asked for."""
     if sampling.logprobs is None:
