@@ -132,6 +132,10 @@ def breaking_pickles() -> dict[str, bytes]:
             1)).to_bytes(11, "little") + b"N" for n in range(60_000)) + b"u.",
         "tuples as keys": b"\x80\x04}(" + b"".join(b"M" + struct.pack("<H", n) + b"\x85N" for n
             in range(60_000)) + b"u.",
+        "a long key over and over": b"\x80\x04}"
+        + 2 * (b"X" + struct.pack("<I", 2**22) + b"k" * 2**22 + b"\x94N\x94s")
+        + 40_000 * b"h\x00Nsh\x02Ns"
+        + b".",
         "a dictionary as a key": b"\x80\x04}}Ns.",
         "a key without a value": b"\x80\x04}(K\x01u.",
         "items into a number": b"\x80\x04K\x01K\x02K\x03s.",

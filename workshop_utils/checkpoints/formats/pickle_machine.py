@@ -28,12 +28,21 @@ MAX_NUMBER = 256
 """Bytes of an integer; a longer one takes time to hash and more to print."""
 
 MAX_KEY_PARTS = 64
+MAX_KEY_LENGTH = 64 * 1024
+"""Of a text or bytes: each time one is looked up, an equal one is compared byte by byte."""
+
 MAX_CHOSEN_KEYS = 4096
 MAX_ATTRIBUTES = 4_000_000
 MAX_SETS = 50_000
 """An empty set takes 216 bytes of memory and one in the file."""
 
 _TEXT = {str}
+_FUNCTION = type(lambda: None)
+_FAULTS = (pickle.UnpicklingError, TypeError, ValueError)
+#: What follows EMPTY_TUPLE and TUPLE3 in an index, 300,000 times each: NEWOBJ, MEMOIZE, EMPTY_DICT,
+#: MEMOIZE, MARK before the state of a Record; MEMOIZE, TUPLE1, MEMOIZE, REDUCE, MEMOIZE of a
+#: torch.Size.
+_NEW_RECORD, _CALLED_WITH_IT = b"\x81\x94}\x94(", b"\x94\x85\x94R\x94"
 _PUTS = rb"(?:\x94|q.|r.{4}|p\d+\n)*"
 _TUPLED = re.compile(_PUTS + rb"[\x86t]" + _PUTS, re.DOTALL)
 """What stands between a text and a call of which it is the last argument."""
@@ -73,6 +82,13 @@ class Record(StandIn):
             setattr(self, name, get(name))
         # The memo keeps the mapping; of 100,000 chunks they are 50 MB.
         state.clear()
+
+    def fill(self, names: list[str], values: list[Any]) -> None:
+        """As :meth:`__setstate__`, without the mapping."""
+        slots = self.__slots__
+        for name, value in zip(names, values, strict=True):
+            if name in slots:
+                setattr(self, name, value)
 
     def get(self, name: str) -> Any:
         """The attribute ``name``, or None where the file did not set it."""
@@ -187,11 +203,15 @@ class Machine(pickle._Unpickler):
         data, stack, marks, memo = self.data, self.stack, self.metastack, self.memo
         push, pop, remember = stack.append, stack.pop, memo.append
         uint16, int32, uint32 = (struct.Struct(form).unpack_from for form in ("<H", "<i", "<I"))
-        at, harmless = self.at, self.harmless
+        at, harmless, known = self.at, self.harmless, []  # known: the lists of names of Records
         while True:
             op = data[at]
             at += 1
             if op < 0x80:
+                if op == 0x6A:  # LONG_BINGET
+                    push(memo[uint32(data, at)[0]])
+                    at += 4
+                    continue
                 if op == 0x68:  # BINGET
                     push(memo[data[at]])
                     at += 1
@@ -204,6 +224,58 @@ class Machine(pickle._Unpickler):
                     push(uint16(data, at)[0])
                     at += 2
                     continue
+                if op == 0x4E:  # NONE
+                    push(None)
+                    continue
+                if op == 0x28:  # MARK
+                    marks.append(len(stack))
+                    continue
+                if op == 0x29:  # EMPTY_TUPLE
+                    if data[at : at + 5] == _NEW_RECORD:
+                        what = stack[-1]
+                        plain_class = type(what) is type and issubclass(what, Record)
+                        stack[-1] = record = what() if plain_class else self._call(what, ())
+                        push({})
+                        memo += (record, stack[-1])
+                        marks.append(len(stack))
+                        at += 5
+                        continue
+                    push(())
+                    continue
+                if op == 0x75:  # SETITEMS
+                    mark = marks.pop()
+                    if mark > len(stack):
+                        raise IndexError("a mark is missing")
+                    items = stack[mark:]
+                    del stack[mark:]
+                    # Nearly always the state of a Record, which BUILD gives it at once and clears.
+                    state = stack[-1]
+                    if (
+                        data[at] == 0x62
+                        and type(state) is dict
+                        and not state
+                        and isinstance(stack[-2], Record)
+                    ):
+                        names = items[::2]
+                        if (
+                            len(known) < 9
+                            and names not in known
+                            and set(map(type, names)) == _TEXT
+                            and sum(map(len, names)) < 256
+                            and harmless.issuperset(names)
+                        ):
+                            known.append(names)
+                        if names in known:
+                            pop()
+                            stack[-1].fill(names, items[1::2])
+                            at += 1
+                            continue
+                    self._fill(items)
+                    continue
+                if op == 0x62:  # BUILD
+                    state = pop()
+                    self._build(stack[-1], state)
+                    continue
                 if op == 0x52:  # REDUCE
                     arguments = pop()
                     if stack[-1] is GETATTR:
@@ -213,32 +285,6 @@ class Machine(pickle._Unpickler):
                     if data[at] == 0x94:
                         remember(stack[-1])
                         at += 1
-                    continue
-                if op == 0x28:  # MARK
-                    marks.append(len(stack))
-                    continue
-                if op == 0x6A:  # LONG_BINGET
-                    push(memo[uint32(data, at)[0]])
-                    at += 4
-                    continue
-                if op == 0x29:  # EMPTY_TUPLE
-                    push(())
-                    continue
-                if op == 0x75:  # SETITEMS
-                    items = self.pop_mark()
-                    # Nearly always the state of a Record, which BUILD gives it at once and clears.
-                    if data[at] == 0x62 and not stack[-1] and isinstance(stack[-2], Record):
-                        names = items[::2]
-                        if set(map(type, names)) == _TEXT and harmless.issuperset(names):
-                            stack[-2].__setstate__(dict(zip(names, items[1::2], strict=True)))
-                            pop()
-                            at += 1
-                            continue
-                    self._fill(items)
-                    continue
-                if op == 0x62:  # BUILD
-                    state = pop()
-                    self._build(stack[-1], state)
                     continue
                 if op == 0x7D:  # EMPTY_DICT
                     push({})
@@ -256,11 +302,26 @@ class Machine(pickle._Unpickler):
                     self.at = at
                     self._rare(op)
                     at = self.at
-            elif op == 0x85:  # TUPLE1
-                stack[-1] = (stack[-1],)
-            elif op == 0x87:  # TUPLE3
-                third, second = pop(), pop()
-                stack[-1] = (stack[-1], second, third)
+            elif 0x84 < op < 0x88:  # TUPLE1, TUPLE2, TUPLE3
+                if op == 0x87:
+                    third, second = pop(), pop()
+                    made = (pop(), second, third)
+                elif op == 0x86:
+                    second = pop()
+                    made = (pop(), second)
+                else:
+                    made = (pop(),)
+                if data[at : at + 5] == _CALLED_WITH_IT and type(stack[-1]) is _FUNCTION:
+                    arguments = (made,)
+                    try:
+                        result = stack[-1](made)
+                    except _FAULTS:
+                        result = self._call(stack[-1], arguments)
+                    stack[-1] = result
+                    memo += (made, arguments, result)
+                    at += 5
+                    continue
+                push(made)
             elif op == 0x81:  # NEWOBJ
                 arguments = pop()
                 stack[-1] = self._call(stack[-1], arguments)
@@ -331,7 +392,7 @@ class Machine(pickle._Unpickler):
             return what(*arguments)
         except Harmful as error:
             self._harm(error)
-        except (pickle.UnpicklingError, TypeError, ValueError) as error:
+        except _FAULTS as error:
             # What comes after it would be called all the same.
             self.failure = self.failure or error
         return Inert("...")
@@ -417,7 +478,7 @@ class Machine(pickle._Unpickler):
         if isinstance(target, dict):
             for i in range(0, len(items), 2):
                 key = items[i]
-                if type(key) is not str:
+                if type(key) is not str or len(key) > MAX_KEY_LENGTH:
                     self._check_key(key)
                 target[key] = items[i + 1]
         elif not isinstance(target, Inert):
@@ -449,6 +510,9 @@ class Machine(pickle._Unpickler):
 
     def _check_key(self, key: Any) -> None:
         """Refuse what may not be hashed, or not in constant time."""
+        for part in key[:MAX_KEY_PARTS] if type(key) is tuple else (key,):
+            if type(part) in (str, bytes) and len(part) > MAX_KEY_LENGTH:
+                raise pickle.UnpicklingError(f"it has a key of {len(part):,} characters")
         if type(key) is int:
             if abs(key) > _MAX_KEY:
                 raise pickle.UnpicklingError("it has a large number as a key")

@@ -14,7 +14,7 @@ from typing import Any
 
 from workshop_utils.checkpoints.formats import pickled_names
 from workshop_utils.checkpoints.formats.findings import Report, stop
-from workshop_utils.checkpoints.formats.pickle_machine import Machine, Record
+from workshop_utils.checkpoints.formats.pickle_machine import Machine, Record, StandIn
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES
 from workshop_utils.core.errors import DamagedCheckpoint, UnsafeCheckpoint
 from workshop_utils.core.paths import shown
@@ -75,7 +75,7 @@ class BytesStorageMetadata(Record):
     __slots__ = ()
 
 
-class TensorProperties(Record):
+class TensorProperties(StandIn):
     """dtype and layout of one tensor; pickled as a tuple (dtype, layout, requires_grad, memory
     format, pin_memory)."""
 

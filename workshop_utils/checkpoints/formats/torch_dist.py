@@ -189,7 +189,7 @@ def _tensor(
     here = f"{where}: {name}"
     shape, properties, chunks = entry.get("size"), entry.get("properties"), entry.get("chunks")
     is_known = isinstance(properties, restricted_pickle.TensorProperties)
-    dtype = str(properties.get("dtype") if is_known else None).removeprefix("torch.")
+    dtype = str(getattr(properties, "dtype", None) if is_known else None).removeprefix("torch.")
     if dtype in restricted_pickle.OTHER_DTYPE_BYTES:
         raise UnsupportedCheckpoint(f"{here} is of {dtype}, which NeMo never writes.", name)
     if not _is_shape(shape) or dtype not in DTYPE_BYTES or not isinstance(chunks, list):
