@@ -43,7 +43,8 @@ lab: env ## JupyterLab on the notebooks (HOST, PORT)
 		--ip='$(HOST)' --port='$(PORT)' --no-browser $$([ "$$(id -u)" != 0 ] || echo --allow-root)
 
 test: env ## quick tests, then every notebook compared with its stored outputs
-	@$(PYTEST) $(NBVAL) tests notebooks
+	@$(PYTEST) --numprocesses 2 --dist worksteal tests
+	@$(PYTEST) $(NBVAL) notebooks
 
 test-all: env ## the slow tests, too
 	@$(PYTEST) $(NBVAL) -m 'not browser' tests notebooks

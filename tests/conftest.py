@@ -1,9 +1,13 @@
 """Fixtures that more than one module of tests uses."""
 
+import os
 import signal
 
 import checkpoint_samples
 import pytest
+
+# A worker of pytest-xdist is told that it has 80 columns; the commands that tests start inherit it.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
