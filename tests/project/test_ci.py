@@ -37,4 +37,4 @@ def test_the_quick_tests_run_on_the_python_of_debian_12():
     job = WORKFLOW["jobs"]["debian"]
     assert job["container"] == "debian:12"
     assert "make env PYTHON=/usr/bin/python3.11" in commands(job)
-    assert ".venv/bin/python -m pytest tests" in commands(job)
+    assert ".venv/bin/python -m pytest --numprocesses 2 --dist worksteal tests" in commands(job)

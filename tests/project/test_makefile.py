@@ -199,7 +199,13 @@ def test_make_alone_lists_every_target():
             "lab",
             [r"-m workshop_utils\.core\.home \S+jupyter lab .*--ip='127\.0\.0\.1' --port='8888'"],
         ),
-        ("test", [r"pytest --nbval .*--nbval-sanitize-with tests/nbval_\S+ tests notebooks"]),
+        (
+            "test",
+            [
+                r"pytest --numprocesses 2 --dist worksteal tests\n",
+                r"pytest --nbval .*--nbval-sanitize-with tests/nbval_\S+ notebooks",
+            ],
+        ),
         ("test-all", [r"pytest --nbval .*-m 'not browser' tests notebooks"]),
         ("test-browser", [r"scripts/chromium\.sh", r"pytest -m browser tests/browser"]),
     ],
@@ -242,7 +248,9 @@ def test_the_readme_has_the_plain_commands_behind_make():
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"Without make.*?```bash\n(.*?)```", readme, re.DOTALL)[1]
     nbval = re.search(r"^NBVAL := (.*)$", makefile, re.MULTILINE)[1]
-    assert f"python -m pytest {nbval} tests notebooks" in block
+    quick = re.search(r"^test:.*\n\t@\$\(PYTEST\) (.*)$", makefile, re.MULTILINE)[1]
+    assert f"python -m pytest {quick}\n" in block
+    assert f"python -m pytest {nbval} notebooks" in block
     assert "bash scripts/environment.sh" in block and "bash scripts/environment.sh" in makefile
     assert "workshop preflight && workshop run" in block
     assert "workshop preflight\n\t@$(BIN)/workshop run\n" in makefile
