@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from workshop_utils.core.errors import WorkshopError
-from workshop_utils.runtime import orphans
+from workshop_utils.runtime import processes
 from workshop_utils.serving.server.service import RequestLimits, Service
 
 API_KEY = "WORKSHOP_API_KEY"
@@ -90,13 +90,7 @@ class Handle:
 
     def stop(self) -> None:
         """End it; a second time does nothing."""
-        if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        processes.end(self.process, 3 * _GRACE)
 
     def __enter__(self) -> Self:
         return self
@@ -130,12 +124,10 @@ def start(
             command.append(f"--{name.replace('_', '-')}={value}")
     command += [] if store else ["--no-store"]
     command += ["--trust"] if trust else []
-    environment = os.environ | {orphans.VARIABLE: str(os.getpid())}
-    environment |= {API_KEY: api_key} if api_key else {}
+    environment = processes.environment(**{API_KEY: api_key} if api_key else {})
     handle, name = tempfile.mkstemp(prefix="workshop-serve-", suffix=".log")
     with open(handle, "wb") as output:
-        streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=environment, **streams)
+        process = processes.start(command, output, environment)
     server, ready = Handle("", Path(name), process), False
     until = time.monotonic() + timeout
     try:
@@ -151,8 +143,7 @@ def start(
         if not ready:  # also when a cell is interrupted
             server.stop()
     why = f"did not get ready in {timeout:g} s" if time.monotonic() >= until else "ended"
-    said = server.log.read_text(errors="replace")[-2000:]
-    raise WorkshopError(f"the server {why}. It wrote:\n{said}")
+    raise WorkshopError(f"the server {why}. It wrote:\n{processes.tail(server.log)}")
 
 
 def _answers(url: str) -> bool:
