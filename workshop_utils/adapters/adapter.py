@@ -6,7 +6,6 @@ A target is a linear layer of NeMo (``attention_qkv``: q, k and v fused) or of H
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.checkpoints.formats.architecture import Architecture
 from workshop_utils.checkpoints.formats.lora_layout import Halves, Place
 from workshop_utils.checkpoints.formats.qkv import Order
-from workshop_utils.core.hashing import sha256
+from workshop_utils.core.hashing import sha256, sha256_of_text
 
 if TYPE_CHECKING:
     import numpy
@@ -66,7 +65,7 @@ class LoraAdapter:
 def fingerprint(*files: Path) -> str:
     """sha256 of one file, or of the digests of several, in hexadecimal."""
     digests = [sha256(file) for file in files]
-    together = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    together = sha256_of_text("\n".join(digests))
     return digests[0] if len(digests) == 1 else together
 
 

@@ -2,7 +2,6 @@
 identifies their content."""
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DataError, FetchError
-from workshop_utils.core.hashing import sha256
+from workshop_utils.core.hashing import sha256, sha256_of_text
 from workshop_utils.core.nearest import did_you_mean, nearest
 from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
 
@@ -96,7 +95,7 @@ def _content(place: Path) -> str:
     """Hash of the names and bytes of all files at ``place``."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     digests = [(str(file.relative_to(place)), sha256(file)) for file in files if file.is_file()]
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return sha256_of_text(json.dumps(digests))
 
 
 def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:

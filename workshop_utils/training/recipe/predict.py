@@ -11,7 +11,6 @@ come out the same.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import tempfile
 import threading
@@ -25,7 +24,7 @@ from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import chat_data, paths
 from workshop_utils.core.errors import NotACheckpoint, WorkshopError
-from workshop_utils.core.hashing import sha256
+from workshop_utils.core.hashing import sha256, sha256_of_text
 from workshop_utils.core.progress import progress_bar
 from workshop_utils.inference import metrics, nemo2_engine
 from workshop_utils.inference.sampling import Sampling
@@ -160,7 +159,7 @@ def predict(
     base = base or nemo2_engine.base_of(checkpoint)
     weights = [nemo2.contents_of(path) for path in (checkpoint, base) if path]
     made_from = [weights, rows, asdict(sampling), asdict(limits), engine]
-    mark = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+    mark = sha256_of_text(json.dumps(made_from))
     if done := _finished(file, mark):
         return Predictions(file, checkpoint, *done)
     partial, speed = file.with_name(f".{file.name}.partial"), {}
