@@ -4,10 +4,17 @@ import os
 import signal
 
 import checkpoint_samples
+import hypothesis
 import pytest
 
 # A worker of pytest-xdist is told that it has 80 columns; the commands that tests start inherit it.
 os.environ.pop("COLUMNS", None)
+
+# How long an example takes says something about the machine and what else it does.
+hypothesis.settings.register_profile(
+    "workshop", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("workshop")
 
 
 @pytest.fixture(scope="session", autouse=True)

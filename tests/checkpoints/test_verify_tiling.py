@@ -57,7 +57,7 @@ def tilings(draw):
     return tensor(shape, boxes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(tilings())
 def test_against_a_count_of_every_element(whole):
     """Whether there is a fault, and that its place is a faulty one."""

@@ -12,7 +12,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import CHAT_TEMPLATE
 
@@ -198,7 +198,6 @@ def test_escapes(given, wanted):
     assert row_templates.unescape(given, "t") == wanted
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_every_text_without_a_backslash_stays(text):
     kept = text.replace("\\", "")
@@ -366,7 +365,6 @@ def test_worker_processes_make_the_same_rows_and_say_the_same_errors(made, tmp_p
 RATIO = st.decimals("0.01", "0.99", places=2).map(float)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 400), RATIO, RATIO)
 def test_sizes_are_exact_or_refused(rows, train, test):
     from decimal import ROUND_HALF_UP, Decimal
@@ -384,7 +382,6 @@ def test_sizes_are_exact_or_refused(rows, train, test):
             splits.sizes(rows, train, test)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=150), RATIO, RATIO, st.integers(0, 5))
 def test_a_division_is_exact_disjoint_complete_and_repeatable(numbers, train, test, seed):
     keys = [str(number) for number in numbers]
