@@ -293,11 +293,11 @@ def _prove_one(
     except (UserWarning, RuntimeError) as error:
         why = f"it does not load: {str(error).splitlines()[0]}"
         return dataclasses.replace(form, proven=False, not_checked=why)
-    found = compare(logits(model, tokens), expected)
+    comparison = compare(logits(model, tokens), expected)
     if not effect:
         why = "the adapter changes no logit: there is nothing to prove"
         return dataclasses.replace(form, not_checked=why)
-    if not math.isfinite(found.largest):
+    if not math.isfinite(comparison.largest):
         return dataclasses.replace(form, proven=False, not_checked="its logits are no numbers")
     merged = not path.is_file() and not (path / PEFT_CONFIG).is_file()
     if hasattr(model, "merge_and_unload"):
@@ -318,11 +318,11 @@ def _prove_one(
     enough = effect * (1e-3 if form.dtype == "float32" else 0.5)
     return dataclasses.replace(
         form,
-        logits=found.largest,
-        agreement=found.agreement,
+        logits=comparison.largest,
+        agreement=comparison.agreement,
         update=max(layers),
         by_layer=tuple(layers),
-        proven=fits and found.largest <= enough,
+        proven=fits and comparison.largest <= enough,
     )
 
 

@@ -111,9 +111,9 @@ def write_config(file: Path, header: str, config: dict[str, Any]) -> None:
     file.write_text(f"# Translated from {header}.\n{text}", encoding="utf-8")
 
 
-def inside(one: Path, other: Path) -> bool:
-    one, other = (Path(os.path.realpath(path)) for path in (one, other))
-    return one.is_relative_to(other) or other.is_relative_to(one)
+def inside(path: Path, other: Path) -> bool:
+    path, other = (Path(os.path.realpath(path)) for path in (path, other))
+    return path.is_relative_to(other) or other.is_relative_to(path)
 
 
 def refuse_inside(source: Path, target: Path) -> None:

@@ -11,11 +11,11 @@ from workshop_utils.core.paths import shown
 def note(tree: Any, file: Path | str) -> tuple[str, ...]:
     """One sentence that names them, or nothing. ``tree`` is the content of ``file``; nothing of it
     is imported."""
-    found = safe_text.foreign_targets(tree)
-    if not found:
+    targets = safe_text.foreign_targets(tree)
+    if not targets:
         return ()
-    names = "; ".join(f"{place}: {value}" for place, value in found[:5])
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    names = "; ".join(f"{place}: {value}" for place, value in targets[:5])
+    more = f" and {len(targets) - 5} more" if len(targets) > 5 else ""
     return (
         (
             f"do not load it unless you know why: {shown(file)} names what no model of NeMo needs "

@@ -305,23 +305,23 @@ class Machine(pickle._Unpickler):
             elif 0x84 < op < 0x88:  # TUPLE1, TUPLE2, TUPLE3
                 if op == 0x87:
                     third, second = pop(), pop()
-                    made = (pop(), second, third)
+                    values = (pop(), second, third)
                 elif op == 0x86:
                     second = pop()
-                    made = (pop(), second)
+                    values = (pop(), second)
                 else:
-                    made = (pop(),)
+                    values = (pop(),)
                 if data[at : at + 5] == _CALLED_WITH_IT and type(stack[-1]) is _FUNCTION:
-                    arguments = (made,)
+                    arguments = (values,)
                     try:
-                        result = stack[-1](made)
+                        result = stack[-1](values)
                     except _FAULTS:
                         result = self._call(stack[-1], arguments)
                     stack[-1] = result
-                    memo += (made, arguments, result)
+                    memo += (values, arguments, result)
                     at += 5
                     continue
-                push(made)
+                push(values)
             elif op == 0x81:  # NEWOBJ
                 arguments = pop()
                 stack[-1] = self._call(stack[-1], arguments)

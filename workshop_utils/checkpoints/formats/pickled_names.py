@@ -145,8 +145,8 @@ def names(table: Iterable[Written]) -> Iterator[tuple[str, str]]:
 def enumerations() -> dict[tuple[str, str], Enumeration | Foreign]:
     """(module, name) -> stand-in of each enumeration, and of ``getattr``, by which some versions of
     Python name a member."""
-    found = {
+    allowed = {
         tuple(text.rsplit(".", 1)): Enumeration(text, members.split())
         for text, members, _ in ENUMERATIONS
     }
-    return found | {("builtins", "getattr"): GETATTR, ("__builtin__", "getattr"): GETATTR}
+    return allowed | {("builtins", "getattr"): GETATTR, ("__builtin__", "getattr"): GETATTR}

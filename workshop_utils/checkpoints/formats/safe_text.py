@@ -161,8 +161,8 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
         # Two readers may take two different ones.
         keys = [key for key, _ in pairs]
         raise ValueError(
@@ -170,7 +170,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             f"{plain(max(keys, key=keys.count) if len(keys) < 1000 else 'of some object', 100)!r} "
             "twice"
         )
-    return found
+    return mapping
 
 
 def _constant(name: str) -> float:
@@ -210,7 +210,7 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
     the tokenizer's repository; so is the tokenizer ``library: tabular``, which NeMo unpickles
     (CVE-2026-65179), and so is an object of ``io.json`` that NeMo would unpickle from a file.
     """
-    found: list[tuple[str, str]] = []
+    targets: list[tuple[str, str]] = []
     objects = tree.get("objects") if isinstance(tree, dict) else None
     objects = objects if isinstance(objects, dict) else {}
 
@@ -231,20 +231,20 @@ def foreign_targets(tree: Any) -> list[tuple[str, str]]:
                     visit(value, here)
                     continue
                 if foreign:
-                    found.append((here, plain(str(value), 200)))
+                    targets.append((here, plain(str(value), 200)))
             # Whatever its "type" says: NeMo imports the name before fiddle looks at that.
             if node.get("type") == "pyref" or {"type", "module", "name"} <= node.keys():
                 name = f"{node.get('module')}.{node.get('name')}"
                 if not KNOWN.fullmatch(name):
-                    found.append((path, plain(name, 200)))
+                    targets.append((path, plain(name, 200)))
             if isinstance(node.get("type"), dict) and isinstance(node.get("items"), list):
-                found.extend((path, text) for text in _of_fiddle(node, objects))
+                targets.extend((path, text) for text in _of_fiddle(node, objects))
         elif isinstance(node, list):
             for i, value in enumerate(node):
                 visit(value, f"{path}[{i}]")
 
     visit(tree, "")
-    return found
+    return targets
 
 
 def _of_fiddle(node: dict[str, Any], objects: dict[str, Any]) -> Iterator[str]:

@@ -16,8 +16,8 @@ def read(file: IO[bytes], where: str, part: str, report: Report = stop) -> list[
     """The tensors of the flat state dict in ``file``; ``part`` is the name that their chunks get.
     Errors and faults as torch_archive's."""
     return [
-        tensor(name, found, part)
-        for name, found in torch_archive.read_tensors(file, where, report).items()
+        tensor(name, saved, part)
+        for name, saved in torch_archive.read_tensors(file, where, report).items()
     ]
 
 
@@ -43,13 +43,13 @@ def tensors(state: Any, part: str, prefix: str = "", depth: int = 0) -> list[Ten
     else:
         return []
     return [
-        found
+        saved
         for key, value in items
-        for found in tensors(value, part, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+        for saved in tensors(value, part, f"{prefix}.{key}" if prefix else str(key), depth + 1)
     ]
 
 
-def tensor(name: str, found: SavedTensor, part: str) -> Tensor:
-    """``found`` as a tensor of the file ``part``."""
+def tensor(name: str, saved: SavedTensor, part: str) -> Tensor:
+    """``saved`` as a tensor of the file ``part``."""
     # One that is not contiguous lies in that file, but not in one range.
-    return whole(name, found.shape, found.dtype, part, found.start or 0, found.length or 0)
+    return whole(name, saved.shape, saved.dtype, part, saved.start or 0, saved.length or 0)

@@ -56,15 +56,15 @@ def download(model: Model, target: Path, progress: bool = True) -> None:
     """
     snapshot = _snapshot(model, progress)
     # The snapshot may hold what somebody else fetched, too.
-    found = {file for pattern in WANTED for file in snapshot.glob(pattern) if file.is_file()}
-    for file in found:
+    files = {file for pattern in WANTED for file in snapshot.glob(pattern) if file.is_file()}
+    for file in files:
         _check(model, file)
     with paths.new_directory(target) as part:
-        for file in found:
+        for file in files:
             _place(file, part / file.name)
         pad_token.ensure(part)
         if not wholeness.huggingface(part):
-            there = ", ".join(sorted(file.name for file in found)) or "nothing"
+            there = ", ".join(sorted(file.name for file in files)) or "nothing"
             raise FetchError(
                 f"{model.address}: only a part of it is in the Hub's cache ({there}), and the Hub "
                 "could not be asked for the rest. Go online, unset HF_HUB_OFFLINE and start again; "

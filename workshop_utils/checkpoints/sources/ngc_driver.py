@@ -91,10 +91,10 @@ def check(result, file) -> None:
         )
     if file.sha256_base64:
         with open(Path(result.path) / file.path, "rb") as content:
-            found = base64.b64encode(hashlib.file_digest(content, "sha256").digest()).decode()
-        if found != file.sha256_base64:
+            digest = base64.b64encode(hashlib.file_digest(content, "sha256").digest()).decode()
+        if digest != file.sha256_base64:
             raise OSError(
-                f"{file.path}: its sha256 is {found}, {file.sha256_base64} was expected (base64)"
+                f"{file.path}: its sha256 is {digest}, {file.sha256_base64} was expected (base64)"
             )
 
 

@@ -45,14 +45,14 @@ def faults(tensor: Tensor) -> list[Fault]:
     if outside:
         return outside
     weights = _Weights()
-    found = []
+    faults = []
     for part in _bad_parts(weights, boxes, whole, 0, _MOST_SLICES if len(whole) > 1 else 1):
         inside = _clipped(boxes, part)
         for axis in range(1, len(whole)):
             part = _bad_parts(weights, inside, part, axis, 1)[0]
             inside = _clipped(inside, part)
-        found.append(Fault(part, len(inside)))
-    return found
+        faults.append(Fault(part, len(inside)))
+    return faults
 
 
 class _Weights:
@@ -103,12 +103,12 @@ def _bad_parts(
     if len(cuts) == 2:
         return [part]
     middle = cuts[len(cuts) // 2]
-    found: list[Box] = []
+    bad: list[Box] = []
     for half in ((start, middle), (middle, stop)):
         piece = (*part[:axis], half, *part[axis + 1 :])
-        if len(found) < most:
-            found += _bad_parts(weights, _clipped(boxes, piece), piece, axis, most - len(found))
-    return found
+        if len(bad) < most:
+            bad += _bad_parts(weights, _clipped(boxes, piece), piece, axis, most - len(bad))
+    return bad
 
 
 def _clipped(boxes: Sequence[Box], part: Box) -> list[Box]:

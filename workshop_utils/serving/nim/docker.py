@@ -200,8 +200,10 @@ def script(nim: Nim) -> str:
         f'{option} "$(id -u)"' if option == "-u" else f"{option} {_quoted(value)}"
         for option, value in options
     ]
-    made = " ".join(_quoted(str(directory.resolve())) for directory in (nim.cache, nim.store))
-    return f"mkdir -p {made}\n" + " \\\n  ".join(
+    directories = " ".join(
+        _quoted(str(directory.resolve())) for directory in (nim.cache, nim.store)
+    )
+    return f"mkdir -p {directories}\n" + " \\\n  ".join(
         [shlex.join(words[:3]), *lines, _quoted(words[-1])]
     )
 

@@ -95,18 +95,18 @@ class Store:
 
     def refresh(self) -> None:
         """Take in what is new, replace what has changed, drop what is gone."""
-        found = self._scan()
-        if found == self._seen or self._stop.wait(_SETTLE):
+        present = self._scan()
+        if present == self._seen or self._stop.wait(_SETTLE):
             return
         again = self._scan()
         for name in (
-            self._seen.keys() - found.keys() - again.keys()
+            self._seen.keys() - present.keys() - again.keys()
         ):  # one that is being replaced may be away for a moment
             del self._seen[name]
             if name in self._engine.adapters:
                 self._engine.remove(name).result()
                 self._say(f"adapter {name}: removed")
-        for name, signature in found.items():
+        for name, signature in present.items():
             if self._seen.get(name) != signature == again.get(name):
                 self._take(name, signature)
 

@@ -48,12 +48,12 @@ def generator(seed: int | None) -> Generator:
     beside a GPU."""
     import torch
 
-    made = torch.Generator()
+    generator = torch.Generator()
     if seed is None:
-        made.seed()
+        generator.seed()
     else:
-        made.manual_seed(seed % 2**63)
-    return made
+        generator.manual_seed(seed % 2**63)
+    return generator
 
 
 def choose(logits: Tensor, sampling: Sampling, random: Generator) -> int:
@@ -119,10 +119,10 @@ class Text:
     def update(self, ids: list[int]) -> bool:
         """Decode ``ids``; True when a stop string is in the text, which then ends before it."""
         self.text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        found = [at for at in map(self.text.find, self._stop) if at >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-        return bool(found)
+        places = [at for at in map(self.text.find, self._stop) if at >= 0]
+        if places:
+            self.text = self.text[: min(places)]
+        return bool(places)
 
     def take(self, last: bool) -> str:
         """What can be given out now; with ``last``, all that is left."""

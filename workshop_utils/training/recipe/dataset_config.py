@@ -132,6 +132,6 @@ class HFDatasetConfig:
     def describe(self) -> dict[str, Any]:
         """Everything of it that shapes the rows, as JSON values: the configuration's part of the
         cache's key."""
-        names = [one.name for one in dataclasses.fields(self) if one.name != "num_proc"]
+        names = [field.name for field in dataclasses.fields(self) if field.name != "num_proc"]
         shapes = {name: getattr(self, name) for name in names}
         return shapes | {"custom_converter": row_conversion.converter_hash(self.converter())}

@@ -100,7 +100,8 @@ def find(name: str) -> Recipe:
     # separates.
     plain = {known.replace("_", ""): known for known in recipes()}
     hint = did_you_mean(
-        plain[one] for one in nearest("".join(filter(str.isalnum, name.lower())), plain, most=3)
+        plain[spelling]
+        for spelling in nearest("".join(filter(str.isalnum, name.lower())), plain, most=3)
     )
     raise WorkshopError(
         f"recipe_cls_name: NeMo {nemo_version()} has no recipe '{name}'.{hint} `workshop recipe "

@@ -130,7 +130,7 @@ def read_test_rows(file: Path, limit: int | None = None) -> list[tuple[str, str]
     """Prompt and label of the first rows of ``file``: ``{"input", "output"}``, as the data phase
     writes them. Raises DataError for a missing file or an unusable row."""
     turns = [row["messages"] for row in chat_data.read_rows(file)[:limit]]
-    return [(chat_data.prompt_turns(one)[-1]["content"], one[-1]["content"]) for one in turns]
+    return [(chat_data.prompt_turns(row)[-1]["content"], row[-1]["content"]) for row in turns]
 
 
 def predict(
