@@ -48,7 +48,7 @@ def exported(tmp_path_factory):
     qkv = write_adapter(folder / "q.nemo", config_of(GQA), tensors_of(GQA))
     return {
         "hf-peft": export(source, "hf-peft", folder / "hf"),
-        "trtllm": export(qkv, "nemo", folder / "trtllm"),
+        "trtllm": export(qkv, "nemo", folder / "trtllm", reader="trtllm"),
         "nemo": export(source, "nemo", folder / "nemo", reader="nemo"),
     }
 
@@ -76,7 +76,7 @@ def test_the_table_is_whole():
 @pytest.mark.parametrize(
     "form, reader",
     [("hf-peft", reader) for reader in ("peft", *SERVERS, "serve")]
-    + [("trtllm", "trtllm"), ("trtllm", "nim1"), ("nemo", "nemo"), ("nemo", "serve")],
+    + [("trtllm", "trtllm"), ("nemo", "nim1"), ("nemo", "nemo"), ("nemo", "serve")],
 )
 def test_an_export_conforms_to_its_readers(exported, form, reader):
     result = check(exported[form], reader)
@@ -91,12 +91,23 @@ def test_an_export_conforms_to_its_readers(exported, form, reader):
         ("trtllm", "vllm", "--to hf-peft"),
         ("trtllm", "nemo", "one after the other, for TensorRT-LLM"),
         ("nemo", "trtllm", "attention_qkv only"),
-        ("nemo", "nim1", "attention_qkv only"),
-        ("hf-peft", "nemo", "--to nemo --reader nemo --base DIR"),
+        ("hf-peft", "nemo", "--to nemo --base DIR"),
     ],
 )
 def test_an_export_for_somebody_else_is_refused_with_a_way_out(exported, form, reader, words):
     assert words in broken(exported[form], reader)
+
+
+def test_what_no_page_says_is_not_known(exported, tmp_path):
+    """NIM 1.x takes the file that NeMo wrote; TensorRT-LLM's form, and packing that NeMo never
+    writes, are neither taken nor refused."""
+    result = check(exported["trtllm"], "nim1")
+    assert [its.code for its in result.of(Severity.NOT_KNOWN)] == ["as-nemo-wrote-it"]
+    assert result.conforms and "none of" in result.lines()[-1]
+    packed = tmp_path / "a.nemo"
+    packed.write_bytes(gzip.compress(exported["nemo"].read_bytes()))
+    assert "plain-tar" in {its.code for its in check(packed, "nim1").of(Severity.NOT_KNOWN)}
+    assert "plain-tar" in {its.code for its in check(packed, "trtllm").broken}
 
 
 def trtllm_config(**changes):

@@ -130,7 +130,7 @@ def test_peft_computes_what_nemo_computes(root, shape, targets):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_tensorrt_llm_computes_what_nemo_computes(root, shape):
-    found = logits(merged_from_trtllm(export(make(root, shape), "nemo"), shape))
+    found = logits(merged_from_trtllm(export(make(root, shape), "nemo", reader="trtllm"), shape))
     torch.testing.assert_close(found, trained_logits(shape), atol=2e-4, rtol=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_nemo_s_own_converter_agrees(root, shape, monkeypatch):
 
 
 def test_the_trtllm_file_says_what_it_is(root):
-    path = export(make(root), "nemo")
+    path = export(make(root), "nemo", reader="trtllm")
     config, state = read_nemo(path)
     assert path == root / "runs" / "exports" / "tickets" / "trtllm" / "tickets.nemo"
     assert [file.name for file in path.parent.glob("*.nemo")] == ["tickets.nemo"]
@@ -196,7 +196,7 @@ def test_the_trtllm_file_says_what_it_is(root):
 
 
 def test_the_trained_adapter_comes_back_from_the_trtllm_file(root):
-    first = export(make(root), "nemo")
+    first = export(make(root), "nemo", reader="trtllm")
     direct = weights_of(export(root / "runs" / "one", "hf-peft", name="direct"))
     again = export(first, "hf-peft", name="again")
     assert config_in(again)["lora_alpha"] == RANK
@@ -244,7 +244,7 @@ def test_the_dtype_is_kept(root, dtype):
 
 @pytest.mark.parametrize(
     "to, readers",
-    [("hf-peft", ("peft", "vllm", "trtllm", "nim1", "nim2")), ("nemo", ("trtllm", "nim1"))],
+    [("hf-peft", ("peft", "vllm", "trtllm", "nim1", "nim2")), ("nemo", ("nemo", "nim1"))],
 )
 def test_an_export_keeps_the_rules_of_every_reader_that_it_names(root, to, readers):
     done = export_adapter(make(root), to)
@@ -253,9 +253,7 @@ def test_an_export_keeps_the_rules_of_every_reader_that_it_names(root, to, reade
         assert not check(done.path, reader, RANK).faults
 
 
-@pytest.mark.parametrize(
-    "to, only", [("nemo", "TensorRT-LLM's .nemo reader"), ("hf-peft", "Hugging Face PEFT")]
-)
+@pytest.mark.parametrize("to, only", [("nemo", "NeMo"), ("hf-peft", "Hugging Face PEFT")])
 def test_double_precision_is_for_readers_that_take_it(root, to, only):
     reader = export_adapter(make(root, dtype=torch.float64), to).record.reader
     assert reader.startswith(f"{only} (") and "--dtype bfloat16" in reader
@@ -283,7 +281,7 @@ def test_a_rank_above_a_server_s_default_is_noted(root, rank, words):
 def test_baking_a_scale_that_is_no_power_of_two_in_bfloat16(root):
     state = tensors_of(GQA, rank=RANK, dtype=torch.bfloat16)
     source = write_adapter(root / "a.nemo", config_of(GQA, rank=RANK, alpha=7.3), state)
-    assert export(source, "nemo").exists()
+    assert export(source, "nemo", reader="trtllm").exists()
     assert config_in(export(source, "hf-peft"))["lora_alpha"] == 7.3
 
 
@@ -323,19 +321,19 @@ def test_an_export_is_reused_and_said_so(root, to, reader):
 
 def test_the_card_is_honest(root):
     source = make(root, GQA_HEAD_DIM)
-    path = export(source, "nemo")
+    path = export(source, "nemo", reader="trtllm")
     card = path.with_suffix(".md").read_text()
     for words in (
         "tiny-llama",
         "Q|K|V",
         "not loaded by a NIM",
-        "closed",
+        "documents the latter only",
         "None were given",
         "Learning rate: 0.0005",
         "8 / 4 = 2",
     ):
         assert words in card
-    export(source, "nemo", results={"Exact match (test)": "88 %"})
+    export(source, "nemo", reader="trtllm", results={"Exact match (test)": "88 %"})
     assert "- Exact match (test): 88 %" in path.with_suffix(".md").read_text()
     card = (export(source, "hf-peft", base_model="org/base") / "README.md").read_text()
     assert 'base_model: "org/base"' in card
@@ -344,12 +342,12 @@ def test_the_card_is_honest(root):
 def test_the_command_prints_what_it_made(root, capsys):
     make(root)
     run = ["export", str(root / "runs" / "one"), "--to"]
-    assert cli.main([*run, "nemo"]) == 0
+    assert cli.main([*run, "nemo", "--reader", "trtllm"]) == 0
     printed = capsys.readouterr().out
     place = "runs/exports/tickets/trtllm/tickets.nemo"
     for words in (place, "bytes", "TensorRT-LLM", "row order   qkv", "rules kept"):
         assert words in printed
-    assert cli.main([*run, "nemo"]) == 0
+    assert cli.main([*run, "nemo", "--reader", "trtllm"]) == 0
     assert "reused" in capsys.readouterr().out
     peft = [*run, "hf-peft", "--out", str(root / "out"), "--base"]
     assert cli.main([*peft, "org/base"]) == 0

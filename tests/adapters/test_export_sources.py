@@ -132,19 +132,19 @@ def test_what_peft_trained_is_exported_to_every_form(root, kind, shape):
 def test_separate_matrices_are_fused_exactly(root):
     base = str(base_of(root))
     source = trained_by_peft(root, ["q_proj", "k_proj", "v_proj"])
-    fused = export_adapter(source, "nemo", base_model=base)
+    fused = export_adapter(source, "nemo", reader="trtllm", base_model=base)
     assert (fused.record.rank, fused.record.qkv_order, fused.record.base) == (12, "qkv", "base")
     assert any("rank 12 in place of 4" in note for note in fused.notes)
     # One A for q, k and v, as NeMo trains it: the rank stays.
     peft = export(nemo_of(root), "hf-peft", root / "p")
-    assert export_adapter(peft, "nemo", root / "m", base_model=base).record.rank == 4
+    assert export_adapter(peft, "nemo", root / "m", "trtllm", base).record.rank == 4
 
 
 def test_a_nemo_of_a_peft_adapter_needs_the_heads_of_its_base(root):
     base_of(root)
     source = trained_by_peft(root)
     with pytest.raises(UnsupportedAdapter, match="attention_qkv only"):
-        export(source, "nemo")
+        export(source, "nemo", reader="trtllm")
     rewrite_config(source, base_model_name_or_path="org/base")
     with pytest.raises(UnsupportedAdapter, match="--base DIR"):
         export(source, "nemo", reader="nemo")
@@ -360,7 +360,7 @@ def test_the_proof(root):
     half = root / "runs" / "exports" / "n" / "half"
     forms = {
         "hf-peft": export(source, "hf-peft"),
-        "trtllm": export(source, "nemo"),
+        "trtllm": export(source, "nemo", reader="trtllm"),
         "nemo": export(source, "nemo", reader="nemo"),
         "hf-merged": export(source, "hf-merged", base_model=str(base)),
         "half": export(source, "hf-merged", half, base_model=str(base), dtype="bfloat16"),

@@ -185,7 +185,8 @@ def test_an_adapter_of_the_script_path(root):
     assert (told.base, told.base_is_here) == (base, False)
     assert checkpoint.parameters == 4 * 4 * 32
     assert answers(checkpoint)["PEFT"] == ("after", "workshop export a.nemo --to hf-peft")
-    assert answers(checkpoint)["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
+    trtllm = "after", "workshop export a.nemo --to nemo --reader trtllm"
+    assert answers(checkpoint)["TensorRT-LLM"] == trtllm
 
 
 def test_an_export_names_its_reader(root):
@@ -200,7 +201,7 @@ def test_an_export_names_its_reader(root):
     assert checkpoint.made_for == reader
     told = answers(checkpoint)
     taking = {name for name, (answer, _) in told.items() if answer == "yes"}
-    assert taking == {"TensorRT-LLM", "NIM 1.x"}
+    assert taking == {"TensorRT-LLM"}
     assert "for TensorRT-LLM" in told["script path"][1]
     assert checkpoint.notes == ("q, k, v rows: qkv; alpha baked in: True",)
 

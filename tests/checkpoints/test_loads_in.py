@@ -92,7 +92,7 @@ def described(case: str, root: Path) -> Checkpoint:
     if case == "nemo1 adapter":
         return identify(source)
     if case == "export":
-        return identify(export(source, "nemo", root / "export"))
+        return identify(export(source, "nemo", root / "export", reader="trtllm"))
     base = "meta-llama/Llama-3.2-1B"
     directory = export(source, "hf-peft", root / "peft", base_model=base)
     fields = json.loads((directory / "adapter_config.json").read_text())
@@ -135,7 +135,7 @@ def test_every_reader_is_answered_and_every_command_exists(case, answers):
     assert tuple(found) == READERS
     parser = build_parser()
     for answer, how in found.values():
-        assert answer in ("yes", "after", "no") and how
+        assert answer in ("yes", "after", "not known", "no") and how
         for command in re.findall(
             r"\bworkshop ((?:models|import|bridge|finetune|export|convert|inspect|verify) [^;&]*)",
             how,
@@ -163,10 +163,10 @@ SERVERS = {"TensorRT-LLM", "NIM 1.x", "NIM 2.x", "vLLM"}
         ("nemo2 adapter", {"NeMo 2.0 API"}),
         ("nemo2 adapter without base", set()),
         ("nemo1", {"script path"}),
-        ("nemo1 adapter", {"script path"}),
+        ("nemo1 adapter", {"script path", "NIM 1.x"}),
         ("view", {"script path"}),
         ("nemo1 parts", {"script path"}),
-        ("export", {"TensorRT-LLM", "NIM 1.x"}),
+        ("export", {"TensorRT-LLM"}),
         ("hugging face", {"transformers", "PEFT", "Megatron-Bridge"} | SERVERS),
         ("peft", {"transformers", "PEFT"} | SERVERS),
         ("peft without base", {"transformers", "PEFT"} | SERVERS),
@@ -188,7 +188,9 @@ def test_the_commands(answers, tmp_path):
     serve = "vllm serve meta-llama/Llama-3.2-1B --enable-lora --max-lora-rank 8 --lora-modules"
     assert serve in answers("peft")["vLLM"][1]
     assert "--nproc-per-node 2" in answers("nemo1 adapter parts")["script path"][1]
-    assert answers("nemo1 adapter")["TensorRT-LLM"] == ("after", "workshop export a.nemo --to nemo")
+    trtllm = "after", "workshop export a.nemo --to nemo --reader trtllm"
+    assert answers("nemo1 adapter")["TensorRT-LLM"] == trtllm
+    assert answers("export")["NIM 1.x"][0] == "not known"
     mlp = write_adapter(tmp_path / "mlp.nemo", config_of(GQA, ALL), tensors_of(GQA, ALL))
     how = {reader.name: reader.how for reader in loads_in(identify(mlp))}
     assert how["TensorRT-LLM"] == "workshop export mlp.nemo --to hf-peft"

@@ -42,7 +42,8 @@ def forms(tmp_path_factory):
     )
     return {
         "raw": source,
-        "nemo": export(source, "nemo", out=folder / "trtllm"),
+        "nemo": export(source, "nemo", out=folder / "nemo"),
+        "trtllm": export(source, "nemo", out=folder / "trtllm", reader="trtllm"),
         "peft": export(source, "hf-peft", out=folder / "peft"),
         "other": export(other, "hf-peft", out=folder / "other"),
     }
@@ -128,10 +129,14 @@ def test_a_name_is_a_directory_and_a_word_in_a_url(forms, tmp_path, name):
     assert not (tmp_path / "store").exists()
 
 
-def test_what_nemo_wrote_is_refused_with_the_command_that_converts_it(forms, tmp_path):
-    convert = r"workshop export \S+tickets.nemo --to nemo --reader trtllm"
-    with pytest.raises(ConformanceFailed, match=convert):
-        stage(forms["raw"], "a", tmp_path)
+def test_nim_1_is_given_what_nemo_wrote(forms, tmp_path):
+    assert stage(forms["raw"], "a", tmp_path).warnings == ()
+    (warning,) = stage(forms["trtllm"], "b", tmp_path).warnings
+    assert warning.startswith("not known: it is in TensorRT-LLM's form")
+    assert contents(tmp_path)["a/a.nemo"] == forms["raw"].read_bytes()
+
+
+def test_nim_2_takes_no_nemo(forms, tmp_path):
     with pytest.raises(ConformanceFailed, match=r"this is a \.nemo\n.*--to hf-peft"):
         stage(forms["nemo"], "a", tmp_path, reader="nim2")
     assert not any(tmp_path.iterdir())
@@ -258,6 +263,8 @@ def test_the_command_says_what_it_did(forms, tmp_path, capsys):
     said = capsys.readouterr()
     assert "replaces" in said.out
     assert "note: it was trained on tiny-llama; not compared" in said.err
-    assert main(["nim", "stage", str(forms["raw"]), "--name", "a", "--store", str(tmp_path)]) == 1
+    assert main(["nim", "stage", str(forms["raw"]), "--name", "a", "--store", str(tmp_path)]) == 0
+    to_nim2 = ["nim", "stage", str(forms["raw"]), "--name", "b", "--reader", "nim2"]
+    assert main([*to_nim2, "--store", str(tmp_path)]) == 1
     assert main([*words, "--max-lora-rank", "0"]) == 1
     assert "Traceback" not in capsys.readouterr().err

@@ -53,8 +53,7 @@ def check_export(
     if base and record.to.endswith("-merged"):
         return _check_merged(path, base, adapter, record.to)
     if record.to == "nemo":
-        # NIM's list is TensorRT-LLM's and that of the store.
-        reader = "nim1" if record.for_servers else "trtllm" if record.alpha_baked_in else "nemo"
+        reader = "trtllm" if record.alpha_baked_in else "nemo"
     else:
         # NIM 2's list is PEFT's, TensorRT-LLM's, vLLM's and that of the store.
         reader = "nim2" if record.for_servers else "peft"

@@ -141,12 +141,6 @@ class _Job:
         if self.record.to == "nemo":
             if target.is_dir():
                 fault = f"{shown(target)} is a directory"
-            others = [file for file in target.parent.glob("*.nemo") if file.name != target.name]
-            if self.record.alpha_baked_in and others:
-                fault = (
-                    f"NIM wants exactly one .nemo a directory, and {shown(others[0])} is there "
-                    "already"
-                )
         elif target.exists() and not target.is_dir():
             fault = f"{shown(target)} is a file; this export is a directory"
         elif target.exists():
@@ -170,7 +164,7 @@ def export_adapter(
     adapter: Path | str,
     to: Literal["nemo", "hf-peft", "hf-merged", "nemo2-merged"],
     out: Path | str | None = None,
-    reader: Literal["trtllm", "nemo"] = "trtllm",
+    reader: Literal["nemo", "trtllm"] = "nemo",
     base_model: str | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -194,8 +188,8 @@ def export_adapter(
         to: the form.
         out: where; by default ``runs/exports/NAME/{trtllm,nemo}/NAME.nemo`` or
             ``runs/exports/NAME/TO``.
-        reader: whose ``.nemo``: ``"trtllm"`` (rows Q|K|V, alpha baked in) or ``"nemo"``
-            (interleaved, as trained).
+        reader: whose ``.nemo``: ``"nemo"`` (rows interleaved, as NeMo trains and writes it: for
+            NeMo and NIM 1.x) or ``"trtllm"`` (rows Q|K|V, alpha baked in: for TensorRT-LLM).
         base_model: the base's id to record; by default the name in the adapter's configuration. Or
             its directory: needed for merging (a Hugging Face model or a NeMo 2.0 checkpoint), and
             for a ``.nemo`` of a PEFT adapter, which does not tell the base's heads.
@@ -219,10 +213,10 @@ def export_adapter(
         OutputExists: something else is where the export would go.
         ConformanceFailed: what was written breaks a rule of its reader. It was not kept.
     """
-    if to not in TARGETS or reader not in ("trtllm", "nemo") or dtype not in (None, *DTYPES):
+    if to not in TARGETS or reader not in ("nemo", "trtllm") or dtype not in (None, *DTYPES):
         raise WorkshopError(
             f"Cannot export to {to!r} for reader {reader!r} as {dtype!r}: to is one of "
-            f"{', '.join(TARGETS)}, reader is trtllm or nemo, dtype one of {', '.join(DTYPES)}."
+            f"{', '.join(TARGETS)}, reader is nemo or trtllm, dtype one of {', '.join(DTYPES)}."
         )
     if to == "nemo2-merged" and dtype:
         raise WorkshopError(

@@ -8,7 +8,7 @@ and configuration: no values are read.
 import shlex
 from collections.abc import Iterator
 
-from workshop_utils.adapters.rules import ANY_RANK, READERS, Facts, check
+from workshop_utils.adapters.rules import ANY_RANK, READERS, Facts, Severity, check
 from workshop_utils.checkpoints.formats.lora_layout import peft_only
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.checkpoints.verify import loads_in as models
@@ -68,7 +68,8 @@ def reader_lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     shared: dict[tuple[str, str], list[str]] = {}
     for reader in loads_in(checkpoint):
         shared.setdefault((reader.answer, reader.how), []).append(reader.name)
-    for answer, title in {"yes": "loads in", "after": "loads after", "no": "not in"}.items():
+    titles = {"yes": "loads in", "after": "loads after", "not known": "not known", "no": "not in"}
+    for answer, title in titles.items():
         for (its_answer, how), names in shared.items():
             if its_answer == answer:
                 who = ", ".join(names)
@@ -77,8 +78,8 @@ def reader_lines(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
 
 
 def _asked(facts: Facts, calls: dict[str, str]) -> Answers:
-    """The ``calls`` of those readers whose rules ``facts`` keep, and the first broken rule of the
-    others."""
+    """The ``calls`` of those readers whose rules ``facts`` keep, and the first rule of the others
+    that is broken, or of which nobody knows."""
     answers: dict[str, tuple[Answer, str]] = {}
     for name, call in calls.items():
         result = check(facts, _CODES[name], ANY_RANK, copied=True, values=False)
@@ -87,6 +88,8 @@ def _asked(facts: Facts, calls: dict[str, str]) -> Answers:
             first = result.broken[0]
             why = _OWN if name == BRIDGE else f"{first.rule}: {first.fault}"
             answers[name] = "no", f"{why}; {first.fix}"
+        elif unknown := result.of(Severity.NOT_KNOWN):
+            answers[name] = "not known", f"{unknown[0].fault}; {unknown[0].fix}"
     return answers
 
 
@@ -115,7 +118,7 @@ def _peft(checkpoint: Checkpoint) -> Answers:
     if transformers[0] == "yes":
         transformers = "yes", f'{load}.load_adapter("{text}"), with PEFT installed'
     # Here `workshop export` decides, which takes what PEFT takes but the fields of PEFT's own.
-    script: tuple[Answer, str] = "after", f"{export} --to nemo --reader nemo --base DIR"
+    script: tuple[Answer, str] = "after", f"{export} --to nemo --base DIR"
     nemo2: tuple[Answer, str] = (
         "no",
         (f"{_NO_IMPORTER}; merge it: {export} --to nemo2-merged --base DIR"),
@@ -163,11 +166,15 @@ def _nemo1(checkpoint: Checkpoint) -> Answers:
         asked[SCRIPT] = "yes", train  # NeMo itself loads the parts, on as many ranks
     others = for_all("after", f"{export} --to hf-peft")
     if asked[TRTLLM][0] != "yes" and set(adapter.targets) == {"attention_qkv"}:
-        others[TRTLLM] = "after", f"{export} --to nemo"
+        others[TRTLLM] = "after", f"{export} --to nemo --reader trtllm"
     return (
         others
         | nemo
-        | {name: answer for name, answer in asked.items() if answer[0] == "yes" or name == SCRIPT}
+        | {
+            name: answer
+            for name, answer in asked.items()
+            if answer[0] in ("yes", "not known") or name == SCRIPT
+        }
     )
 
 
@@ -175,7 +182,7 @@ def _nemo2(checkpoint: Checkpoint) -> Answers:
     path, text, adapter = quoted(checkpoint.path), shown(checkpoint.path), checkpoint.adapter
     export = f"workshop export {path}"
     answers = for_all("after", f"{export} --to hf-peft")
-    answers[SCRIPT] = "after", f"{export} --to nemo --reader nemo"
+    answers[SCRIPT] = "after", f"{export} --to nemo"
     if adapter.variant == "DoRA":
         merge = f"it takes plain LoRA, not DoRA; merge it: {export} --to hf-merged --base DIR"
         answers |= dict.fromkeys((SCRIPT, TRTLLM, NIM1, NIM2, VLLM), ("no", merge))

@@ -77,8 +77,8 @@ def model_card(
 
 ## Not tested
 
-The {"model" if merged else "adapter"} was not loaded by a NIM. NIM 1.x documents `.nemo` adapters, but its own loader is closed; NIM 2.x
-documents the Hugging Face layout only. What was checked is the rules of the public readers.
+The {"model" if merged else "adapter"} was not loaded by a NIM. By NVIDIA's pages NIM 1.x takes a `.nemo` as NeMo writes it, or the Hugging
+Face layout; NIM 2.x documents the latter only. What was checked is the rules of the public readers.
 """  # noqa: E501
 
 
@@ -103,7 +103,8 @@ def _cautions(adapter: LoraAdapter, record: Record) -> list[str]:
     ]
     if record.qkv_order == "qkv":
         lines.append(
-            "- Do not give this file to NeMo or to NeMo's converter: they expect interleaved rows."
+            "- Do not give this file to NeMo, its converter or a NIM: by NVIDIA's code and pages "
+            "they take interleaved rows, and apply the scale."
         )
     if record.qkv_order == "interleaved":
         lines.append(
@@ -140,13 +141,11 @@ For NIM or vLLM, give this directory the name that clients will ask for, such as
             "train on from it."
         )
     if record.qkv_order == "qkv":
-        return (
-            f"For a NIM 1.x store, copy the file to `$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one "
-            "`.nemo` in each directory."
-        )
+        return 'Give it to TensorRT-LLM: `LoraConfig(lora_dir=[FILE], lora_ckpt_source="nemo")`.'
     return (
         "Restore it with NeMo onto the base it was trained on, or convert it with "
-        "`nemo/export/utils/lora_converter.py`."
+        "`nemo/export/utils/lora_converter.py`. For a NIM 1.x store, copy the file to "
+        f"`$NIM_PEFT_SOURCE/{name}/{name}.nemo`: one `.nemo` in each directory."
     )
 
 

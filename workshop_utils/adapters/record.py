@@ -20,10 +20,9 @@ from workshop_utils.core.errors import OutputExists
 FILE = "workshop_export.json"
 #: Who reads each form. The key is (``to``, ``reader``).
 READERS = {
-    ("nemo", "trtllm"): "TensorRT-LLM's .nemo reader (lora_manager.py); NIM 1.x names this "
-    "format, but its own loader is closed",
-    ("nemo", "nemo"): "NeMo: MegatronGPTSFTModel.load_adapters and "
-    "nemo/export/utils/lora_converter.py",
+    ("nemo", "nemo"): "NeMo (MegatronGPTSFTModel.load_adapters, lora_converter.py), and NIM 1.x by "
+    "NVIDIA's tutorial",
+    ("nemo", "trtllm"): "TensorRT-LLM's .nemo reader (lora_manager.py)",
     ("hf-peft", None): "Hugging Face PEFT, vLLM, TensorRT-LLM's Hugging Face reader, NIM",
     ("hf-merged", None): "transformers, vLLM, TensorRT-LLM and NIM, as a model of its own",
     ("nemo2-merged", None): "NeMo 2.0, as a model of its own",
@@ -57,7 +56,7 @@ class Record:
     @property
     def for_servers(self) -> bool:
         """Whether vLLM and NIM are among the readers."""
-        return self.reader in (READERS["hf-peft", None], READERS["nemo", "trtllm"])
+        return self.reader in (READERS["hf-peft", None], READERS["nemo", "nemo"])
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for YAML and JSON; a dtype only where one was asked for."""
@@ -108,11 +107,8 @@ def make_record(
             "Hugging Face PEFT and TensorRT-LLM (vLLM, and NIM 2.x with it, takes no rank above "
             f"{VLLM_RANKS[-1]})"
         )
-    elif reader == "trtllm" and wide:
-        readers = (
-            "TensorRT-LLM's .nemo reader (lora_manager.py), which casts it (NIM may take no "
-            "float64: export it for NIM with --dtype bfloat16)"
-        )
+    elif reader == "nemo" and wide:
+        readers = "NeMo (NIM may take no float64: export it for NIM with --dtype bfloat16)"
     return Record(
         to=to,
         reader=readers,

@@ -19,13 +19,14 @@ and the fix for each fault.
   --reader nemo      NeMo's script path and its converter: a .nemo as NeMo writes it
   --reader peft      Hugging Face PEFT
   --reader vllm      vLLM (largest rank 16 unless --max-rank says otherwise)
-  --reader nim1      NIM 1.x: .nemo or Hugging Face (largest rank 32 unless --max-rank says
-                     otherwise)
+  --reader nim1      NIM 1.x: a .nemo as NeMo writes it, or Hugging Face (largest rank 32 unless
+                     --max-rank says otherwise)
   --reader nim2      NIM 2.x: Hugging Face only
 
 NIM's own loaders are closed: for them the rules are those of its pages and of the public engines in
-it. The base is not needed, torch is not needed, and nothing that a file contains is run. Exit
-status: 0 no rule is broken, 1 one is, 2 there is nothing to ask.
+it; where neither says anything, the answer is "NOT KNOWN", which breaks no rule. The base is not
+needed, torch is not needed, and nothing that a file contains is run. Exit status: 0 no rule is
+broken, 1 one is, 2 there is nothing to ask.
 """
 
 EXAMPLES = """\

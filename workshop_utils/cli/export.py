@@ -11,10 +11,10 @@ Turn an adapter into one that a server accepts, or merge it into its base. ADAPT
 .ckpt of NeMo's script path, an adapter directory of NeMo 2.0 (LoRA, DoRA, CanonicalLoRA), or a
 Hugging Face PEFT directory. Only merging looks at the base model.
 
-  --to nemo                   .nemo for TensorRT-LLM: q, k, v rows in its order, alpha multiplied in
-                              (attention_qkv only)
-  --to nemo --reader nemo     .nemo for NeMo itself and NeMo's own converter: rows interleaved, as
-                              trained
+  --to nemo                   .nemo as NeMo writes it: for NeMo, its converter, and NIM 1.x by
+                              NVIDIA's tutorial
+  --to nemo --reader trtllm   .nemo for TensorRT-LLM: q, k, v rows in its order, alpha multiplied in
+                              (attention_qkv only); not for NIM
   --to hf-peft                Hugging Face PEFT directory, for PEFT, vLLM and NIM: any target, DoRA
                               too
   --to hf-merged --base DIR      the Hugging Face model DIR with the adapter in it
@@ -29,7 +29,7 @@ EXAMPLES = """\
 examples:
   workshop export runs/finetune --to nemo
   workshop export runs/finetune/checkpoints/lora.nemo --to hf-peft --base meta-llama/Llama-3.2-1B-Instruct
-  workshop export peft-directory --to nemo --reader nemo --base models/huggingface/NAME
+  workshop export peft-directory --to nemo --base models/huggingface/NAME
   workshop export nemo2-run/checkpoints/NAME --to hf-merged --base models/huggingface/NAME --dtype bfloat16
 """  # noqa: E501
 
@@ -51,8 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     forms = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
     option("--to", required=True, choices=forms, help="the form to export to")
-    readers = ("trtllm", "nemo")
-    option("--reader", default="trtllm", choices=readers, help="whose .nemo (default: trtllm)")
+    readers = ("nemo", "trtllm")
+    option("--reader", default="nemo", choices=readers, help="whose .nemo (default: nemo)")
     option(
         "--out",
         metavar="PATH",

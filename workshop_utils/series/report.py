@@ -14,8 +14,8 @@ from workshop_utils.core import paths
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.runtime.machine import describe_machine
 
-ARTIFACTS = ("hf_model", "nemo2_checkpoint", "bridged_checkpoint", "nemo_adapter", "peft_adapter")
-ARTIFACTS += ("test_set",)
+ARTIFACTS = ("hf_model", "nemo2_checkpoint", "bridged_checkpoint", "nemo_adapter")
+ARTIFACTS += ("trtllm_adapter", "peft_adapter", "test_set")
 METRICS = ("base_exact_match", "tuned_exact_match", "train_seconds")
 
 

@@ -93,13 +93,19 @@ class Workshop:
         return adapter
 
     def exports(self) -> dict[str, Path]:
-        """``nemo`` (TensorRT-LLM's order) and ``hf-peft``, made from :meth:`adapter`."""
+        """``nemo``, the adapter as NeMo wrote it, and what is made of it: ``hf-peft``, and
+        ``trtllm``, the ``.nemo`` in TensorRT-LLM's form."""
         from workshop_utils.adapters.export import export
 
-        adapter, exports = self.adapter(), {}
-        for form, artifact in (("nemo", "nemo_adapter"), ("hf-peft", "peft_adapter")):
-            exports[form] = export(adapter, form, base_model=self.model.name, overwrite=True)
-            record_artifact(artifact, exports[form])
+        adapter = self.adapter()
+        options = {"base_model": self.model.name, "overwrite": True}
+        exports = {
+            "nemo": adapter,
+            "hf-peft": export(adapter, "hf-peft", **options),
+            "trtllm": export(adapter, "nemo", reader="trtllm", **options),
+        }
+        for form, artifact in zip(exports, ("nemo", "peft", "trtllm"), strict=True):
+            record_artifact(f"{artifact}_adapter", exports[form])
         return exports
 
 

@@ -17,7 +17,7 @@ from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.core import paths
 from workshop_utils.core.paths import shown
 
-Answer = Literal["yes", "after", "no"]
+Answer = Literal["yes", "after", "not known", "no"]
 Answers = dict[str, tuple[Answer, str]]
 
 SCRIPT, NEMO2, TRANSFORMERS, PEFT = "script path", "NeMo 2.0 API", "transformers", "PEFT"

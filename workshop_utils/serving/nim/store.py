@@ -14,7 +14,7 @@ from typing import Literal
 from workshop_utils.adapters.adapter import NAME, NAME_RULE
 from workshop_utils.adapters.base_id import same_base
 from workshop_utils.adapters.read import find_adapter
-from workshop_utils.adapters.rules import ANY_RANK, READERS, check
+from workshop_utils.adapters.rules import ANY_RANK, READERS, Severity, check
 from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.architecture import Architecture
 from workshop_utils.checkpoints.formats.identify import identify
@@ -69,8 +69,7 @@ def stage(
     that reads the store meanwhile finds the older adapter or the new one.
 
     Args:
-        adapter: a PEFT directory, or a ``.nemo`` for TensorRT-LLM (see
-            :func:`workshop_utils.adapters.export.export`) or its directory.
+        adapter: a PEFT directory, or a ``.nemo`` as NeMo wrote it, or its directory.
         name: the model's id in the API.
         base: the model that will be served, a directory or its id; a warning where the adapter's
             own base is another, or the dtype of the directory's weights. Without it the bases that
@@ -91,9 +90,9 @@ def stage(
     if nemo2.looks_like(adapter):  # no server takes one, sound or not
         _require_readable(adapter, reader)
     require_sound(adapter, trust)
-    described = _require_readable(adapter, reader)
+    described, warnings = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
-    warnings, notes = [], ()
+    notes = ()
     if rank and rank > max_rank:
         warnings.append(
             f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. Start "
@@ -164,15 +163,16 @@ def _place(name: str, store: Path) -> Path:
     return target
 
 
-def _require_readable(adapter: Path, reader: str) -> Checkpoint:
-    """The description of ``adapter`` once it keeps every rule of ``reader``; its rank is only
-    warned about."""
-    broken = check(adapter, reader, ANY_RANK, copied=True).broken
-    if broken:
+def _require_readable(adapter: Path, reader: str) -> tuple[Checkpoint, list[str]]:
+    """The description of ``adapter`` once it breaks no rule of ``reader``, and what is not known of
+    it; its rank is only warned about."""
+    result = check(adapter, reader, ANY_RANK, copied=True)
+    if broken := result.broken:
         lines = [f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed."]
         lines += [f"  {its.rule}: {its.fault}\n    fix: {its.fix}" for its in broken]
         raise ConformanceFailed("\n".join(lines))
-    return identify(adapter)
+    unknown = result.of(Severity.NOT_KNOWN)
+    return identify(adapter), [f"not known: {its.fault}. {its.fix}" for its in unknown]
 
 
 def _compare_with_base(adapter: Checkpoint, base: Path | str) -> list[str]:
