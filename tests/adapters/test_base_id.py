@@ -37,6 +37,21 @@ def test_the_id_of_a_base(base, its_id):
         (HUB, "/x/nemo2/smollm2-135m-instruct-hub", True),
         (HUB, "meta/llama-3.1-8b-instruct", False),
         (HUB, "", False),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "meta/llama3-8b-instruct", True),
+        ("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B", True),
+        ("unsloth/llama-3-8b-Instruct-bnb-4bit", "meta/llama3-8b-instruct", True),
+        (
+            "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit",
+            "meta-llama/Llama-3.2-1B-Instruct",
+            True,
+        ),
+        (
+            "mistralai/Mistral-7B-Instruct-v0.3",
+            "nvcr.io/nim/mistralai/mistral-7b-instruct-v03",
+            True,
+        ),
+        ("meta-llama/Meta-Llama-3-8B", "meta/llama3-8b-instruct", False),
+        ("mistralai/Mistral-7B-Instruct-v0.2", "mistralai/Mistral-7B-Instruct-v0.3", False),
     ],
 )
 def test_two_bases(one, other, same):

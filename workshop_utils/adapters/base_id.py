@@ -27,11 +27,29 @@ def of_directory(directory: Path, recorded: str) -> str:
     return known or (recorded if is_hub_id(recorded) else directory.name)
 
 
-def same_base(one: str, other: str) -> bool:
+#: The same weights under other names: Meta's repositories lost a prefix (Meta-Llama-3.1-8B is
+#: Llama-3.1-8B now), ids of NIM leave out a dash (meta/llama3-8b-instruct) or a dot
+#: (mistral-7b-instruct-v03), and Unsloth's copies say how they are packed.
+_ALIASES = (
+    (re.compile(r"^meta-(?=llama)"), ""),
+    (re.compile(r"^(llama|qwen|gemma|phi)(?=\d)"), r"\1-"),
+    (re.compile(r"(-unsloth)?-bnb-4bit$|-unsloth$"), ""),
+    (re.compile(r"-v0(?=\d$)"), "-v0."),
+)
+
+
+def same_base(base: str, other: str) -> bool:
     """Whether two ids, names or directories are the same model's. Organisations differ (meta,
-    meta-llama), and so do capital letters."""
-    first, second = (base_id(base).rpartition("/")[2].casefold() for base in (one, other))
-    return first == second
+    meta-llama, unsloth), and so do capital letters. False says nothing: one model has many
+    names."""
+    return _plain_name(base) == _plain_name(other)
+
+
+def _plain_name(base: str) -> str:
+    name = base_id(base).rpartition("/")[2].casefold()
+    for pattern, text in _ALIASES:
+        name = pattern.sub(text, name)
+    return name
 
 
 def is_hub_id(base: str) -> bool:

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "adapter",
         type=Path,
         metavar="ADAPTER",
-        help="a PEFT directory, or a .nemo for TensorRT-LLM (workshop export)",
+        help="a PEFT directory, or a .nemo as NeMo wrote it",
     )
     option("--name", required=True, help="the model's id in the API")
     _store(action, "the directory of all adapters; made where missing (default: runs/store)")

@@ -109,7 +109,8 @@ def stage(
         elif other := next((its for its in others if not same_base(others[its], trained)), None):
             warnings.append(
                 f"it was trained on {_last(trained)}, but {other} in this store on "
-                f"{_last(others[other])}: a NIM serves the adapters of one base."
+                f"{_last(others[other])}: are these the same weights? A NIM serves the adapters of "
+                "one base."
             )
     warnings = tuple(warnings)
     files = _files(described.path, name)
@@ -190,8 +191,8 @@ def _compare_with_base(adapter: Checkpoint, base: Path | str) -> list[str]:
             )
     if not same_base(served, trained):
         warnings.append(
-            f"it was trained on {_last(trained)}, and would be served on {_last(served)}: on "
-            "another base it answers nonsense."
+            f"it was trained on {_last(trained)}, and would be served on {_last(served)}: are "
+            "these the same weights? On others it answers nonsense."
         )
     return warnings
 
