@@ -22,6 +22,7 @@ from workshop_utils.adapters.export import export, export_adapter
 from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.adapters.rules import ANY_RANK, READERS, RULES, Severity, check
 from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.checkpoints.formats.lora_layout import PEFT_ONLY, PEFT_UNDERSTOOD, peft_only
 from workshop_utils.core.errors import NotACheckpoint, WorkshopError
 from workshop_utils.serving.nim import stage
 from workshop_utils.serving.server.adapters import read as serve
@@ -385,8 +386,40 @@ ONLY_PEFT = {
     "layer_replication": [[0, 2]],
     "use_qalora": True,
     "alora_invocation_tokens": [1],
+    "arrow_config": {"top_k": 2},
+    "kasa_config": {"a": 1},
+    "monteclora_config": {"a": 1},
+    "use_bdlora": {"a": 1},
+    "velora_config": {"a": 1},
     "init_lora_weights": "pissa_niter_4",
 }
+
+
+def test_the_fields_are_those_of_the_installed_peft():
+    """So that the next release of PEFT is noticed; what only PEFT takes is off by default there."""
+    from peft import LoraConfig
+
+    config = LoraConfig().to_dict()
+    assert config.keys() <= PEFT_ONLY | PEFT_UNDERSTOOD
+    assert set(ONLY_PEFT) == PEFT_ONLY | {"init_lora_weights"}
+    assert peft_only(config) == []
+
+
+@pytest.mark.parametrize("start", ["olora", "corda", "loftq", "lora_ga", "of the next PEFT"])
+def test_a_start_that_changes_the_base_is_refused(start):
+    assert peft_only({"init_lora_weights": start}) == ["init_lora_weights"]
+    assert peft_only({"init_lora_weights": "gaussian"}) == []
+
+
+def test_a_field_that_no_peft_has_is_not_known(root, exported):
+    path = peft_copy(root, exported, {"next_years_lora": {"gate": 2}})
+    (verdict,) = check(path, "vllm").of(Severity.NOT_KNOWN)
+    assert verdict.fault.startswith("next_years_lora is") and "no PEFT up to" in verdict.fix
+    answers = {reader.name: reader.answer for reader in loads_in(identify(path))}
+    assert answers["vLLM"] == "not known"
+    assert any("next_years_lora" in warning for warning in stage(path, "a", root / "s").warnings)
+    with pytest.raises(WorkshopError, match="next_years_lora"):
+        export(path, "hf-peft", root / "again")
 
 
 @pytest.mark.parametrize("name", ONLY_PEFT)

@@ -26,6 +26,7 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     PEFT_PREFIX,
     is_peft_key,
     peft_only,
+    unknown_to_peft,
 )
 from workshop_utils.checkpoints.formats.rank_files import rank_files
 from workshop_utils.checkpoints.formats.summary import dtypes
@@ -363,8 +364,14 @@ _BESIDE = ("bias", "modules_to_save")
 
 def _only_peft(names: Callable[[list[str]], list[str]]) -> Callable[[Ask], Answer]:
     def check(ask: Ask) -> Answer:
-        fields = names(peft_only(ask.config))
-        return _first(f"{name} is {ask.config[name]!r}" for name in fields)
+        fields, unknown = names(peft_only(ask.config)), unknown_to_peft(ask.config)
+        fault = _first(f"{name} is {repr(ask.config[name])[:80]}" for name in fields)
+        if fields and set(fields) <= set(unknown):
+            fix = (
+                "no PEFT up to 0.21 has it: look what it does, or export it with the PEFT it is of"
+            )
+            return Fault(fault, fix, Severity.NOT_KNOWN)
+        return fault
 
     return check
 

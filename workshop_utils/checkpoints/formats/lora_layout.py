@@ -435,30 +435,42 @@ def _targets(
     return ordered(there)
 
 
-#: Fields of PEFT's LoraConfig (0.17) that change what is computed, which nobody but PEFT takes, and
-#: the values with which they do nothing.
-_PEFT_FIELDS = {
-    "bias": ("none",),
-    "modules_to_save": ([],),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "trainable_token_indices": ([],),
-    "target_parameters": ([],),
-    "layer_replication": ([],),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": ([],),
-}
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+#: Fields of PEFT's LoraConfig (0.10 to 0.21) that are read here, or change nothing once the
+#: adapter is trained.
+PEFT_UNDERSTOOD = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout",
+    "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules",
+    "task_type", "use_dora", "use_rslora",
+})  # fmt: skip
+#: And those that change what is computed, and that nobody but PEFT takes into account.
+PEFT_ONLY = frozenset({
+    "alora_invocation_tokens", "arrow_config", "bias", "fan_in_fan_out", "kasa_config",
+    "layer_replication", "lora_bias", "modules_to_save", "monteclora_config",
+    "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+})  # fmt: skip
+_OFF = (None, False, "none", [], {}, "")
+#: What ``init_lora_weights`` says where PEFT leaves the base as it is; pissa, olora, corda, loftq
+#: and lora_ga change it when they start, and again when the adapter is loaded.
+_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
 
 
 def peft_only(config: Mapping[str, Any]) -> list[str]:
-    """The fields in ``adapter_config.json`` that only PEFT itself takes into account."""
-    fields = [name for name, idle in _PEFT_FIELDS.items() if config.get(name) not in (None, *idle)]
-    # PEFT changes the base when it loads such an adapter.
+    """The fields in ``adapter_config.json`` that only PEFT itself takes into account, and after
+    them those that no PEFT up to 0.21 has."""
+    fields = [name for name in sorted(PEFT_ONLY) if config.get(name) not in _OFF]
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_THE_BASE):
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         fields.append("init_lora_weights")
-    return fields
+    return fields + unknown_to_peft(config)
+
+
+def unknown_to_peft(config: Mapping[str, Any]) -> list[str]:
+    """The fields that are set in ``adapter_config.json`` and that no PEFT up to 0.21 has."""
+    unknown = config.keys() - PEFT_ONLY - PEFT_UNDERSTOOD
+    return sorted(str(name) for name in unknown if config[name] not in _OFF)
 
 
 def of_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
