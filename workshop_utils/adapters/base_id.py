@@ -52,6 +52,14 @@ def _plain_name(base: str) -> str:
     return name
 
 
+def local_model(base: str) -> Path | None:
+    """The Hugging Face directory of ``base``, where ``workshop models`` has fetched it."""
+    for name, its_id in _catalogued().items():
+        if base in (name, its_id) and (place := paths.huggingface_model(name)).is_dir():
+            return place
+    return None
+
+
 def is_hub_id(base: str) -> bool:
     """Whether ``base`` reads ``ORGANISATION/NAME``."""
     organisation, slash, name = base.partition("/")

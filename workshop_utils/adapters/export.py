@@ -12,20 +12,28 @@ from typing import Any, Literal
 
 from workshop_utils.adapters import merge, write_peft
 from workshop_utils.adapters.adapter import NAME, NAME_RULE, LoraAdapter
-from workshop_utils.adapters.base_id import base_id, of_directory
+from workshop_utils.adapters.base_id import base_id, local_model, of_directory
 from workshop_utils.adapters.check import check_export
 from workshop_utils.adapters.model_card import model_card
 from workshop_utils.adapters.modules import fused, of_dtype, separated
+from workshop_utils.adapters.proof import prove
 from workshop_utils.adapters.read import find_adapter, read_adapter
 from workshop_utils.adapters.record import FILE, Record, make_record
 from workshop_utils.adapters.rules import rank_notes
 from workshop_utils.adapters.write_nemo1 import refuse_for_trtllm, write_nemo
+from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.formats.tensor import DTYPES
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
-from workshop_utils.core.errors import OutputExists, WorkshopError
+from workshop_utils.core.errors import (
+    CheckpointError,
+    ConformanceFailed,
+    OutputExists,
+    UnsupportedAdapter,
+    WorkshopError,
+)
 from workshop_utils.core.paths import shown
 
 TARGETS = ("nemo", "hf-peft", "hf-merged", "nemo2-merged")
@@ -37,13 +45,16 @@ _PEFT_FILES = re.compile(
 _MERGED_FILES = re.compile(
     r"model[\w-]*\.safetensors|[\w.-]+\.(json|txt|model|jinja)|README\.md|context|weights"
 )
+_YES = "proven: "
+_PROVEN = re.compile(rf"^Proof: ({_YES}.*)$", re.MULTILINE)
 _BASES = {"hf-merged": Kind.HUGGINGFACE, "nemo2-merged": Kind.NEMO2}
 
 
 @dataclass(frozen=True)
 class Export:
     """What an export made. ``path`` is the ``.nemo`` or the directory; ``rules`` are the reader's
-    rules it keeps, ``notes`` to know."""
+    rules it keeps, ``notes`` to know. ``proof`` says how it was ``proven`` to compute, on the base,
+    what the trained adapter does, or why that is not proven."""
 
     path: Path
     files: tuple[Path, ...]
@@ -51,6 +62,8 @@ class Export:
     rules: tuple[str, ...]
     reused: bool
     notes: tuple[str, ...] = ()
+    proven: bool = False
+    proof: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class _Job:
     base: Path | None
     elsewhere: str
     accept: Callable[[Path], None] | None
+    proof_base: Path | str
 
     def write(self, part: Path) -> None:
         """The files of the export at ``part``, a file or an empty directory."""
@@ -113,26 +127,61 @@ class _Job:
         self.refuse_place(target)
         is_file = self.record.to == "nemo"
         card = target.with_suffix(".md") if is_file else target / _CARD
-        text = model_card(self.adapter, self.record, self.name, self.results)
         kept = self.reusable(target)
         reused = kept is not None
-        if reused and (self.results or not card.exists()):
-            paths.write_text(card, text)
-        elif not reused and is_file:
+        if reused:
+            before = _PROVEN.search(card.read_text(encoding="utf-8")) if card.is_file() else None
+            proof = before[1] if before else self.prove(target)
+            if self.results or not before:
+                paths.write_text(card, self.card(proof))
+        elif is_file:
             with paths.new_file(card) as new_card, paths.new_file(target) as part:
                 self.write(part)
-                kept = self.rules(part)
-                new_card.write_text(text, encoding="utf-8")
-        elif not reused:
+                kept, proof = self.rules(part), self.prove(part)
+                new_card.write_text(self.card(proof), encoding="utf-8")
+        else:
             with paths.new_directory(target) as part:
                 self.write(part)
-                kept = self.rules(part)
-                (part / _CARD).write_text(text, encoding="utf-8")
+                kept, proof = self.rules(part), self.prove(part)
+                (part / _CARD).write_text(self.card(proof), encoding="utf-8")
         files = (target, card) if is_file else sorted(f for f in target.rglob("*") if f.is_file())
         notes = self.adapter.notes
         if self.record.for_servers:
             notes += tuple(rank_notes(self.record.rank, self.record.to))
-        return Export(target, tuple(files), self.record, tuple(kept), reused, notes)
+        proven = proof.startswith(_YES)
+        return Export(target, tuple(files), self.record, tuple(kept), reused, notes, proven, proof)
+
+    def card(self, proof: str) -> str:
+        return model_card(self.adapter, self.record, self.name, self.results, proof)
+
+    def prove(self, path: Path) -> str:
+        """How the export at ``path`` was proven, or why it was not. Raises
+        :class:`ConformanceFailed` where the proof fails."""
+        if not self.check or isinstance(self.proof_base, str):
+            asked = "it was not checked, as you asked"
+            return f"not proven: {self.proof_base if self.check else asked}"
+        try:
+            with paths.temporary_directory("workshop-proof-") as folder:
+                # Its own name says that it is not finished, which readers refuse.
+                link = folder / (f"{self.name}.nemo" if path.is_file() else self.name)
+                link.symlink_to(path.resolve())
+                made = prove(self.read.source, {self.record.to: link}, self.proof_base)
+        except (CheckpointError, UnsupportedAdapter) as error:
+            return f"not proven: {error}"
+        (form,) = made.forms
+        if form.proven is False:
+            why = form.not_checked or f"its logits differ by up to {form.logits:.2g}"
+            raise ConformanceFailed(
+                f"The export does not compute what was trained ({form.reader}): {why}, so it is "
+                "not used."
+            )
+        if not form.proven:
+            return f"not proven: {form.not_checked}"
+        return (
+            f"{_YES}read by {form.reader}, its logits differ from the trained adapter's (read by "
+            f"{made.trained_by}) by {form.logits:.1e} at most, where that moves one by "
+            f"{made.effect:.2g}"
+        )
 
     def refuse_place(self, target: Path) -> None:
         """Raise :class:`OutputExists` where ``target`` would cover the source or the base, or
@@ -249,8 +298,28 @@ def export_adapter(
         target = Path(out)
     else:
         target = Path(out or folder / reader) / f"{name}.nemo"
-    job = _Job(lora, written, record, name, overwrite, results, check, base, elsewhere, accept)
-    return job.run(target)
+    return _Job(
+        lora, written, record, name, overwrite, results, check, base, elsewhere, accept,
+        _base_of_proof(base, record.base),
+    ).run(target)  # fmt: skip
+
+
+def _base_of_proof(given: Path | None, recorded: str) -> Path | str:
+    """The Hugging Face model that the adapter is for, where it is at hand and fits into memory
+    twice, in single precision; or why there is none."""
+    import psutil
+
+    here = local_model(recorded)
+    base = next((each for each in (given, here) if each and (each / "config.json").is_file()), None)
+    if base is None:
+        return "the base is not at hand: give its Hugging Face directory with --base DIR"
+    need, free = 8 * identify(base).parameters, psutil.virtual_memory().available
+    if need > free:
+        return (
+            f"{shown(base)} takes {need / 1e9:.0f} GB of memory for that, and {free / 1e9:.0f} GB "
+            "are free"
+        )
+    return base
 
 
 def _default_name(source: Path) -> str:

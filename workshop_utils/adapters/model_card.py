@@ -21,9 +21,11 @@ def model_card(
     record: Record,
     name: str,
     results: Mapping[str, float | str] | None = None,
+    proof: str = "not proven",
 ) -> str:
     """The card in Markdown. ``results`` are measured figures by name; without them the card says
-    that none were given."""
+    that none were given. ``proof``: how it was proven to compute what was trained, or that it was
+    not."""
     merged = record.to.endswith("-merged")
     base = f"`{record.base}`" if record.base else "a base model that was not recorded"
     kind = "DoRA" if adapter.magnitudes else "LoRA"
@@ -74,6 +76,8 @@ def model_card(
 ## Results
 
 {chr(10).join(figures) or "None were given to the export."}
+
+Proof: {proof}
 
 ## Not tested
 

@@ -1,14 +1,17 @@
 """Prove exports: load each with the reader that exists on this machine, and compare logits and
 weight updates with the trained adapter.
 
-The trained side is the base with ``alpha / rank * B A`` added, cut head by head with the code of
-:mod:`.check`, not that of the exporters. Each export is read by somebody else: PEFT, transformers,
-torch's distributed checkpoints, NeMo's own converter. TensorRT-LLM is not here; its file is read by
-the rules of ``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale.
+Each export is read by somebody else: PEFT, transformers, torch's distributed checkpoints, NeMo's
+own converter. TensorRT-LLM is not here; its file is read by the rules of
+``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale. So is the trained side, where somebody else
+reads it: PEFT its own, NeMo's converter a ``.nemo`` as NeMo wrote it. Of other adapters it is the
+base with ``alpha / rank * B A`` added, cut head by head with the code of :mod:`.check`, not that of
+the exporters. The weights are compared with the latter in any case.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -33,6 +36,7 @@ from workshop_utils.checkpoints.formats import config_json, huggingface, nemo_ar
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG
+from workshop_utils.checkpoints.formats.rank_files import rank_files
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
@@ -74,14 +78,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Proof:
-    """``effect`` is the largest difference of a logit that the trained adapter makes to the base,
-    over ``tokens`` tokens of prompts."""
+    """``effect`` is the largest difference of a logit that the trained adapter, as ``trained_by``
+    reads it, makes to the base, over ``tokens`` tokens of prompts."""
 
     adapter: Path
     base: Path
     effect: float
     tokens: int
     forms: tuple[Form, ...]
+    trained_by: str = "this workshop"
 
     @property
     def proven(self) -> bool:
@@ -108,7 +113,8 @@ class Proof:
                 f"{form.name:16} {form.dtype:9} {figures}  {verdict:10} "
                 f"{form.not_checked or form.reader}"
             )
-        effect = f"The adapter itself moves a logit by up to {self.effect:.2g}"
+        who = f"The adapter itself, as {self.trained_by} reads it,"
+        effect = f"{who} moves a logit by up to {self.effect:.2g}"
         return "\n".join([*lines, f"{effect} ({self.tokens} tokens)."])
 
     def as_dict(self) -> dict[str, Any]:
@@ -157,10 +163,14 @@ def prove(
     model = load(base)
     plain = logits(model, tokens)
     truth = _Truth(trained, base)
-    for layer, module, _, after in truth.weights():
-        _parameter(model, layer, module).data.copy_(after)
+    trained_by, others = _read_by_others(trained.source, base)
+    if others:
+        model = others
+    else:
+        for layer, module, _, after in truth.weights():
+            _parameter(model, layer, module).data.copy_(after)
     expected = logits(model, tokens)
-    del model
+    del model, others
     effect = compare(expected, plain).largest
     if not math.isfinite(effect):
         raise DamagedCheckpoint(
@@ -171,7 +181,24 @@ def prove(
         _prove_one(name, Path(path), base, truth, tokens, expected, effect)
         for name, path in exports.items()
     ]
-    return Proof(trained.source, base, effect, sum(map(len, tokens)), tuple(forms))
+    count = sum(map(len, tokens))
+    return Proof(trained.source, base, effect, count, tuple(forms), trained_by)
+
+
+def _read_by_others(adapter: Path, base: Path) -> tuple[str, Any]:
+    """Who reads the trained adapter, and the base with it; None where nobody else's reader is
+    here."""
+    # The converter of NeMo 2.4.1 knows no .nemo in parts, and no .ckpt.
+    is_whole = (
+        adapter.suffix == ".nemo"
+        and len(rank_files(member.name for member in nemo_archive.members(adapter))) == 1
+    )
+    if is_whole or (adapter / PEFT_CONFIG).is_file():
+        reader, reads = _reader(adapter)
+        if reads is not _as_trtllm:
+            with contextlib.suppress(UnsupportedAdapter):
+                return reader, reads(adapter, base)
+    return "this workshop", None
 
 
 class Difference(NamedTuple):
@@ -335,10 +362,14 @@ def _reader(path: Path) -> tuple[str, Callable[[Path, Path], Any]]:
             return "TensorRT-LLM's rules", _as_trtllm
         return "NeMo's lora_converter.py, then PEFT", _as_nemo_converts
     if (path / PEFT_CONFIG).is_file():
-        return "PEFT", lambda path, base: load(base, path)
+        return "PEFT", _as_peft
     if (path / "config.json").is_file():
         return "transformers", lambda path, _: load(path)
     return "torch.distributed.checkpoint", _as_torch_dist
+
+
+def _as_peft(path: Path, base: Path) -> Any:
+    return load(base, path)
 
 
 def _as_trtllm(path: Path, base: Path) -> Any:

@@ -21,8 +21,9 @@ Hugging Face PEFT directory. Only merging looks at the base model.
   --to nemo2-merged --base DIR   the NeMo 2.0 checkpoint DIR with the adapter in it
 
 Each export is checked against the public rules of its reader (`workshop conform` asks them of any
-adapter) and against what the adapter does, before it gets its name; the list is printed. It comes
-with a model card.
+adapter) and against what the adapter does, before it gets its name; the list is printed. Where the
+base is at hand (--base DIR, or fetched by `workshop models`), it is also loaded by somebody else's
+code and its logits compared; else the report says "not proven". It comes with a model card.
 """
 
 EXAMPLES = """\
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         f"base        {record.base}",
         f"rank        {record.rank}, alpha {record.trained_alpha:g}{baked}",
         f"checks      {kept}",
+        f"proof       {export.proof}",
     ]
     print("\n".join(map(terminal.one_line, lines)))
     return 0
