@@ -147,6 +147,12 @@ def _get(config: Any, *names: str) -> Any:
     return config
 
 
+def _size(model: "run.Config", name: str) -> int | None:
+    """Fiddle does not see the defaults of a class that only inherits from a dataclass."""
+    config = _get(model, "config")
+    return _get(config, name) or _get(config, "__fn_or_cls__", name)
+
+
 def _described(name: str, module: ModuleType) -> Recipe:
     model = module.model()
     built = _finetunings(module) if hasattr(module, "finetune_recipe") else {}
@@ -157,8 +163,8 @@ def _described(name: str, module: ModuleType) -> Recipe:
         name=name,
         model=model.__fn_or_cls__.__name__,
         config=_get(model, "config", "__fn_or_cls__", "__name__"),
-        layers=_get(model, "config", "num_layers"),
-        hidden=_get(model, "config", "hidden_size"),
+        layers=_size(model, "num_layers"),
+        hidden=_size(model, "hidden_size"),
         schemes={scheme: _own(recipe) for scheme, recipe in built.items()},
         pretrain=hasattr(module, "pretrain_recipe"),
         base=base and base.removeprefix("nemo://"),
