@@ -24,7 +24,7 @@ def add_parser(subparsers) -> None:
         "finetune", help="LoRA fine-tuning by the script path", description=HELP
     )
     add = parser.add_argument
-    add("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
+    add("--data", type=Path, help="training rows; `workshop data --help` lists the known shapes")
     add(
         "--validation",
         type=Path,

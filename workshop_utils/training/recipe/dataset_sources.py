@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.core import paths
+from workshop_utils.core import data_files, paths
+from workshop_utils.core.data_files import FORMATS, ending
 from workshop_utils.core.errors import DataError, FetchError
 from workshop_utils.core.hashing import sha256, sha256_of_text
 from workshop_utils.core.nearest import did_you_mean, nearest
@@ -17,16 +18,6 @@ from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-"""Ending of a file -> the builder of ``datasets`` that reads it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def find(config: HFDatasetConfig) -> Source:
         FetchError: the Hub cannot be reached and the data set is not cached.
     """
     name, place = config.dataset_name, Path(config.dataset_name).expanduser()
-    suffix = place.suffix.lower()
+    suffix = ending(place)
     if place.exists():
         if place.is_file() and suffix not in FORMATS:
             raise DataError(
@@ -110,29 +101,16 @@ def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
         return datasets.load_dataset(
             str(place), config.dataset_config, trust_remote_code=False, **options
         )
-    suffix = place.suffix.lower()
+    suffix = ending(place)
     if suffix == ".tsv":
         options.setdefault("sep", "\t")
-    if suffix == ".jsonl":
-        _check_json_lines(place)
+    if FORMATS[suffix] in ("json", "csv") and not config.load_kwargs:
+        # The library's message names neither the file nor the line, and it makes numbers of texts.
+        rows = data_files.rows(place)
+        if FORMATS[suffix] == "csv":
+            texts = [{name: value or None for name, value in row.items()} for _, row in rows]
+            return datasets.Dataset.from_list(texts)
     return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
-
-
-def _check_json_lines(file: Path) -> None:
-    """The library's message about a broken line names neither the file nor the line."""
-    rows = 0
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                rows, where = rows + 1, f"{paths.shown(file)}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: not JSON in UTF-8 ({error}).") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: a {type(row).__name__}, not an object.")
-    if not rows:
-        raise DataError(f"{paths.shown(file)} holds no rows: write one JSON object a line.")
 
 
 def _split(rows: Any, name: str, source: str) -> "Dataset":

@@ -24,6 +24,7 @@ from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.core.hashing import of_contents, sampled, sha256
 from workshop_utils.runtime.device import Device, choose_device
+from workshop_utils.training import data_report
 from workshop_utils.training.runs.environment import notes, torchrun, training_environment
 from workshop_utils.training.runs.run_record import Run
 from workshop_utils.training.script.configuration import compose, defaults, plain, refuse_mistyped
@@ -232,6 +233,9 @@ def make_plan(
     checked = preflight(
         config, defaults(SCRIPT), sizes, nproc_per_node, run_dir, tokenizer, device, in_memory
     )
+    checked.facts += dict.fromkeys(line for rows in rendered for line in rows.said)
+    if data and (told := data_report.check([data]).told("contradiction", "repeated")):
+        checked.warnings.append("\n".join([f"{paths.shown(data)}, {told[0]}", *told[1:]]))
     return Plan(
         torchrun(script, words, nproc_per_node),
         training_environment(run_dir, nproc_per_node, checked.tokens_per_step, device),

@@ -11,7 +11,7 @@ from workshop_utils.checkpoints.formats import lightning, saved_tensors
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.nemo_archive import read_config
 from workshop_utils.checkpoints.formats.safe_text import read_yaml
-from workshop_utils.core import chat_data, paths
+from workshop_utils.core import chat_data, data_files, paths
 from workshop_utils.core.errors import DataError, TrainingFailed, WorkshopError
 from workshop_utils.runtime.device import Device, choose_device
 from workshop_utils.training.runs.environment import torchrun, training_environment
@@ -125,7 +125,9 @@ def _rendered(base: Path, data: Path, target: Path) -> dict[str, str]:
             f"Rows cannot be rendered for a .nemo base: give {TEST}.file_names and prompt_template."
         )
     tokenizer = tokenizer_of(base, read_yaml(base / "model_config.yaml"))
-    chat_data.render(data, tokenizer, target).write()
+    rendered = chat_data.render(data, tokenizer, target)
+    rendered.write()
+    print(*rendered.said, sep="\n", end="\n" * bool(rendered.said))
     return {
         f"{TEST}.file_names": json.dumps([str(target)]),
         f"{TEST}.prompt_template": RENDERED_TEMPLATE,
@@ -194,6 +196,6 @@ def _problems(config: "DictConfig") -> Iterator[str]:
         yield f"{TEST}.names has {names} names for {files} files."
     for name in test.file_names:
         try:
-            chat_data.lines(Path(name))
+            data_files.lines(Path(name))
         except DataError as error:
             yield str(error)
