@@ -590,6 +590,11 @@ def test_fewer_validation_rows_than_a_batch_are_refused(made):
         ("x.jsonl", "\n\n", "holds no rows"),
         ("x.csv", "", r"x\.csv holds no rows"),
         ("x.parquet", "no parquet", r"x\.parquet: Parquet magic bytes not found"),
+        (
+            "x.jsonl",
+            '{"input": "a", "output": "b"}\n{"input": "a", "output": 3}\n',
+            r"x\.jsonl, line 2: `output` is a number",
+        ),
         ("x.txt", "text", r"ending in \.txt are not read; known are \.jsonl"),
         ("x.jsonl", '{"input": 1, "output": "b"}\n', "row 1: `input` is a number"),
         (
@@ -668,6 +673,16 @@ def test_the_shapes_that_people_have(tmp_path, tiny, rows, shape, first):
         json.loads(line) for split in (tmp_path / "out").glob("*.jsonl") for line in split.open()
     ]
     assert len(made) == 9 and any(first in row["input"] for row in made)
+
+
+def test_rows_of_several_shapes_are_all_used(tmp_path, tiny):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "z"}]
+    rows = [{"input": f"q{n}", "output": "x"} for n in range(8)] + [{"messages": turns}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = HFDatasetConfig(str(tmp_path / "x.jsonl"), train_split_ratio=0.5)
+    found = prepare(config, tmp_path / "out", tiny, progress=False)
+    assert sum(found.left_out.values()) == 0
+    assert sum(split.rows for split in found.statistics.values()) == 9
 
 
 def test_numbers_in_a_csv_are_texts_and_empty_prompts_are_counted(tmp_path, tiny):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.core import data_files, paths
+from workshop_utils.core import data_files, paths, row_shapes
 from workshop_utils.core.data_files import FORMATS, ending
 from workshop_utils.core.errors import DataError, FetchError
 from workshop_utils.core.hashing import sha256, sha256_of_text
@@ -110,7 +110,15 @@ def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
         if FORMATS[suffix] == "csv":
             texts = [{name: value or None for name, value in row.items()} for _, row in rows]
             return datasets.Dataset.from_list(texts)
-    return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
+    try:
+        return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
+    except datasets.exceptions.DatasetGenerationError:
+        # A column with texts and other things, most often: then the row can be named.
+        for where, row in (
+            () if config.load_kwargs or config.templates() else data_files.rows(place)
+        ):
+            row_shapes.shape_of(row, where).messages(row, where)
+        raise
 
 
 def _split(rows: Any, name: str, source: str) -> "Dataset":
@@ -143,9 +151,10 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
 
     name = config.dataset_name
     # It announces each of its retries, with the whole exception.
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
+    log, datasets_log = logging.getLogger("huggingface_hub"), logging.getLogger("datasets")
+    level, datasets_level = log.level, datasets_log.level
     log.setLevel(logging.ERROR)
+    datasets_log.setLevel(logging.CRITICAL)
     try:
         yield
     except exceptions.DatasetNotFoundError as error:
@@ -179,6 +188,7 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
         raise DataError(f"{about}{name}: {said}") from None
     finally:
         log.setLevel(level)
+        datasets_log.setLevel(datasets_level)
 
 
 def _one_line(error: BaseException) -> str:

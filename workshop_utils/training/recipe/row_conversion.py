@@ -90,11 +90,13 @@ class Conversion:
         if self.templates:
             texts = [template.render(row, self.mapping) for template in self.templates]
             return None if None in texts else _require_texts(texts, where), "null"
-        if any(row[name] is None for name in self.shape.needed):
+        # Rows of several shapes in one file: each has its own columns, and null in the others.
+        shape = row_shapes.shape_of(row, where) if self.is_chat else self.shape
+        if any(row[name] is None for name in shape.needed):
             return None, "null"
-        if not self.is_chat and isinstance(row[self.shape.answer], str):
-            return (self.shape.prompt_text(row, where), row[self.shape.answer], ""), ""
-        return self._chat(self.shape.messages(row, where), where), ""
+        if not self.is_chat and isinstance(row[shape.answer], str):
+            return (shape.prompt_text(row, where), row[shape.answer], ""), ""
+        return self._chat(shape.messages(row, where), where), ""
 
     def _converted(self, row: dict[str, Any], where: str) -> tuple[str, str, str] | None:
         try:
