@@ -69,7 +69,7 @@ def turns(*pairs):
     [
         ("{", "line 2: not JSON"),
         ("[]", "line 2: a list"),
-        ('{"prompt": "x"}', "needs `messages`, or `input` and `output`; it has prompt"),
+        ('{"prompt": "x"}', "no answer among its columns: it has prompt. Known are"),
         ('{"messages": []}', "at least a user and an assistant"),
         (turns(("bot", "x"), ("assistant", "y")), "messages[0]"),
         (turns(("user", 3), ("assistant", "y")), "`content` that is a text"),

@@ -229,6 +229,80 @@ def test_refusals_name_the_parameter(url, change, param, code):
     assert any(words in fault["message"] for words in named)
 
 
+NOTHING = [
+    *("tool_choice", "none"), *("tool_choice", "auto"), *("parallel_tool_calls", True),
+    *("parallel_tool_calls", False), *("metadata", {}), *("top_k", -1), *("top_k", 0),
+    *("repetition_penalty", 1.0), *("n", 1), *("logprobs", False), *("top_logprobs", 0),
+    *("stream_options", {}), *("stream_options", {"include_usage": False}), *("store", False),
+    *("user", "me"), *("safety_identifier", "me"), *("prompt_cache_key", "k"), *("tools", None),
+    *("functions", []), *("function_call", "none"), *("service_tier", "default"), *("min_p", 0.0),
+    *("modalities", ["text"]), *("ignore_eos", False), *("skip_special_tokens", True),
+    *("stop_token_ids", []), *("stop", []), *("echo", False), *("chat_template_kwargs", {}),
+    *("min_tokens", 0), *("length_penalty", 1), *("verbosity", "medium"), *("seed", None),
+]  # fmt: skip
+NOTHING = list(zip(NOTHING[::2], NOTHING[1::2], strict=True))
+
+
+def test_a_field_that_asks_for_nothing_changes_nothing(url):
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "temperature": 0}
+    _, plain, _ = post(url, body)
+    for name, value in NOTHING:
+        status, answer, _ = post(url, body | {name: value})
+        assert status == 200, (name, value, answer)
+        assert answer["choices"] == plain["choices"], name
+    status, answer, _ = post(url, body | dict(NOTHING))
+    assert status == 200 and answer["choices"] == plain["choices"]
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 3, "temperature": 0}
+    for name, value in NOTHING:
+        if name not in ("top_logprobs",):
+            assert post(url, body | {name: value}, path="/v1/completions")[0] == 200, name
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("functions", [{"name": "f"}]),
+        ("metadata", {"a": "b"}),
+        ("store", True),
+        ("repetition_penalty", 1.1),
+        ("top_k", 40),
+        ("min_p", 0.1),
+        ("ignore_eos", True),
+        ("modalities", ["text", "audio"]),
+        ("response_format", {"type": "json_schema"}),
+        ("reasoning_effort", "high"),
+        ("audio", {"voice": "x"}),
+        ("prediction", {"type": "content"}),
+        ("web_search_options", {}),
+        ("best_of", True),
+        ("no_such_field", 1),
+        ("stream_options", {"include_obfuscation": True}),
+    ],
+)
+def test_a_field_that_asks_for_what_is_not_served_is_named(url, name, value):
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 3, name: value}
+    status, answer, _ = post(url, body)
+    param = next(iter(value)) if name == "stream_options" else name
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert param in answer["error"]["message"]
+
+
+def test_a_conversation_sent_back_by_a_client(url):
+    """With the fields that an answer has, and OpenAI's newer name of the system's role."""
+    back = {"role": "assistant", "content": "b", "refusal": None, "annotations": []}
+    back |= {"tool_calls": [], "function_call": None, "audio": None}
+    turns = [{"role": "user", "content": "a"}, back, {"role": "user", "content": "c"}]
+    body = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    answers = [
+        post(url, body | {"messages": [{"role": role, "content": "s"}, *turns]})
+        for role in ("developer", "system")
+    ]
+    assert [status for status, *_ in answers] == [200, 200]
+    assert answers[0][1]["choices"] == answers[1][1]["choices"]
+
+
 def test_options_that_ask_for_nothing_are_taken(url):
     neutral = {
         "frequency_penalty": 0,

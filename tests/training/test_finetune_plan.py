@@ -3,6 +3,7 @@ and user."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from tiny_model import write_rows
 
 from workshop_utils.cli import main
@@ -180,7 +183,7 @@ def test_a_run_may_have_any_name_that_a_folder_can_have(root, plan, name):
         ("exp_manager.name=.", "is no name for a run"),
         ("++exp_manager.name=x", "say where the run goes"),
         ("exp_manager.explicit_log_dir=/tmp/x", "say where the run goes"),
-        ("~trainer.max_steps", "is not an override"),
+        ("~exp_manager.name", "~exp_manager.name: .*leave|say where the run goes"),
     ],
 )
 def test_where_a_run_goes_is_certain(plan, override, said):
@@ -452,7 +455,68 @@ def test_a_device_is_passed_and_told_to_the_processes(plan, monkeypatch):
 
 
 def test_a_later_override_wins():
-    assert parse_overrides(["a=1", "++b=x=y", "a=2"]) == {"a": "2", "++b": "x=y"}
+    words = ["a=1", "++b='x=y'", "~c", "~d=3", "a=2"]
+    assert parse_overrides(words) == {"a": "2", "++b": "'x=y'", "~c": None, "~d": "3"}
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "~model.optim.sched",
+        "~model.optim.sched.min_lr",
+        "~model.optim.weight_decay=0.01",
+        "+trainer.detect_anomaly=true",
+        "++trainer.max_steps=30",
+        "++model.optim.betas=[0.8, 0.9]",
+        "model.optim.betas=[0.8,0.9]",
+        "model.data.train_ds.prompt_template='\"a\" {input} {output}'",
+        "+model.extra={a: 1, b: [x, 'y z'], c: null}",
+        "+model.extra=str(3)",
+        "model.data.train_ds.add_eos=false",
+        "model.optim.lr=1e-4",
+        "model.optim.sched=null",
+    ],
+)
+def test_every_kind_of_override_means_what_hydra_says(plan, word):
+    """One run each: the plan's words, composed by Hydra in order, end as the plan's own does."""
+    key = word.partition("=")[0].lstrip("+~")
+    made, without = plan(word), plan()
+    changed = OmegaConf.select(made.config, key)
+    if word.startswith("~"):
+        assert changed is None and OmegaConf.select(without.config, key) is not None
+    else:
+        config = OmegaConf.create()
+        override = OverridesParser.create().parse_override(word)
+        OmegaConf.update(config, key, override.value())
+        assert changed == OmegaConf.select(config, key)
+    assert word.replace(" ", "") in [part.replace(" ", "") for part in made.command]
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("trainer.max_steps=1,2", "is a sweep"),
+        ("trainer.max_steps=choice(1,2)", "is a sweep"),
+        ("trainer.max_steps=range(1,3)", "is a sweep"),
+        ("model.optim.lr=interval(0,1)", "is a sweep"),
+        ("model.optim.lr=sort(3,1)", "is a sweep"),
+        ("model@x=y", "choose from a group"),
+        ("model/peft=y", "choose from a group"),
+        ("hydra/launcher=3", "choose from a group"),
+        ("~model.no_such", "~model.no_such: megatron_gpt_finetuning has no such key"),
+        ("~model.optim.weight_decay=7", "is 0.01 and not 7"),
+        ("~trainer.max_steps", "~trainer.max_steps: the script reads trainer.max_steps"),
+        ("~model.peft", "Interpolation key 'model.peft.peft_scheme' not found"),
+        ("~", "'~' cannot be read as an override"),
+        ("=3", "'=3' cannot be read as an override"),
+        ("a={b", "cannot be read as an override"),
+        ("model.optim.lr='1", "cannot be read as an override"),
+        ("", "'' is not an override"),
+    ],
+)
+def test_what_makes_no_run_is_named(plan, word, said):
+    with pytest.raises(WorkshopError, match=re.escape(said)):
+        plan(word)
 
 
 def test_status_and_cause_of_a_failed_process(tmp_path):

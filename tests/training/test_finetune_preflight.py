@@ -591,3 +591,21 @@ def test_the_counts_are_those_of_nemo(tokenizer, tmp_path):
         assert counted.mean_tokens == sum(lengths) / len(rows)
         assert counted.truncated == sum(tokens > length for tokens in lengths) > 0
         assert counted.answers_cut == answers_cut
+
+
+def test_columns_of_own_files_that_the_template_does_not_use_are_named(check, root):
+    file = root / "alpaca.jsonl"
+    file.write_text('{"instruction": "add", "input": "1", "output": "2"}\n' * 8)
+    files = [f"model.data.{part}_ds.file_names=[{file}]" for part in ("train", "validation")]
+    seen = check(*files, data=None, validation=None)
+    assert any(text.endswith("does not use: instruction") for text in seen.facts)
+
+
+def test_own_rows_are_said_and_looked_at(check, root):
+    file = root / "alpaca.jsonl"
+    row = '{{"instruction": "add", "input": "1", "output": "{}", "id": 4}}\n'
+    file.write_text("".join(row.format(answer) for answer in "22334444"))
+    seen = check(data=file, validation=None)
+    assert any("Alpaca: instruction and input" in text for text in seen.facts)
+    assert any(text.endswith("not used: id") for text in seen.facts)
+    assert any("prompts with different answers" in text for text in seen.warnings)

@@ -2,9 +2,12 @@
 source; a slow test executes the code."""
 
 import ast
+import importlib.util
+import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,8 +17,15 @@ from tiny_model import make_tiny_model
 from workshop_utils.cli import main
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.training.migrate import _flat, code, migrate
-from workshop_utils.training.migrate.signatures import parameters, schedules
-from workshop_utils.training.migrate.table import CHECKPOINTING, FP8_ROWS, FP16_ROWS, ROWS
+from workshop_utils.training.migrate.signatures import defaults, parameters, schedules
+from workshop_utils.training.migrate.table import (
+    CHECKPOINTING,
+    DEFAULTS,
+    FP8_ROWS,
+    FP16_ROWS,
+    ROWS,
+    WEIGHT_DECAY,
+)
 
 CONFIGURATION = ROOT / "workshop_utils/training/script/conf/megatron_gpt_finetuning_config.yaml"
 
@@ -157,6 +167,7 @@ def test_an_adapter_is_translated(tmp_path):
         "alpha": 16,
         "dropout": 0.05,
         "dropout_position": "post",  # NeMo 1.0's default; NeMo 2.0's is pre
+        "lora_A_init_method": "normal",  # and here xavier
     }
     assert repr(made.value("strategy", "pipeline_dtype")) == "torch.bfloat16"
     assert made.value("finetuning", "dataset_root") == "data/rows"
@@ -277,3 +288,189 @@ def test_nothing_of_the_file_becomes_code_by_itself(tmp_path):
     text = code.script(migrate(file))
     assert not any(isinstance(node, ast.Import) for node in ast.parse(text).body)
     assert 'lr=float("inf")' in text and "warmup_steps=5" in text
+
+
+# Keys that are absent
+
+
+_MODELS = "nemo/collections/nlp/models/language_modeling/"
+_PEFT, _BASE = "nemo/collections/nlp/parts/peft_config.py", f"{_MODELS}megatron_base_model.py"
+_CHECKPOINTS = "nemo/utils/callbacks/dist_ckpt_io.py"
+_BUILDER = "nemo/collections/nlp/parts/megatron_trainer_builder.py"
+READ = {
+    "strategy.ckpt_parallel_save": (_CHECKPOINTS, "dist_ckpt_parallel_save"),
+    "strategy.ckpt_parallel_load": (_CHECKPOINTS, "dist_ckpt_parallel_load"),
+    "strategy.ckpt_async_save": (_BUILDER, "async_save"),
+    "config.bias_activation_fusion": (_BASE, "bias_activation_fusion"),
+    "config.bias_dropout_fusion": (_BASE, "bias_dropout_add_fusion"),
+    "config.gradient_accumulation_fusion": (_BASE, "gradient_accumulation_fusion"),
+    "config.seq_length": (f"{_MODELS}megatron_gpt_model.py", "encoder_seq_length"),
+    "peft.dropout_position": (_PEFT, "dropout_position"),
+    "peft.lora_A_init_method": (_PEFT, "column_init_method"),
+    "rows.label_key": (f"{_MODELS}megatron_gpt_sft_model.py", "label_key"),
+    "fp8.fp8_amax_history_len": (f"{_MODELS}megatron_gpt_model.py", "fp8_amax_history_len"),
+    "fp8.fp8_amax_compute_algo": (f"{_MODELS}megatron_gpt_model.py", "fp8_amax_compute_algo"),
+}
+"""Where the installed NeMo reads a key with ``get``, and so what it does without."""
+
+
+def installed(file):
+    package, _, rest = file.partition("/")
+    folder = importlib.util.find_spec(package).submodule_search_locations[0]
+    return ast.parse((Path(folder) / rest).read_text())
+
+
+def got(file, key):
+    """The defaults with which ``file`` of the installed NeMo reads ``key``."""
+    calls = [node for node in ast.walk(installed(file)) if isinstance(node, ast.Call)]
+    return [
+        ast.literal_eval(call.args[1])
+        for call in calls
+        if getattr(call.func, "attr", "") == "get"
+        and len(call.args) == 2
+        and getattr(call.args[0], "value", None) == key
+        and isinstance(call.args[1], ast.Constant)
+    ]
+
+
+@pytest.mark.parametrize(
+    "target, argument", [(target, name) for target in DEFAULTS for name in DEFAULTS[target]]
+)
+def test_what_is_written_for_an_absent_key_is_what_the_installed_nemo_1_does(target, argument):
+    ours = DEFAULTS[target][argument]
+    assert defaults("precision" if target == "fp8" else target)[argument] != ours
+    if target == "stopping":
+        fields = next(
+            node
+            for node in installed("nemo/utils/exp_manager.py").body
+            if getattr(node, "name", "") == "EarlyStoppingParams"
+        )
+        theirs = {one.target.id: one.value for one in fields.body if isinstance(one, ast.AnnAssign)}
+        assert ast.literal_eval(theirs[argument]) == ours
+    elif argument == "target_modules":
+        function = next(
+            node
+            for node in installed(_PEFT).body
+            if getattr(node, "name", "") == "get_target_modules"
+        )
+        assert ast.literal_eval(function.args.defaults[0]) == ("attention_qkv",)
+    elif argument == "clip_grad":  # off
+        assert defaults("trainer")["gradient_clip_val"] is None and ours == 0
+    else:
+        assert ours in got(*READ[f"{target}.{argument}"])
+
+
+def test_rank_is_nemo_1s_alpha():
+    assert 'lora_cfg.get("alpha", lora_cfg.adapter_dim)' in ast.unparse(installed(_PEFT)).replace(
+        "'", '"'
+    )
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_weight_decay_of_torch(name):
+    import torch
+
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters["weight_decay"].default
+    assert WEIGHT_DECAY[name.lower()] == theirs
+
+
+@pytest.mark.parametrize("name", schedules())
+def test_an_absent_setting_of_a_schedule_is_nemo_1s(tmp_path, name):
+    from nemo.core.optim import lr_scheduler
+
+    text = f"model: {{optim: {{name: adamw, lr: 1e-3, sched: {{name: {name}}}}}}}"
+    made = migrate(written(tmp_path, text))
+    taken = schedules()[name] | {n: one.value for n, one in made.parts["schedule"].items()}
+    theirs = {}
+    for kind in reversed(getattr(lr_scheduler, name).__mro__[:-1]):
+        for parameter in inspect.signature(kind.__init__).parameters.values():
+            if parameter.default is not parameter.empty:
+                theirs[parameter.name] = parameter.default
+    shared = theirs.keys() & taken.keys() - {"max_steps"}
+    assert {key: taken[key] for key in shared} == {key: theirs[key] for key in shared}
+
+
+MINIMAL = """\
+trainer: {max_steps: 9}
+exp_manager: {create_early_stopping_callback: true}
+model:
+  restore_from_path: base
+  optim: {name: fused_adam, lr: 1e-4, sched: {name: CosineAnnealing}}
+  peft: {peft_scheme: lora, lora_tuning: {adapter_dim: 8, adapter_dropout: 0.0}}
+  data: {train_ds: {file_names: [a.jsonl], global_batch_size: 4, micro_batch_size: 2}}
+"""
+
+
+def test_a_file_with_few_keys_does_what_nemo_1_did(tmp_path):
+    made = migrate(written(tmp_path, MINIMAL))
+    for place, value in {
+        "peft.alpha": 8,
+        "peft.target_modules": ["linear_qkv"],
+        "optimizer.clip_grad": 0.0,
+        "optimizer.weight_decay": 0.0,
+        "stopping.patience": 10,
+        "finetuning.global_batch_size": 4,
+        "finetuning.micro_batch_size": 2,
+    }.items():
+        assert made.value(*place.split(".")) == value, place
+    assert made.value("schedule", "constant_steps") is None
+    assert made.parts["schedule"]["constant_steps"].note == "NeMo 2.0's is 80000"
+    assert made.parts["checkpoint"] == {}  # NeMo 1.0 makes one unless it is told not to
+    assert made.left == {"model.data.train_ds.prompt_template": (None, "has to be given")}
+
+
+_LORA, _BATCH = "model.peft.lora_tuning", "global_batch_size"
+
+
+@pytest.mark.parametrize(
+    "old, new, key, reason",
+    [
+        ("adapter_dropout: 0.0", "dropout: 0.0", f"{_LORA}.dropout", "adapter_dropout"),
+        ("adapter_dim: 8, ", "", f"{_LORA}.adapter_dim", "has to be given"),
+        ("adapter_dim: 8, ", "r: 8, ", f"{_LORA}.r", "no such argument"),
+        ("dim: 8", "dim: 8, layer_selection: [1]", f"{_LORA}.layer_selection", "chooses layers"),
+        ("lr: 1e-4, ", "", "model.optim.lr", "has to be given"),
+        ("lr: 1e-4", "lr: 1e-4, adam_beta1: 0.8", "model.optim.adam_beta1", "model.optim.betas"),
+        ("model:", f"model:\n  {_BATCH}: 8", f"model.{_BATCH}", "trains with model.data"),
+        ("model:", f"model:\n  {_BATCH}: 4", f"model.data.train_ds.{_BATCH}", "says the same"),
+        ("steps: 9", "steps: 9, strategy: ddp", "trainer.strategy", "that is known here"),
+    ],
+)
+def test_a_key_that_is_not_migrated_has_a_true_reason(tmp_path, old, new, key, reason):
+    made = migrate(written(tmp_path, MINIMAL.replace(old, new)), allow_unknown=True)
+    assert reason in made.left[key][1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfmodel: {num_layers: 2}\r\n",
+        "model: {num_layers: 2}".encode("utf-16"),
+        b"",
+        b"model:",
+        b"- model",
+        b"model: {num_layers: 2, num_layers: 3}",
+        b"model: {optim: {name: [a], sched: {name: [b]}}}",
+        b"model: {num_layers: .nan, activation: {a: 1}, peft: {peft_scheme: {a: b}}}",
+        b"model: {peft: {peft_scheme: lora, lora_tuning: null}, optim: null, data: null}",
+        b"model: {data: {train_ds: {file_names: {a: 1}, global_batch_size: [1]}}}",
+        b"model: {1: 2, num_layers: 2024-01-01}",
+        b"model: {num_layers: !!python/object:os.system x}",
+        b"model: &a {num_layers: *a}",
+        b"model: {num_layers: '${div:1,0}'}",
+        b"trainer: {precision: {a: 1}, max_steps: [1]}",
+        b"model: {optim: {betas: 3, name: adam, weight_decay: a}}",
+        b"a: 1\n---\nb: 2\n",
+        b"\x00",
+        b"model: " + b"[" * 5000,
+    ],
+)
+def test_no_file_ends_in_a_traceback(tmp_path, capsys, content):
+    (tmp_path / "x.yaml").write_bytes(content)
+    status = main(["migrate", str(tmp_path / "x.yaml")])
+    said = capsys.readouterr()
+    assert (status == 0) != said.err.startswith("error: "), said
+    if status == 0:
+        ast.parse(said.out)
+    else:
+        assert "x.yaml" in said.err

@@ -253,7 +253,6 @@ def test_a_missing_column_is_an_error_with_all_columns_and_the_nearest(made):
             question | {"output_template": "{a}", "field_mapping": {"a": "reply"}},
             r"no column 'reply' \(from field_mapping, for \{a\}\)",
         ),
-        ({}, "columns are question, answer. Give input_template"),
     ):
         with pytest.raises(DataError, match=message):
             made(table(), **fields)
@@ -277,7 +276,7 @@ def test_rows_that_cannot_be_used_are_counted(made, tmp_path):
     rows[0]["answer"] = None
     rows[1]["answer"] = "  "
     found = made(rows, **TEMPLATES)
-    assert found.left_out == {"converter": 0, "null": 1, "empty": 1}
+    assert found.left_out == {"converter": 0, "null": 1, "empty": 1, "no prompt": 0}
     assert sum(one.rows for one in found.statistics.values()) == 28
     assert "left out: 1 rows because a column is null" in str(found)
     with pytest.raises(DataError, match="no row is left: 5 because a column is null"):
@@ -589,10 +588,15 @@ def test_fewer_validation_rows_than_a_batch_are_refused(made):
         ("x.jsonl", '{"input": "a", "output": "b"}\n{"input":', r"x\.jsonl, line 2: not JSON"),
         ("x.jsonl", "[1]\n", "line 1: a list"),
         ("x.jsonl", "\n\n", "holds no rows"),
-        ("x.csv", "", r"x\.csv: "),
+        ("x.csv", "", r"x\.csv holds no rows"),
         ("x.parquet", "no parquet", r"x\.parquet: Parquet magic bytes not found"),
+        (
+            "x.jsonl",
+            '{"input": "a", "output": "b"}\n{"input": "a", "output": 3}\n',
+            r"x\.jsonl, line 2: `output` is a number",
+        ),
         ("x.txt", "text", r"ending in \.txt are not read; known are \.jsonl"),
-        ("x.jsonl", '{"input": 1, "output": "b"}\n', "row 1: input is 1, not a text"),
+        ("x.jsonl", '{"input": 1, "output": "b"}\n', "row 1: `input` is a number"),
         (
             "x.jsonl",
             '{"messages": [{"role": "user", "content": "a"}]}\n',
@@ -625,3 +629,66 @@ def test_what_is_not_there(tmp_path, name, split, message):
     with pytest.raises(DataError, match=message):
         config = HFDatasetConfig(str(tmp_path / name), split=split, **TEMPLATES)
         prepare(config, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    "rows, shape, first",
+    [
+        (
+            [
+                {"instruction": f"add {n}", "input": f"{n}", "output": "x", "id": n}
+                for n in range(9)
+            ],
+            "Alpaca: instruction and input",
+            "add 0\n\n0",
+        ),
+        ([{"Question": f"q{n}", "Answer": "x"} for n in range(9)], "Question -> prompt", "q0"),
+        (
+            [{"input": f"q{n}", "output": "x", "system": "Be brief."} for n in range(9)],
+            "system -> system message",
+            "Be brief.",
+        ),
+        (
+            [
+                {
+                    "conversations": [
+                        {"from": "human", "value": f"q{n}"},
+                        {"from": "gpt", "value": "x"},
+                    ]
+                }
+                for n in range(9)
+            ],
+            "ShareGPT conversations",
+            "<|im_start|>user\nq0<|im_end|>",
+        ),
+    ],
+)
+def test_the_shapes_that_people_have(tmp_path, tiny, rows, shape, first):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prepare(HFDatasetConfig(str(file), train_split_ratio=0.5), tmp_path / "out", tiny)
+    assert shape in str(found)
+    assert ("not used: id" in str(found)) == ("id" in rows[0])
+    made = [
+        json.loads(line) for split in (tmp_path / "out").glob("*.jsonl") for line in split.open()
+    ]
+    assert len(made) == 9 and any(first in row["input"] for row in made)
+
+
+def test_rows_of_several_shapes_are_all_used(tmp_path, tiny):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "z"}]
+    rows = [{"input": f"q{n}", "output": "x"} for n in range(8)] + [{"messages": turns}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = HFDatasetConfig(str(tmp_path / "x.jsonl"), train_split_ratio=0.5)
+    found = prepare(config, tmp_path / "out", tiny, progress=False)
+    assert sum(found.left_out.values()) == 0
+    assert sum(split.rows for split in found.statistics.values()) == 9
+
+
+def test_numbers_in_a_csv_are_texts_and_empty_prompts_are_counted(tmp_path, tiny):
+    (tmp_path / "x.csv").write_text(
+        "question,answer\n" + "".join(f"q{n},{n}\n" for n in range(9)) + " ,5\n"
+    )
+    config = HFDatasetConfig(str(tmp_path / "x.csv"), train_split_ratio=0.5)
+    found = prepare(config, tmp_path / "out", tiny, progress=False)
+    assert found.left_out["no prompt"] == 1 and "the prompt is empty" in str(found)

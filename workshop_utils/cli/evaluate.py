@@ -30,7 +30,7 @@ def add_parser(subparsers) -> None:
     add("--url", help="evaluate what the server at this address holds, through the API of OpenAI")
     own = "with --url: the base's or the adapter's id in /v1/models"
     add("--model-id", metavar="ID", help=own)
-    add("--data", type=Path, help="test rows, JSON Lines (default: the workshop's test set)")
+    add("--data", type=Path, help="test rows, as for training (default: the workshop's test set)")
     train = "training rows, for the two baselines (default: train.jsonl beside --data)"
     add("--train", type=Path, help=train)
     out = "directory of answers, scores and plot (default: runs/evaluation/ADAPTER)"

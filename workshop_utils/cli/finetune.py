@@ -7,10 +7,11 @@ from workshop_utils.cli import options
 HELP = """\
 Fine-tune with NeMo's script path: torchrun and megatron_gpt_finetuning.
 
-Everything after the options is a Hydra override of the script, for example
+Everything after the options is a Hydra override of the script (key=value; +key, ++key, ~key as in
+Hydra; no sweeps, as one run is started), for example
   workshop finetune model.restore_from_path=models/bridged/smollm2-135m-instruct
   workshop finetune model.restore_from_path=... trainer.max_steps=20 model.peft.lora_tuning.adapter_dim=8
-  workshop finetune --data my.jsonl model.restore_from_path=...
+  workshop finetune --data my.jsonl model.restore_from_path=... '~model.optim.sched'
 With model.restore_from_path alone it trains on the workshop's ticket data with the workshop's
 recipe and this machine's settings. With model.data.train_ds.file_names=[...] it is NeMo's own
 command line: the script's defaults hold, and rows are taken as they are. Set NEMO_PATH to a NeMo
@@ -24,7 +25,7 @@ def add_parser(subparsers) -> None:
         "finetune", help="LoRA fine-tuning by the script path", description=HELP
     )
     add = parser.add_argument
-    add("--data", type=Path, help="training rows, JSON Lines: `messages`, or `input` and `output`")
+    add("--data", type=Path, help="training rows; `workshop data --help` lists the known shapes")
     add(
         "--validation",
         type=Path,

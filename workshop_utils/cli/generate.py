@@ -21,7 +21,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser("generate", help=short, description=HELP)
     add = parser.add_argument
     add("prompt", nargs="*", help="what to ask")
-    file = "more prompts: JSON Lines as for training, or one prompt a line in any other file"
+    file = "more prompts: a data file as for training, or one prompt a line in any other file"
     add("--file", type=Path, help=file)
     options.add_model(parser)
     add("--adapter", type=Path, help="a PEFT directory or a .nemo")
@@ -33,13 +33,15 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Load, answer, print."""
-    from workshop_utils.core.chat_data import lines, prompt_turns, read_rows
+    from workshop_utils.core.chat_data import prompt_turns, read_rows
+    from workshop_utils.core.data_files import FORMATS, ending, lines
     from workshop_utils.core.errors import DataError
     from workshop_utils.inference.generate import as_peft, generate, load, model_directory
 
     prompts, conversations = list(args.prompt), []
-    if args.file and args.file.suffix == ".jsonl":
-        conversations = [prompt_turns(row["messages"]) for row in read_rows(args.file)]
+    if args.file and ending(args.file) in FORMATS:
+        rows = read_rows(args.file, say=True)
+        conversations = [prompt_turns(row["messages"]) for row in rows]
     elif args.file:
         prompts += [line.strip() for line in lines(args.file) if line.strip()]
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]

@@ -21,9 +21,7 @@ def add_parser(subparsers) -> None:
     parser = subparsers.add_parser(
         "predict", help="answer a file of rows by the script path", description=HELP
     )
-    parser.add_argument(
-        "--data", type=Path, help="rows, JSON Lines: `messages`, or `input` and `output`"
-    )
+    parser.add_argument("--data", type=Path, help="rows, as for training")
     parser.add_argument(
         "--out", type=Path, help="where the predictions go (default: runs/predictions/)"
     )

@@ -7,95 +7,35 @@ when a server renders the same conversation.
 """
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from workshop_utils.core import paths
+from workshop_utils.core import data_files, paths, row_shapes
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError
 
-ROLES = ("system", "user", "assistant")
+
+class Rows(list):
+    """Rows as ``{"messages": [...]}``; ``said`` are lines about the shapes that they had."""
+
+    said: tuple[str, ...] = ()
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSON Lines file as ``{"messages": [...]}``, the last one the answer; rows
-    ``{"input": str, "output": str}`` become two messages. DataError names file, line and field."""
-    rows = [
-        _checked_row(line, f"{paths.shown(path)}, line {number}")
-        for number, line in enumerate(lines(path), 1)
-        if line.strip()
-    ]
-    if not rows:
-        raise DataError(f"{paths.shown(path)} holds no rows: write one JSON object a line.")
+def read_rows(path: Path | str, say: bool = False) -> Rows:
+    """The rows of a data file as ``{"messages": [...]}``, the last one the answer; what shapes are
+    known :mod:`.row_shapes` says. With ``say``, what is said of them goes to the screen.
+    DataError names file, line and field."""
+    rows, shapes = Rows(), []
+    for where, row in data_files.rows(path):
+        shape = row_shapes.shape_of(row, where)
+        rows.append({"messages": shape.messages(row, where)})
+        shapes.append((shape, rows[-1]["messages"]))
+    rows.said = tuple(f"{paths.shown(path)}, {line}" for line in row_shapes.said(shapes))
+    if say:
+        print(*rows.said, sep="\n", end="\n" * bool(rows.said), file=sys.stderr)
     return rows
-
-
-def lines(path: Path) -> list[str]:
-    """The lines of a text file, ended by newlines alone; DataError where it is no UTF-8 text."""
-    path, name = Path(path), paths.shown(path)
-    if not path.is_file():
-        raise DataError(f"{name} {'is not a file' if path.exists() else 'does not exist'}.")
-    try:
-        return path.read_bytes().decode().split("\n")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{name} is not UTF-8 text ({where}).") from None
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error.strerror}.") from None
-
-
-def json_object(line: str, where: str) -> dict:
-    """The object in ``line``; DataError where there is none, or one no tokenizer takes."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON that can be read ({error}).") from None
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: a {type(row).__name__}, not an object with `messages`, or `input` and "
-            "`output`."
-        )
-    if "\\u" in line and re.search("[\ud800-\udfff]", json.dumps(row, ensure_ascii=False)):
-        raise DataError(
-            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) is no character. Take it out."
-        )
-    return row
-
-
-def _checked_row(line: str, where: str) -> dict:
-    row = json_object(line, where)
-    if "messages" not in row:
-        if not {"input", "output"} <= row.keys():
-            has = ", ".join(sorted(row)) or "nothing"
-            raise DataError(f"{where}: needs `messages`, or `input` and `output`; it has {has}.")
-        asked = {"role": "user", "content": row["input"]}
-        row = {"messages": [asked, {"role": "assistant", "content": row["output"]}]}
-    check_messages(row["messages"], where)
-    return row
-
-
-def check_messages(messages: object, where: str) -> None:
-    """Raise DataError unless ``messages`` is a conversation that ends with an answer."""
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise DataError(
-            f"{where}: `messages` has to be a list of at least a user and an assistant message."
-        )
-    for position, message in enumerate(messages):
-        turn = message if isinstance(message, dict) else {}
-        if turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
-            raise DataError(
-                f"{where}: messages[{position}] needs a `role` ({', '.join(ROLES)}) and a "
-                "`content` that is a text."
-            )
-    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise DataError(
-            f"{where}: the last message has to be the assistant's answer, and not empty."
-        )
 
 
 def prompt_turns(messages: list[dict]) -> list[dict]:
@@ -114,6 +54,7 @@ class Rendered:
 
     path: Path
     lines: tuple[str, ...]
+    said: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -134,14 +75,16 @@ class Rendered:
 
 def render(source: Path, tokenizer: ChatTokenizer, target: Path) -> Rendered:
     """The rows of ``source`` as they are to stand in ``target``. Nothing is written."""
+    rows = read_rows(source)
     lines = [
         {
             "input": render_prompt(tokenizer, row["messages"]),
             "output": row["messages"][-1]["content"].strip(),
         }
-        for row in read_rows(source)
+        for row in rows
     ]
-    return Rendered(target, tuple(json.dumps(line, ensure_ascii=False) for line in lines))
+    lines = tuple(json.dumps(line, ensure_ascii=False) for line in lines)
+    return Rendered(target, lines, rows.said)
 
 
 def make_tickets(folder: Path | None = None) -> Path:

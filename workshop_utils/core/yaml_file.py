@@ -10,7 +10,21 @@ from workshop_utils.core.errors import WorkshopError
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. Takes 1e-4 for a number, as Hydra does; YAML 1.1 wants 1.0e-4."""
+    """Plain values only, and no key twice. Takes 1e-4 for a number, as Hydra does; YAML 1.1 wants
+    1.0e-4."""
+
+    def construct_mapping(self, node, deep=False):
+        """As PyYAML, which lets the last of two equal keys win."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                name = self.construct_object(key, deep=True)
+                if isinstance(name, str) and name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {name!r} stands twice", key.start_mark
+                    )
+                seen.add(name if isinstance(name, str) else None)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -27,7 +41,8 @@ def read_mapping(path: Path | str) -> dict[str, Any]:
         raise WorkshopError(f"{path}: cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise WorkshopError(
-            f"{path} is no text, and so no YAML. `workshop inspect` tells what a checkpoint is."
+            f"{path} is no UTF-8 text, and so no YAML. `workshop inspect` tells what a checkpoint "
+            "is."
         ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)

@@ -182,7 +182,7 @@ def evaluate(
     from workshop_utils.runtime.device import choose_device
 
     hf_model, out_dir = generate.sound_model(hf_model, trust), Path(out_dir)
-    test, train = read_rows(Path(test_file))[:limit], read_rows(Path(train_file))
+    test, train = read_rows(test_file, say=True)[:limit], read_rows(train_file)
     peft = generate.as_peft(adapter, trust) if adapter is not None else None
     answering = {"model": _digest(hf_model), "max_new_tokens": max_new_tokens}
     answering |= {"batch_size": batch_size, "dtype": choose_device().dtype}
@@ -248,7 +248,7 @@ def evaluate_served(
     """
     from workshop_utils.inference.client import answers, connect
 
-    test, out_dir = read_rows(Path(test_file))[:limit], Path(out_dir)
+    test, out_dir = read_rows(test_file, say=True)[:limit], Path(out_dir)
     began = time.perf_counter()
     client = connect(url, api_key)
     questions = [row["messages"] for row in test]

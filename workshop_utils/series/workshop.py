@@ -77,11 +77,13 @@ class Workshop:
 
     def script_overrides(self, base: Path, run_dir: Path, *overrides: str) -> list[str]:
         """The run's overrides for any ``base``, another run directory, and a fresh start."""
+        from workshop_utils.training.script.configuration import word
+
         place = f"exp_manager.exp_dir={run_dir.parent}", f"exp_manager.name={run_dir.name}"
         plan = self.plan(*place, "exp_manager.resume_if_exists=false", *overrides)
         plan.write_rows()
         settings = plan.overrides | {"model.restore_from_path": str(base)}
-        return [f"{key}={value}" for key, value in settings.items()]
+        return [word(key, value) for key, value in settings.items()]
 
     def adapter(self, *overrides: str) -> Path:
         """The ``.nemo`` that NeMo wrote; trained now unless an identical run has finished."""

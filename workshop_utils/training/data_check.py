@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from workshop_utils.core import chat_data, paths
+from workshop_utils.core import data_files, paths
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError
 
@@ -93,6 +93,7 @@ class Counted:
     longest: int = 0
     truncated: int = 0
     answers_cut: int = 0
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         tokens = "tokens are not counted"
@@ -100,7 +101,9 @@ class Counted:
             tokens = f"{self.mean_tokens:.0f} tokens a row, longest {self.longest:,}"
         of = f" (of a sample of {self.sampled:,}; the other rows are not read)"
         of *= self.sampled < self.rows
-        return f"{paths.shown(self.path)}: {self.rows:,} rows; {tokens}{of}"
+        rest = f"; columns that the template does not use: {', '.join(self.unused)}"
+        rest *= bool(self.unused)
+        return f"{paths.shown(self.path)}: {self.rows:,} rows; {tokens}{of}{rest}"
 
 
 def check_template(template: Template) -> Iterator[str]:
@@ -140,22 +143,32 @@ def count(
     path = Path(path)
     lines = read_lines(path) if lines is None else lines
     rows = _rows(path, lines, template)
+    used = template.fields
+    unused = tuple(dict.fromkeys(name for row in rows for name in row if name not in used))
     if tokenizer is None:
-        return Counted(path, len(lines), len(rows))
-    counts = iter(tokenizer.count([text for row in rows for text in template.pieces(row)]))
-    sizes = [[next(counts) for _ in template.parts] for _ in rows]
-    lengths = [sum(row) + template.extra for row in sizes]
-    over = [length - template.max_seq_length for length in lengths]
-    cut = map(template.cuts_the_answer, sizes, over)
+        return Counted(path, len(lines), len(rows), unused=unused)
+    lengths, cut = measured(rows, template, tokenizer)
     return Counted(
         path,
         len(lines),
         len(rows),
         sum(lengths) / len(lengths),
         max(lengths),
-        sum(tokens > 0 for tokens in over),
+        sum(length > template.max_seq_length for length in lengths),
         sum(cut),
+        unused,
     )
+
+
+def measured(
+    rows: list[dict], template: Template, tokenizer: ChatTokenizer
+) -> tuple[list[int], list[bool]]:
+    """For each row its tokens, and whether its answer loses some of them."""
+    counts = iter(tokenizer.count([text for row in rows for text in template.pieces(row)]))
+    sizes = [[next(counts) for _ in template.parts] for _ in rows]
+    lengths = [sum(row) + template.extra for row in sizes]
+    over = [length - template.max_seq_length for length in lengths]
+    return lengths, list(map(template.cuts_the_answer, sizes, over))
 
 
 def common_rows(first: Path, second: Path, template: Template, lines: dict[str, list[str]]) -> int:
@@ -175,7 +188,7 @@ def common_rows(first: Path, second: Path, template: Template, lines: dict[str, 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of ``path``, one row each. Raises :class:`DataError` where there are none."""
-    lines = chat_data.lines(path)
+    lines = data_files.lines(path)
     while lines and not lines[-1]:
         lines.pop()  # as NeMo does; in between it fails on an empty line
     if not lines:
@@ -193,7 +206,7 @@ def _rows(path: Path, lines: list[str], template: Template) -> list[dict]:
 
 
 def _row(line: str, template: Template, where: str) -> dict:
-    row = chat_data.json_object(line, where)
+    row = data_files.json_object(line, where)
     for field in template.fields:
         if not isinstance(row.get(field), str):
             raise DataError(

@@ -16,22 +16,65 @@ from pydantic import (
 
 from workshop_utils.serving.server.sampling import RequestSampling, Token
 
-_WITHOUT_EFFECT: dict[str, Any] = {
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": {},
-    "best_of": 1,
-    "suffix": "",
-    "response_format": {"type": "text"},
-    "tools": [],
-    "store": False,
-    "modalities": ["text"],
-    "service_tier": "auto",
-    "name": "",
-    "refusal": "",
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    # the OpenAI API's
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),  # without tools, which are refused
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "metadata": ({},),
+    "store": (False,),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
+    "reasoning_effort": ("none",),
+    "include_obfuscation": (False,),
+    # of messages, as clients send answers back
+    "name": ("",),
+    "refusal": ("",),
+    "tool_calls": ([],),
+    "annotations": ([],),
+    "reasoning_content": ("",),
+    # vLLM's, NIM's and Text Generation Inference's
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "continuous_usage_stats": (False,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "priority": (0,),
+    "nvext": ({},),
 }
-"""Options that are not served, with the value that asks for nothing: it is let through, others are
-refused."""
+"""Options that are not served, with the values that ask for nothing: these are let through, others
+are refused."""
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    return value is None or any(
+        value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
+        for nothing in _WITHOUT_EFFECT.get(name, ())
+    )
 
 
 class _Strict(BaseModel):
@@ -42,11 +85,7 @@ class _Strict(BaseModel):
     def _drop_defaults(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {
-            name: value
-            for name, value in data.items()
-            if value is not None and (name, value) not in _WITHOUT_EFFECT.items()
-        }
+        return {name: value for name, value in data.items() if not _asks_for_nothing(name, value)}
 
 
 def _encodable(text: str) -> str:
@@ -76,14 +115,15 @@ class TextPart(_Strict):
 class Message(_Strict):
     """A turn of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: _Text | list[TextPart]
 
     def as_turn(self) -> dict[str, str]:
         """As chat templates take it."""
         parts = self.content
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": self.role, "content": text}
+        # OpenAI's newer name; chat templates know the older one.
+        return {"role": self.role.replace("developer", "system"), "content": text}
 
 
 class StreamOptions(_Strict):
@@ -102,11 +142,15 @@ class _Request(_Strict):
     stop: _Stops = []
     stream: bool = False
     stream_options: StreamOptions | None = None
+    # Labels for whoever serves: no answer depends on them.
     user: str = ""
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
+    prompt_cache_retention: str = ""
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.stream_options and not self.stream:
+        if self.stream_options and self.stream_options.include_usage and not self.stream:
             raise ValueError("stream_options: only together with stream: true")
         return self
 
@@ -134,7 +178,7 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _logprobs_asked(self):
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only together with logprobs: true")
         return self
 

@@ -3,7 +3,7 @@ Neither imports NeMo."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,12 +11,21 @@ from typing import Any
 from workshop_utils.core.errors import WorkshopError
 from workshop_utils.core.nearest import nearest
 from workshop_utils.core.yaml_file import read_mapping
-from workshop_utils.training.migrate.signatures import parameters, schedules
+from workshop_utils.training.migrate.signatures import (
+    TARGETS,
+    defaults,
+    parameters,
+    schedule_of_nemo1,
+    schedules,
+)
 from workshop_utils.training.migrate.table import (
+    DEFAULTS,
     FP8_ROWS,
     FP16_ROWS,
     OTHER,
     ROWS,
+    TAKES,
+    WEIGHT_DECAY,
     WITHOUT,
     Code,
     Row,
@@ -25,6 +34,7 @@ from workshop_utils.training.migrate.table import (
 SECTIONS = ("model", "trainer", "exp_manager")
 SCHEDULE = "model.optim.sched."
 _MIXED = {"bf16": "bf16-mixed", "16": "16-mixed"}
+_BY_DEFAULT = "NeMo 1.0's default"
 _DATA = {"rows", "finetuning", "pretraining"}
 """Targets that depend on the kind of data."""
 
@@ -155,6 +165,10 @@ def _resolved(tree: dict[str, Any], path: Path) -> dict[str, Any]:
             OmegaConf.register_new_resolver(name, function)
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except RecursionError:
+        raise WorkshopError(
+            f"{path}: a mapping holds itself (an alias, *name). Take it out."
+        ) from None
     except OmegaConfBaseException as error:
         raise WorkshopError(
             f"{path}, {error.full_key or 'top level'}: {str(error).splitlines()[0]}. Put the "
@@ -216,7 +230,7 @@ def _schedule(result: Migration, flat: dict[str, Any]) -> None:
     name = flat.get(f"{SCHEDULE}name")
     if name is None:
         return
-    if name not in schedules():
+    if not isinstance(name, str) or name not in schedules():
         result.left[f"{SCHEDULE}name"] = (name, f"NeMo 2.0 has {', '.join(schedules())}")
         return
     result.schedule = name
@@ -226,6 +240,11 @@ def _schedule(result: Migration, flat: dict[str, Any]) -> None:
     for key, value in flat.items():
         if value is not None and _in_schedule(result, key):
             arguments[key.removeprefix(SCHEDULE)] = Argument(value, key)
+    was = schedule_of_nemo1(name)
+    for argument, now in schedules()[name].items():
+        if argument in was and argument not in arguments and was[argument] != now:
+            said = f"NeMo 2.0's is {now}"
+            arguments[argument] = Argument(was[argument], _BY_DEFAULT, said)
 
 
 def _in_schedule(result: Migration, key: str) -> bool:
@@ -254,6 +273,14 @@ def _follow_up(result: Migration, flat: dict[str, Any]) -> None:
     stops, saves = (
         f"exp_manager.create_{name}_callback" for name in ("early_stopping", "checkpoint")
     )
+    parts = result.parts
+    parts.setdefault("strategy", {})
+    if flat.get(stops):
+        parts.setdefault("stopping", {})
+    if flat.get(saves, any(key.startswith("exp_manager.") for key in flat)):
+        parts.setdefault("checkpoint", {})
+    if result.finetuning:
+        parts.setdefault("rows", {})
     for target, why in {
         "stopping": None if flat.get(stops) else f"{stops} is off",
         "checkpoint": f"{saves} is off" if flat.get(saves) is False else None,
@@ -261,14 +288,15 @@ def _follow_up(result: Migration, flat: dict[str, Any]) -> None:
     }.items():
         for argument in result.parts.pop(target, {}).values() if why else ():
             result.left[argument.source] = (argument.value, why)
-    if "peft" in result.parts:
-        if "dropout_position" not in result.parts["peft"]:
-            put("peft", "dropout_position", "post", "NeMo 1.0's default", "NeMo 2.0's is pre")
+    if no_lora is None:
+        parts.setdefault("peft", {})
     elif scheme not in (None, "none", "lora"):
         result.left["model.peft.peft_scheme"] = (scheme, WITHOUT["model.peft.*"])
+    _write_defaults(result, flat)
     if "pretraining" in result.parts and not value("pretraining", "paths"):
         put("pretraining", "paths", ["DATA"], "model.data.data_prefix", "has to be given")
     if result.finetuning:
+        _batch_sizes(result, flat)
         key = "model.data.train_ds.file_names"
         files = flat.get(key)
         first = files[0] if isinstance(files, list) and files else files
@@ -278,10 +306,75 @@ def _follow_up(result: Migration, flat: dict[str, Any]) -> None:
         put("finetuning", "dataset_root", folder, key, needs)
 
 
+def _write_defaults(result: Migration, flat: dict[str, Any]) -> None:
+    """Arguments for keys that are absent, where the two versions then do otherwise; and those keys
+    without which NeMo 1.0 does not start."""
+    parts, value = result.parts, result.value
+
+    def put(target: str, argument: str, setting: Any) -> None:
+        if argument not in parts[target] and (now := defaults(target)[argument]) != setting:
+            result.put(target, argument, setting, _BY_DEFAULT, f"NeMo 2.0's is {now}")
+
+    for target, settings in DEFAULTS.items():
+        into = "precision" if target == "fp8" else target
+        is_on = value("precision", "fp8") if target == "fp8" else into in parts
+        # Without num_layers the model is loaded, with what it was trained with.
+        if is_on and (target != "config" or "num_layers" in parts[target]):
+            for argument, setting in settings.items():
+                put(into, argument, setting)
+    wanted = {}
+    if "peft" in parts:
+        if (rank := value("peft", "dim")) is not None:
+            put("peft", "alpha", rank)
+        names = {"adapter_dim": "dim", "adapter_dropout": "dropout"}
+        wanted |= {f"model.peft.lora_tuning.{old}": ("peft", new) for old, new in names.items()}
+    if "optimizer" in parts:
+        wanted["model.optim.lr"] = ("optimizer", "lr")
+        name = flat.get("model.optim.name") or "adam"
+        if name == "adam" and value("optimizer", "weight_decay"):
+            why = "torch's Adam added it to the gradient, Megatron's takes it off the weight"
+            argument = parts["optimizer"]["weight_decay"]
+            parts["optimizer"]["weight_decay"] = replace(argument, note=why)
+        elif isinstance(name, str) and name in WEIGHT_DECAY:
+            put("optimizer", "weight_decay", WEIGHT_DECAY[name])
+        elif name == "mcore_distributed_optim":
+            wanted["model.optim.weight_decay"] = ("optimizer", "weight_decay")
+    if result.finetuning:
+        wanted["model.data.train_ds.prompt_template"] = ("rows", "prompt_template")
+        if "{text}" in str(value("rows", "prompt_template")):
+            put("rows", "truncation_field", "text")
+    for key, (target, argument) in wanted.items():
+        if argument not in parts[target]:
+            result.unset -= key in flat and flat[key] is None
+            result.left[key] = (flat.get(key), "has to be given")
+
+
+def _batch_sizes(result: Migration, flat: dict[str, Any]) -> None:
+    """NeMo 1.0 trains with the batch of train_ds, which usually refers to the model's."""
+    for name in ("micro_batch_size", "global_batch_size"):
+        key, other = f"model.data.train_ds.{name}", f"model.{name}"
+        size = flat.get(key)
+        if size in (None, "???"):
+            continue
+        if size == flat.get(other):
+            result.left[key] = (size, f"{other} says the same")
+            continue
+        del result.left[key]
+        if flat.get(other) not in (None, "???"):
+            result.left[other] = (flat[other], f"NeMo 1.0 trains with {key}")
+        result.put("finetuning", name, size, key)
+
+
 def _reason(key: str) -> str:
     reasons = [why for pattern, why in WITHOUT.items() if fnmatchcase(key, pattern)]
     if any(fnmatchcase(key, pattern) for pattern in OTHER):
         reasons.append("no certain counterpart")
+    section, _, last = key.rpartition(".")
+    target = next((TAKES[name] for name in TAKES if f"{section}." == name), None)
+    if key not in WITHOUT and target and last in parameters(target):
+        comes = [row.key for row in ROWS if (row.target, row.argument) == (target, last)]
+        of = f"{comes[0]} becomes it" if comes else "set it there, if it means the same"
+        reasons = [f"no key of NeMo 1.0 that is known here; {TARGETS[target][0]} has it: {of}"]
     return [*reasons, "no key of NeMo 1.0 that is known here"][0]
 
 

@@ -5,6 +5,7 @@ import ast
 import functools
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from workshop_utils.core.errors import WorkshopError
 
@@ -12,6 +13,7 @@ _NL, _LLM, _CORE = "nemo/lightning/", "nemo/collections/llm/", "megatron/core/"
 _NLP = "nemo/collections/nlp/modules/common/"
 _LIGHTNING = "lightning/pytorch/"
 _SCHEDULES = f"{_NL}pytorch/optim/lr_scheduler.py"
+_POLICIES = "nemo/core/optim/lr_scheduler.py"
 # fmt: off
 TARGETS = {
     "strategy": ("nl.MegatronStrategy",
@@ -45,29 +47,42 @@ the class is called otherwise, and those that it passes the rest on to."""
 
 
 @functools.cache
-def parameters(target: str) -> frozenset[str]:
-    """The keyword arguments that ``target`` (a key of TARGETS) takes in the installed versions.
-    Raises WorkshopError where the package is not installed, or has no such class any more."""
+def defaults(target: str) -> dict[str, Any]:
+    """The keyword arguments that ``target`` (a key of TARGETS) takes in the installed versions, and
+    their defaults; what is no literal stands there as code. Raises WorkshopError where the package
+    is not installed, or has no such class any more."""
     written, *sources = TARGETS[target]
-    names = (source.partition(":") for source in sources)
-    return frozenset(
-        argument
-        for file, _, name in names
-        for argument in _parameters(file, name or written.rpartition(".")[2])
-    )
+    found: dict[str, Any] = {}
+    for source in sources:
+        file, _, name = source.partition(":")
+        found = _defaults(file, name or written.rpartition(".")[2]) | found
+    return found
+
+
+def parameters(target: str) -> frozenset[str]:
+    """The keyword arguments that ``target`` takes."""
+    return frozenset(defaults(target))
 
 
 @functools.cache
-def schedules() -> dict[str, frozenset[str]]:
+def schedules() -> dict[str, dict[str, Any]]:
     """NeMo 2.0's schedules of the learning rate, by NeMo 1.0's name, with the arguments that each
-    takes."""
+    takes and their defaults."""
     names = [node.name for node in _tree(_SCHEDULES).body if isinstance(node, ast.ClassDef)]
-    return {
-        name.removesuffix("Scheduler"): frozenset(_parameters(_SCHEDULES, name)) for name in names
-    }
+    return {name.removesuffix("Scheduler"): _defaults(_SCHEDULES, name) for name in names}
 
 
-def _parameters(file: str, name: str) -> list[str]:
+def schedule_of_nemo1(name: str) -> dict[str, Any]:
+    """The same for NeMo 1.0's class; its bases take what it hands on."""
+    try:
+        node = next(one for one in _tree(_POLICIES).body if getattr(one, "name", None) == name)
+    except StopIteration:
+        return {}
+    base = schedule_of_nemo1(getattr(node.bases[0], "id", "")) if node.bases else {}
+    return base | _defaults(_POLICIES, name)
+
+
+def _defaults(file: str, name: str) -> dict[str, Any]:
     named = {getattr(node, "name", None): node for node in reversed(_tree(file).body)}
     if not (node := named.get(name)):
         raise WorkshopError(
@@ -77,11 +92,32 @@ def _parameters(file: str, name: str) -> list[str]:
     if isinstance(node, ast.ClassDef):
         methods = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
         if "__init__" not in methods:  # a dataclass
-            fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
-            return [field.id for field in fields if isinstance(field, ast.Name)]
+            fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+            return {
+                field.target.id: _value(field.value)
+                for field in fields
+                if isinstance(field.target, ast.Name)
+            }
         node = methods["__init__"]
-    arguments = (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
-    return [name for name in arguments if name != "self"]
+    arguments, values = node.args, node.args.defaults
+    plain = [argument.arg for argument in arguments.args if argument.arg != "self"]
+    first = [None] * (len(plain) - len(values))
+    pairs = [*zip(plain, [*first, *values], strict=True)]
+    named_only = [argument.arg for argument in arguments.kwonlyargs]
+    pairs += zip(named_only, arguments.kw_defaults, strict=True)
+    return {argument: _value(value) for argument, value in pairs}
+
+
+def _value(node: ast.expr | None) -> Any:
+    """The literal that ``node`` is, or makes (``field(default_factory=lambda: [])``)."""
+    if isinstance(node, ast.Call) and node.keywords:
+        node = node.keywords[0].value
+    if isinstance(node, ast.Lambda):
+        node = node.body
+    try:
+        return None if node is None else ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
 
 
 @functools.cache

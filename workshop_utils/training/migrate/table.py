@@ -127,7 +127,10 @@ ROWS = [
         """devices num_nodes accelerator max_epochs max_steps max_time log_every_n_steps
         val_check_interval check_val_every_n_epoch limit_train_batches limit_val_batches
         limit_test_batches num_sanity_val_steps accumulate_grad_batches benchmark
-        enable_model_summary enable_progress_bar use_distributed_sampler""",
+        enable_model_summary enable_progress_bar use_distributed_sampler min_epochs min_steps
+        limit_predict_batches overfit_batches fast_dev_run deterministic inference_mode profiler
+        detect_anomaly barebones sync_batchnorm reload_dataloaders_every_n_epochs
+        default_root_dir""",
     ),
     Row(
         "trainer.gradient_clip_val", "optimizer", "clip_grad", note="Megatron clips, not Lightning"
@@ -196,7 +199,7 @@ ROWS = [
     *_rows(
         "peft",
         "model.peft.lora_tuning",
-        """alpha dropout_position adapter_dim=dim adapter_dropout=dropout
+        """alpha dropout_position a2a_experimental adapter_dim=dim adapter_dropout=dropout
         column_init_method=lora_A_init_method row_init_method=lora_B_init_method""",
     ),
     *_rows("finetuning", "model", "micro_batch_size global_batch_size rampup_batch_size seed"),
@@ -234,6 +237,36 @@ FP8_ROWS = _rows(
     "precision", "model", "fp8_margin fp8_amax_history_len fp8_amax_compute_algo fp8_params"
 )
 """Rows that mean something only with ``trainer.precision: 16`` and ``model.fp8: true``."""
+
+DEFAULTS = {
+    "strategy": {
+        "ckpt_parallel_save": False,
+        "ckpt_parallel_load": False,
+        "ckpt_async_save": False,
+    },
+    "stopping": {"monitor": "val_loss", "min_delta": 0.001, "patience": 10, "verbose": True},
+    "optimizer": {"clip_grad": 0.0},
+    "config": {
+        "bias_activation_fusion": True,
+        "bias_dropout_fusion": True,
+        "gradient_accumulation_fusion": False,
+        "seq_length": 512,
+    },
+    "peft": {
+        "target_modules": ["linear_qkv"],
+        "dropout_position": "post",
+        "lora_A_init_method": "normal",
+    },
+    "rows": {"label_key": "answer"},
+    "fp8": {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+}
+"""What NeMo 1.0's code does where a key is absent, and NeMo 2.0 does otherwise: for each target the
+arguments that say it. A test compares with the installed code of both."""
+
+WEIGHT_DECAY = {"adam": 0, "adamw": 0.01} | dict.fromkeys(
+    ("fused_adam", "megatron_fused_adam", "distributed_fused_adam"), 0.0
+)
+"""The same of the optimizers: torch's, and Apex's. NeMo 1.0 wants it for the others."""
 
 _DIRECTORIES = "NeMo 2.0 writes directories, no .nemo archives"
 _NO_FP8 = "fp8 is off"
@@ -283,14 +316,16 @@ WITHOUT = {
         "AutoResume(adapter_path=...) is gone; load the adapter with the checkpoint it was saved in"
     ),
     "model.peft.lora_tuning.variant": "llm.peft.LoRA is nemo, llm.peft.CanonicalLoRA is canonical",
+    "model.peft.lora_tuning.layer_selection": (
+        "llm.peft.LoRA chooses layers by target_modules such as *.layers.0.*.linear_qkv"
+    ),
+    "model.peft.lora_tuning.weight_tying": "llm.peft.LoRA ties no weights",
+    "model.peft.lora_tuning.position_embedding_strategy": "llm.peft.LoRA ties no weights",
     "model.peft.lora_tuning.*": "llm.peft.LoRA has no such argument",
     "model.peft.*": "NeMo 2.0 has LoRA, DoRA and CanonicalLoRA only",
     "model.data.train_ds.file_names": (
         "FineTuningDataModule(dataset_root=...) holds training.jsonl, validation.jsonl and "
         "test.jsonl"
-    ),
-    "model.data.train_ds.*_batch_size": (
-        "model.micro_batch_size and model.global_batch_size give it"
     ),
     "model.data.train_ds.*": "FineTuningDataModule has no such argument",
     "model.data.validation_ds.*": _ONE_MODULE,
@@ -307,6 +342,16 @@ WITHOUT = {
 }
 """Patterns of keys without a counterpart that could be set for sure, and why. The first that
 matches counts; see OTHER, too."""
+
+TAKES = {
+    "model.peft.lora_tuning.": "peft",
+    "model.data.train_ds.": "finetuning",
+    "model.data.": "pretraining",
+    "model.optim.": "optimizer",
+    "model.tokenizer.": "tokenizer",
+    "trainer.": "trainer",
+}
+"""Where the keys of a section go. The first that matches counts."""
 
 _OTHER = """
     get_attention_mask_from_fusion grad_div_ar_fusion grad_allreduce_chunk_size_mb onnx_safe

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workshop_utils.core import paths
+from workshop_utils.core import data_files, paths, row_shapes
+from workshop_utils.core.data_files import FORMATS, ending
 from workshop_utils.core.errors import DataError, FetchError
 from workshop_utils.core.hashing import sha256, sha256_of_text
 from workshop_utils.core.nearest import did_you_mean, nearest
@@ -17,16 +18,6 @@ from workshop_utils.training.recipe.dataset_config import HFDatasetConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-"""Ending of a file -> the builder of ``datasets`` that reads it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ def find(config: HFDatasetConfig) -> Source:
         FetchError: the Hub cannot be reached and the data set is not cached.
     """
     name, place = config.dataset_name, Path(config.dataset_name).expanduser()
-    suffix = place.suffix.lower()
+    suffix = ending(place)
     if place.exists():
         if place.is_file() and suffix not in FORMATS:
             raise DataError(
@@ -110,29 +101,24 @@ def _read_local(place: Path, config: HFDatasetConfig, scratch: Path) -> Any:
         return datasets.load_dataset(
             str(place), config.dataset_config, trust_remote_code=False, **options
         )
-    suffix = place.suffix.lower()
+    suffix = ending(place)
     if suffix == ".tsv":
         options.setdefault("sep", "\t")
-    if suffix == ".jsonl":
-        _check_json_lines(place)
-    return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
-
-
-def _check_json_lines(file: Path) -> None:
-    """The library's message about a broken line names neither the file nor the line."""
-    rows = 0
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                rows, where = rows + 1, f"{paths.shown(file)}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{where}: not JSON in UTF-8 ({error}).") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}: a {type(row).__name__}, not an object.")
-    if not rows:
-        raise DataError(f"{paths.shown(file)} holds no rows: write one JSON object a line.")
+    if FORMATS[suffix] in ("json", "csv") and not config.load_kwargs:
+        # The library's message names neither the file nor the line, and it makes numbers of texts.
+        rows = data_files.rows(place)
+        if FORMATS[suffix] == "csv":
+            texts = [{name: value or None for name, value in row.items()} for _, row in rows]
+            return datasets.Dataset.from_list(texts)
+    try:
+        return datasets.load_dataset(FORMATS[suffix], data_files=str(place), **options)
+    except datasets.exceptions.DatasetGenerationError:
+        # A column with texts and other things, most often: then the row can be named.
+        for where, row in (
+            () if config.load_kwargs or config.templates() else data_files.rows(place)
+        ):
+            row_shapes.shape_of(row, where).messages(row, where)
+        raise
 
 
 def _split(rows: Any, name: str, source: str) -> "Dataset":
@@ -165,9 +151,10 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
 
     name = config.dataset_name
     # It announces each of its retries, with the whole exception.
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
+    log, datasets_log = logging.getLogger("huggingface_hub"), logging.getLogger("datasets")
+    level, datasets_level = log.level, datasets_log.level
     log.setLevel(logging.ERROR)
+    datasets_log.setLevel(logging.CRITICAL)
     try:
         yield
     except exceptions.DatasetNotFoundError as error:
@@ -201,6 +188,7 @@ def _explained(config: HFDatasetConfig) -> Iterator[None]:
         raise DataError(f"{about}{name}: {said}") from None
     finally:
         log.setLevel(level)
+        datasets_log.setLevel(datasets_level)
 
 
 def _one_line(error: BaseException) -> str:

@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 MARKER = ".data_ready"
 NOTHING_BETWEEN, ONE_SPACE = "{input}{output}", "{input} {output}"
 TIMEOUT = 3600.0  # seconds
-_FORMAT = 2  # of what is written; another one invalidates caches
+_FORMAT = 3  # of what is written; another one invalidates caches
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _ROWS_A_PROCESS = 2000  # starting a process takes as long as preparing about so many rows
 _REASONS = {
     "converter": "the converter returned None",
     "null": "a column is null",
     "empty": "the answer is empty",
+    "no prompt": "the prompt is empty",
 }
 
 
@@ -75,7 +76,8 @@ class Prepared:
 
     ``source_rows`` were read; ``left_out`` says how many were not used, by reason; ``repeated``
     have an input that occurs more than once; ``leaks`` were dropped from the data set's own
-    validation and test splits. ``prompt_template`` is NeMo's.
+    validation and test splits. ``prompt_template`` is NeMo's; ``shape`` says which columns are
+    what, where it is not the workshop's own.
     """
 
     directory: Path
@@ -87,11 +89,14 @@ class Prepared:
     prompt_template: str
     max_seq_length: int
     revision: str
+    shape: str = ""
     reused: bool = False
 
     def __str__(self) -> str:
         earlier = " earlier; nothing has changed since" if self.reused else ""
         lines = [f"{paths.shown(self.directory)}: {self.source_rows:,} rows read{earlier}"]
+        if self.shape:
+            lines.append(f"  columns: {self.shape}")
         for name, split in self.statistics.items():
             lines.append(f"  {name}: {split.rows:,} rows")
             if split.max_tokens:
@@ -141,7 +146,7 @@ def prepare(
         OutputExists: ``data_dir`` holds other things; nothing was replaced.
         WaitedTooLong: another process is still at it.
     """
-    data_dir, tokenizer_dir = Path(data_dir), _tokenizer_dir(tokenizer_dir)
+    data_dir, tokenizer_dir = Path(data_dir), directory_of_tokenizer(tokenizer_dir)
     with waiting.alone_on(data_dir, f"preparing {config.dataset_name}", timeout):
         _require_ours(data_dir)
         source = dataset_sources.find(config)
@@ -233,7 +238,8 @@ def _key(
     return json.loads(json.dumps(config.describe() | source | texts, default=str))
 
 
-def _tokenizer_dir(given: Path | None) -> Path | None:
+def directory_of_tokenizer(given: Path | None) -> Path | None:
+    """The folder of ``tokenizer.json`` at ``given``; DataError where there is none."""
     if given is None:
         return None
     inside = Path(given) / "context" / "nemo_tokenizer"
@@ -290,6 +296,8 @@ def _write(
     about = {"statistics": statistics, "source_rows": sum(map(len, loaded)), "left_out": left_out}
     about |= {"repeated": division.repeated, "leaks": division.dropped, "revision": source.revision}
     about |= {"prompt_template": between, "max_seq_length": max_seq_length}
+    if convert.shape and not convert.shape.is_plain:
+        about["shape"] = str(convert.shape)
     return {"files": files, "prepared": about}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from workshop_utils.core import chat_data, paths
+from workshop_utils.core import chat_data, paths, row_shapes
 from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError
 from workshop_utils.training.recipe import splits
@@ -45,22 +45,26 @@ class Conversion:
     converter_name: str
 
     def __post_init__(self) -> None:
-        plain = not self.converter and not self.templates
-        self.is_chat = plain and "messages" in self.columns
         for template in self.templates or ():
             template.require_columns(self.mapping, self.columns)
-        if plain and not self.is_chat and not {"input", "output"} <= set(self.columns):
-            raise DataError(
-                f"{self.name} has neither `messages` nor `input` and `output`; its columns are "
-                f"{', '.join(self.columns)}. Give input_template and output_template, or a "
-                "custom_converter."
-            )
+        self.shape = None
+        if not self.converter and not self.templates:
+            self.shape = self._shape()
+        self.is_chat = bool(self.shape) and not self.shape.is_text
         if self.is_chat and self.tokenizer_dir is None:
             raise DataError(
-                f"{self.name} holds conversations (`messages`): give the tokenizer, whose chat "
+                f"{self.name} holds conversations ({self.shape}): give the tokenizer, whose chat "
                 "template renders them (`workshop recipe import` first)."
             )
         self._tokenizer = ChatTokenizer(self.tokenizer_dir) if self.is_chat else None
+
+    def _shape(self) -> row_shapes.Shape:
+        try:
+            return row_shapes.shape(tuple(self.columns), self.name)
+        except DataError as error:
+            raise DataError(
+                f"{error} Or give input_template and output_template, or a custom_converter."
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         # The tokenizer is read again in each worker: the templates it compiled cannot be sent.
@@ -68,13 +72,14 @@ class Conversion:
 
     def __call__(self, row: dict[str, Any], position: int) -> dict[str, str]:
         """:data:`COLUMNS` of a row; ``reason`` is "" for one that is kept."""
-        texts, reason = self._texts(row, f"row {position + 1}")
+        texts, reason = self._texts(row, f"{self.name}, row {position + 1}")
         if texts is None:
             return dict.fromkeys(COLUMNS, "") | {"reason": reason}
         prompt, answer, ends = texts
         if not ends and prompt[-1:].isspace() and not prompt.endswith(" "):
             ends = "new line"
         reason = "" if answer.strip() else "empty"
+        reason = reason if prompt.strip() else "no prompt"
         values = (prompt, answer, splits.key(prompt), reason, ends)
         return dict(zip(COLUMNS, values, strict=True))
 
@@ -82,14 +87,16 @@ class Conversion:
         """Prompt, answer, and "chat" where a chat template made them; or why there are none."""
         if self.converter:
             return self._converted(row, where), "converter"
-        if self.is_chat:
-            messages = row["messages"]
-            return None if messages is None else self._chat(messages, where), "null"
         if self.templates:
             texts = [template.render(row, self.mapping) for template in self.templates]
-        else:
-            texts = [row["input"], row["output"]]
-        return None if None in texts else _require_texts(texts, where), "null"
+            return None if None in texts else _require_texts(texts, where), "null"
+        # Rows of several shapes in one file: each has its own columns, and null in the others.
+        shape = row_shapes.shape_of(row, where) if self.is_chat else self.shape
+        if any(row[name] is None for name in shape.needed):
+            return None, "null"
+        if not self.is_chat and isinstance(row[shape.answer], str):
+            return (shape.prompt_text(row, where), row[shape.answer], ""), ""
+        return self._chat(shape.messages(row, where), where), ""
 
     def _converted(self, row: dict[str, Any], where: str) -> tuple[str, str, str] | None:
         try:
@@ -102,7 +109,8 @@ class Conversion:
         if answer is None:
             return None
         if isinstance(answer, Mapping) and "messages" in answer:
-            return self._chat(answer["messages"], where)
+            turns = row_shapes.check_messages(answer["messages"], where)
+            return self._chat(turns, where)
         if not isinstance(answer, Mapping) or not {"input", "output"} <= answer.keys():
             raise DataError(
                 f"{where}: {self.converter_name} returned {answer!r:.80}; it has to return "
@@ -110,7 +118,7 @@ class Conversion:
             )
         return _require_texts([answer["input"], answer["output"]], where)
 
-    def _chat(self, messages: list[dict[str, Any]], where: str) -> tuple[str, str, str]:
+    def _chat(self, turns: list[dict[str, Any]], where: str) -> tuple[str, str, str]:
         if self._tokenizer is None:
             if self.tokenizer_dir is None:
                 raise DataError(
@@ -118,12 +126,6 @@ class Conversion:
                     "template renders it."
                 )
             self._tokenizer = ChatTokenizer(self.tokenizer_dir)
-        chat_data.check_messages(messages, where)
-        # Arrow gives every message the keys of all: those that were not there are None.
-        turns = [
-            {name: value for name, value in message.items() if value is not None}
-            for message in messages
-        ]
         return chat_data.render_prompt(self._tokenizer, turns), turns[-1]["content"].strip(), "chat"
 
 

@@ -126,14 +126,27 @@ def _explained(error: Exception, script: Path) -> str:
     if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{there[1]} is a key of {name} already: write {there[1]}=... without +."
     if override := getattr(error, "override", None):
+        return unreadable(override)
+    if gone := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
         return (
-            f"{override!r} cannot be read as an override. Hydra wants quotes around a value with "
-            "other than plain characters, and the shell around the whole: 'key=\"value\"', "
-            "'key=[\"value\"]'."
+            f"~{gone[1]}: {name} has no such key.{did_you_mean(_nearest(gone[1], _keys(script)))}"
         )
     # OmegaConf says the key in a line of its own.
     key, first = re.search(r"full_key: (\S+)", text), text.splitlines()[0]
     return f"{key[1]}: {first}" if key else first[:300]
+
+
+def unreadable(override: str) -> str:
+    """What is said of a word that Hydra's grammar does not know."""
+    return (
+        f"{override!r} cannot be read as an override. Hydra wants quotes around a value with other "
+        "than plain characters, and the shell around the whole: 'key=\"value\"', 'key=[\"value\"]'."
+    )
+
+
+def word(key: str, value: str | None) -> str:
+    """``key=value``; a ``~key`` may stand alone."""
+    return key if value is None else f"{key}={value}"
 
 
 def plain(value: str) -> str:

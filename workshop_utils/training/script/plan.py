@@ -10,6 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,17 @@ from workshop_utils.core.chat_template import ChatTokenizer
 from workshop_utils.core.errors import DataError, NotACheckpoint, WorkshopError
 from workshop_utils.core.hashing import of_contents, sampled, sha256
 from workshop_utils.runtime.device import Device, choose_device
+from workshop_utils.training import data_report
 from workshop_utils.training.runs.environment import notes, torchrun, training_environment
 from workshop_utils.training.runs.run_record import Run
-from workshop_utils.training.script.configuration import compose, defaults, plain, refuse_mistyped
+from workshop_utils.training.script.configuration import (
+    compose,
+    defaults,
+    plain,
+    refuse_mistyped,
+    unreadable,
+    word,
+)
 from workshop_utils.training.script.preflight import PARTS, Preflight, preflight
 
 if TYPE_CHECKING:
@@ -66,6 +75,7 @@ _PLACES = (
 )
 """Ends of overrides that say where something lies: its contents are looked at, or it is where the
 run goes."""
+_RUN_PLACE = ("exp_dir", "name", "explicit_log_dir")
 SCRIPT = Path(__file__).with_name("megatron_gpt_finetuning.py")
 SCRIPT_PATH_BASES = (Kind.BRIDGED_VIEW, Kind.NEMO1_DIRECTORY, Kind.NEMO1_ARCHIVE)
 UPSTREAM_SCRIPT = Path("examples/nlp/language_modeling/tuning/megatron_gpt_finetuning.py")
@@ -81,7 +91,7 @@ class Plan(Run):
 
     command: list[str]
     environment: dict[str, str]
-    overrides: dict[str, str]
+    overrides: dict[str, str | None]
     run_dir: Path
     device: Device
     config: "DictConfig"
@@ -189,7 +199,7 @@ def make_plan(
     given = parse_overrides(overrides)
     script = script_path()
     base = base_of(given, script, trust)
-    own_files = "model.data.train_ds.file_names" in given
+    own_files = "model.data.train_ds.file_names" in {key.lstrip("+") for key in given}
     if own_files and (data or validation):
         raise WorkshopError(
             "Both --data and model.data.train_ds.file_names are given: leave one of them out."
@@ -212,26 +222,34 @@ def make_plan(
         # pickle, too.
         keys = [f"model.data.{part}.index_mapping_dir" for part in PARTS]
         ours |= {key: str(notes(run_dir) / "index") for key in keys if key not in given}
-    settings = {key: str(value) for key, value in (settings | place | given | ours).items()}
+    settings = {
+        key: value if value is None else str(value)
+        for key, value in (settings | place | given | ours).items()
+    }
     # Another version of the script may lack a key of ours in its defaults; ++ sets it either way.
     marks = {key: "" if script == SCRIPT or key in given else "++" for key in settings}
     words = [
-        f"{marks[key]}{key}={plain(value) if key in ours else value}"
+        word(f"{marks[key]}{key}", plain(value) if key in ours else value)
         for key, value in settings.items()
     ]
     config = compose(script, words)
-    require_sound_loads(config, base, trust)
-    logs = config.exp_manager
-    if (logs.exp_dir, logs.name, logs.explicit_log_dir) != (*place.values(), None):
+    with what_is_deleted(given):
+        require_sound_loads(config, base, trust)
+        logs = config.exp_manager
+    if [logs.get(key) for key in _RUN_PLACE] != [*place.values(), None]:
         raise WorkshopError(
             "exp_manager.exp_dir and exp_manager.name say where the run goes: give them once, as "
             "plain key=value without + or ${}, and no explicit_log_dir."
         )
     in_memory = {str(rows.path): [*rows.lines] for rows in rendered}
     sizes = architecture(described)
-    checked = preflight(
-        config, defaults(SCRIPT), sizes, nproc_per_node, run_dir, tokenizer, device, in_memory
-    )
+    with what_is_deleted(given):
+        checked = preflight(
+            config, defaults(SCRIPT), sizes, nproc_per_node, run_dir, tokenizer, device, in_memory
+        )
+    checked.facts += dict.fromkeys(line for rows in rendered for line in rows.said)
+    if data and (told := data_report.check([data]).told("contradiction", "repeated")):
+        checked.warnings.append("\n".join([f"{paths.shown(data)}, {told[0]}", *told[1:]]))
     return Plan(
         torchrun(script, words, nproc_per_node),
         training_environment(run_dir, nproc_per_node, checked.tokens_per_step, device),
@@ -243,6 +261,22 @@ def make_plan(
         rendered,
         makes_tickets=not own_files and not data and not _tickets_dir().exists(),
     )
+
+
+@contextlib.contextmanager
+def what_is_deleted(given: dict[str, str | None]) -> Iterator[None]:
+    """A key that is read and was taken out by ``~key`` as a WorkshopError."""
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+
+    try:
+        yield
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        gone = ", ".join(key for key in given if key.startswith("~"))
+        if not gone:
+            raise
+        raise WorkshopError(
+            f"{gone}: the script reads {error.full_key}. Leave it there, or set it to null."
+        ) from None
 
 
 def _contents_of_base(base: Path) -> dict[str, Any]:
@@ -259,16 +293,36 @@ def _contents_of_base(base: Path) -> dict[str, Any]:
     return {"config": config, "weights": of_contents(base / "model_weights")}
 
 
-def parse_overrides(overrides: list[str]) -> dict[str, str]:
-    """``["a.b=1", "++c=2"]`` -> ``{"a.b": "1", "++c": "2"}``; a later one wins, as with Hydra."""
-    parsed = {}
+def parse_overrides(overrides: list[str]) -> dict[str, str | None]:
+    """``["a.b=1", "++c=2", "~d"]`` -> ``{"a.b": "1", "++c": "2", "~d": None}``, by Hydra's own
+    grammar; a later one wins, as with Hydra. WorkshopError for what makes no single run."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, parsed = OverridesParser.create(), {}
     for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key or key.startswith("~"):
+        if "=" not in text and not text.startswith("~"):
             raise WorkshopError(
-                f"{text!r} is not an override: write key=value, for example trainer.max_steps=50."
+                f"{text!r} is not an override: write key=value, for example trainer.max_steps=50, "
+                "or ~key to take a key out."
             )
-        parsed[key] = value
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            raise WorkshopError(unreadable(text)) from None
+        if override.is_sweep_override():
+            raise WorkshopError(
+                f"{text!r} is a sweep: Hydra would start a run for each value (--multirun). One "
+                "run is started here: give one value, or a list as 'key=[a,b]'."
+            )
+        if not override.key_or_group:
+            raise WorkshopError(unreadable(text))
+        if override.package is not None or "/" in override.key_or_group:
+            raise WorkshopError(
+                f"{text!r}: / and @ choose from a group of configurations, and this script has no "
+                "groups. Write key=value, with dots in the key."
+            )
+        parsed[override.get_key_element()] = text.partition("=")[2] if "=" in text else None
     return parsed
 
 
@@ -317,13 +371,13 @@ def lightning_checkpoint(config: "DictConfig") -> Path | None:
     return path.resolve()
 
 
-def base_of(given: dict[str, str], script: Path, trust: bool) -> Path:
+def base_of(given: dict[str, str | None], script: Path, trust: bool) -> Path:
     """The base that ``given`` names, verified. Mistyped keys come first: one may be that of the
     base. Raises WorkshopError for these, NotACheckpoint for what the script path cannot load."""
     refuse_mistyped(script, given)
     key = "model.restore_from_path"
     if not given.get(key):
-        compose(script, [f"{name}={value}" for name, value in given.items()])
+        compose(script, list(starmap(word, given.items())))
         if any(name.lstrip("+") == key and value for name, value in given.items()):
             raise WorkshopError(f"Give {key} as plain key=value, without +.")
         raise WorkshopError(
@@ -382,8 +436,8 @@ def script_path() -> Path:
     return script
 
 
-def _run_dir(given: dict[str, str], name: str) -> Path:
-    said = {key: _unquoted(value) for key, value in given.items() if value != "null"}
+def _run_dir(given: dict[str, str | None], name: str) -> Path:
+    said = {key: _unquoted(value) for key, value in given.items() if value not in (None, "null")}
     parent = Path(said.get("exp_manager.exp_dir") or paths.runs_dir() / "finetune")
     name = said.get("exp_manager.name") or name
     if not re.fullmatch(r"\w[\w.+ '-]*", name):

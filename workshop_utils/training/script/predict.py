@@ -4,6 +4,7 @@ adapter or without."""
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,13 @@ from workshop_utils.checkpoints.formats import lightning, saved_tensors
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.nemo_archive import read_config
 from workshop_utils.checkpoints.formats.safe_text import read_yaml
-from workshop_utils.core import chat_data, paths
+from workshop_utils.core import chat_data, data_files, paths
 from workshop_utils.core.errors import DataError, TrainingFailed, WorkshopError
 from workshop_utils.runtime.device import Device, choose_device
 from workshop_utils.training.runs.environment import torchrun, training_environment
 from workshop_utils.training.runs.launch import failure_cause, run_logged
 from workshop_utils.training.script import value_check
-from workshop_utils.training.script.configuration import compose, defaults, plain
+from workshop_utils.training.script.configuration import compose, defaults, plain, word
 from workshop_utils.training.script.plan import (
     RENDERED_TEMPLATE,
     base_of,
@@ -26,6 +27,7 @@ from workshop_utils.training.script.plan import (
     parse_overrides,
     require_sound_loads,
     tokenizer_of,
+    what_is_deleted,
 )
 from workshop_utils.training.script.preflight import Preflight
 
@@ -71,7 +73,10 @@ def predict(
             f"Nothing to answer: give --data FILE.jsonl, or {TEST}.file_names=[FILE.jsonl]."
         )
     device = device or choose_device()
-    with tempfile.TemporaryDirectory(prefix="workshop-predict-") as name:
+    with (
+        what_is_deleted(given),
+        tempfile.TemporaryDirectory(prefix="workshop-predict-") as name,
+    ):
         folder = Path(name)
         settings = machine_settings(device, 1) | {f"{TEST}.names": "[test]"}
         settings.pop("model.optim.name", None)
@@ -84,11 +89,11 @@ def predict(
             "model.restore_from_path": plain(str(base)),
         }
         # What the adapter says comes below the rest, and which one it is Hydra has to tell.
-        config = compose(SCRIPT, [f"{key}={value}" for key, value in settings.items()])
+        config = compose(SCRIPT, list(starmap(word, settings.items())))
         require_sound_loads(config, base, trust)
         adapter = lightning_checkpoint(config) or config.model.peft.restore_from_path
         settings = _settings_of(adapter, rows=data is None) | settings
-        words = [f"{key}={value}" for key, value in settings.items()]
+        words = list(starmap(word, settings.items()))
         config = compose(SCRIPT, words)
         Preflight(problems=list(_problems(config))).require()
         named = config.inference.outfile_path
@@ -125,7 +130,9 @@ def _rendered(base: Path, data: Path, target: Path) -> dict[str, str]:
             f"Rows cannot be rendered for a .nemo base: give {TEST}.file_names and prompt_template."
         )
     tokenizer = tokenizer_of(base, read_yaml(base / "model_config.yaml"))
-    chat_data.render(data, tokenizer, target).write()
+    rendered = chat_data.render(data, tokenizer, target)
+    rendered.write()
+    print(*rendered.said, sep="\n", end="\n" * bool(rendered.said))
     return {
         f"{TEST}.file_names": json.dumps([str(target)]),
         f"{TEST}.prompt_template": RENDERED_TEMPLATE,
@@ -194,6 +201,6 @@ def _problems(config: "DictConfig") -> Iterator[str]:
         yield f"{TEST}.names has {names} names for {files} files."
     for name in test.file_names:
         try:
-            chat_data.lines(Path(name))
+            data_files.lines(Path(name))
         except DataError as error:
             yield str(error)
