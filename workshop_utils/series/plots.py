@@ -63,8 +63,13 @@ def plot_scores(scores: Mapping[str, Scores]) -> Figure:
 
 def scores_finding(scores: Mapping[str, Scores]) -> str:
     """The result in one sentence; also the alternative text of :func:`plot_scores`."""
-    rates = {TITLES.get(name, name): f"{entry.exact_match:.1%}" for name, entry in scores.items()}
-    begin = f"Exact match on {next(iter(scores.values())).rows} test rows:"
+    rows = next(iter(scores.values())).rows
+    rates = {
+        TITLES.get(name, name): f"{entry.exact_match:.1%}"
+        + ("" if entry.rows == rows else f" of {entry.rows}")
+        for name, entry in scores.items()
+    }
+    begin = f"Exact match on {rows} test rows:"
     if BASE in scores and ADAPTER in scores:
         base, adapter = rates.pop(TITLES[BASE]), rates.pop(TITLES[ADAPTER])
         begin += f" {base} for the base, {adapter} with the adapter"
@@ -205,7 +210,9 @@ def plot_labels(answers: Sequence[Mapping[str, str]], down: str, across: str) ->
     axes.set_xticklabels(columns)
     axes.set_yticklabels(rows)
     many = f"{len(cells)} combinations of {down} and {across}"
-    print(f"{many}, between {min(cells)} and {max(cells)} rows each.")
+    least, most = min(cells), max(cells)
+    each = f"{least} rows each" if least == most else f"{least} to {most} rows each"
+    print(f"{many}, {each}.")
     return figure
 
 
