@@ -32,7 +32,7 @@ from workshop_utils.adapters.adapter import LoraAdapter, as_tensor
 from workshop_utils.adapters.check import ROUNDING, SUM, cut
 from workshop_utils.adapters.read import find_adapter, read_adapter
 from workshop_utils.adapters.read_peft import base_architecture
-from workshop_utils.checkpoints.formats import config_json, huggingface, nemo_archive, values
+from workshop_utils.checkpoints.formats import huggingface, nemo_archive, values
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG
@@ -256,10 +256,9 @@ def load(model: Path, adapter: Path | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with config_json.readable(model) as readable:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            readable, torch_dtype=torch.float32, trust_remote_code=False
-        )
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, torch_dtype=torch.float32, trust_remote_code=False
+    )
     if adapter:
         from peft import PeftModel
 
@@ -458,11 +457,13 @@ def _parameter(model: Any, layer: int, module: str) -> Any:
 
 def _tokens(base: Path, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt; without a tokenizer beside the model, fixed random ones."""
-    if (base / config_json.TOKENIZER).is_file():
-        tokenizer = config_json.load_tokenizer(base)
+    from transformers import AutoConfig, AutoTokenizer
+
+    if (base / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         return [tokenizer(prompt)["input_ids"] for prompt in prompts]
     import torch
 
-    vocabulary = config_json.read(base)["vocab_size"]
+    vocabulary = AutoConfig.from_pretrained(base, trust_remote_code=False).vocab_size
     seed = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (len(prompts), 16), generator=seed).tolist()

@@ -1,9 +1,7 @@
 """A model's tokenizer and chat template without transformers or torch, in milliseconds.
 
 Renders as https://huggingface.co/docs/transformers/chat_templating says (4.51): an immutable
-sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables, and the tag
-``generation`` around an answer. transformers' own function would load torch first, which takes
-seconds that a plan does not have; a test compares the two.
+sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables.
 """
 
 import json
@@ -23,18 +21,9 @@ class ChatTokenizer:
         self.directory = Path(directory)
         config = self._json("tokenizer_config.json")
         template = self.directory / "chat_template.jinja"
-        self.chat_template = config.get("chat_template")
-        if template.is_file():
-            self.chat_template = template.read_text(encoding="utf-8")
-        elif isinstance(self.chat_template, list):
-            named = [each for each in self.chat_template if isinstance(each, dict)]
-            by_name = {each.get("name"): each.get("template") for each in named}
-            self.chat_template = by_name.get("default")
-            if by_name and self.chat_template is None:
-                raise DataError(
-                    f"{paths.shown(self.directory)}/tokenizer_config.json: chat_template has "
-                    f"{', '.join(map(str, by_name))} and none that is called default. Name one so."
-                )
+        self.chat_template = (
+            template.read_text() if template.is_file() else config.get("chat_template")
+        )
         if not isinstance(self.chat_template, str):
             raise DataError(
                 f"{paths.shown(directory)}: the tokenizer has no chat template. Use the instruct "
@@ -105,26 +94,16 @@ def read_tokenizer(file: Path):
 
 def _environment():
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
+    from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(message):  # what templates call to refuse a conversation
         raise jinja2.TemplateError(message)
 
-    class Generation(Extension):
-        """``{% generation %}`` marks an answer for whoever masks the rest; the text is the same."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
     def to_json(value, **options) -> str:
         return json.dumps(value, ensure_ascii=False, **options)
 
-    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, loopcontrols]}
+    how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [loopcontrols]}
     environment = ImmutableSandboxedEnvironment(**how)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception

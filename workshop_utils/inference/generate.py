@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils.checkpoints import sources
-from workshop_utils.checkpoints.formats import config_json
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.sources.catalogue import chosen_model
 from workshop_utils.checkpoints.verify.verify import require_sound
@@ -86,8 +85,12 @@ def load(
         # transformers fails at a broken one without naming it.
         read_tokenizer(hf_model / "tokenizer.json")
     import torch
+    from transformers import AutoTokenizer
 
-    tokenizer = config_json.load_tokenizer(hf_model, padding_side="left")
+    # Without trust_remote_code said, transformers asks the user when the model brings code along.
+    tokenizer = AutoTokenizer.from_pretrained(
+        hf_model, padding_side="left", trust_remote_code=False
+    )
     if not tokenizer.chat_template:
         raise NotACheckpoint(
             f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct "
@@ -103,11 +106,9 @@ def load(
 def _read(hf_model: Path, peft: Path | None, dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # Without trust_remote_code said, transformers asks the user when the model brings code along.
-    with config_json.readable(hf_model) as readable:
-        model = AutoModelForCausalLM.from_pretrained(
-            readable, torch_dtype=dtype, trust_remote_code=False
-        )
+    model = AutoModelForCausalLM.from_pretrained(
+        hf_model, torch_dtype=dtype, trust_remote_code=False
+    )
     if peft is not None:
         from peft import PeftModel
 

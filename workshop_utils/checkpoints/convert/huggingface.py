@@ -9,10 +9,11 @@ right, refuses what cannot be put right, and uses a directory of its own.
 
 import dataclasses
 import importlib
+import json
 from functools import reduce
 from pathlib import Path
 
-from workshop_utils.checkpoints.formats import config_json, nemo2
+from workshop_utils.checkpoints.formats import nemo2
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES, Family
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -42,7 +43,7 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     hf_model, target = Path(hf_model).resolve(), Path(target)
     family = check(hf_model)
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
-    config = config_json.read(hf_model)
+    config = read_json(hf_model / "config.json")
     nemo_cpu.apply()
     module, name = family.importer
     importer = getattr(importlib.import_module(module), name)
@@ -52,13 +53,12 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
         value = reduce(section, above, config).get(last)
         if value is not None:
             ignored[field] = value
+    settings = dataclasses.replace(importer(str(hf_model)).config, **ignored)
     with (
-        config_json.readable(hf_model) as readable,
         paths.temporary_directory("workshop-tokenizer-") as folder,
         paths.new_directory(target) as part,
     ):
-        settings = dataclasses.replace(importer(str(readable)).config, **ignored)
-        _careful(importer, settings, folder / "nemo_tokenizer")(str(readable)).apply(part)
+        _careful(importer, settings, folder / "nemo_tokenizer")(str(hf_model)).apply(part)
     return target
 
 
@@ -69,9 +69,11 @@ def _careful(importer: type, settings: object, folder: Path) -> type:
         config = settings
 
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
+            from transformers import AutoTokenizer
+
             # NeMo takes this folder's name over into the checkpoint; its own default is
             # /tmp/nemo_tokenizer, shared by every run.
-            config_json.load_tokenizer(Path(tokenizer_name_or_path)).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(tokenizer_name_or_path).save_pretrained(folder)
             return str(folder)
 
         @property
@@ -112,7 +114,7 @@ def check(hf_model: Path) -> Family:
         raise NotACheckpoint(
             f"{shown(hf_model)} has no config.json: give the directory of a Hugging Face model."
         )
-    config = config_json.read(hf_model)
+    config = read_json(file)
     family = FAMILIES.get(config.get("model_type"))
     if family is None:
         raise NotACheckpoint(
@@ -126,11 +128,23 @@ def check(hf_model: Path) -> Family:
                 "importer would run. Nothing was executed. Take auto_map out: the families "
                 "converted here need no code."
             )
-    config_json.require_importable(config, family, file)
+    scaling, something_else = section(config, "rope_scaling"), "would compute something else."
+    for name, value in ({"hidden_act": family.activation} | dict(family.fixed)).items():
+        if config.get(name) not in (None, value):
+            raise UnsupportedCheckpoint(
+                f"{shown(file)}: {name} is {json.dumps(config[name])}. NeMo's {family.importer[1]} "
+                f"takes {json.dumps(value)} for granted: the converted model {something_else}"
+            )
     if family.name == "mistral" and config.get("sliding_window") and no_transformer_engine():
         raise UnsupportedCheckpoint(
             f"{shown(file)}: sliding_window is {config['sliding_window']}. NeMo builds attention "
             "with a window only with Transformer Engine, on a GPU: convert this model there. Later "
             "versions of Mistral have no window (null)."
+        )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UnsupportedCheckpoint(
+            f"{shown(file)}: rope_scaling.rope_type is {kind!r}; NeMo's importer knows only "
+            f"'llama3' and would ignore it: the converted model {something_else}"
         )
     return family

@@ -16,7 +16,6 @@ from typing import Any
 
 from workshop_utils.checkpoints.formats import architecture as shape
 from workshop_utils.checkpoints.formats import (
-    config_json,
     lora_layout,
     safe_text,
     saved_tensors,
@@ -51,21 +50,15 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
     """A tensor that does not fit its file, or its index, goes to ``report``."""
-    config = config_json.read(path)
+    config = read_json(path / "config.json")
     files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
     _check_index(path, files, tensors, report)
-    notes, method = [], shape.section(config, "quantization_config").get("quant_method")
-    if unknown := config_json.unknown_fields(config):
-        more = ", ..." if len(unknown) > 5 else ""
-        notes.append(
-            "config.json has fields that transformers does not look at in these families, nor does "
-            f"anything here: {', '.join(unknown[:5])}{more}"
-        )
+    notes = []
     if code := ", ".join(sorted(file.name for file in path.glob("*.py"))[:5]):
         notes.append(f"brings code along, which trust_remote_code=True would run: {code}")
-    if method:
-        notes.append(f"quantised: {method}")
+    if quantised := shape.section(config, "quantization_config"):
+        notes.append(f"quantised: {quantised.get('quant_method')}")
     return _checkpoint(
         path,
         Kind.HUGGINGFACE,
@@ -75,7 +68,6 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         architecture=architecture(config, {tensor.name for tensor in tensors}),
         adapter=None,
         notes=tuple(notes),
-        variant=str(method) if method else None,
         version=_version("transformers", config),
     )
 
