@@ -13,8 +13,15 @@ from pathlib import Path
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DataError
 
-
-_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class ChatTokenizer:
@@ -100,7 +107,7 @@ def read_json(directory: Path, name: str) -> dict:
     """The object in the file ``name`` of a tokenizer; DataError where there is none."""
     file = directory / name
     try:
-        value = json.loads(file.read_bytes().decode())
+        value = json.loads(file.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise DataError(
             f"{paths.shown(directory)} has no {name}: give the directory of a Hugging Face "
@@ -123,8 +130,7 @@ def templates(directory: Path, config: Mapping) -> str | dict[str, str] | None:
     (``tokenizer_config.json``), and ``additional_chat_templates/``."""
     stated, where = config.get("chat_template"), paths.shown(directory / "tokenizer_config.json")
     if isinstance(stated, list):
-        sound = all(isinstance(entry, dict) and {"name", "template"} <= {*entry} for entry in stated)
-        if not sound:
+        if not all(isinstance(each, dict) and {"name", "template"} <= {*each} for each in stated):
             raise DataError(
                 f"{where}: chat_template is a list, and not of a name and a template each."
             )
@@ -156,7 +162,7 @@ def default_template(found: str | dict[str, str] | None, where: str) -> str:
             "'default'. Name the one to use so in tokenizer_config.json."
         )
     text = found["default"] if isinstance(found, dict) else found
-    if not text:
+    if not text or not isinstance(text, str):
         raise DataError(
             f"{where}: the tokenizer has no chat template. Use the instruct version of the model."
         )

@@ -299,7 +299,14 @@ FAMILIES = {
         Family("mistral", _MISTRAL, ("window_size",), _NO_ROPE | _UNTIED, _LENGTH | _ROWS),
         Family("mixtral", _MIXTRAL, ("num_moe_experts",), _MIXTRAL_FIXED, _ROWS),
         # And Qwen 2.5, which differs in nothing that a configuration says.
-        Family("qwen2", _QWEN, ("add_qkv_bias",), _NO_ROPE | _NO_WINDOW, aliases=("qwen",)),
+        Family(
+            "qwen2",
+            _QWEN,
+            ("add_qkv_bias",),
+            _NO_ROPE | _NO_WINDOW,
+            {"kv_channels": "head_dim"},
+            aliases=("qwen",),
+        ),
         Family(
             "qwen3",
             _QWEN_3_CLASSES,

@@ -1,6 +1,7 @@
 """Kind and size of the vocabulary of a tokenizer's directory, where they can be told in a few
 milliseconds."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -28,6 +29,17 @@ def describe(path: Path) -> str | None:
             kind = f"{kind} cannot be read"
     count = vocabulary(path)
     return f"{kind}, {count:,} tokens" if count else kind
+
+
+def faults(path: Path) -> Iterator[CheckpointError]:
+    """What is wrong with the JSON files of the tokenizer in ``path``, as far as is cheap to
+    tell."""
+    for file in (path / name for name in NAMES[:2]):
+        try:
+            if file.is_dir() or (file.is_file() and file.stat().st_size <= MAX_BYTES):
+                read_json(file)
+        except CheckpointError as fault:
+            yield fault
 
 
 def vocabulary(path: Path) -> int | None:
