@@ -15,7 +15,7 @@ from pathlib import Path
 
 from workshop_utils.checkpoints.formats import huggingface, huggingface_config, nemo2
 from workshop_utils.checkpoints.formats.architecture import section
-from workshop_utils.checkpoints.formats.findings import Severity
+from workshop_utils.checkpoints.formats.findings import Severity, pass_over
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES, Family
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Kind
@@ -44,7 +44,10 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     hf_model, target = Path(hf_model).resolve(), Path(target)
     family = check(hf_model)
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
-    dtype = (huggingface.describe(hf_model).dtype or "float32").partition(",")[0]
+    dtype = huggingface.describe(hf_model, pass_over(trust)).dtype or "float32"
+    check(hf_model, dtype)
+    for finding in huggingface_config.findings(hf_model):
+        print(f"not known: {finding}", file=sys.stderr)
     config = huggingface_config.spelled(read_json(hf_model / "config.json"), shown(hf_model))
     nemo_cpu.apply()
     module, name = family.importer
@@ -55,7 +58,10 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
         value = reduce(section, above, config).get(last)
         if value is not None:
             ignored[field] = value
-    more = {"config.json": config | {"torch_dtype": config.get("torch_dtype") or dtype}}
+    more = {
+        "config.json": config
+        | {"torch_dtype": config.get("torch_dtype") or dtype.partition(",")[0]}
+    }
     if not (hf_model / "generation_config.json").is_file():  # which some importers demand
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         more["generation_config.json"] = {name: config.get(name) for name in tokens}
@@ -115,8 +121,9 @@ def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> P
     return target
 
 
-def check(hf_model: Path) -> Family:
-    """Reads ``config.json`` only; errors as :func:`import_checkpoint`."""
+def check(hf_model: Path, dtype: str | None = None) -> Family:
+    """Reads ``config.json`` only; ``dtype`` is that of the weights, where it is known. Errors as
+    :func:`import_checkpoint`."""
     file = hf_model / "config.json"
     if not file.is_file():
         raise NotACheckpoint(
@@ -136,7 +143,7 @@ def check(hf_model: Path) -> Family:
                 "importer would run. Nothing was executed. Take auto_map out: the families "
                 "converted here need no code."
             )
-    found = huggingface_config.findings(hf_model)
+    found = huggingface_config.findings(hf_model, dtype)
     if refused := [item for item in found if item.severity is Severity.REFUSED]:
         raise refused[0].error()
     window = huggingface_config.with_defaults(config).get("sliding_window")
@@ -146,9 +153,4 @@ def check(hf_model: Path) -> Family:
             "with Transformer Engine, on a GPU: convert this model there. Later versions of "
             "Mistral have no window (null)."
         )
-    found = huggingface_config.findings(hf_model, huggingface.describe(hf_model).dtype)
-    if refused := [item for item in found if item.severity is Severity.REFUSED]:
-        raise refused[0].error()
-    for finding in found:
-        print(f"not known: {finding}", file=sys.stderr)
     return family

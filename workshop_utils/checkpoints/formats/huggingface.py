@@ -61,6 +61,8 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         config = huggingface_config.spelled(config, shown(path / "config.json"))
     except UnsupportedCheckpoint as error:
         notes.append(str(error))
+    except DamagedCheckpoint as fault:
+        report(fault)
     files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
     _check_index(path, files, tensors, report)

@@ -111,6 +111,10 @@ _DTYPE_NAMES = {"float": "float32", "half": "float16", "double": "float64"}
 _SAME = {"silu": ("silu", "swish")}
 
 
+def _said(value: Any) -> str:
+    return terminal.plain(json.dumps(value), 80)
+
+
 def spelled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The ``config.json`` ``where`` as transformers 4 writes it. Raises :class:`DamagedCheckpoint`
     for a field of another type or said twice, :class:`UnsupportedCheckpoint` for RoPE that differs
@@ -121,7 +125,7 @@ def spelled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
         if name not in (*DTYPES, *_DTYPE_NAMES) and not str(name).startswith("float8_"):
             raise DamagedCheckpoint(
-                f"{where}: dtype (torch_dtype) is {json.dumps(dtype)}, and no name of one."
+                f"{where}: dtype (torch_dtype) is {_said(dtype)}, and no name of one."
             )
         config["torch_dtype"] = _DTYPE_NAMES.get(name, name)
     elif dtype:
@@ -134,7 +138,7 @@ def spelled(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             kind = "true or false" if isinstance(default, bool) else "number of that kind"
             kind = {str: "name", dict: "mapping"}.get(type(_LIKE.get(name, default)), kind)
             raise DamagedCheckpoint(
-                f"{where}: {name} is {json.dumps(value)}, which is no {kind}. Get the file again."
+                f"{where}: {name} is {_said(value)}, which is no {kind}. Get the file again."
             )
     return config
 
@@ -159,7 +163,7 @@ def _one_rope(config: dict[str, Any], where: str) -> None:
     ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor``."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(config.get(name), Mapping | None):
-            held = json.dumps(config[name])
+            held = _said(config[name])
             raise DamagedCheckpoint(f"{where}: {name} is {held}, which is no mapping.")
     stated = config.pop("rope_parameters", None)
     name = "rope_parameters" if stated else "rope_scaling"
@@ -182,18 +186,18 @@ def _one_rope(config: dict[str, Any], where: str) -> None:
     if kind is None and stated:
         kind = "default"
     if not isinstance(kind, str):
-        raise DamagedCheckpoint(f"{where}: {name}.rope_type is {json.dumps(kind)}, and no name.")
+        raise DamagedCheckpoint(f"{where}: {name}.rope_type is {_said(kind)}, and no name.")
     for field in ("rope_theta", "partial_rotary_factor"):
         value = rope.pop(field, None)
         if value is None:
             continue
         if config.get(field) not in (None, value):
             raise DamagedCheckpoint(
-                f"{where}: {field} is {json.dumps(config[field])}, and in {name} "
-                f"{json.dumps(value)}. Only one can be right: take the other out."
+                f"{where}: {field} is {_said(config[field])}, and in {name} "
+                f"{_said(value)}. Only one can be right: take the other out."
             )
         if type(value) not in (int, float):
-            raise DamagedCheckpoint(f"{where}: {name}.{field} is {json.dumps(value)}, no number.")
+            raise DamagedCheckpoint(f"{where}: {name}.{field} is {_said(value)}, no number.")
         config[field] = value
     rope.pop("type", None)
     scaling = None if kind == "default" else {"rope_type": kind} | rope
@@ -229,8 +233,8 @@ def for_nemo(
 
     def refuse(name: str, value: Any, expected: Any) -> None:
         message = (
-            f"{where}: {name} is {json.dumps(value)}. NeMo's {family.importer[1]} takes "
-            f"{json.dumps(expected)} for granted: the converted model would compute something else."
+            f"{where}: {name} is {_said(value)}. NeMo's {family.importer[1]} takes "
+            f"{_said(expected)} for granted: the converted model would compute something else."
         )
         source = family.importer[0].replace(".", "/") + ".py"
         found.append(
@@ -254,7 +258,7 @@ def for_nemo(
     for name, value in config.items():
         if name not in known and value not in (None, False, "", [], {}):
             message = (
-                f"{where}: {name} is {terminal.plain(json.dumps(value), 80)}. It is no field of "
+                f"{where}: {name} is {_said(value)}. It is no field of "
                 f"transformers' {family.title}Config, and nothing here reads it; whether a program "
                 "computes something else by it is not known."
             )
@@ -315,14 +319,12 @@ def replaced(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_rotated(config: Mapping[str, Any], where: str) -> None:
-    part, defaults = (
-        config.get("partial_rotary_factor"),
-        DEFAULTS.get(str(config.get("model_type"))),
-    )
+    kind, part = str(config.get("model_type")), config.get("partial_rotary_factor")
+    defaults = DEFAULTS.get(kind)
     if defaults and "partial_rotary_factor" not in defaults and part not in (None, 1):
         raise UnsupportedCheckpoint(
-            f"{where}: partial_rotary_factor is {json.dumps(part)}, and the installed transformers "
-            f"(4.51) rotates the whole head of a {config['model_type']}. Use transformers 5."
+            f"{where}: partial_rotary_factor is {_said(part)}, and the installed transformers "
+            f"(4.51) rotates the whole head of a {kind}. Use transformers 5."
         )
 
 
@@ -411,7 +413,7 @@ def _no_tokenizer(directory: Path, error: Exception) -> str:
         fix = 'tokenizer_class "PreTrainedTokenizerFast" reads a tokenizer.json that is whole'
     return (
         f"{shown(stated)}: the installed transformers cannot make the tokenizer (tokenizer_class "
-        f"{json.dumps(kind)}): {said} Remedy: {fix}."
+        f"{_said(kind)}): {said} Remedy: {fix}."
     )
 
 

@@ -12,6 +12,8 @@ MAX_BYTES = 8 * 1024**2
 
 NAMES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
+_MORE = ("generation_config.json", "special_tokens_map.json")
+
 
 def is_one(path: Path) -> bool:
     return any((path / name).is_file() for name in NAMES)
@@ -32,9 +34,9 @@ def describe(path: Path) -> str | None:
 
 
 def faults(path: Path) -> Iterator[CheckpointError]:
-    """What is wrong with the JSON files of the tokenizer in ``path``, as far as is cheap to
+    """What is wrong with the JSON files beside the weights in ``path``, as far as is cheap to
     tell."""
-    for file in (path / name for name in NAMES[:2]):
+    for file in (path / name for name in (*NAMES[:2], *_MORE)):
         try:
             if file.is_dir() or (file.is_file() and file.stat().st_size <= MAX_BYTES):
                 read_json(file)
