@@ -105,6 +105,7 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     :class:`DamagedCheckpoint`, each naming the key.
     """
     _check_kind(config, where)
+    gpt_config.check_foreign(config, f"{where}: ")
     scaling = {}
     if config.get("scale_positional_embedding"):
         # The four keys have these very defaults in NeMo 1, too.

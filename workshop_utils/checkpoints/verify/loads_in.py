@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from workshop_utils.checkpoints.formats import huggingface_config
+from workshop_utils.checkpoints.formats.findings import Severity
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.core import paths
@@ -184,17 +186,12 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
         VLLM: ("yes", f"vllm serve {path}"),
         BRIDGE: ("yes", f'AutoBridge.from_hf_pretrained("{text}")'),
     }
-    dtype = (checkpoint.dtype or "").partition(",")[0]
-    why = None
+    found = huggingface_config.findings(checkpoint.path, checkpoint.dtype)
+    why = next((item.message for item in found if item.severity is Severity.REFUSED), None)
     if not _is_convertible(checkpoint):
         why = (
             f"workshop import knows the families {_KNOWN}; NeMo's own llm.import_ckpt has a few "
             "more"
-        )
-    elif dtype not in ("float64", "float32", "float16", "bfloat16"):
-        why = (
-            f"its weights are quantised ({dtype}), which NeMo's importer does not take; give the "
-            "model that it was made from"
         )
     if why:
         return answers | dict.fromkeys((SCRIPT, NEMO2), ("no", why))
