@@ -10,15 +10,17 @@ import pytest
 
 from workshop_utils.checkpoints.convert import convert, tokenizers
 from workshop_utils.checkpoints.convert.huggingface import check
-from workshop_utils.checkpoints.formats import huggingface_config
+from workshop_utils.checkpoints.formats import gpt_config, huggingface_config
 from workshop_utils.checkpoints.formats.findings import Severity
 from workshop_utils.checkpoints.formats.huggingface_config import DEFAULTS, readable, spelled
 from workshop_utils.checkpoints.formats.identify import identify
+from workshop_utils.checkpoints.formats.safe_text import read_yaml
 from workshop_utils.checkpoints.verify.loads_in import NEMO2, loads_in
 from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.cli import main
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedCheckpoint
 from workshop_utils.inference.generate import load, prompt_ids
+from workshop_utils.runtime.processes import run_quietly
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -268,3 +270,20 @@ def test_a_tokenizer_is_copied_in_the_spelling_that_is_read(model, root):
     copied = AutoTokenizer.from_pretrained(root / "copy")
     assert copied.chat_template == {"default": "x", "rag": "y"}
     assert huggingface_config.load_tokenizer(path).chat_template == copied.chat_template
+
+
+@pytest.mark.slow
+def test_the_importer_gets_what_is_meant(model, root):
+    path = model(
+        NO_ROPE
+        | {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "torch_dtype": "absent"}
+        | {"dtype": "float32"},
+        {"tokenizer_class": "TokenizersBackend"},
+        {"generation_config.json": None},
+    )
+    run_quietly("import", str(path), "--out", str(root / "out"))
+    model_yaml = root / "out" / "context" / "model.yaml"
+    fields = gpt_config.read_fields(read_yaml(model_yaml), "model.yaml")
+    expected = {"rotary_base": 500.0, "scale_factor": 8.0, "old_context_len": 64}
+    assert {name: fields[name] for name in expected} == expected
+    assert verify(root / "out").sound

@@ -127,7 +127,7 @@ BY_NAME = [{"name": "rag", "template": "x"}, {"name": "default", "template": SAY
     "template",
     [
         BY_NAME,
-        "{% for turn in messages %}{% generation %}{{ turn.content }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
         "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
         "{{ strftime_now('%Y') }}{% for x in [1, 2] %}{% break %}{% endfor %}",
         "{{ bos_token }}{{ messages[0].content | trim }}{{ eos_token }}{{ add_eos_token }}",

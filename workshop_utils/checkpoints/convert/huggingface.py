@@ -130,7 +130,7 @@ def check(hf_model: Path, dtype: str | None = None) -> Family:
             f"{shown(hf_model)} has no config.json: give the directory of a Hugging Face model."
         )
     config = read_json(file)
-    family = FAMILIES.get(config.get("model_type"))
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise NotACheckpoint(
             f"{shown(file)}: model_type is {config.get('model_type')!r}; the families that can be "

@@ -254,7 +254,7 @@ def for_nemo(
     layers = config.get("layer_types")
     if layers and (not isinstance(layers, list) or set(map(str, layers)) != {"full_attention"}):
         refuse("layer_types", layers[:8] if isinstance(layers, list) else layers, "full_attention")
-    known = {*DEFAULTS[kind], *CHANGES_NOTHING, *fixed, "rope_scaling"}
+    known = {*DEFAULTS.get(kind, config), *CHANGES_NOTHING, *fixed, "rope_scaling"}
     for name, value in config.items():
         if name not in known and value not in (None, False, "", [], {}):
             message = (
@@ -297,7 +297,7 @@ def quantised(config: Mapping[str, Any]) -> str | None:
     return f"{method}{f' with {bits} bits' if bits else ''}"
 
 
-_READ_AS_FAST = ("TokenizersBackend", "PreTrainedTokenizer", "PythonBackend")
+_READ_AS_FAST = ("TokenizersBackend", "PythonBackend", "SentencePieceBackend")
 
 
 def replaced(directory: Path) -> dict[str, dict[str, Any]]:
@@ -310,12 +310,17 @@ def replaced(directory: Path) -> dict[str, dict[str, Any]]:
         _check_rotated(files[CONFIG], shown(directory / CONFIG))
         if files[CONFIG] == config and _is_plain(directory / CONFIG):
             del files[CONFIG]
-    if (directory / TOKENIZER).is_file():
-        config = read_json(directory / TOKENIZER)
-        tokenizer = _tokenizer(config, directory)
-        if tokenizer != config or not _is_plain(directory / TOKENIZER):
-            files[TOKENIZER] = tokenizer
-    return files
+    return files | replaced_tokenizer(directory)
+
+
+def replaced_tokenizer(directory: Path) -> dict[str, dict[str, Any]]:
+    """Of :func:`replaced` the file of the tokenizer."""
+    if not (directory / TOKENIZER).is_file():
+        return {}
+    config = read_json(directory / TOKENIZER)
+    tokenizer = _tokenizer(config, directory)
+    same = tokenizer == config and _is_plain(directory / TOKENIZER)
+    return {} if same else {TOKENIZER: tokenizer}
 
 
 def _check_rotated(config: Mapping[str, Any], where: str) -> None:

@@ -116,7 +116,7 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
         ("activation", activation, ACTIVATIONS),
         ("normalization", norm, _NORMS),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise UnsupportedCheckpoint(
                 f"{where}: {name} is {value!r}; known are {', '.join(known)}."
             )
