@@ -185,6 +185,9 @@ UNSUPPORTED = [
     ("config", "_target_", f"{GPT}.qwen2.Qwen2Config", "is .*Qwen2Config"),
     ("config", "num_moe_experts", 8, "is 8"),
     ("config", "qk_layernorm", True, "is True"),
+    ("config", "moe_expert_capacity_factor", 1.0, "is 1.0"),
+    ("config", "softmax_type", "off-by-one", "is 'off-by-one'"),
+    ("config", "quant_recipe", {"a": 1}, "is {'a': 1}"),
     ("config", "activation_func", {"_target_": "torch.tanh"}, "is 'tanh'"),
 ]
 UNSAFE = [

@@ -17,7 +17,7 @@ CODE = {"auto_map": {"AutoConfig": "evil.Config"}}
     [
         (None, {}, NotACheckpoint, "has no config.json"),
         ("gpt2", {}, NotACheckpoint, "model_type is 'gpt2'"),
-        ("llama", {"rope_scaling": YARN}, UnsupportedCheckpoint, "rope_type is 'yarn'"),
+        ("llama", {"rope_scaling": YARN}, UnsupportedCheckpoint, 'rope_type is "yarn"'),
         ("llama", {"attention_bias": True}, UnsupportedCheckpoint, "attention_bias is true"),
         ("qwen2", {"hidden_act": "gelu"}, UnsupportedCheckpoint, 'hidden_act is "gelu"'),
         ("qwen3", {"rope_scaling": LLAMA3}, UnsupportedCheckpoint, "rope_scaling"),

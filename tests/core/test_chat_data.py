@@ -2,6 +2,7 @@
 token."""
 
 import json
+import shutil
 
 import pytest
 from tiny_model import make_tiny_model, write_rows
@@ -115,4 +116,83 @@ def test_a_broken_tokenizer_is_named(tmp_path, file, content, said):
     directory = make_tiny_model(tmp_path / "hf")
     (directory / file).write_text(content)
     with pytest.raises(DataError, match=said):
+        ChatTokenizer(directory)
+
+
+SAY = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+BY_NAME = [{"name": "rag", "template": "x"}, {"name": "default", "template": SAY}]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        BY_NAME,
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
+        "{{ strftime_now('%Y') }}{% for x in [1, 2] %}{% break %}{% endfor %}",
+        "{{ bos_token }}{{ messages[0].content | trim }}{{ eos_token }}{{ add_eos_token }}",
+    ],
+)
+def test_a_template_is_rendered_as_by_transformers(tokenizer_dir, tmp_path, template):
+    from transformers import AutoTokenizer
+
+    directory = shutil.copytree(tokenizer_dir, tmp_path / "hf")
+    file = directory / "tokenizer_config.json"
+    stated = json.loads(file.read_text()) | {"chat_template": template, "add_eos_token": True}
+    del stated["bos_token"]
+    file.write_text(json.dumps(stated))
+    theirs = AutoTokenizer.from_pretrained(directory)
+    turns = [{"role": "user", "content": "<é> & 'x'"}]
+    expected = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert ChatTokenizer(directory).render(turns) == expected
+
+
+def test_the_environment_is_that_of_transformers():
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    from workshop_utils.core.chat_template import _environment
+
+    ours, theirs = _environment(), _compile_jinja_template("x").environment
+    for part in ("globals", "filters", "tests"):
+        assert set(getattr(ours, part)) == set(getattr(theirs, part))
+    tags = [
+        {tag for each in env.extensions.values() for tag in each.tags} for env in (ours, theirs)
+    ]
+    assert tags[0] == tags[1]
+    assert (ours.trim_blocks, ours.lstrip_blocks) == (theirs.trim_blocks, theirs.lstrip_blocks)
+
+
+def test_templates_in_files_of_their_own(tokenizer_dir, tmp_path):
+    directory = shutil.copytree(tokenizer_dir, tmp_path / "hf")
+    (directory / "chat_template.jinja").write_text(SAY)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "rag.jinja").write_text("x")
+    assert ChatTokenizer(directory).render([{"role": "user", "content": "hi"}]) == "hi"
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        ([{"name": "rag", "template": "x"}], "called rag, and none 'default'"),
+        ([{"name": "rag"}], "is a list, and not of a name"),
+        (["x"], "is a list, and not of a name"),
+        (7, "is no text"),
+        ("{{ messages + 1 }}", "refuses the conversation"),
+        ("{{ raise_exception('no') }}", "refuses the conversation: no"),
+        ("{{ messages[9].content.x }}", "refuses the conversation"),
+    ],
+)
+def test_a_template_that_fails_is_a_sentence(tokenizer_dir, tmp_path, template, said):
+    directory = shutil.copytree(tokenizer_dir, tmp_path / "hf")
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    with pytest.raises(DataError, match=said):
+        ChatTokenizer(directory).render([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", '{"a": 1}'.encode("utf-16")])
+def test_a_tokenizer_file_that_is_no_object(tmp_path, content):
+    directory = make_tiny_model(tmp_path / "hf")
+    (directory / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json"):
         ChatTokenizer(directory)

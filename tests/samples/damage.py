@@ -34,7 +34,8 @@ def rewrite(path: Path, change) -> None:
     """Apply ``change`` to the content of a JSON, YAML or safetensors file, or of one that torch
     saved."""
     if path.suffix in (".json", ".yaml"):
-        content = yaml.safe_load(path.read_text())
+        load = json.loads if path.suffix == ".json" else yaml.safe_load
+        content = load(path.read_text())
         change(content)
         path.write_text(json.dumps(content) if path.suffix == ".json" else yaml.safe_dump(content))
     elif path.suffix == ".safetensors":

@@ -32,11 +32,17 @@ from workshop_utils.adapters.adapter import LoraAdapter, as_tensor
 from workshop_utils.adapters.check import ROUNDING, SUM, cut
 from workshop_utils.adapters.read import find_adapter, read_adapter
 from workshop_utils.adapters.read_peft import base_architecture
-from workshop_utils.checkpoints.formats import config_json, huggingface, nemo_archive, values
+from workshop_utils.checkpoints.formats import (
+    huggingface,
+    huggingface_config,
+    nemo_archive,
+    values,
+)
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_CONFIG
 from workshop_utils.checkpoints.formats.rank_files import rank_files
+from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
@@ -256,9 +262,9 @@ def load(model: Path, adapter: Path | None = None) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with config_json.readable(model) as readable:
+    with huggingface_config.readable(model) as place, huggingface_config.loading(model):
         loaded = AutoModelForCausalLM.from_pretrained(
-            readable, torch_dtype=torch.float32, trust_remote_code=False
+            place, torch_dtype=torch.float32, trust_remote_code=False
         )
     if adapter:
         from peft import PeftModel
@@ -458,11 +464,11 @@ def _parameter(model: Any, layer: int, module: str) -> Any:
 
 def _tokens(base: Path, prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt; without a tokenizer beside the model, fixed random ones."""
-    if (base / config_json.TOKENIZER).is_file():
-        tokenizer = config_json.load_tokenizer(base)
+    if (base / "tokenizer_config.json").is_file():
+        tokenizer = huggingface_config.load_tokenizer(base)
         return [tokenizer(prompt)["input_ids"] for prompt in prompts]
     import torch
 
-    vocabulary = config_json.read(base)["vocab_size"]
+    vocabulary = huggingface_config.with_defaults(read_json(base / "config.json"))["vocab_size"]
     seed = torch.Generator().manual_seed(0)
     return torch.randint(vocabulary, (len(prompts), 16), generator=seed).tolist()

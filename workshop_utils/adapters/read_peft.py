@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from workshop_utils.adapters import read_nemo2
 from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.modules import of_one_rank, synthetic_config
-from workshop_utils.checkpoints.formats import gpt_config, huggingface, values
+from workshop_utils.checkpoints.formats import gpt_config, huggingface, huggingface_config, values
 from workshop_utils.checkpoints.formats.architecture import Architecture, size
 from workshop_utils.checkpoints.formats.lora_layout import (
     MODULES,
@@ -108,9 +108,9 @@ def base_architecture(base: Path) -> Architecture | None:
     None where there is none."""
     if (file := base / "context" / "model.yaml").is_file():
         return read_nemo2.base_architecture(gpt_config.read_fields(read_yaml(file), shown(file)))
-    if not (base / "config.json").is_file():
+    if not (file := base / "config.json").is_file():
         return None
-    sizes = huggingface.architecture(read_json(base / "config.json"))
+    sizes = huggingface.architecture(huggingface_config.spelled(read_json(file), shown(file)))
     if sizes is None:
         return None
     activation = "squared-relu" if sizes.family == "Nemotron" else "fast-swiglu"

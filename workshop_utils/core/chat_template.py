@@ -1,17 +1,27 @@
 """A model's tokenizer and chat template without transformers or torch, in milliseconds.
 
 Renders as https://huggingface.co/docs/transformers/chat_templating says (4.51): an immutable
-sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables, and the tag
-``generation`` around an answer. transformers' own function would load torch first, which takes
-seconds that a plan does not have; a test compares the two.
+sandbox with ``trim_blocks`` and ``lstrip_blocks``, the special tokens as variables.
 """
 
+import contextlib
 import json
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DataError
+
+_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 class ChatTokenizer:
@@ -21,66 +31,56 @@ class ChatTokenizer:
         import jinja2
 
         self.directory = Path(directory)
-        config = self._json("tokenizer_config.json")
-        template = self.directory / "chat_template.jinja"
-        self.chat_template = config.get("chat_template")
-        if template.is_file():
-            self.chat_template = template.read_text(encoding="utf-8")
-        elif isinstance(self.chat_template, list):
-            named = [each for each in self.chat_template if isinstance(each, dict)]
-            by_name = {each.get("name"): each.get("template") for each in named}
-            self.chat_template = by_name.get("default")
-            if by_name and self.chat_template is None:
-                raise DataError(
-                    f"{paths.shown(self.directory)}/tokenizer_config.json: chat_template has "
-                    f"{', '.join(map(str, by_name))} and none that is called default. Name one so."
-                )
-        if not isinstance(self.chat_template, str):
-            raise DataError(
-                f"{paths.shown(directory)}: the tokenizer has no chat template. Use the instruct "
-                "version of the model."
-            )
-        self._json("tokenizer.json")
+        where, config = paths.shown(directory), read_json(self.directory, "tokenizer_config.json")
+        self.chat_template = default_template(templates(self.directory, config), where)
+        read_json(self.directory, "tokenizer.json")
         self._tokenizer = read_tokenizer(self.directory / "tokenizer.json")
         try:
             self._template = _environment().from_string(self.chat_template)
+            used = jinja2.meta.find_undeclared_variables(
+                self._template.environment.parse(self.chat_template)
+            )
         except jinja2.TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template of {paths.shown(self.directory)} is broken at line "
-                f"{error.lineno}: {error.message}"
+                f"the chat template of {where} is broken at line {error.lineno}: {error.message}"
             ) from None
-        self.special_tokens = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token") and value is not None
-        }
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"the chat template of {where} is broken: {error}") from None
+        self.special_tokens = self._special_tokens(config, used)
 
-    def _json(self, name: str) -> dict:
-        file = self.directory / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise DataError(
-                f"{paths.shown(self.directory)} has no {name}: give the directory of a Hugging "
-                "Face tokenizer."
-            ) from None
-        except json.JSONDecodeError as error:
-            where = f"{error.msg} at line {error.lineno}"
-            raise DataError(f"{paths.shown(file)} is not JSON ({where}).") from None
+    def _special_tokens(self, config: dict, used: Collection[str]) -> dict[str, str]:
+        """As transformers gives them to the template: those of the files, where these name none
+        the class's own."""
+        beside = self.directory / "special_tokens_map.json"
+        if "added_tokens_decoder" not in config and beside.is_file():
+            config = read_json(self.directory, beside.name) | config
+        if any(name in used and name not in config for name in _TOKENS):
+            from transformers import AutoTokenizer
+
+            try:
+                return AutoTokenizer.from_pretrained(self.directory).special_tokens_map
+            except Exception:
+                pass  # A class that is unknown has no tokens of its own.
+        stated = {name: config.get(name) for name in _TOKENS}
+        words = {
+            name: token["content"] if isinstance(token, dict) and "content" in token else token
+            for name, token in stated.items()
+            if token is not None
+        }
+        for name, token in words.items():
+            if not isinstance(token, str):
+                raise DataError(
+                    f"{paths.shown(self.directory / 'tokenizer_config.json')}: {name} is "
+                    f"{json.dumps(token)}, and no text. Copy the file again."
+                )
+        return words
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The conversation as text; where asked, it ends where the next answer begins."""
-        import jinja2
-
-        try:
-            words = self.special_tokens | {"tools": None, "documents": None}
-            words |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        words = self.special_tokens | {"tools": None, "documents": None}
+        words |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        with refusing(self.directory):
             return self._template.render(words)
-        except jinja2.TemplateError as error:
-            raise DataError(
-                f"the chat template of {paths.shown(self.directory)} refuses the conversation: "
-                f"{error}"
-            ) from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``; special tokens written in it count as such, none is added."""
@@ -103,30 +103,117 @@ def read_tokenizer(file: Path):
         raise DataError(said) from None
 
 
+def read_json(directory: Path, name: str) -> dict:
+    """The object in the file ``name`` of a tokenizer; DataError where there is none."""
+    file = directory / name
+    try:
+        value = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{paths.shown(directory)} has no {name}: give the directory of a Hugging Face "
+            "tokenizer."
+        ) from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno}"
+        raise DataError(f"{paths.shown(file)} is not JSON ({where}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{paths.shown(file)} cannot be read: {why}.") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{paths.shown(file)} holds a {type(value).__name__}, and no JSON object.")
+    return value
+
+
+def templates(directory: Path, config: Mapping) -> str | dict[str, str] | None:
+    """The chat template of a tokenizer, or those that it has by name, wherever transformers 4 and 5
+    keep them: ``chat_template.jinja``, else ``chat_template`` of ``config``
+    (``tokenizer_config.json``), and ``additional_chat_templates/``."""
+    stated, where = config.get("chat_template"), paths.shown(directory / "tokenizer_config.json")
+    if isinstance(stated, list):
+        if not all(isinstance(each, dict) and {"name", "template"} <= {*each} for each in stated):
+            raise DataError(
+                f"{where}: chat_template is a list, and not of a name and a template each."
+            )
+        stated = {entry["name"]: entry["template"] for entry in stated}
+    texts = stated.values() if isinstance(stated, dict) else [stated] * (stated is not None)
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{where}: chat_template is no text. Copy the file again.")
+    files = [directory / "chat_template.jinja"]
+    files += sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    read = {}
+    for file in filter(Path.is_file, files):
+        try:
+            read[file.stem] = file.read_bytes().decode()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{paths.shown(file)} cannot be read: {error}.") from None
+    if "chat_template" in read:
+        stated = read.pop("chat_template")
+    if read:
+        known = stated if isinstance(stated, dict) else {"default": stated} if stated else {}
+        return known | read
+    return stated or None
+
+
+def default_template(found: str | dict[str, str] | None, where: str) -> str:
+    """The template that transformers takes; ``where`` names the tokenizer in a DataError."""
+    if isinstance(found, dict) and "default" not in found:
+        raise DataError(
+            f"{where}: its chat templates are called {', '.join(map(str, found))}, and none "
+            "'default'. Name the one to use so in tokenizer_config.json."
+        )
+    text = found["default"] if isinstance(found, dict) else found
+    if not text or not isinstance(text, str):
+        raise DataError(
+            f"{where}: the tokenizer has no chat template. Use the instruct version of the model."
+        )
+    return text
+
+
+@contextlib.contextmanager
+def refusing(directory: Path | str) -> Iterator[None]:
+    """DataError for whatever the chat template of ``directory`` fails with."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # whatever a template calls
+        raise DataError(
+            f"the chat template of {paths.shown(directory)} refuses the conversation: "
+            f"{error or type(error).__name__}"
+        ) from None
+
+
 def _environment():
+    """That of transformers (``_compile_jinja_template``), which a test compares: loading it takes
+    two seconds, as it loads torch."""
     import jinja2
+    import jinja2.meta
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    def raise_exception(message):  # what templates call to refuse a conversation
-        raise jinja2.TemplateError(message)
-
     class Generation(Extension):
-        """``{% generation %}`` marks an answer for whoever masks the rest; the text is the same."""
+        """``{% generation %}`` marks what the assistant said, and prints it."""
 
         tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
 
-    def to_json(value, **options) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
+        def _said(self, caller) -> str:
+            return caller()
+
+    def raise_exception(message):  # what templates call to refuse a conversation
+        raise jinja2.TemplateError(message)
+
+    def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        how = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
+        return json.dumps(x, sort_keys=sort_keys, **how)
 
     how = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [Generation, loopcontrols]}
     environment = ImmutableSandboxedEnvironment(**how)
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment

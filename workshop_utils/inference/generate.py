@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workshop_utils.checkpoints import sources
-from workshop_utils.checkpoints.formats import config_json
+from workshop_utils.checkpoints.formats import huggingface_config
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.sources.catalogue import chosen_model
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
 from workshop_utils.core.chat_data import prompt_turns
-from workshop_utils.core.chat_template import read_tokenizer
+from workshop_utils.core.chat_template import default_template, refusing
 from workshop_utils.core.errors import NotACheckpoint
 from workshop_utils.core.progress import progress_bar
 from workshop_utils.runtime.device import choose_device
@@ -82,17 +82,10 @@ def load(
     hf_model = sound_model(hf_model, trust)
     # What is wrong with the adapter is said before anything is loaded.
     peft = None if adapter is None else as_peft(adapter, trust)
-    if (hf_model / "tokenizer.json").is_file():
-        # transformers fails at a broken one without naming it.
-        read_tokenizer(hf_model / "tokenizer.json")
+    tokenizer = huggingface_config.load_tokenizer(hf_model, padding_side="left")
+    default_template(tokenizer.chat_template, paths.shown(hf_model))
     import torch
 
-    tokenizer = config_json.load_tokenizer(hf_model, padding_side="left")
-    if not tokenizer.chat_template:
-        raise NotACheckpoint(
-            f"{paths.shown(hf_model)}: the tokenizer has no chat template. Use the instruct "
-            "version of the model."
-        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if choose_device().kind == "gpu":
@@ -103,10 +96,9 @@ def load(
 def _read(hf_model: Path, peft: Path | None, dtype) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    # Without trust_remote_code said, transformers asks the user when the model brings code along.
-    with config_json.readable(hf_model) as readable:
+    with huggingface_config.readable(hf_model) as place, huggingface_config.loading(hf_model):
         model = AutoModelForCausalLM.from_pretrained(
-            readable, torch_dtype=dtype, trust_remote_code=False
+            place, torch_dtype=dtype, trust_remote_code=False
         )
     if peft is not None:
         from peft import PeftModel
@@ -175,7 +167,8 @@ def common_start(prompts: Sequence[Sequence[int]]) -> int:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
     """Token ids of the conversation up to where the answer begins."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    with refusing(tokenizer.name_or_path):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 
 

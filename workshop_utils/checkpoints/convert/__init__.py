@@ -136,10 +136,13 @@ def _from_huggingface(
     """By NeMo's importer, in a process of its own: Lightning refuses NeMo's strategy in a
     notebook's kernel."""
     from workshop_utils.checkpoints.convert.huggingface import check
+    from workshop_utils.checkpoints.formats import huggingface, huggingface_config
+    from workshop_utils.checkpoints.formats.findings import pass_over
     from workshop_utils.runtime.processes import run_quietly
 
-    check(source.resolve())
-    steps = ("Hugging Face: imported by NeMo to NeMo 2.0",)
+    check(source.resolve(), huggingface.describe(source, pass_over(trust)).dtype)
+    notes = (f"not known: {item}" for item in huggingface_config.findings(source))
+    steps = ("Hugging Face: imported by NeMo to NeMo 2.0", *notes)
     if dry_run:
         further = ("and from there to NeMo 1",) if to == "nemo1" else ()
         return Conversion(target, steps + further)

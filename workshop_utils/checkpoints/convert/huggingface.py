@@ -9,11 +9,13 @@ right, refuses what cannot be put right, and uses a directory of its own.
 
 import dataclasses
 import importlib
+import sys
 from functools import reduce
 from pathlib import Path
 
-from workshop_utils.checkpoints.formats import config_json, nemo2
+from workshop_utils.checkpoints.formats import huggingface, huggingface_config, nemo2
 from workshop_utils.checkpoints.formats.architecture import section
+from workshop_utils.checkpoints.formats.findings import Severity, pass_over
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES, Family
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Kind
@@ -42,7 +44,11 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
     hf_model, target = Path(hf_model).resolve(), Path(target)
     family = check(hf_model)
     require_sound(hf_model, trust, (Kind.HUGGINGFACE,))
-    config = config_json.read(hf_model)
+    dtype = huggingface.describe(hf_model, pass_over(trust)).dtype or "float32"
+    check(hf_model, dtype)
+    for finding in huggingface_config.findings(hf_model):
+        print(f"not known: {finding}", file=sys.stderr)
+    config = huggingface_config.spelled(read_json(hf_model / "config.json"), shown(hf_model))
     nemo_cpu.apply()
     module, name = family.importer
     importer = getattr(importlib.import_module(module), name)
@@ -52,18 +58,29 @@ def import_checkpoint(hf_model: Path, target: Path, trust: bool = False) -> Path
         value = reduce(section, above, config).get(last)
         if value is not None:
             ignored[field] = value
+    more = {
+        "config.json": config
+        | {"torch_dtype": config.get("torch_dtype") or dtype.partition(",")[0]}
+    }
+    if not (hf_model / "generation_config.json").is_file():  # which some importers demand
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        more["generation_config.json"] = {name: config.get(name) for name in tokens}
     with (
-        config_json.readable(hf_model) as readable,
         paths.temporary_directory("workshop-tokenizer-") as folder,
         paths.new_directory(target) as part,
+        huggingface_config.readable(hf_model, more) as place,
     ):
-        settings = dataclasses.replace(importer(str(readable)).config, **ignored)
-        _careful(importer, settings, folder / "nemo_tokenizer")(str(readable)).apply(part)
+        with huggingface_config.loading(hf_model):
+            tokenizer = huggingface_config.load_tokenizer(hf_model, place)
+            settings = dataclasses.replace(importer(str(place)).config, **ignored)
+        tokenizer.save_pretrained(folder / "nemo_tokenizer")
+        _careful(importer, settings, folder / "nemo_tokenizer")(str(place)).apply(part)
     return target
 
 
 def _careful(importer: type, settings: object, folder: Path) -> type:
-    """NeMo's ``importer`` with corrected ``settings``, which runs no code of the model's."""
+    """NeMo's ``importer`` with corrected ``settings`` and the tokenizer in ``folder``, which runs
+    no code of the model's."""
 
     class Importer(importer):
         config = settings
@@ -71,7 +88,6 @@ def _careful(importer: type, settings: object, folder: Path) -> type:
         def save_hf_tokenizer_assets(self, tokenizer_name_or_path, save_path=None):
             # NeMo takes this folder's name over into the checkpoint; its own default is
             # /tmp/nemo_tokenizer, shared by every run.
-            config_json.load_tokenizer(Path(tokenizer_name_or_path)).save_pretrained(folder)
             return str(folder)
 
         @property
@@ -105,15 +121,16 @@ def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> P
     return target
 
 
-def check(hf_model: Path) -> Family:
-    """Reads ``config.json`` only; errors as :func:`import_checkpoint`."""
+def check(hf_model: Path, dtype: str | None = None) -> Family:
+    """Reads ``config.json`` only; ``dtype`` is that of the weights, where it is known. Errors as
+    :func:`import_checkpoint`."""
     file = hf_model / "config.json"
     if not file.is_file():
         raise NotACheckpoint(
             f"{shown(hf_model)} has no config.json: give the directory of a Hugging Face model."
         )
-    config = config_json.read(hf_model)
-    family = FAMILIES.get(config.get("model_type"))
+    config = read_json(file)
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise NotACheckpoint(
             f"{shown(file)}: model_type is {config.get('model_type')!r}; the families that can be "
@@ -126,11 +143,14 @@ def check(hf_model: Path) -> Family:
                 "importer would run. Nothing was executed. Take auto_map out: the families "
                 "converted here need no code."
             )
-    config_json.require_importable(config, family, file)
-    if family.name == "mistral" and config.get("sliding_window") and no_transformer_engine():
+    found = huggingface_config.findings(hf_model, dtype)
+    if refused := [item for item in found if item.severity is Severity.REFUSED]:
+        raise refused[0].error()
+    window = huggingface_config.with_defaults(config).get("sliding_window")
+    if family.name == "mistral" and window and no_transformer_engine():
         raise UnsupportedCheckpoint(
-            f"{shown(file)}: sliding_window is {config['sliding_window']}. NeMo builds attention "
-            "with a window only with Transformer Engine, on a GPU: convert this model there. Later "
-            "versions of Mistral have no window (null)."
+            f"{shown(file)}: sliding_window is {window}. NeMo builds attention with a window only "
+            "with Transformer Engine, on a GPU: convert this model there. Later versions of "
+            "Mistral have no window (null)."
         )
     return family

@@ -4,6 +4,7 @@ Both formats know Hugging Face tokenizers (a directory of files) and SentencePie
 ``*.model``).
 """
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from workshop_utils.checkpoints.convert.source import Tokenizer
-from workshop_utils.checkpoints.formats import nemo_archive
+from workshop_utils.checkpoints.formats import huggingface_config, nemo_archive
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.nemo2 import Nemo2Checkpoint
 from workshop_utils.core.errors import (
@@ -180,6 +181,11 @@ def copy(tokenizer: Tokenizer, folder: Path) -> None:
         )
         with opened as source, (folder / name).open("wb") as target:
             shutil.copyfileobj(source, target)
+    if tokenizer.kind == "huggingface" and tokenizer.path:
+        for name, content in huggingface_config.replaced_tokenizer(tokenizer.path).items():
+            (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+            if isinstance(content.get("chat_template"), list):  # which the other file would hide
+                (folder / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def nemo2_section(tokenizer: Tokenizer) -> dict[str, Any]:

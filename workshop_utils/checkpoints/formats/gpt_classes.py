@@ -64,6 +64,30 @@ BASE: dict[str, Any] = {
 MUST_BE_DEFAULT = tuple(BASE)[tuple(BASE).index("moe_ffn_hidden_size") :]
 """Fields that have to be as in every class here."""
 
+FOREIGN = {
+    "moe_router_topk_limited_devices": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_force_load_balancing": False,
+    "moe_expert_capacity_factor": None,
+    "moe_token_dropping": False,
+    "moe_apply_probs_on_input": False,
+    "mrope_section": None,
+    "is_hybrid_model": False,
+    "heterogeneous_block_specs": False,
+    "quant_recipe": None,
+    # Of later versions of Megatron-Core (0.14 to 0.16)
+    "softmax_type": "vanilla",
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "qk_l2_norm": False,
+    "window_attn_skip_freq": None,
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+}
+"""Fields of no family here that change what is computed, and are written nowhere: another value
+than this one is refused."""
+
 ROPE_SCALING = {
     "scale_factor": 8.0,
     "low_freq_factor": 1.0,
@@ -299,7 +323,14 @@ FAMILIES = {
         Family("mistral", _MISTRAL, ("window_size",), _NO_ROPE | _UNTIED, _LENGTH | _ROWS),
         Family("mixtral", _MIXTRAL, ("num_moe_experts",), _MIXTRAL_FIXED, _ROWS),
         # And Qwen 2.5, which differs in nothing that a configuration says.
-        Family("qwen2", _QWEN, ("add_qkv_bias",), _NO_ROPE | _NO_WINDOW, aliases=("qwen",)),
+        Family(
+            "qwen2",
+            _QWEN,
+            ("add_qkv_bias",),
+            _NO_ROPE | _NO_WINDOW,
+            {"kv_channels": "head_dim"},
+            aliases=("qwen",),
+        ),
         Family(
             "qwen3",
             _QWEN_3_CLASSES,

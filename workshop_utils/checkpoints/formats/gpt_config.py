@@ -9,6 +9,7 @@ from workshop_utils.checkpoints.formats.gpt_classes import (
     BASE,
     FAMILIES,
     FEATURES,
+    FOREIGN,
     MUST_BE_DEFAULT,
     ROPE_SCALING,
     Family,
@@ -49,9 +50,19 @@ def read_fields(model: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{model['_target_']!r}."
             )
         raise _unknown_class(kind, "config._target_", where)
+    check_foreign(config, f"{where}: config.")
     fields = typed(config, family.configs[kind], f"{where}: config.")
     check(fields, family, f"{where}: config.", kind.rpartition(".")[2])
     return fields
+
+
+def check_foreign(stated: Mapping[str, Any], prefix: str) -> None:
+    """Refuse what is ``stated`` and would be lost; ``prefix`` begins the message."""
+    for name, default in FOREIGN.items():
+        if stated.get(name) not in (None, default):
+            raise UnsupportedCheckpoint(
+                f"{prefix}{name} is {stated[name]!r}; no family that is supported here has that."
+            )
 
 
 def typed(stated: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str) -> dict[str, Any]:

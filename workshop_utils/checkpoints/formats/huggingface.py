@@ -16,7 +16,7 @@ from typing import Any
 
 from workshop_utils.checkpoints.formats import architecture as shape
 from workshop_utils.checkpoints.formats import (
-    config_json,
+    huggingface_config,
     lora_layout,
     safe_text,
     saved_tensors,
@@ -28,7 +28,12 @@ from workshop_utils.checkpoints.formats.gpt_classes import ROPE_SCALING, TITLES
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.formats.summary import Adapter, Checkpoint, Kind
 from workshop_utils.checkpoints.formats.tensor import DTYPE_BYTES, Tensor, whole
-from workshop_utils.core.errors import CheckpointError, DamagedCheckpoint, UnsafeCheckpoint
+from workshop_utils.core.errors import (
+    CheckpointError,
+    DamagedCheckpoint,
+    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
+)
 from workshop_utils.core.paths import shown
 
 _DTYPES = {
@@ -51,20 +56,19 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 def describe(path: Path, report: Report = stop) -> Checkpoint:
     """A tensor that does not fit its file, or its index, goes to ``report``."""
-    config = config_json.read(path)
+    config, notes = read_json(path / "config.json"), []
+    try:
+        config = huggingface_config.spelled(config, shown(path / "config.json"))
+    except UnsupportedCheckpoint as error:
+        notes.append(str(error))
+    except DamagedCheckpoint as fault:
+        report(fault)
     files = weight_files(path, report=report)
     tensors = read_tensors(files, report)
     _check_index(path, files, tensors, report)
-    notes, method = [], shape.section(config, "quantization_config").get("quant_method")
-    if unknown := config_json.unknown_fields(config):
-        more = ", ..." if len(unknown) > 5 else ""
-        notes.append(
-            "config.json has fields that transformers does not look at in these families, nor does "
-            f"anything here: {', '.join(unknown[:5])}{more}"
-        )
     if code := ", ".join(sorted(file.name for file in path.glob("*.py"))[:5]):
         notes.append(f"brings code along, which trust_remote_code=True would run: {code}")
-    if method:
+    if method := huggingface_config.quantised(config):
         notes.append(f"quantised: {method}")
     return _checkpoint(
         path,
@@ -75,7 +79,6 @@ def describe(path: Path, report: Report = stop) -> Checkpoint:
         architecture=architecture(config, {tensor.name for tensor in tensors}),
         adapter=None,
         notes=tuple(notes),
-        variant=str(method) if method else None,
         version=_version("transformers", config),
     )
 
@@ -241,13 +244,15 @@ def read_tensors(files: list[Path], report: Report = stop) -> list[Tensor]:
 
 
 def architecture(config: Mapping[str, Any], names: Collection[str] = ()) -> Architecture | None:
-    """The sizes in a ``config.json``, or None when it is not one of a Llama-like decoder.
+    """The sizes in a ``config.json`` (:func:`.huggingface_config.spelled`), or None when it is not
+    one of a Llama-like decoder.
 
     ``names`` are those of the tensors, which tell what the configuration leaves out: whether the
     embedding is tied.
     """
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-    scaling, tied = config.get("rope_scaling"), config.get("tie_word_embeddings")
+    tied, config = config.get("tie_word_embeddings"), huggingface_config.with_defaults(config)
+    scaling = config.get("rope_scaling")
     if not isinstance(tied, bool):
         # transformers leaves it out where it is the default of the model's class.
         tied = bool(names) and not any(name.endswith("lm_head.weight") for name in names)

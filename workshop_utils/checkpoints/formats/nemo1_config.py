@@ -105,6 +105,7 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
     :class:`DamagedCheckpoint`, each naming the key.
     """
     _check_kind(config, where)
+    gpt_config.check_foreign(config, f"{where}: ")
     scaling = {}
     if config.get("scale_positional_embedding"):
         # The four keys have these very defaults in NeMo 1, too.
@@ -115,7 +116,7 @@ def read_fields(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], 
         ("activation", activation, ACTIVATIONS),
         ("normalization", norm, _NORMS),
     ):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise UnsupportedCheckpoint(
                 f"{where}: {name} is {value!r}; known are {', '.join(known)}."
             )

@@ -33,7 +33,8 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a text file. Raises :class:`DamagedCheckpoint` when it is missing, no file or
     larger than MAX_BYTES."""
     if not path.is_file():
-        raise DamagedCheckpoint(f"{shown(path)} is missing.")
+        there = "is no file. Put the file in its place" if path.exists() else "is missing"
+        raise DamagedCheckpoint(f"{shown(path)} {there}.")
     if path.stat().st_size > MAX_BYTES:
         raise DamagedCheckpoint(
             f"{shown(path)} has {path.stat().st_size:,} bytes; a text of a checkpoint has at "
@@ -148,7 +149,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """A JSON object. ``where`` names it in errors. Raises :class:`DamagedCheckpoint` for anything
     else."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(
+            text.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant
+        )
         _check_depth(value)
         if b"\\u" in text:
             # Half of a surrogate pair cannot be printed later.

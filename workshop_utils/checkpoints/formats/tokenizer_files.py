@@ -1,6 +1,7 @@
 """Kind and size of the vocabulary of a tokenizer's directory, where they can be told in a few
 milliseconds."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from workshop_utils.checkpoints.formats.safe_text import read_json
@@ -10,6 +11,8 @@ MAX_BYTES = 8 * 1024**2
 """Larger vocabularies are not counted: it would take longer than everything else."""
 
 NAMES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+_MORE = ("generation_config.json", "special_tokens_map.json")
 
 
 def is_one(path: Path) -> bool:
@@ -28,6 +31,17 @@ def describe(path: Path) -> str | None:
             kind = f"{kind} cannot be read"
     count = vocabulary(path)
     return f"{kind}, {count:,} tokens" if count else kind
+
+
+def faults(path: Path) -> Iterator[CheckpointError]:
+    """What is wrong with the JSON files beside the weights in ``path``, as far as is cheap to
+    tell."""
+    for file in (path / name for name in (*NAMES[:2], *_MORE)):
+        try:
+            if file.is_dir() or (file.is_file() and file.stat().st_size <= MAX_BYTES):
+                read_json(file)
+        except CheckpointError as fault:
+            yield fault
 
 
 def vocabulary(path: Path) -> int | None:

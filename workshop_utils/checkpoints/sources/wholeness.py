@@ -24,7 +24,7 @@ def huggingface(directory: Path) -> bool:
         shards = [directory / name for name in names]
         there = all((directory / name).is_file() for name in _NEEDED)
         return there and all(map(_is_whole_safetensors, shards))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

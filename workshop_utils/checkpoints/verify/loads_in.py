@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from workshop_utils.checkpoints.formats import config_json
+from workshop_utils.checkpoints.formats import huggingface_config
+from workshop_utils.checkpoints.formats.findings import Severity
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
 from workshop_utils.core import paths
-from workshop_utils.core.errors import UnsupportedCheckpoint
 from workshop_utils.core.paths import shown
 
 Answer = Literal["yes", "after", "not known", "no"]
@@ -186,17 +186,12 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
         VLLM: ("yes", f"vllm serve {path}"),
         BRIDGE: ("yes", f'AutoBridge.from_hf_pretrained("{text}")'),
     }
-    dtype = (checkpoint.dtype or "").partition(",")[0]
-    why = None if not _is_convertible(checkpoint) else _left_out(checkpoint)
+    found = huggingface_config.findings(checkpoint.path, checkpoint.dtype)
+    why = next((item.message for item in found if item.severity is Severity.REFUSED), None)
     if not _is_convertible(checkpoint):
         why = (
             f"workshop import knows the families {_KNOWN}; NeMo's own llm.import_ckpt has a few "
             "more"
-        )
-    elif not why and dtype not in ("float64", "float32", "float16", "bfloat16"):
-        why = (
-            f"its weights are quantised ({dtype}), which NeMo's importer does not take; give the "
-            "model that it was made from"
         )
     if why:
         return answers | dict.fromkeys((SCRIPT, NEMO2), ("no", why))
@@ -207,18 +202,6 @@ def _huggingface(checkpoint: Checkpoint) -> Answers:
         finetune(quoted(view))
     )
     return answers | {SCRIPT: ("after", train), NEMO2: ("after", first)}
-
-
-def _left_out(checkpoint: Checkpoint) -> str | None:
-    """What NeMo's importer would leave out of account."""
-    file = checkpoint.path / config_json.CONFIG
-    config = config_json.read(checkpoint.path) if file.is_file() else {}
-    if family := FAMILIES.get(config.get("model_type")):
-        try:
-            config_json.require_importable(config, family, file)
-        except UnsupportedCheckpoint as error:
-            return str(error)
-    return None
 
 
 def _gguf(checkpoint: Checkpoint) -> Answers:

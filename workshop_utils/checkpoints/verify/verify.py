@@ -3,19 +3,22 @@ themselves only on request."""
 
 import sys
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from workshop_utils.checkpoints.formats import (
     gpt_config,
+    huggingface_config,
     nemo1,
     nemo1_config,
     nemo_archive,
+    tokenizer_files,
     torch_dist,
 )
 from workshop_utils.checkpoints.formats.architecture import section, text
 from workshop_utils.checkpoints.formats.files import Files
-from workshop_utils.checkpoints.formats.findings import Code
+from workshop_utils.checkpoints.formats.findings import Code, Severity
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.checkpoints.formats.summary import Checkpoint, Kind
@@ -238,7 +241,7 @@ def _check_hugging_face(report: Report, checkpoint: Checkpoint, base: Path) -> N
     config = read_json(base / "config.json")
     tensors, sizes = checkpoint.tensors, checkpoint.architecture
     _check_index(report, base, tensors)
-    quantised = "quantization_config" in config
+    quantised = huggingface_config.quantised(config)
     if checkpoint.detail in shapes.HUGGING_FACE and sizes and not quantised:
         shapes.check_hugging_face(report, tensors, sizes, checkpoint.detail)
     else:
@@ -248,7 +251,14 @@ def _check_hugging_face(report: Report, checkpoint: Checkpoint, base: Path) -> N
         report.unknown(f"whether names and shapes fit config.json: {why}", Code.ARCHITECTURE)
         shapes.check_uniform(report, tensors, sizes)
     if not quantised:
-        shapes.check_dtypes(report, tensors, config.get("torch_dtype", config.get("dtype")))
+        stated = config.get("dtype") or config.get("torch_dtype")
+        shapes.check_dtypes(report, tensors, stated and str(stated).removeprefix("torch."))
+    for fault in tokenizer_files.faults(base):
+        report.add(fault)
+    for finding in huggingface_config.findings(base, checkpoint.dtype):
+        # NeMo's importer would not take it: nothing is wrong with the model.
+        refused = finding.severity is Severity.REFUSED
+        report.keep(replace(finding, severity=Severity.NOTE) if refused else finding)
 
 
 def _check_index(report: Report, base: Path, tensors: tuple[Tensor, ...]) -> None:

@@ -95,15 +95,13 @@ class Service:
 
     def chat_prompt(self, turns: list[dict]) -> list[int]:
         """Token ids of a conversation. Raises ``ValueError`` when the chat template refuses it."""
-        import jinja2
-
+        from workshop_utils.core.errors import DataError
         from workshop_utils.inference.generate import prompt_ids
 
         try:
             return prompt_ids(self._tokenizer, turns)
-        except jinja2.TemplateError as error:
-            said = f"The model's chat template refuses the conversation: {error}"
-            raise ValueError(said) from None
+        except DataError as error:
+            raise ValueError(str(error)) from None
 
     def prompt(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a prompt. Raises ``ValueError`` when it is empty or no id of this model."""
