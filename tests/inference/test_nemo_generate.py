@@ -42,7 +42,7 @@ def test_refuses_an_adapter_for_another_reader(tmp_path, view):
     from workshop_utils.adapters.export import export
 
     trained = write_adapter(tmp_path / "tiny.nemo", config_of(TINY), tensors_of(TINY))
-    exported = export(trained, "nemo", out=tmp_path / "out")
+    exported = export(trained, "nemo", tmp_path / "out", reader="trtllm")
     with pytest.raises(UnsupportedAdapter, match="--reader nemo"):
         nemo1_engine.ask_nemo(view, exported)
 
