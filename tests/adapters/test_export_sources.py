@@ -378,6 +378,32 @@ def test_the_proof(root):
     assert plots.proof_finding(proof).startswith("5 of 5 exports compute what was trained")
 
 
+def test_an_export_says_how_it_was_proven(root, capsys):
+    base, source = base_of(root), nemo_of(root)
+    run = ["export", str(source), "--to", "hf-peft", "--out", str(root / "p")]
+    assert cli.main([*run, "--base", str(base)]) == 0
+    assert "proof       proven: read by PEFT, its logits differ" in capsys.readouterr().out
+    assert "Proof: proven: read by PEFT" in (root / "p" / "README.md").read_text()
+    assert "Proof: not proven" in (export(source, "hf-peft", root / "q") / "README.md").read_text()
+    assert cli.main(["export", str(source), "--to", "hf-peft", "--out", str(root / "r")]) == 0
+    assert "not proven: the base is not at hand" in capsys.readouterr().out
+
+
+def test_the_trained_side_is_read_by_somebody_else_where_that_is_possible(root):
+    base, peft = base_of(root), trained_by_peft(root)
+    nemo = nemo_of(root)
+    for source, reader in ((peft, "PEFT"), (nemo, "NeMo's lora_converter.py, then PEFT")):
+        proof = prove(source, {"p": export(source, "hf-peft", root / reader[:4])}, base)
+        assert proof.proven and proof.trained_by == reader
+
+
+def test_a_base_that_is_another_is_one_sentence(root):
+    base = base_of(root)
+    other = nemo_of(root, MHA, name="o")
+    with pytest.raises(UnsupportedAdapter, match="does not load onto|is not the base"):
+        prove(other, {"p": export(other, "hf-peft", root / "p")}, base)
+
+
 def test_logits_of_two_sides(root):
     """A directory, one with an adapter, a model that is loaded, a function: compared with plain
     transformers and PEFT."""

@@ -311,6 +311,8 @@ T5 = "nemo.collections.nlp.models.language_modeling.megatron_t5_model.MegatronT5
         ("position_embedding_type", "learned_absolute", UnsupportedCheckpoint, "only rope"),
         ("name", "megatron_falcon_gpt", UnsupportedCheckpoint, "is 'megatron_falcon_gpt'"),
         ("activation", "approx-gelu", UnsupportedCheckpoint, "is 'approx-gelu'"),
+        ("activation", ["gelu"], UnsupportedCheckpoint, "gelu"),
+        ("moe_token_dropping", True, UnsupportedCheckpoint, "is True"),
         ("normalization", "batchnorm", UnsupportedCheckpoint, "is 'batchnorm'"),
         ("apply_embedding_scaling", True, UnsupportedCheckpoint, "is True"),
         ("target", T5, UnsupportedCheckpoint, "only GPT models"),

@@ -132,7 +132,7 @@ class _Job:
         if reused:
             before = _PROVEN.search(card.read_text(encoding="utf-8")) if card.is_file() else None
             proof = before[1] if before else self.prove(target)
-            if self.results or not before:
+            if self.results or not card.is_file() or (proof.startswith(_YES) and not before):
                 paths.write_text(card, self.card(proof))
         elif is_file:
             with paths.new_file(card) as new_card, paths.new_file(target) as part:

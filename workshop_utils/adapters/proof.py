@@ -11,7 +11,6 @@ the exporters. The weights are compared with the latter in any case.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -202,8 +201,15 @@ def _read_by_others(adapter: Path, base: Path) -> tuple[str, Any]:
     if is_whole or (adapter / PEFT_CONFIG).is_file():
         reader, reads = _reader(adapter)
         if reads is not _as_trtllm:
-            with contextlib.suppress(UnsupportedAdapter):
+            try:
                 return reader, reads(adapter, base)
+            except UnsupportedAdapter:
+                pass
+            except (RuntimeError, UserWarning, ValueError) as error:
+                raise UnsupportedAdapter(
+                    f"{shown(adapter)} does not load onto {shown(base)} ({reader}): "
+                    f"{str(error).strip().splitlines()[-1].strip()[:200]}"
+                ) from error
     return "this workshop", None
 
 
@@ -324,7 +330,7 @@ def _prove_one(
         model = reads(path, base)
     except UnsupportedAdapter as error:
         return dataclasses.replace(form, not_checked=str(error))
-    except (UserWarning, RuntimeError) as error:
+    except (UserWarning, RuntimeError, ValueError) as error:
         why = f"it does not load: {str(error).splitlines()[0]}"
         return dataclasses.replace(form, proven=False, not_checked=why)
     comparison = compare(logits(model, tokens), expected)

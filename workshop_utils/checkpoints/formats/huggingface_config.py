@@ -250,7 +250,7 @@ def for_nemo(
             refuse(rope_field if name == "rope_scaling" else name, value, expected)
     rope = section(full, "rope_scaling").get("rope_type", "default")
     if "rope_scaling" not in fixed and rope not in ("default", "llama3"):
-        refuse(f"{rope_field}.rope_type", rope, "llama3")
+        refuse(f"{rope_field}.rope_type", rope, "default")
     layers = config.get("layer_types")
     if layers and (not isinstance(layers, list) or set(map(str, layers)) != {"full_attention"}):
         refuse("layer_types", layers[:8] if isinstance(layers, list) else layers, "full_attention")
@@ -277,12 +277,14 @@ def findings(directory: Path, dtype: str | None = None) -> list[Finding]:
     except CheckpointError as error:
         return [Finding.of(error)]
     kind = (dtype or "float32").partition(",")[0]
-    if not found and kind not in ("float64", "float32", "float16", "bfloat16"):
+    if kind not in ("float64", "float32", "float16", "bfloat16") and not any(
+        finding.severity is Severity.REFUSED for finding in found
+    ):
         why = (
             f"{shown(directory)}: its weights are quantised ({kind}), which NeMo's importer does "
             "not take. Give the model that it was made from."
         )
-        found = [Finding(Code.UNSUPPORTED, Severity.REFUSED, why, file=shown(directory))]
+        found.append(Finding(Code.UNSUPPORTED, Severity.REFUSED, why, file=shown(directory)))
     return found
 
 
