@@ -24,6 +24,7 @@ MASKED = [
     ("<object at 0x7f12ab34cd56>", "<object at 0x7fffffffffff>"),
     ("/tmp/tmpab12/x.nemo", "/tmp/tmpcd34/x.nemo"),
     ("\x1b[31mred\x1b[0m", "red"),
+    ("loss: 3.128 at step 1", "loss: 3.121 at step 1"),
 ]
 KEPT = [
     ("30 layers", "31 layers"),
@@ -31,6 +32,10 @@ KEPT = [
     ("models/nemo2/one", "models/nemo2/two"),
     ("True", "False"),
     ("2.13.0", "2.14.0"),
+    ("loss 0.016", "loss 0.026"),
+    ("loss: 3.128 at step 1", "loss: 3.128 at step 2"),
+    ("adapter 168 91.1%", "adapter 168 90.5%"),
+    ("priority: 154 of 168 rows right", "priority: 153 of 168 rows right"),
 ]
 
 
