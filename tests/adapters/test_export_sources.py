@@ -389,6 +389,19 @@ def test_an_export_says_how_it_was_proven(root, capsys):
     assert "not proven: the base is not at hand" in capsys.readouterr().out
 
 
+def test_what_our_own_code_reads_is_not_proven(root):
+    base, source = base_of(root), nemo_of(root)
+    options = {"base_model": str(base)}
+    trtllm = export_adapter(source, "nemo", root / "t", "trtllm", **options)
+    assert not trtllm.proven and "nobody else's code reads the export" in trtllm.proof
+    # Of TensorRT-LLM's form, too, nobody else reads the trained side.
+    again = export_adapter(trtllm.path, "hf-peft", root / "a", **options)
+    assert not again.proven and "nobody else's code reads the trained adapter" in again.proof
+    for done in (trtllm, again):
+        assert "its logits differ" in done.proof
+    assert export_adapter(source, "nemo", root / "n", **options).proven
+
+
 def test_the_trained_side_is_read_by_somebody_else_where_that_is_possible(root):
     base, peft = base_of(root), trained_by_peft(root)
     nemo = nemo_of(root)

@@ -16,7 +16,7 @@ from workshop_utils.adapters.base_id import base_id, local_model, of_directory
 from workshop_utils.adapters.check import check_export
 from workshop_utils.adapters.model_card import model_card
 from workshop_utils.adapters.modules import fused, of_dtype, separated
-from workshop_utils.adapters.proof import prove
+from workshop_utils.adapters.proof import BY_OTHERS, OURS, prove
 from workshop_utils.adapters.read import find_adapter, read_adapter
 from workshop_utils.adapters.record import FILE, Record, make_record
 from workshop_utils.adapters.rules import rank_notes
@@ -177,11 +177,15 @@ class _Job:
             )
         if not form.proven:
             return f"not proven: {form.not_checked}"
-        return (
-            f"{_YES}read by {form.reader}, its logits differ from the trained adapter's (read by "
+        figures = (
+            f"read by {form.reader}, its logits differ from the trained adapter's (read by "
             f"{made.trained_by}) by {form.logits:.1e} at most, where that moves one by "
             f"{made.effect:.2g}"
         )
+        if made.trained_by == OURS or form.reader not in BY_OTHERS:
+            side = "the trained adapter" if made.trained_by == OURS else "the export"
+            return f"not proven: nobody else's code reads {side} here; {figures}"
+        return f"{_YES}{figures}"
 
     def refuse_place(self, target: Path) -> None:
         """Raise :class:`OutputExists` where ``target`` would cover the source or the base, or

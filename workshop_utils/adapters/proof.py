@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     import numpy
     from torch import Tensor
 
+OURS = "this workshop"
+_CONVERTER = "NeMo's lora_converter.py, then PEFT"
+BY_OTHERS = ("PEFT", "transformers", _CONVERTER)
+"""Readers in which no code of ours takes part. What torch.distributed.checkpoint reads we cut into
+modules, and TensorRT-LLM's rules are as we read them."""
+
 PROMPTS = (
     "The printer on the third floor prints empty pages. Who can help?",
     "Classify this ticket: I cannot log in since this morning.",
@@ -91,7 +97,7 @@ class Proof:
     effect: float
     tokens: int
     forms: tuple[Form, ...]
-    trained_by: str = "this workshop"
+    trained_by: str = OURS
 
     @property
     def proven(self) -> bool:
@@ -210,7 +216,7 @@ def _read_by_others(adapter: Path, base: Path) -> tuple[str, Any]:
                     f"{shown(adapter)} does not load onto {shown(base)} ({reader}): "
                     f"{str(error).strip().splitlines()[-1].strip()[:200]}"
                 ) from error
-    return "this workshop", None
+    return OURS, None
 
 
 class Difference(NamedTuple):
@@ -372,7 +378,7 @@ def _reader(path: Path) -> tuple[str, Callable[[Path, Path], Any]]:
     if path.is_file():
         if section(nemo_archive.read_config(path), "workshop").get("alpha_baked_in"):
             return "TensorRT-LLM's rules", _as_trtllm
-        return "NeMo's lora_converter.py, then PEFT", _as_nemo_converts
+        return _CONVERTER, _as_nemo_converts
     if (path / PEFT_CONFIG).is_file():
         return "PEFT", _as_peft
     if (path / "config.json").is_file():

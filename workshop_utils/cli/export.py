@@ -22,8 +22,9 @@ Hugging Face PEFT directory. Only merging looks at the base model.
 
 Each export is checked against the public rules of its reader (`workshop conform` asks them of any
 adapter) and against what the adapter does, before it gets its name; the list is printed. Where the
-base is at hand (--base DIR, or fetched by `workshop models`), it is also loaded by somebody else's
-code and its logits compared; else the report says "not proven". It comes with a model card.
+base is at hand (--base DIR, or fetched by `workshop models`), its logits are compared, too; where
+that is somebody else's code on both sides (PEFT, transformers, NeMo's converter) it is proven, else
+the report says "not proven" and why. It comes with a model card.
 """
 
 EXAMPLES = """\
