@@ -23,6 +23,7 @@ from workshop_utils.adapters.loads_in import loads_in
 from workshop_utils.adapters.rules import ANY_RANK, READERS, RULES, Severity, check
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import PEFT_ONLY, PEFT_UNDERSTOOD, peft_only
+from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core.errors import NotACheckpoint, WorkshopError
 from workshop_utils.serving.nim import stage
 from workshop_utils.serving.server.adapters import read as serve
@@ -313,11 +314,16 @@ PEFT_FAULTS = {
     "unknown module": ({}, also("base_model.model.x.lora_A.weight", 4, 8), KEYS),
     "missing half": ({}, without("layers.0.self_attn.q_proj.lora_B"),
                      "layer 0, self_attn.q_proj has no lora_B.weight"),
-    "missing layer": ({}, without("s.0.mlp.down_proj"), "layer 0 has no adapter for mlp.down_proj"),
-    "wrong layers": ({}, renamed("layers.0", "layers.7"), "layer 0 has no adapter"),
+    "missing layer": ({"init_lora_weights": False}, without("s.0.mlp.down_proj"),
+                      "layer 0 has no adapter for mlp.down_proj"),
+    "pattern that never ends": ({"rank_pattern": {r"(.|\w)+[#!]": 4}}, None, "takes too long"),
+    "pattern as large as memory": ({"target_modules": "(?:(?:a{1000}){1000}){1000}"}, None,
+                                   "is too large"),
+    "pattern that is broken": ({"target_modules": "("}, None, "cannot be matched"),
     "wrong rank": ({"r": 8}, None, "r = 8"),
+    "another pattern": ({"target_modules": r".*\.[qk]_proj"}, None, "does not name in target"),
     "another module": ({"target_modules": ["q_proj"]}, None, "does not name in target_modules"),
-    "module without tensors": ({"target_modules": [*PROJECTIONS, "lm_head"]}, None, "lm_head"),
+    "module without tensors": ({}, without(".mlp.up_proj."), "names the module up_proj, which has"),
     "nan": ({}, lambda s: s | {f"{PREFIX}.lora_A.weight": torch.full((4, 32), float("inf"))},
             "holds NaN or infinity"),
     "untrained": ({}, lambda s: {key: value * ("lora_A" in key) for key, value in s.items()},
@@ -338,7 +344,7 @@ PEFT_FAULTS = {
                      "layers_to_transform = [5], but the tensors are for the layers 0, 1"),
     "a layer too few": ({"layers_to_transform": 0}, None, "layers_to_transform = 0, but the tenso"),
     "a picked layer is missing": (
-        {"layers_to_transform": [0, 1]}, without("s.0.mlp.down_proj"), "layer 0 has no adapter"),
+        {"layers_to_transform": [0, 1]}, without("layers.0."), "are for the layers 1"),
     "pattern that is none": ({"alpha_pattern": {"q_proj": "x"}}, None,
                              "alpha_pattern is {'q_proj': 'x'}, no table"),
     "saved modules that are none": ({"modules_to_save": 5}, also("base_model.model.x", 1),
@@ -441,6 +447,9 @@ def test_a_field_that_only_peft_takes_is_refused_by_every_command(root, exported
             command()
 
 
+UNTOLD = ("uneven", "other layers", "a name of another family")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -448,11 +457,20 @@ def test_a_field_that_only_peft_takes_is_refused_by_every_command(root, exported
         {"is_bin": True},
         {"config": {"layers_to_transform": [1]}, "tensors": without("layers.0.")},
         {"config": {"target_modules": ".*_proj"}},
+        {"config": {"target_modules": r".*(\.1\..*|self_attn\.\w+_proj)"},
+         "tensors": without("s.0.mlp")},
+        {"config": {"target_modules": [f"model.layers.1.self_attn.{i}_proj" for i in "qkvo"]},
+         "tensors": lambda state: {k: v for k, v in state.items() if "layers.1.self_attn" in k}},
+        {"config": {"exclude_modules": ["down_proj"]}, "tensors": without("down_proj")},
+        {"tensors": without("s.0.mlp.down_proj")},
+        {"tensors": renamed("layers.0.", "layers.7.")},
+        {"config": {"target_modules": [*PROJECTIONS, "query_key_value"]}},
     ],
-    ids=["no task", "bin", "picked layers", "pattern"],
-)
+    ids=["no task", "bin", "picked layers", "pattern", "uneven pattern", "full names", "excluded",
+         "uneven", "other layers", "a name of another family"],
+)  # fmt: skip
 @pytest.mark.parametrize("reader", ["peft", *SERVERS])
-def test_what_every_command_takes(root, exported, change, reader):
+def test_what_every_command_takes(request, root, exported, change, reader):
     path = peft_copy(root, exported, **change)
     result = check(path, reader)
     assert not result.faults, text_of(result.faults)
@@ -462,6 +480,9 @@ def test_what_every_command_takes(root, exported, change, reader):
     if reader.startswith("nim"):
         assert stage(path, "a", root / "store", reader=reader).change == "added"
     assert serve(path)[0]["r"] == 4
+    require_sound(path, False)
+    told = [note for note in result.notes if "cannot be told" in note]
+    assert len(told) == (request.node.callspec.id.split("-")[1] in UNTOLD)
 
 
 def test_ranks_that_differ(root, exported):
@@ -475,7 +496,9 @@ def test_ranks_that_differ(root, exported):
 
     path = peft_copy(root, exported, {"rank_pattern": {"layers.0.self_attn.q_proj": 8}}, wider)
     assert check(path, "trtllm").conforms and check(path, "peft").conforms
-    assert "ranks [4, 8]" in broken(path, "vllm")
+    assert "ranks [4, 8]" in broken(path, "vllm") and "ranks [4, 8]" in broken(path, "nim2")
+    (verdict,) = check(path, "nim1").of(Severity.NOT_KNOWN)  # it has both engines in it
+    assert "ranks [4, 8]" in verdict.fault
     answers = {its.name: its.answer for its in loads_in(identify(path))}
     assert (answers["TensorRT-LLM"], answers["vLLM"]) == ("yes", "no")
     config = path / "adapter_config.json"
@@ -571,7 +594,7 @@ def test_a_store(root, exported):
     for name in "ab":
         (store / f"{name}.nemo").unlink()
     (store / "a.nemo").symlink_to(exported["trtllm"])
-    assert "is a link to" in broken(store, "nim1")
+    assert "is a link to" in text_of(check(store, "nim1").of(Severity.WARNING))
     path = peft_copy(root, exported)
     (path / "old.nemo").write_bytes(data)
     assert "one adapter in a directory" in broken(path, "nim2")

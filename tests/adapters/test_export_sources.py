@@ -65,7 +65,12 @@ def trained_by_peft(root: Path, modules=EVERY, base=None, **fields) -> Path:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(5)
-    given = {"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": list(modules)}
+    given = {
+        "r": 4,
+        "lora_alpha": 8,
+        "task_type": "CAUSAL_LM",
+        "target_modules": modules if isinstance(modules, str) else list(modules),
+    }
     config = LoraConfig(**given | fields)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base or root / "base"), config)
     with torch.no_grad():
@@ -107,6 +112,13 @@ KINDS = {
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
         "alpha_pattern": {"k_proj": 3},
     },
+    "regular expressions": {
+        "rank_pattern": {r"model\.layers\.[01]\.self_attn\.(q|k)_proj": 2, "^model.*up_proj": 7},
+        "alpha_pattern": {r"layers\.1\.mlp\..*": 3},
+    },
+    "full names": {"modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"]},
+    "a pattern": {"modules": r".*\.1\.(self_attn\.\w|mlp\.down)_proj"},
+    "without": {"exclude_modules": ["1.self_attn.v_proj"], "init_lora_weights": "orthogonal"},
     "dora": {"use_dora": True},
     "layers": {"layers_to_transform": [1]},
 }
@@ -202,7 +214,8 @@ def test_what_peft_trained_for_a_base_without_a_gate(root):
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"rank_pattern": {".*q_proj": 4}}, "is a pattern"),
+        ({"rank_pattern": {"(": 4}}, "cannot be matched"),
+        ({"of_tomorrow": 1}, "no PEFT up to 0.21 has"),
     ],
 )
 def test_a_peft_adapter_that_no_form_can_hold(root, fields, words):

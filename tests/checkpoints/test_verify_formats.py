@@ -208,6 +208,12 @@ def narrow(_, state):
     state[A] = torch.zeros(3, 32)
 
 
+def drawn_anew(config, state):
+    """Where a module has no tensors, PEFT draws both halves."""
+    config["init_lora_weights"] = False
+    without("layers.1.self_attn")(config, state)
+
+
 def no_lora(_, state):
     for number, name in enumerate(list(state)):
         state[f"base_model.model.{number}"] = state.pop(name)
@@ -216,7 +222,7 @@ def no_lora(_, state):
 DAMAGE += [
     ("peft", without(B), Code.HALF, B, "is missing"),
     ("peft", narrow, Code.SHAPE, A, "[3, 32]", "r = 4"),
-    ("peft", without("layers.1.self_attn"), Code.MISSING_TENSOR, A, "layer 1 has no adapter"),
+    ("peft", drawn_anew, Code.MISSING_TENSOR, A, "layer 1 has no adapter"),
     ("peft", unprefixed, Code.PREFIX, BARE, "base_model.model."),
     ("peft", without("down_proj"), Code.TARGETS, None, "names the module down_proj"),
     ("peft", no_lora, Code.MISSING_TENSOR, None, "holds no LoRA matrices"),

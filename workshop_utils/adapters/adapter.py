@@ -32,7 +32,7 @@ class LoraAdapter:
     ``config`` has the names of NeMo's ``model_config.yaml``, also where another format was read.
     ``architecture`` is None for a PEFT adapter whose base is not known. ``magnitudes`` are DoRA's,
     ``[out]``. ``notes`` say what reading it changed. ``some_layers``: PEFT was told to adapt only
-    those layers that are there.
+    the layers, or the modules of a layer, that are there.
     """
 
     source: Path

@@ -34,6 +34,7 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     peft_key,
     peft_only,
     peft_scale,
+    unknown_to_peft,
 )
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
@@ -56,9 +57,12 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
             f"{where}: peft_type is {config.get('peft_type')!r}; only LORA can be exported."
         )
     for name in peft_only(config):
+        why = "no other form can hold"
+        if name in unknown_to_peft(config):
+            why = "no PEFT up to 0.21 has: what it changes is not known"
         raise UnsupportedAdapter(
-            f"{where}: {PEFT_CONFIG} has {name} = {config[name]!r}, which no other form can hold. "
-            "Merge it into its base with PEFT (merge_and_unload)."
+            f"{where}: {PEFT_CONFIG} has {name} = {repr(config[name])[:80]}, which {why}. Merge it "
+            "into its base with the PEFT that wrote it (merge_and_unload)."
         )
     checkpoint = huggingface.describe_peft(source)
     places: dict[Place, dict[str, Tensor]] = {}
@@ -81,7 +85,7 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
     recorded = config.get("base_model_name_or_path")
     recorded = recorded if isinstance(recorded, str) else ""
     architecture = base_architecture(base or Path(recorded))
-    dora = config.get("use_dora") is True
+    dora = bool(config.get("use_dora"))
     _check(where, config, places, architecture, dora)
     files = huggingface.weight_files(source, "adapter_model", "adapter_model")
     adapter = LoraAdapter(
@@ -96,11 +100,19 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
         base=recorded,
         weights={place: Halves(its["A"], its["B"]) for place, its in sorted(places.items())},
         magnitudes={place: its["magnitude"] for place, its in places.items() if dora},
-        some_layers=config.get("layers_to_transform") is not None,
+        some_layers=_on_some_layers(config, places),
     )
     scaled = _of_one_scale(adapter, config)
     described = (scaled.rank, scaled.alpha, scaled.targets, scaled.base, architecture)
     return dataclasses.replace(scaled, config=synthetic_config(*described))
+
+
+def _on_some_layers(config: Mapping[str, Any], places: Mapping[Place, Any]) -> bool:
+    """Whether the base may have more layers, or layers more of these modules."""
+    names, layers = config.get("target_modules"), {layer for layer, _ in places}
+    short = isinstance(names, list) and not any("." in str(name) for name in names)
+    even = len(places) == len(layers) * len({module for _, module in places})
+    return config.get("layers_to_transform") is not None or not (short and even)
 
 
 def base_architecture(base: Path) -> Architecture | None:

@@ -33,6 +33,9 @@ def config_for(adapter: LoraAdapter, base: str) -> dict[str, Any]:
         for module in modules_of(target, adapter.architecture)
     }
     layers = sorted({layer for layer, _ in adapter.weights}) if adapter.some_layers else None
+    if layers and len(adapter.weights) < len(layers) * len(adapter.targets):
+        modules = {f"model.layers.{layer}.{module}" for layer, module in adapter.weights}
+        layers = None
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

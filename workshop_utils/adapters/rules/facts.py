@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from workshop_utils.checkpoints.formats import huggingface, nemo1, nemo2, nemo_archive, values
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.formats.identify import identify
 from workshop_utils.checkpoints.formats.lora_layout import (
     PEFT_CONFIG,
@@ -104,7 +105,7 @@ class Facts:
     def layout(self) -> tuple[int | None, list[str]]:
         """The rank of the adapter, and what is wrong with its layers, halves, ranks and shapes."""
         if self.form == "hf-peft":
-            return None, [fault for _, fault, _ in peft_faults(self.config, self.tensors)]
+            return None, [fault for code, fault in self._peft_faults if code is not Code.UNEVEN]
         faults: list[str] = []
         state = {tensor.name: tensor for tensor in self.tensors}
         try:
@@ -114,6 +115,16 @@ class Facts:
         except WorkshopError as error:
             return None, [*faults, str(error)]
         return layout.rank, faults
+
+    @cached_property
+    def _peft_faults(self) -> list[tuple[Code, str]]:
+        return [(code, fault) for code, fault, _ in peft_faults(self.config, self.tensors)]
+
+    @property
+    def uneven(self) -> str | None:
+        """Which modules have no tensors, where nothing tells whether that is a fault."""
+        faults = self._peft_faults if self.form == "hf-peft" else ()
+        return next((fault for code, fault in faults if code is Code.UNEVEN), None)
 
     @cached_property
     def no_lora(self) -> str | None:

@@ -82,6 +82,7 @@ READERS = {
         "(--max-rank)")),
     "nim2": Reader("NIM 2.x", ("hf-peft",), _NIM_RANK, 32, VLLM_RANKS[-1], (
         _CLOSED.format("NIM 2.x", "vLLM"),
+        "NIM 2.x reads static adapters when it starts; only dynamic ones come and go while it runs",
         "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK "
         "(--max-rank)")),
     "bridge": Reader("Megatron-Bridge", ("iter",)),
@@ -164,7 +165,7 @@ def _form(ask: Ask) -> Answer:
     if facts.several:
         return Fault(facts.what, "give each adapter a directory of its own")
     if ask.code == "bridge":
-        return Fault(facts.what, "merge it: {nemo2}")
+        return Fault(facts.what, _MERGE_PEFT if peft_only(facts.config) else "merge it: {nemo2}")
     if facts.form == "hf-peft":
         return Fault(facts.what, "{again} --base DIR")
     if not facts.exportable:
@@ -331,6 +332,13 @@ def _field(name: str, *allowed: Any) -> Callable[[Ask], Answer]:
     return check
 
 
+def _alpha(ask: Ask) -> Answer:
+    value = ask.config.get("lora_alpha")
+    if ask.code == "peft" and "lora_alpha" not in ask.config:
+        return Fault("it is not there: PEFT takes 8", None, Severity.WARNING)
+    return None if 0 < (number(ask.config, "lora_alpha") or 0) < 1e9 else f"it is {value!r}"
+
+
 def _positive(name: str, read: Callable[..., Any]) -> Callable[[Ask], Answer]:
     def check(ask: Ask) -> Answer:
         value = read(ask.config, name)
@@ -376,6 +384,10 @@ def _only_peft(names: Callable[[list[str]], list[str]]) -> Callable[[Ask], Answe
     return check
 
 
+#: PEFT saves the embedding that it adapts, too, and vLLM's is_base_embedding_weights leaves it out.
+_BASE_OF = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+#: What PEFT has beside the matrices: ``lora_bias`` and ``trainable_token_indices``.
+_BESIDE_LORA = (".lora_B.bias", ".trainable_tokens_delta")
 _PLAIN_MODULE = re.compile(r"(?:self_attn|mlp)\.\w+")
 
 
@@ -385,6 +397,8 @@ def _keys(ask: Ask) -> Answer:
     lost, beyond = [], []
     for name, key in ask.keys:
         if not name.startswith(PEFT_PREFIX) or any(each in name for each in saved):
+            continue
+        if name.endswith(_BASE_OF) or (ask.code == "peft" and name.endswith(_BESIDE_LORA)):
             continue
         if not key or key.style != "peft" or key.adapter:
             lost.append(f"the key {name!r}")
@@ -396,9 +410,10 @@ def _keys(ask: Ask) -> Answer:
             lost.append(f"the key {name!r}")
     if lost and all(".default" in name for name, _ in ask.keys):
         own = (
-            "they still have the adapter's name in them, which PEFT puts in itself: {again} --trust"
+            "they still have the adapter's name in them, which only PEFT of 2026 leaves out again: "
+            "{again} --trust"
         )
-        return Fault(_first(lost), own)
+        return Fault(_first(lost), own, Severity.WARNING if ask.code == "peft" else None)
     if beyond and not lost:
         return Fault(
             f"{_first(beyond)}: some families and versions of the server take it, others do not",
@@ -415,13 +430,11 @@ def _magnitudes(ask: Ask) -> Answer:
 
 
 def _modules(ask: Ask) -> Answer:
-    config, faults, pattern = ask.config, [], None
+    config, faults = ask.config, []
     targets = config.get("target_modules")
     names = targets if isinstance(targets, list) else [targets]
     if not names or not all(name and isinstance(name, str) for name in names):
         faults.append(f"target_modules is {targets!r}")
-    elif isinstance(targets, str):
-        pattern = f"target_modules is {targets!r}: a pattern, which was not compared with the keys"
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
         if not isinstance(table, Mapping) or not all(
@@ -430,15 +443,19 @@ def _modules(ask: Ask) -> Answer:
             faults.append(f"{name} is {table!r}, no table of positive numbers")
     if fault := _first([*faults, *ask.facts.layout[1]]):
         return fault
-    return Fault(pattern, "", Severity.NOTE) if pattern else None
+    return Fault(ask.facts.uneven, "", Severity.NOTE) if ask.facts.uneven else None
 
 
 def _uneven(ask: Ask) -> Answer:
     one_rank = ask.code != "trtllm"
-    if one_rank and len(ask.facts.ranks) > 1:
-        return f"ranks {ask.facts.ranks}"
     names = ("rank_pattern", "alpha_pattern") if one_rank else ("alpha_pattern",)
-    return next((f"{name} is set" for name in names if ask.config.get(name)), None)
+    fault = next((f"{name} is set" for name in names if ask.config.get(name)), None)
+    if one_rank and len(ask.facts.ranks) > 1:
+        fault = f"ranks {ask.facts.ranks}"
+    if fault and ask.code == "nim1":
+        text = f"{fault}, which TensorRT-LLM takes and vLLM does not: NIM 1.x has both in it"
+        return Fault(text, None, Severity.NOT_KNOWN)
+    return fault
 
 
 def _rank(ask: Ask) -> Answer:
@@ -450,7 +467,7 @@ _DAY = "2026-11-27"
 _TRTLLM = Source("NVIDIA/TensorRT-LLM: tensorrt_llm/lora_manager.py", _DAY)
 _CONVERTS = Source("NVIDIA/NeMo v2.4.1: nemo/export/utils/lora_converter.py", _DAY)
 _LOADS = Source("NVIDIA/NeMo v2.4.1: MegatronGPTSFTModel.load_adapters", _DAY)
-_PEFT = Source("huggingface/peft 0.17: LoraConfig, set_peft_model_state_dict", _DAY)
+_PEFT = Source("huggingface/peft 0.21: LoraConfig, set_peft_model_state_dict", _DAY)
 _VLLM = Source("vllm-project/vllm: vllm/lora/{lora_model,peft_helper}.py", _DAY)
 _NIM = Source("docs.nvidia.com/nim/large-language-models: Parameter-efficient fine-tuning", _DAY)
 _TUTORIAL = Source(
@@ -469,7 +486,7 @@ _MERGE_PEFT = "merge it into its base with PEFT (merge_and_unload)"
 RULES = (
     Rule("form", (*ALL, "bridge"), None, "the form: {takes}", _form, "{again}", _NIM, stops=True),
     Rule("links", ("nim1", "nim2"), None, "files, and no links: a container sees only the store",
-         _links, "copy the file itself there (cp -L)", _NIM),
+         _links, "copy the files themselves there (workshop nim stage, or cp -L)", _NIM, W),
     Rule("one-adapter", ("nim1", "nim2", "serve"), None, "one adapter in a directory", _alone,
          "give each adapter a directory of its own; its name is the model's name in the API", _NIM),
     Rule("readable", ALL, None, "it can be read, and nothing in it runs code", _readable,
@@ -507,7 +524,7 @@ RULES = (
     Rule("rank", OFFERED, "hf-peft", f"{PEFT_CONFIG}: r is a positive whole number",
          _positive("r", size), "write the rank there, the first size of each lora_A", _PEFT),
     Rule("alpha", OFFERED, "hf-peft", f"{PEFT_CONFIG}: lora_alpha is a positive number",
-         _positive("lora_alpha", number),
+         _alpha,
          "write the alpha of the training there: without it nobody knows the scale", _PEFT),
     Rule("base", OFFERED, "hf-peft", f"{PEFT_CONFIG} names the base", _base,
          "name it: {again} --base ID", _PEFT, W),
@@ -522,7 +539,7 @@ RULES = (
          f"{PEFT_CONFIG} has no field that only PEFT takes into account",
          _only_peft(lambda names: names), "PEFT does, servers do not", _PEFT, N),
     Rule("no-dora", (*SERVERS, "serve"), "hf-peft", f"{PEFT_CONFIG}: use_dora is False",
-         _field("use_dora", False, None), "servers take no DoRA; merge it: {merged}", _VLLM),
+         _field("use_dora", False, None, 0, ""), "servers take no DoRA; merge it: {merged}", _VLLM),
     Rule("prefix", OFFERED, "hf-peft", f"keys begin with {PEFT_PREFIX}",
          lambda ask: _names(ask, lambda name: name.startswith(PEFT_PREFIX)),
          "PEFT leaves them out with a warning, and B stays zero: {again} --trust", _PEFT),
@@ -535,8 +552,8 @@ RULES = (
          "every module of a DoRA adapter has its lora_magnitude_vector", _magnitudes, "{trained}",
          _PEFT, when=lambda ask: bool(ask.config.get("use_dora"))),
     Rule("modules", OFFERED, "hf-peft",
-         "every module of every layer has lora_A [r, in] and lora_B [out, r], and target_modules "
-         "names just these", _modules,
+         "every module has lora_A [r, in] and lora_B [out, r], and target_modules names it",
+         _modules,
          "write target_modules, r and layers_to_transform as the tensors have them; where tensors "
          "are missing, {trained}", _PEFT),
     Rule("even", SERVERS, "hf-peft", "one {even} for all modules", _uneven,

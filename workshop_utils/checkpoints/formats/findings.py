@@ -57,6 +57,7 @@ class Code(StrEnum):
     RANK = "rank"
     PREFIX = "prefix"
     TARGETS = "targets"
+    UNEVEN = "uneven"
     BASE = "base"
     # what nothing in the checkpoint tells
     ORIGIN = "origin"

@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -473,24 +474,59 @@ def unknown_to_peft(config: Mapping[str, Any]) -> list[str]:
     return sorted(str(name) for name in unknown if config[name] not in _OFF)
 
 
-def of_pattern(config: Mapping[str, Any], name: str, module: str, default: Any) -> Any:
-    """What the table ``name`` (``rank_pattern``, ``alpha_pattern``) gives ``module``, else
-    ``default``.
+_PATIENCE = 2.0
+"""Seconds for a stranger's regular expressions, which may run for ever."""
+_REPEATED = re.compile(r"\{[^{}]*\}")
+_PLAIN = re.compile(r"\w+(?:\.\w+)*")
 
-    PEFT's rule: a key matches the end of the module's name. It takes keys as regular expressions;
-    those of a stranger may run for ever, so only plain names are looked at. Raises
-    :class:`UnsupportedAdapter` for another key.
-    """
+
+def _matches(pattern: str, name: str, until: float | None = None) -> bool:
+    import regex
+
+    # It writes a repetition out, and one in another.
+    counts = [int(count[:9]) for count in re.findall(r"\d+", "".join(_REPEATED.findall(pattern)))]
+    if len(pattern) > 2000 or math.prod(filter(None, counts)) > 10_000:
+        raise UnsupportedAdapter(f"{PEFT_CONFIG}: the pattern {pattern[:60]!r} is too large.")
+    try:
+        left = until - time.monotonic() if until else _PATIENCE
+        if left <= 0:
+            raise TimeoutError
+        return regex.fullmatch(pattern, name, timeout=left) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError, ValueError) as error:
+        why = "it takes too long" if isinstance(error, TimeoutError) else str(error)
+        raise UnsupportedAdapter(
+            f"{PEFT_CONFIG}: the pattern {pattern[:60]!r} cannot be matched: {why}."
+        ) from None
+
+
+def of_pattern(
+    config: Mapping[str, Any], name: str, module: str, default: Any, until: float | None = None
+) -> Any:
+    """What the table ``name`` (``rank_pattern``, ``alpha_pattern``) gives ``module``, as the base
+    calls it, else ``default``: the first key that fits the end of the name, as a regular expression
+    (``get_pattern_key`` in ``peft/utils/other.py``). Raises :class:`UnsupportedAdapter` for one
+    that cannot be matched ``until`` then."""
     pattern = config.get(name)
     for key, value in pattern.items() if isinstance(pattern, Mapping) else ():
-        plain = str(key).removeprefix("^").removeprefix(PEFT_PREFIX).replace("\\.", ".")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise UnsupportedAdapter(
-                f"{PEFT_CONFIG}: the key {key!r} of {name} is a pattern; only plain names are read."
-            )
-        if module == plain or module.endswith(f".{plain}"):
+        if _PLAIN.fullmatch(key):
+            if f".{module}".endswith(f".{key}"):
+                return value
+        elif _matches(rf"(.*\.)?({key})", module, until):
             return value
     return default
+
+
+def named_by(names: Any, module: str, until: float | None = None) -> set[str]:
+    """What in ``target_modules`` or ``exclude_modules`` names ``module``, as the base calls it
+    (``check_target_module_exists`` in ``peft/tuners/tuners_utils.py``); raises as
+    :func:`of_pattern`."""
+    if isinstance(names, str):
+        return {names} if names == "all-linear" or _matches(names, module, until) else set()
+    words = module.split(".")
+    ends = {".".join(words[at:]) for at in range(len(words))}
+    if not isinstance(names, Set):
+        names = set(map(str, names)) if isinstance(names, list) else set()
+    return ends & names
 
 
 def peft_scale(config: Mapping[str, Any], module: str, rank: int) -> float | None:
@@ -499,7 +535,7 @@ def peft_scale(config: Mapping[str, Any], module: str, rank: int) -> float | Non
     alpha = of_pattern(config, "alpha_pattern", module, number(config, "lora_alpha"))
     if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         return None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def peft_faults(
@@ -507,11 +543,11 @@ def peft_faults(
 ) -> Iterator[tuple[Code, str, str]]:
     """What is wrong with a PEFT adapter by its names and shapes, and the tensor each time: see
     :func:`faults`; besides, ``target_modules`` and ``layers_to_transform`` name just what is there.
+    ``Code.UNEVEN`` is none: nothing in the adapter tells whether that module had been trained.
 
     Tensors that are no LoRA matrices (``modules_to_save``) are left alone.
     """
     places: dict[Place, dict[str, Any]] = {}
-    stems: dict[str, str] = {}
     for tensor in tensors:
         key = parse(tensor.name)
         if key and key.style == "peft" and key.half != "magnitude":
@@ -519,33 +555,9 @@ def peft_faults(
             inside = key.layer is not None
             module = f"{key.stem.removesuffix(end)}*.{key.module}" if inside else key.stem
             places.setdefault((key.layer if inside else -1, module), {})[key.half] = tensor
-            stems.setdefault(key.stem, tensor.name)
     if not places:
         yield Code.MISSING_TENSOR, "it holds no LoRA matrices", ""
         return
-    named = config.get("target_modules")
-    if isinstance(named, list):
-        used: set[str] = set()
-        for stem, tensor in stems.items():
-            mine = {str(end) for end in named if f".{stem}".endswith(f".{end}")}
-            used |= mine
-            if not mine:
-                text = f"is for a module that {PEFT_CONFIG} does not name in target_modules"
-                yield Code.TARGETS, f"{tensor} {text}", tensor
-        if unused := sorted({str(end) for end in named} - used):
-            text = f"names the module {', '.join(unused[:3])}, which has no tensors"
-            yield Code.TARGETS, f"{PEFT_CONFIG} {text}", ""
-
-    def shapes(layer: int, module: str) -> tuple[Shape, Shape]:
-        try:
-            stem = module.replace(".*.", f".{layer}.")
-            rank = of_pattern(config, "rank_pattern", stem, size(config, "r"))
-        except UnsupportedAdapter:
-            rank = None
-        halves = places[layer, module].values()
-        # An embedding's halves lie the other way round.
-        known = type(rank) is int and not any("lora_embedding" in its.name for its in halves)
-        return (rank if known else None, None), (None, rank if known else None)
 
     def name(layer: int, module: str, half: str) -> str:
         tensor = places.get((layer, module), {}).get(half)
@@ -562,4 +574,79 @@ def peft_faults(
             )
             yield Code.LAYERS, text, ""
         layers = there
-    yield from faults(places, layers, shapes, name, f"{PEFT_CONFIG} (r = {config.get('r')})")
+    try:
+        named = _Named(config, places)
+    except UnsupportedAdapter as error:
+        yield Code.TARGETS, str(error).removesuffix("."), ""
+        return
+    for layer, module in named.strangers:
+        tensor = next(iter(places[layer, module].values())).name
+        text = f"{tensor} is for a module that {PEFT_CONFIG} does not name in target_modules"
+        yield Code.TARGETS, text, tensor
+    if named.unused:
+        text = f"names the module {', '.join(named.unused[:3])}, which has no tensors"
+        yield Code.TARGETS, f"{PEFT_CONFIG} {text}", ""
+
+    def shapes(layer: int, module: str) -> tuple[Shape, Shape]:
+        rank, halves = named.ranks[layer, module], places[layer, module].values()
+        # An embedding's halves lie the other way round.
+        known = type(rank) is int and not any("lora_embedding" in its.name for its in halves)
+        return (rank if known else None, None), (None, rank if known else None)
+
+    absent = [f"{PEFT_CONFIG} names the module {end}, which has no tensors" for end in named.odd]
+    stated = f"{PEFT_CONFIG} (r = {config.get('r')})"
+    for code, text, tensor in faults(places, layers, shapes, name, stated):
+        # A module that is not there starts as zero, unless both of its halves are drawn.
+        if code is not Code.MISSING_TENSOR or config.get("init_lora_weights") is False:
+            yield code, text, tensor
+        elif named.includes(tensor):
+            absent.append(text)
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        yield Code.UNEVEN, f"{absent[0]}{more}: whether it was trained so cannot be told", ""
+
+
+class _Named:
+    """What the names and patterns of ``config`` say of the modules at ``places``: the ``ranks``,
+    the ``strangers`` that are not named, the names that are ``unused``, and the ``odd`` ones, of
+    which nobody knows whether the base has such a module. Raises as :func:`of_pattern`."""
+
+    def __init__(self, config: Mapping[str, Any], places: Iterable[Place]) -> None:
+        self.until = time.monotonic() + _PATIENCE
+        names = config.get("target_modules")
+        self.names = {str(each) for each in names} if isinstance(names, list) else names
+        parameters = config.get("target_parameters")
+        parameters = parameters if isinstance(parameters, list) else []
+        owners = {str(each).rpartition(".")[0] for each in parameters}
+        self.ranks: dict[Place, Any] = {}
+        self.strangers, used = [], set()
+        for place in places:
+            module = self.inner(place[1].replace(".*.", f".{place[0]}."))
+            of_parameter = named_by(owners, module.replace(".base_layer", ""))
+            # The experts of one parameter lie one after the other.
+            self.ranks[place] = (
+                None
+                if of_parameter
+                else of_pattern(config, "rank_pattern", module, size(config, "r"), self.until)
+            )
+            if isinstance(self.names, (set, str)):
+                used |= (by := named_by(self.names, module, self.until))
+                if not by and not of_parameter:
+                    self.strangers.append(place)
+        left = sorted(self.names - used) if isinstance(self.names, set) else []
+        without = config.get("exclude_modules")
+        left = [each for each in left if not named_by(without, each, self.until)]
+        known = {module.rpartition(".")[2] for module in MODULES}
+        self.unused = [each for each in left if each.rpartition(".")[2] in known]
+        self.odd = [each for each in left if each not in self.unused]
+
+    @staticmethod
+    def inner(stem: str) -> str:
+        return stem.removeprefix(PEFT_PREFIX)
+
+    def includes(self, tensor: str) -> bool:
+        """Whether the module of the ``tensor`` that is missing is named."""
+        try:
+            return bool(named_by(self.names, self.inner(parse(tensor).stem), self.until))
+        except UnsupportedAdapter:
+            return True

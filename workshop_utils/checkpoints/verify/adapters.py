@@ -116,10 +116,12 @@ def check_peft(report: Report, tensors: Iterable[Tensor], config: Mapping[str, A
             source = "peft/utils/save_and_load.py"
             report.tensor(tensor.name, text, Code.PREFIX, source=source)
     for code, text, name in peft_faults(config, tensors):
-        report.damaged(f"{where}: {text}.", name or None, code)
+        if code is Code.UNEVEN:
+            report.unknown(text, code)
+        else:
+            report.damaged(f"{where}: {text}.", name or None, code)
     report.checked.append(
-        f"every module has both halves, of the rank of {stated}, and target_modules names just "
-        "these modules"
+        f"every module has both halves, of the rank of {stated}, and target_modules names them"
     )
 
 
