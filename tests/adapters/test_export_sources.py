@@ -530,3 +530,23 @@ def test_the_proof_says_what_it_cannot_load(root):
 def test_memory_is_a_small_multiple_of_the_adapter(root, to):
     found = export_memory.measure(export_memory.adapter(root), to, root / "out")
     assert found["times_the_adapter"] < 4
+
+
+def test_what_an_export_answers_to_a_program(root, capsys):
+    """And that a module is missing is said where nothing tells whether it had been trained."""
+    base = base_of(root)
+    source = trained_by_peft(root)
+    weights = source / "adapter_model.safetensors"
+    state = load_file(weights)
+    save_file({name: its for name, its in state.items() if "1.mlp.up_proj" not in name}, weights)
+    export = ["export", str(source), "--to", "hf-peft", "--base", str(base), "--json"]
+    assert cli.main(export) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["record"]["rank"] == 4 and answer["rules"] and not answer["reused"]
+    assert "layer 1 has no adapter for mlp.up_proj" in answer["notes"][0]
+    assert not answer["proven"] and answer["proof"].startswith("not proven: ")
+    stage = ["nim", "stage", str(source), "--name", "a", "--json", "--reader", "nim2"]
+    assert cli.main(stage) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["change"], answer["rank"], answer["path"]) == ("added", 4, "runs/store/a")
+    assert "dynamic" in answer["notes"][0] and "cannot be told" in answer["notes"][1]

@@ -20,6 +20,7 @@ from workshop_utils.adapters.adapter import LoraAdapter, as_tensor, fingerprint
 from workshop_utils.adapters.modules import of_one_rank, synthetic_config
 from workshop_utils.checkpoints.formats import gpt_config, huggingface, huggingface_config, values
 from workshop_utils.checkpoints.formats.architecture import Architecture, size
+from workshop_utils.checkpoints.formats.findings import Code
 from workshop_utils.checkpoints.formats.lora_layout import (
     MODULES,
     PEFT_CONFIG,
@@ -31,6 +32,7 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     of_pattern,
     ordered,
     parse,
+    peft_faults,
     peft_key,
     peft_only,
     peft_scale,
@@ -100,6 +102,9 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
         base=recorded,
         weights={place: Halves(its["A"], its["B"]) for place, its in sorted(places.items())},
         magnitudes={place: its["magnitude"] for place, its in places.items() if dora},
+        notes=tuple(
+            text for code, text, _ in peft_faults(config, checkpoint.tensors) if code is Code.UNEVEN
+        ),
         some_layers=_on_some_layers(config, places),
     )
     scaled = _of_one_scale(adapter, config)
@@ -199,9 +204,9 @@ def _of_one_scale(adapter: LoraAdapter, config: Mapping[str, Any]) -> LoraAdapte
     # alpha exactly as it is written, where it can be: 16 and not 15.999.
     alpha = scale * ranks[-1]
     alpha = float(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
-    notes = ()
+    notes = adapter.notes
     if len(ranks) > 1:
-        notes = (
+        notes += (
             f"its modules had the ranks {', '.join(map(str, ranks))}: all filled up with zeros to "
             f"{ranks[-1]}",
         )

@@ -79,6 +79,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="check the export before it gets its name",
     )
     options.add_trust(parser, "the adapter")
+    options.add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -99,6 +100,9 @@ def run(args: argparse.Namespace) -> int:
         check=args.check,
     )
     record = export.record
+    if args.json:
+        options.print_json(export)
+        return 0
     lines = [f"✓ OK    {rule}" for rule in export.rules]
     if export.reused:
         reused = "This adapter was already exported here; the export is sound and was reused."

@@ -57,9 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--reader",
         choices=("nim1", "nim2"),
         default="nim1",
-        help="NIM 1.x reads .nemo and PEFT, 2.x PEFT (default: nim1)",
+        help="NIM 1.x reads .nemo and PEFT, 2.x PEFT; of 2.x only the dynamic mode takes adapters "
+        "while it runs (default: nim1)",
     )
     options.add_trust(action, "the adapter")
+    options.add_json(action)
     action.set_defaults(run=_stage)
 
     action = actions.add_parser("run", help="start a NIM and wait until it serves")
@@ -155,6 +157,9 @@ def _stage(args: argparse.Namespace) -> int:
     staged = stage(
         args.adapter, args.name, args.store, args.base, args.max_lora_rank, args.reader, args.trust
     )
+    if args.json:
+        options.print_json(staged)
+        return 0
     for warning in staged.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for note in staged.notes:

@@ -1,6 +1,10 @@
 """Options that several commands have, written once."""
 
 import argparse
+from pathlib import Path
+from typing import Any
+
+from workshop_utils.core.paths import shown
 
 
 def flag(parser: argparse.ArgumentParser, name: str, text: str) -> None:
@@ -19,6 +23,17 @@ def add_json(
 ) -> None:
     """``--json``."""
     flag(parser, "--json", text)
+
+
+def print_json(answer: Any) -> None:
+    """The fields of a dataclass ``answer`` as JSON, paths as :func:`.shown`."""
+    import dataclasses
+    import json
+
+    def plain(value: Any) -> str:
+        return shown(value) if isinstance(value, Path) else str(value)
+
+    print(json.dumps(dataclasses.asdict(answer), indent=2, default=plain))
 
 
 def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:

@@ -73,7 +73,8 @@ class Result:
     def notes(self) -> list[str]:
         """What else to know, and what is not known of the reader."""
         odd = [": ".join(filter(None, (its.fault, its.fix))) for its in self.of(Severity.NOTE)]
-        return [*READERS[self.reader].notes, *odd]
+        reader = READERS[self.reader]
+        return [*reader.notes, *reader.modes, *odd]
 
     def lines(self) -> list[str]:
         """One line a rule, its fault and fix below it, and the verdict."""

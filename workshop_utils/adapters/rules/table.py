@@ -50,7 +50,7 @@ class Fault(NamedTuple):
 
 class Reader(NamedTuple):
     """A program. ``usual`` is its largest rank unless ``option`` says otherwise, ``largest`` the
-    largest that this may say."""
+    largest that this may say, ``modes`` how it takes adapters."""
 
     name: str
     forms: tuple[str, ...]
@@ -58,6 +58,7 @@ class Reader(NamedTuple):
     usual: int | None = None
     largest: int | None = None
     notes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
 
     def enough_for(self, rank: int) -> int | None:
         """The smallest value of vLLM's option that allows ``rank``."""
@@ -82,9 +83,10 @@ READERS = {
         "(--max-rank)")),
     "nim2": Reader("NIM 2.x", ("hf-peft",), _NIM_RANK, 32, VLLM_RANKS[-1], (
         _CLOSED.format("NIM 2.x", "vLLM"),
-        "NIM 2.x reads static adapters when it starts; only dynamic ones come and go while it runs",
         "the pages give no largest rank; 32 is that of NIM 1.x, yours is NIM_MAX_LORA_RANK "
-        "(--max-rank)")),
+        "(--max-rank)"),
+        ("NIM 2.x reads static adapters when it starts; only dynamic ones come and go while it "
+         "runs",)),
     "bridge": Reader("Megatron-Bridge", ("iter",)),
     "serve": Reader("this workshop's server", ("nemo", "hf-peft"), "--max-rank"),
 }  # fmt: skip

@@ -436,7 +436,10 @@ def loading(directory: Path) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = terminal.plain(str(error).partition("\n")[0], 300) or type(error).__name__
+        file = directory / CONFIG
+        method = quantised(read_json(file)) if file.is_file() else None
+        why = f"its weights are quantised ({method}): " if method else ""
         raise DamagedCheckpoint(
-            f"{shown(directory)} cannot be loaded by the installed libraries: {said} See "
-            f"config.json there, and: workshop verify {shown(directory)}"
+            f"{shown(directory)} cannot be loaded by the installed libraries: {why}"
+            f"{said.rstrip('.')}. See config.json there, and: workshop verify {shown(directory)}"
         ) from error

@@ -42,7 +42,8 @@ _READ_HIDDEN = {
 @dataclass(frozen=True)
 class Staged:
     """An adapter in a store. ``change`` says what was done to the store; ``warnings`` say what a
-    server may refuse or answer wrongly, and the fix; ``notes`` what was not compared.
+    server may refuse or answer wrongly, and the fix; ``notes`` what was not compared, and what else
+    to know of the adapter and of that NIM.
     """
 
     path: Path
@@ -90,9 +91,8 @@ def stage(
     if nemo2.looks_like(adapter):  # no server takes one, sound or not
         _require_readable(adapter, reader)
     require_sound(adapter, trust)
-    described, warnings = _require_readable(adapter, reader)
+    described, warnings, notes = _require_readable(adapter, reader)
     rank = described.adapter.rank if described.adapter else None
-    notes = ()
     if rank and rank > max_rank:
         warnings.append(
             f"rank {rank} is above NIM_MAX_LORA_RANK={max_rank}: the server will refuse it. Start "
@@ -105,7 +105,7 @@ def stage(
         trained = _recorded(described)
         if not trained or not others:
             last = _last(trained)
-            notes = (f"it was trained on {last}; not compared with the NIM's model: give --base",)
+            notes += (f"it was trained on {last}; not compared with the NIM's model: give --base",)
         elif other := next((its for its in others if not same_base(others[its], trained)), None):
             warnings.append(
                 f"it was trained on {_last(trained)}, but {other} in this store on "
@@ -164,16 +164,21 @@ def _place(name: str, store: Path) -> Path:
     return target
 
 
-def _require_readable(adapter: Path, reader: str) -> tuple[Checkpoint, list[str]]:
-    """The description of ``adapter`` once it breaks no rule of ``reader``, and what is not known of
-    it; its rank is only warned about."""
+def _require_readable(adapter: Path, reader: str) -> tuple[Checkpoint, list[str], tuple[str, ...]]:
+    """The description of ``adapter`` once it breaks no rule of ``reader``, what is not known of it,
+    and what else to know; its rank is only warned about."""
     result = check(adapter, reader, ANY_RANK, copied=True)
     if broken := result.broken:
         lines = [f"NIM ({reader}) cannot serve {shown(adapter)}; the store was not changed."]
         lines += [f"  {its.rule}: {its.fault}\n    fix: {its.fix}" for its in broken]
         raise ConformanceFailed("\n".join(lines))
-    unknown = result.of(Severity.NOT_KNOWN)
-    return identify(adapter), [f"not known: {its.fault}. {its.fix}" for its in unknown]
+    unknown = [f"not known: {its.fault}; {its.fix}" for its in result.of(Severity.NOT_KNOWN)]
+    notes = [
+        ": ".join(filter(None, (its.fault, its.fix)))
+        for its in result.of(Severity.NOTE)
+        if its.code != "base"
+    ]
+    return identify(adapter), unknown, (*READERS[reader].modes, *notes)
 
 
 def _compare_with_base(adapter: Checkpoint, base: Path | str) -> list[str]:
