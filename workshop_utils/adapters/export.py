@@ -304,17 +304,17 @@ def export_adapter(
         target = Path(out or folder / reader) / f"{name}.nemo"
     return _Job(
         lora, written, record, name, overwrite, results, check, base, elsewhere, accept,
-        _base_of_proof(base, record.base),
+        _base_of_proof(base, record.base, lora.base),
     ).run(target)  # fmt: skip
 
 
-def _base_of_proof(given: Path | None, recorded: str) -> Path | str:
+def _base_of_proof(given: Path | None, recorded: str, trained_on: str) -> Path | str:
     """The Hugging Face model that the adapter is for, where it is at hand and fits into memory
     twice, in single precision; or why there is none."""
     import psutil
 
-    here = local_model(recorded)
-    base = next((each for each in (given, here) if each and (each / "config.json").is_file()), None)
+    places = (given, local_model(recorded), Path(trained_on) if trained_on else None)
+    base = next((each for each in places if each and (each / "config.json").is_file()), None)
     if base is None:
         return "the base is not at hand: give its Hugging Face directory with --base DIR"
     need, free = 8 * identify(base).parameters, psutil.virtual_memory().available

@@ -1,12 +1,12 @@
 """Prove exports: load each with the reader that exists on this machine, and compare logits and
 weight updates with the trained adapter.
 
-Each export is read by somebody else: PEFT, transformers, torch's distributed checkpoints, NeMo's
-own converter. TensorRT-LLM is not here; its file is read by the rules of
-``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale. So is the trained side, where somebody else
-reads it: PEFT its own, NeMo's converter a ``.nemo`` as NeMo wrote it. Of other adapters it is the
-base with ``alpha / rank * B A`` added, cut head by head with the code of :mod:`.check`, not that of
-the exporters. The weights are compared with the latter in any case.
+Each export is read by somebody else: PEFT, transformers, NeMo's own converter, NeMo's own exporter
+(where that fails, torch's distributed checkpoints). TensorRT-LLM is not here; its file is read by
+the rules of ``tensorrt_llm/lora_manager.py``: rows Q|K|V, no scale. So is the trained side, where
+somebody else reads it: PEFT its own, NeMo's converter a ``.nemo`` as NeMo wrote it. Of other
+adapters it is the base with ``alpha / rank * B A`` added, cut head by head with the code of
+:mod:`.check`, not that of the exporters. The weights are compared with the latter in any case.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from workshop_utils.checkpoints.formats.rank_files import rank_files
 from workshop_utils.checkpoints.formats.safe_text import read_json
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
-from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter
+from workshop_utils.core.errors import DamagedCheckpoint, UnsupportedAdapter, WorkshopError
 from workshop_utils.core.paths import shown
+from workshop_utils.runtime.processes import run_quietly
 
 if TYPE_CHECKING:
     import numpy
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
 
 OURS = "this workshop"
 _CONVERTER = "NeMo's lora_converter.py, then PEFT"
-BY_OTHERS = ("PEFT", "transformers", _CONVERTER)
+_EXPORTER = "NeMo's llm.export_ckpt, then transformers"
+BY_OTHERS = ("PEFT", "transformers", _CONVERTER, _EXPORTER)
 """Readers in which no code of ours takes part. What torch.distributed.checkpoint reads we cut into
 modules, and TensorRT-LLM's rules are as we read them."""
 
@@ -333,7 +335,13 @@ def _prove_one(
     reader, reads = _reader(path)
     form = Form(name, path, reader, identify(path).dtype or "unknown")
     try:
-        model = reads(path, base)
+        try:
+            model = reads(path, base)
+        except WorkshopError:
+            if reads is not _as_nemo_exports:
+                raise
+            form = dataclasses.replace(form, reader="torch.distributed.checkpoint")
+            model = _as_torch_dist(path, base)
     except UnsupportedAdapter as error:
         return dataclasses.replace(form, not_checked=str(error))
     except (UserWarning, RuntimeError, ValueError) as error:
@@ -383,7 +391,7 @@ def _reader(path: Path) -> tuple[str, Callable[[Path, Path], Any]]:
         return "PEFT", _as_peft
     if (path / "config.json").is_file():
         return "transformers", lambda path, _: load(path)
-    return "torch.distributed.checkpoint", _as_torch_dist
+    return _EXPORTER, _as_nemo_exports
 
 
 def _as_peft(path: Path, base: Path) -> Any:
@@ -444,6 +452,17 @@ def _converter() -> Any:
             sys.modules[name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[name])
     return sys.modules["workshop_lora_converter"]
+
+
+def _as_nemo_exports(directory: Path, base: Path) -> Any:
+    """What NeMo's own exporter makes of a NeMo 2.0 checkpoint, in a process of its own: it starts
+    Megatron's groups."""
+    with paths.temporary_directory("workshop-proof-") as folder:
+        made = folder / "model"
+        run_quietly(
+            "import", "--to-huggingface", str(directory.resolve()), "--out", str(made), "--trust"
+        )
+        return load(made)
 
 
 def _as_torch_dist(directory: Path, base: Path) -> Any:
