@@ -287,3 +287,24 @@ def test_the_importer_gets_what_is_meant(model, root):
     expected = {"rotary_base": 500.0, "scale_factor": 8.0, "old_context_len": 64}
     assert {name: fields[name] for name in expected} == expected
     assert verify(root / "out").sound
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("eos_token_id", "2", "a token's number, or a list of them"),
+        ("eos_token_id", [2, "3"], "a token's number, or a list of them"),
+        ("bos_token_id", [1], "a token's number"),
+        ("pad_token_id", 1e300, "a token's number"),
+        ("transformers_version", 4.51, "no version"),
+        ("transformers_version", "", "no version"),
+    ],
+)
+def test_what_transformers_would_break_at_while_it_generates(model, file, name, value, words):
+    place = model()
+    stated = place / file
+    fields = json.loads(stated.read_text()) if stated.is_file() else {}
+    stated.write_text(json.dumps(fields | {name: value}))
+    with pytest.raises(DamagedCheckpoint, match=f"{file}: {name} is .*{words}"), readable(place):
+        pass

@@ -8,6 +8,7 @@ them, for everything that is loaded by transformers.
 
 import contextlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from workshop_utils.core.errors import (
 from workshop_utils.core.paths import shown
 
 CONFIG, TOKENIZER = "config.json", "tokenizer_config.json"
+GENERATION = "generation_config.json"
 
 _LLAMA = {
     "vocab_size": 32000,
@@ -312,6 +314,8 @@ def replaced(directory: Path) -> dict[str, dict[str, Any]]:
         _check_rotated(files[CONFIG], shown(directory / CONFIG))
         if files[CONFIG] == config and _is_plain(directory / CONFIG):
             del files[CONFIG]
+    for file in filter(Path.is_file, (directory / CONFIG, directory / GENERATION)):
+        _check_tokens(read_json(file), shown(file))
     return files | replaced_tokenizer(directory)
 
 
@@ -323,6 +327,23 @@ def replaced_tokenizer(directory: Path) -> dict[str, dict[str, Any]]:
     tokenizer = _tokenizer(config, directory)
     same = tokenizer == config and _is_plain(directory / TOKENIZER)
     return {} if same else {TOKENIZER: tokenizer}
+
+
+def _check_tokens(config: Mapping[str, Any], where: str) -> None:
+    """What transformers fails at while it generates: ids that are none, a version that is none."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = config.get(name)
+        ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if not all(each is None or (type(each) is int and abs(each) < 2**31) for each in ids):
+            raise DamagedCheckpoint(
+                f"{where}: {name} is {_said(value)}; it has to be a token's number"
+                f"{', or a list of them' if name == 'eos_token_id' else ''}. Get the file again."
+            )
+    version = config.get("transformers_version", "4")
+    if not (isinstance(version, str) and re.match(r"\d+(\.\w+)*$", version)):
+        raise DamagedCheckpoint(
+            f"{where}: transformers_version is {_said(version)}, no version. Take the line out."
+        )
 
 
 def _check_rotated(config: Mapping[str, Any], where: str) -> None:
