@@ -321,6 +321,8 @@ PEFT_FAULTS = {
                                    "is too large"),
     "pattern that is broken": ({"target_modules": "("}, None, "cannot be matched"),
     "wrong rank": ({"r": 8}, None, "r = 8"),
+    "a start of no type": ({"eva_config": 7}, None, "eva_config is 7; it has to be an object"),
+    "a table that is none": ({"rank_pattern": "q_proj"}, None, "rank_pattern is 'q_proj'"),
     "another pattern": ({"target_modules": r".*\.[qk]_proj"}, None, "does not name in target"),
     "another module": ({"target_modules": ["q_proj"]}, None, "does not name in target_modules"),
     "module without tensors": ({}, without(".mlp.up_proj."), "names the module up_proj, which has"),
@@ -646,3 +648,9 @@ def test_no_torch_is_needed(exported):
         "'trtllm'); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_table_that_is_null_breaks_peft_alone(root, exported):
+    path = peft_copy(root, exported, {"rank_pattern": None})
+    assert "rank_pattern is null, at which PEFT breaks -> write {} for" in broken(path, "peft")
+    assert check(path, "vllm").conforms

@@ -213,7 +213,7 @@ def _read_by_others(adapter: Path, base: Path) -> tuple[str, Any]:
                 return reader, reads(adapter, base)
             except UnsupportedAdapter:
                 pass
-            except (RuntimeError, UserWarning, ValueError) as error:
+            except _DOES_NOT_LOAD as error:
                 raise UnsupportedAdapter(
                     f"{shown(adapter)} does not load onto {shown(base)} ({reader}): "
                     f"{str(error).strip().splitlines()[-1].strip()[:200]}"
@@ -268,6 +268,10 @@ def compare(some: Sequence[numpy.ndarray], expected: Sequence[numpy.ndarray]) ->
         float(abs(other).max()),
         float((one.argmax(-1) == other.argmax(-1)).mean()),
     )
+
+
+#: What PEFT raises for a file that is not as it should be.
+_DOES_NOT_LOAD = (RuntimeError, UserWarning, ValueError, TypeError, AttributeError, LookupError)
 
 
 def load(model: Path, adapter: Path | None = None) -> Any:
@@ -344,7 +348,7 @@ def _prove_one(
             model = _as_torch_dist(path, base)
     except UnsupportedAdapter as error:
         return dataclasses.replace(form, not_checked=str(error))
-    except (UserWarning, RuntimeError, ValueError) as error:
+    except _DOES_NOT_LOAD as error:
         why = f"it does not load: {str(error).splitlines()[0]}"
         return dataclasses.replace(form, proven=False, not_checked=why)
     comparison = compare(logits(model, tokens), expected)

@@ -36,6 +36,7 @@ from workshop_utils.checkpoints.formats.lora_layout import (
     peft_key,
     peft_only,
     peft_scale,
+    peft_types,
     unknown_to_peft,
 )
 from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
@@ -66,6 +67,8 @@ def read(source: Path, base: Path | None = None) -> LoraAdapter:
             f"{where}: {PEFT_CONFIG} has {name} = {repr(config[name])[:80]}, which {why}. Merge it "
             "into its base with the PEFT that wrote it (merge_and_unload)."
         )
+    for fault in peft_types(config):
+        raise DamagedCheckpoint(f"{where}: {fault}.")
     checkpoint = huggingface.describe_peft(source)
     places: dict[Place, dict[str, Tensor]] = {}
     for tensor in checkpoint.tensors:

@@ -439,6 +439,8 @@ def _modules(ask: Ask) -> Answer:
         faults.append(f"target_modules is {targets!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
+        if ask.code == "peft" and config.get(name, {}) is None:
+            return Fault(f"{name} is null, at which PEFT breaks", f"write {{{{}}}} for {name}")
         if not isinstance(table, Mapping) or not all(
             (number(table, key) or 0) > 0 for key in table
         ):

@@ -462,5 +462,5 @@ def loading(directory: Path) -> Iterator[None]:
         why = f"its weights are quantised ({method}): " if method else ""
         raise DamagedCheckpoint(
             f"{shown(directory)} cannot be loaded by the installed libraries: {why}"
-            f"{said.rstrip('.')}. See config.json there, and: workshop verify {shown(directory)}"
+            f"{said.rstrip('.')}. See {CONFIG} there, and: workshop verify {shown(directory)}"
         ) from error

@@ -455,7 +455,20 @@ PEFT_ONLY = frozenset({
 _OFF = (None, False, "none", [], {}, "")
 #: What ``init_lora_weights`` says where PEFT leaves the base as it is; pissa, olora, corda, loftq
 #: and lora_ga change it when they start, and again when the adapter is loaded.
-_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal")
+_STARTS = (None, True, False, "true", "false", "gaussian", "eva", "orthogonal", "mica")
+_TABLES = (
+    "arrow_config", "auto_mapping", "alpha_pattern", "corda_config", "eva_config", "kasa_config",
+    "loftq_config", "lora_ga_config", "megatron_config", "monteclora_config", "rank_pattern",
+    "runtime_config", "use_bdlora", "velora_config",
+)  # fmt: skip
+_LISTS = ("alora_invocation_tokens", "layer_replication", "modules_to_save", "target_parameters")
+#: The types of LoraConfig's fields, in JSON; null and false are "not set".
+_PEFT_TYPES = (
+    dict.fromkeys(_TABLES, (dict,))
+    | dict.fromkeys(_LISTS, (list,))
+    | dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (list, str))
+    | {"layers_to_transform": (list, int), "trainable_token_indices": (list, dict), "bias": (str,)}
+)
 
 
 def peft_only(config: Mapping[str, Any]) -> list[str]:
@@ -497,6 +510,16 @@ def _matches(pattern: str, name: str, until: float | None = None) -> bool:
         raise UnsupportedAdapter(
             f"{PEFT_CONFIG}: the pattern {pattern[:60]!r} cannot be matched: {why}."
         ) from None
+
+
+def peft_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """The fields of ``adapter_config.json`` at whose type PEFT breaks, and what it has to be."""
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number"}
+    for name, kinds in _PEFT_TYPES.items():
+        value = config.get(name)
+        if value is not None and value is not False and not isinstance(value, kinds):
+            expected = " or ".join(names[kind] for kind in kinds)
+            yield f"{PEFT_CONFIG}: {name} is {repr(value)[:60]}; it has to be {expected}, or null"
 
 
 def of_pattern(
@@ -574,6 +597,8 @@ def peft_faults(
             )
             yield Code.LAYERS, text, ""
         layers = there
+    for text in peft_types(config):
+        yield Code.TARGETS, text, ""
     try:
         named = _Named(config, places)
     except UnsupportedAdapter as error:
