@@ -459,6 +459,7 @@ def test_a_key_that_is_not_migrated_has_a_true_reason(tmp_path, old, new, key, r
         b"model: &a {num_layers: *a}",
         b"model: {num_layers: '${div:1,0}'}",
         b"trainer: {precision: {a: 1}, max_steps: [1]}",
+        b"model: {restore_from_path: 7, peft: {peft_scheme: lora}}",
         b"model: {optim: {betas: 3, name: adam, weight_decay: a}}",
         b"a: 1\n---\nb: 2\n",
         b"\x00",

@@ -70,6 +70,12 @@ def _target_modules(names: list[str] | str) -> list[str]:
     return list(dict.fromkeys(new for name in names for new in _MODULES[name]))
 
 
+def _path(text: Any) -> str:
+    if not isinstance(text, str):
+        raise KeyError(text)
+    return text
+
+
 def _metric(text: str) -> str:
     """NeMo 2.0 calls the validation loss val_loss everywhere."""
     return text.replace("validation_loss", "val_loss")
@@ -152,6 +158,7 @@ ROWS = [
         "model.restore_from_path",
         "restore",
         "path",
+        _path,
         note="a NeMo 2.0 checkpoint: `workshop convert OLD.nemo NEW --to nemo2` makes one",
     ),
     Row("model.optim.name", "optimizer", "optimizer", lambda name: _OPTIMIZERS[name]),
