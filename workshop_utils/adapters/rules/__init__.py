@@ -45,12 +45,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Result:
-    """What :func:`check` found. ``form`` is ``nemo``, ``hf-peft`` or None."""
+    """What :func:`check` found. ``form`` is ``nemo``, ``hf-peft`` or None. ``stopped``: after the
+    last of the rules no other could be asked."""
 
     path: Path
     reader: str
     form: str | None
     rules: tuple[Verdict, ...]
+    stopped: bool = False
 
     def of(self, *severities: Severity) -> list[Verdict]:
         return [verdict for verdict in self.rules if verdict.severity in severities]
@@ -90,7 +92,8 @@ class Result:
         )
         verdict = f"all {count} rules kept" if kept == "all" else f"none of {count} rules broken"
         verdict = f"{broken} of {count} rules broken" if broken else verdict
-        text.append(f"{self.reader}: {verdict}: {shown(self.path)}")
+        further = "; no other was asked" if self.stopped else ""
+        text.append(f"{self.reader}: {verdict}{further}: {shown(self.path)}")
         return [terminal.one_line(line) for line in text]
 
 
@@ -119,15 +122,19 @@ def check(
         raise WorkshopError(f"The largest rank is {max_rank}; it must be 1 or more.")
     facts = adapter if isinstance(adapter, Facts) else Facts.of(Path(adapter))
     ask = Ask(facts, reader, max_rank, copied)
-    verdicts = []
+    verdicts, stopped = [], False
     for rule in RULES:
         if reader not in rule.readers or rule.form not in (None, facts.form):
             continue
         if (values or not rule.values) and rule.when(ask):
             verdicts.append(_verdict(rule, ask))
-            if rule.stops and verdicts[-1].severity is Severity.REFUSED:
+            stopped = rule.stops and verdicts[-1].severity in (
+                Severity.REFUSED,
+                Severity.NOT_KNOWN,
+            )
+            if stopped:
                 break
-    return Result(facts.path, reader, facts.form, tuple(verdicts))
+    return Result(facts.path, reader, facts.form, tuple(verdicts), stopped)
 
 
 def _verdict(rule: Rule, ask: Ask) -> Verdict:

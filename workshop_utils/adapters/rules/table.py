@@ -500,7 +500,7 @@ RULES = (
          _silent(lambda ask: "it is compressed with gzip"
                  if nemo_archive.is_compressed(ask.facts.file) else None),
          "gunzip it, or: {again}", _TRTLLM),
-    Rule("one-part", OFFERED, "nemo", "the weights are in one part", _parts,
+    Rule("one-part", OFFERED, "nemo", "the weights are in one part", _silent(_parts),
          "put them together: {again}", _TRTLLM, stops=True),
     Rule("members", OFFERED, "nemo",
          "exactly model_config.yaml and model_weights.ckpt, both at the top or both under ./",
