@@ -311,7 +311,7 @@ PEFT_FAULTS = {
     "no prefix": ({}, renamed("base_model.model.", ""), "B stays zero"),
     "half a prefix": ({}, renamed("base_model.model.model.", "base_model.model."), KEYS),
     "the adapter's name": ({}, renamed(".weight", ".default.weight"), KEYS),
-    "unknown module": ({}, also("base_model.model.x.lora_A.weight", 4, 8), KEYS),
+    "unknown module": ({}, also("base_model.model.x.lora_A.weight", 4, 8), "x.lora_A.weight is for a module"),
     "missing half": ({}, without("layers.0.self_attn.q_proj.lora_B"),
                      "layer 0, self_attn.q_proj has no lora_B.weight"),
     "missing layer": ({"init_lora_weights": False}, without("s.0.mlp.down_proj"),
@@ -509,13 +509,21 @@ def test_ranks_that_differ(root, exported):
     assert "alpha_pattern is set" in broken(path, "trtllm")
 
 
-@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.mlp.experts.3.gate_proj"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "lm_head",
+        "model.layers.0.mlp.experts.3.gate_proj",
+        "model.language_model.layers.0.self_attn.q_proj",
+        "transformer.h.0.attn.c_attn",
+    ],
+)
 def test_modules_that_some_servers_take(root, exported, module):
     def with_module(state):
         more = {f"base_model.model.{module}.lora_{half}.weight": torch.ones(4, 4) for half in "AB"}
         return {key: value for key, value in state.items() if "layers.0" in key} | more
 
-    head = ["lm_head"] if module == "lm_head" else []
+    head = [module] if module.endswith(("lm_head", "c_attn")) else []
     config = {"target_modules": PROJECTIONS + head}
     path = peft_copy(root, exported, config, with_module)
     assert check(path, "peft").conforms, broken(path, "peft")

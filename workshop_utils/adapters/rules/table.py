@@ -406,10 +406,10 @@ def _keys(ask: Ask) -> Answer:
             lost.append(f"the key {name!r}")
         elif ask.code == "peft" or (key.half == "magnitude" and ask.config.get("use_dora")):
             continue
-        elif ".experts." in name or key.target in ("lm_head", "embed_tokens"):
-            beyond.append(f"the key {name!r}")
-        elif not (is_peft_key(name) and _PLAIN_MODULE.fullmatch(key.module)):
+        elif key.half == "magnitude" or name.startswith(f"{PEFT_PREFIX}layers."):
             lost.append(f"the key {name!r}")
+        elif not (is_peft_key(name) and _PLAIN_MODULE.fullmatch(key.module)):
+            beyond.append(f"the key {name!r}")  # experts, the output, or another family's names
     if lost and all(".default" in name for name, _ in ask.keys):
         own = (
             "they still have the adapter's name in them, which only PEFT of 2026 leaves out again: "
