@@ -311,7 +311,7 @@ PEFT_FAULTS = {
     "no prefix": ({}, renamed("base_model.model.", ""), "B stays zero"),
     "half a prefix": ({}, renamed("base_model.model.model.", "base_model.model."), KEYS),
     "the adapter's name": ({}, renamed(".weight", ".default.weight"), KEYS),
-    "unknown module": ({}, also("base_model.model.x.lora_A.weight", 4, 8), "x.lora_A.weight is for a module"),
+    "unknown module": ({}, also("base_model.model.x.lora_A.weight", 4, 8), "is for a module that"),
     "missing half": ({}, without("layers.0.self_attn.q_proj.lora_B"),
                      "layer 0, self_attn.q_proj has no lora_B.weight"),
     "missing layer": ({"init_lora_weights": False}, without("s.0.mlp.down_proj"),
