@@ -323,6 +323,8 @@ PEFT_FAULTS = {
     "wrong rank": ({"r": 8}, None, "r = 8"),
     "a start of no type": ({"eva_config": 7}, None, "eva_config is 7; it has to be an object"),
     "a table that is none": ({"rank_pattern": "q_proj"}, None, "rank_pattern is 'q_proj'"),
+    "left out": ({"exclude_modules": ["0.mlp.down_proj"]}, None, "leaves out (exclude_modules)"),
+    "left out by a pattern": ({"exclude_modules": r".*\.1\.mlp\..*"}, None, "leaves out"),
     "another pattern": ({"target_modules": r".*\.[qk]_proj"}, None, "does not name in target"),
     "another module": ({"target_modules": ["q_proj"]}, None, "does not name in target_modules"),
     "module without tensors": ({}, without(".mlp.up_proj."), "names the module up_proj, which has"),
@@ -658,7 +660,16 @@ def test_no_torch_is_needed(exported):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_table_that_is_null_breaks_peft_alone(root, exported):
-    path = peft_copy(root, exported, {"rank_pattern": None})
-    assert "rank_pattern is null, at which PEFT breaks -> write {} for" in broken(path, "peft")
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "bias", "lora_dropout"])
+def test_a_null_that_breaks_peft_alone(root, exported, name):
+    path = peft_copy(root, exported, {name: None})
+    assert f"{name} is null -> write {{}}, of bias" in broken(path, "peft")
     assert check(path, "vllm").conforms
+
+
+def test_targets_that_peft_finds_by_the_family(root, exported):
+    path = peft_copy(root, exported, {"target_modules": None})
+    assert check(path, "peft").conforms
+    assert any("target_modules is null" in note for note in check(path, "peft").notes)
+    (verdict,) = check(path, "nim1").of(Severity.NOT_KNOWN)
+    assert verdict.code == "modules" and "target_modules is None" in broken(path, "trtllm")

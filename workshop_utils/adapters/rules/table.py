@@ -434,13 +434,17 @@ def _magnitudes(ask: Ask) -> Answer:
 def _modules(ask: Ask) -> Answer:
     config, faults = ask.config, []
     targets = config.get("target_modules")
+    if targets is None and (
+        ask.code == "peft" or ("target_modules" in config and ask.code != "trtllm")
+    ):
+        text = "target_modules is null: PEFT takes those that it knows of the base's family"
+        severity = Severity.NOTE if ask.code == "peft" else Severity.NOT_KNOWN
+        return Fault(text, "write the names of the modules that have tensors", severity)
     names = targets if isinstance(targets, list) else [targets]
     if not names or not all(name and isinstance(name, str) for name in names):
         faults.append(f"target_modules is {targets!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
-        if ask.code == "peft" and config.get(name, {}) is None:
-            return Fault(f"{name} is null, at which PEFT breaks", f"write {{{{}}}} for {name}")
         if not isinstance(table, Mapping) or not all(
             (number(table, key) or 0) > 0 for key in table
         ):
@@ -448,6 +452,11 @@ def _modules(ask: Ask) -> Answer:
     if fault := _first([*faults, *ask.facts.layout[1]]):
         return fault
     return Fault(ask.facts.uneven, "", Severity.NOTE) if ask.facts.uneven else None
+
+
+def _nulls(ask: Ask) -> Answer:
+    names = ("rank_pattern", "alpha_pattern", "bias", "lora_dropout")
+    return _first(f"{name} is null" for name in names if ask.config.get(name, ()) is None)
 
 
 def _uneven(ask: Ask) -> Answer:
@@ -560,6 +569,8 @@ RULES = (
          _modules,
          "write target_modules, r and layers_to_transform as the tensors have them; where tensors "
          "are missing, {trained}", _PEFT),
+    Rule("nulls", ("peft",), "hf-peft", f"{PEFT_CONFIG} has no null at which PEFT breaks", _nulls,
+         'write {{}}, of bias "none", of lora_dropout 0; or take the line out', _PEFT),
     Rule("even", SERVERS, "hf-peft", "one {even} for all modules", _uneven,
          "fill up with zeros: {again}", _VLLM),
     # Both.

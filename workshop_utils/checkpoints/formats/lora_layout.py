@@ -608,6 +608,10 @@ def peft_faults(
         tensor = next(iter(places[layer, module].values())).name
         text = f"{tensor} is for a module that {PEFT_CONFIG} does not name in target_modules"
         yield Code.TARGETS, text, tensor
+    for layer, module in named.left_out:
+        tensor = next(iter(places[layer, module].values())).name
+        text = f"{tensor} is for a module that {PEFT_CONFIG} leaves out (exclude_modules)"
+        yield Code.TARGETS, text, tensor
     if named.unused:
         text = f"names the module {', '.join(named.unused[:3])}, which has no tensors"
         yield Code.TARGETS, f"{PEFT_CONFIG} {text}", ""
@@ -633,8 +637,9 @@ def peft_faults(
 
 class _Named:
     """What the names and patterns of ``config`` say of the modules at ``places``: the ``ranks``,
-    the ``strangers`` that are not named, the names that are ``unused``, and the ``odd`` ones, of
-    which nobody knows whether the base has such a module. Raises as :func:`of_pattern`."""
+    the ``strangers`` that are not named, those that are ``left_out`` on purpose, the names that are
+    ``unused``, and the ``odd`` ones, of which nobody knows whether the base has such a module.
+    Raises as :func:`of_pattern`."""
 
     def __init__(self, config: Mapping[str, Any], places: Iterable[Place]) -> None:
         self.until = time.monotonic() + _PATIENCE
@@ -644,7 +649,8 @@ class _Named:
         parameters = parameters if isinstance(parameters, list) else []
         owners = {str(each).rpartition(".")[0] for each in parameters}
         self.ranks: dict[Place, Any] = {}
-        self.strangers, used = [], set()
+        self.strangers, self.left_out, used = [], [], set()
+        without = config.get("exclude_modules")
         for place in places:
             module = self.inner(place[1].replace(".*.", f".{place[0]}."))
             of_parameter = named_by(owners, module.replace(".base_layer", ""))
@@ -654,12 +660,13 @@ class _Named:
                 if of_parameter
                 else of_pattern(config, "rank_pattern", module, size(config, "r"), self.until)
             )
+            if named_by(without, module, self.until):
+                self.left_out.append(place)
             if isinstance(self.names, (set, str)):
                 used |= (by := named_by(self.names, module, self.until))
                 if not by and not of_parameter:
                     self.strangers.append(place)
         left = sorted(self.names - used) if isinstance(self.names, set) else []
-        without = config.get("exclude_modules")
         left = [each for each in left if not named_by(without, each, self.until)]
         known = {module.rpartition(".")[2] for module in MODULES}
         self.unused = [each for each in left if each.rpartition(".")[2] in known]
