@@ -38,6 +38,7 @@ def test_the_id_of_a_base(base, its_id):
         (HUB, "meta/llama-3.1-8b-instruct", False),
         (HUB, "", False),
         ("meta-llama/Meta-Llama-3-8B-Instruct", "meta/llama3-8b-instruct", True),
+        ("meta-llama/Llama-2-7b-chat-hf", "meta/llama2-7b-chat", True),
         ("meta-llama/Meta-Llama-3.1-8B", "meta-llama/Llama-3.1-8B", True),
         ("unsloth/llama-3-8b-Instruct-bnb-4bit", "meta/llama3-8b-instruct", True),
         (

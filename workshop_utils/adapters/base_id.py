@@ -29,11 +29,12 @@ def of_directory(directory: Path, recorded: str) -> str:
 
 #: The same weights under other names: Meta's repositories lost a prefix (Meta-Llama-3.1-8B is
 #: Llama-3.1-8B now), ids of NIM leave out a dash (meta/llama3-8b-instruct) or a dot
-#: (mistral-7b-instruct-v03), and Unsloth's copies say how they are packed.
+#: (mistral-7b-instruct-v03), Unsloth's copies say how they are packed, and Llama 2 that it is of
+#: transformers (-hf).
 _ALIASES = (
     (re.compile(r"^meta-(?=llama)"), ""),
     (re.compile(r"^(llama|qwen|gemma|phi)(?=\d)"), r"\1-"),
-    (re.compile(r"(-unsloth)?-bnb-4bit$|-unsloth$"), ""),
+    (re.compile(r"(-unsloth)?-bnb-4bit$|-unsloth$|-hf$"), ""),
     (re.compile(r"-v0(?=\d$)"), "-v0."),
 )
 
