@@ -334,7 +334,7 @@ def _check_tokens(config: Mapping[str, Any], where: str) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = config.get(name)
         ids = value if isinstance(value, list) and name == "eos_token_id" else [value]
-        if not all(each is None or (type(each) is int and abs(each) < 2**31) for each in ids):
+        if value is not None and not all(type(it) is int and abs(it) < 2**31 for it in ids):
             raise DamagedCheckpoint(
                 f"{where}: {name} is {_said(value)}; it has to be a token's number"
                 f"{', or a list of them' if name == 'eos_token_id' else ''}. Get the file again."
@@ -366,6 +366,10 @@ def _tokenizer(config: dict[str, Any], directory: Path) -> dict[str, Any]:
     fast = (directory / "tokenizer.json").is_file()
     if config.get("tokenizer_class") in _READ_AS_FAST and fast:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if type(most := config.get("model_max_length")) not in (int, float, type(None)):
+        raise DamagedCheckpoint(
+            f"{where}: model_max_length is {_said(most)}; it has to be a number of tokens."
+        )
     named = config.pop("model_specific_special_tokens", None)
     if isinstance(extra := config.get("extra_special_tokens"), list):
         more = config.get("additional_special_tokens") or []
