@@ -169,6 +169,11 @@ def prove(
         CheckpointError: one of the parts is unsafe or damaged.
     """
     base = merge.base_directory(base, "hf-merged")
+    if (base / PEFT_CONFIG).is_file():
+        raise UnsupportedAdapter(
+            f"{shown(base)} holds an adapter, too, which transformers loads with it: give the base "
+            "without one."
+        )
     for path in (base, find_adapter(adapter), *exports.values()):
         require_sound(path, trust)
     trained = read_adapter(adapter, base)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from workshop_utils.core import paths
 from workshop_utils.core.errors import DataError
@@ -48,12 +49,12 @@ class ChatTokenizer:
             raise DataError(f"the chat template of {where} is broken: {error}") from None
         self.special_tokens = self._special_tokens(config, used)
 
-    def _special_tokens(self, config: dict, used: Collection[str]) -> dict[str, str]:
+    def _special_tokens(self, config: dict, used: Collection[str]) -> dict[str, Any]:
         """As transformers gives them to the template: those of the files, where these name none
         the class's own."""
         beside = self.directory / "special_tokens_map.json"
         if "added_tokens_decoder" not in config and beside.is_file():
-            config = read_json(self.directory, beside.name) | config
+            config = config | read_json(self.directory, beside.name)
         if any(name in used and name not in config for name in _TOKENS):
             from transformers import AutoTokenizer
 
@@ -62,6 +63,8 @@ class ChatTokenizer:
             except Exception:
                 pass  # A class that is unknown has no tokens of its own.
         stated = {name: config.get(name) for name in _TOKENS}
+        for table in ("extra_special_tokens", "model_specific_special_tokens"):
+            stated |= its if isinstance(its := config.get(table), dict) else {}
         words = {
             name: token["content"] if isinstance(token, dict) and "content" in token else token
             for name, token in stated.items()
@@ -73,6 +76,10 @@ class ChatTokenizer:
                     f"{paths.shown(self.directory / 'tokenizer_config.json')}: {name} is "
                     f"{json.dumps(token)}, and no text. Copy the file again."
                 )
+        if isinstance(more := config.get("additional_special_tokens"), list):
+            words["additional_special_tokens"] = [
+                token["content"] if isinstance(token, dict) else token for token in more
+            ]
         return words
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:

@@ -2,6 +2,7 @@
 each joined to messages. Every command asks here."""
 
 import functools
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -79,6 +80,11 @@ class Shape:
 
     def messages(self, row: dict[str, Any], where: str) -> list[dict[str, Any]]:
         """The row as a conversation that ends with an answer; DataError names the field."""
+        if row.get("label") is False and self.answer == "completion":
+            raise DataError(
+                f"{where}: label is false, by which preference rows (KTO) mark an answer to avoid; "
+                "fine-tuning would learn it. Take such rows out."
+            )
         if self.turns:
             turns = _conversation(row[self.turns], where, self.turns)
         elif isinstance(row[self.prompt[0]], list) and isinstance(row[self.answer], list):
@@ -142,15 +148,21 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     if isinstance(turn, dict):  # Arrow gives every message the keys of all
         given = {name: value for name, value in turn.items() if value is not None}
     role, text = ("from", "value") if {"from", "value"} & given.keys() else ("role", "content")
-    if given.get("tool_calls") or given.get("function_call") or given.get(role) in _TOOLS:
+    name = str(given.get(role, "")).lower()
+    if given.get("tool_calls") or given.get("function_call") or name in _TOOLS:
         raise DataError(f"{where} is of a tool: calls of tools are not trained here.")
     content = given.get(text)
     if isinstance(content, list) and all(
         isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
     ):
+        for part in content:
+            if part.get("type", "text") != "text":
+                raise DataError(
+                    f"{where} holds a part of the type {str(part['type'])[:40]!r}: only text is "
+                    "trained here. Take the part out."
+                )
         content = "".join(part["text"] for part in content)
-    name = given.get(role)
-    known = _ROLE_NAMES.get(name) if isinstance(name, str) else None
+    known = _ROLE_NAMES.get(name)
     if not known or not isinstance(content, str):
         names = "system, human, gpt" if role == "from" else ", ".join(ROLES)
         raise DataError(f"{where} needs a `{role}` ({names}) and a `{text}` that is a text.")
@@ -174,11 +186,13 @@ def _check(turns: list[dict[str, Any]], where: str, shape: Shape) -> None:
             f"{where}: the last message has to be the assistant's answer, and not empty "
             f"(`{field}`)."
         )
-    if answer.get("weight") == 0:
-        raise DataError(
-            f"{where}: {field}[{len(asked)}].weight is 0, so that nothing of this row is learnt; "
-            "the last answer is what is trained here. Take the row or the weight out."
-        )
+    for name, off in (("weight", 0), ("train", False)):
+        if name in answer and answer[name] == off:
+            raise DataError(
+                f"{where}: {field}[{len(asked)}].{name} is {json.dumps(answer[name])}, so that "
+                "nothing of this row is learnt; the last answer is what is trained here. Take the "
+                f"row or the {name} out."
+            )
     if asked[-1]["role"] == "system" or not asked[-1]["content"].strip():
         raise EmptyPrompt(
             f"{where}: the prompt is empty (`{shape.turns or ' and '.join(shape.prompt)}`)."
@@ -230,7 +244,8 @@ def shape(columns: tuple[str, ...], where: str) -> Shape:
         context = [
             name
             for name in _CONTEXTS
-            if name in names and {"instruction", "question", "prompt"} & names.keys()
+            if name in names
+            and ({"instruction", "question", "prompt"} & names.keys() or name == "context")
         ]
         prompts = [name for name in _PROMPTS if name in names and name not in context]
         answers = [name for name in _ANSWERS if name in names]

@@ -297,6 +297,8 @@ def _stored(ask: Ask) -> Answer:
 
 def _dtype(ask: Ask) -> Answer:
     kinds = dtypes(ask.tensors)
+    if ask.code == "peft" and kinds and all("float" in kind for kind in kinds):
+        return None  # it takes each tensor over into the dtype of the layer
     known = {"float32", "bfloat16", "float16"}
     if ask.code in ("trtllm", "nemo", "peft"):
         known.add("float64")
@@ -390,19 +392,23 @@ def _only_peft(names: Callable[[list[str]], list[str]]) -> Callable[[Ask], Answe
 _BASE_OF = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 #: What PEFT has beside the matrices: ``lora_bias`` and ``trainable_token_indices``.
 _BESIDE_LORA = (".lora_B.bias", ".trainable_tokens_delta")
+#: PEFT saves embeddings that were resized.
+_OF_THE_BASE = ("embed_tokens.weight", "lm_head.weight", "norm.weight", "layernorm.weight")
 _PLAIN_MODULE = re.compile(r"(?:self_attn|mlp)\.\w+")
 
 
 def _keys(ask: Ask) -> Answer:
     saved = ask.config.get("modules_to_save")
     saved = [f".{name}." for name in saved] if isinstance(saved, list) else []
-    lost, beyond = [], []
+    lost, beyond, whole = [], [], []
     for name, key in ask.keys:
         if not name.startswith(PEFT_PREFIX) or any(each in name for each in saved):
             continue
         if name.endswith(_BASE_OF) or (ask.code == "peft" and name.endswith(_BESIDE_LORA)):
             continue
-        if not key or key.style != "peft" or key.adapter:
+        if ask.code == "peft" and not key and name.endswith(_OF_THE_BASE):
+            whole.append(f"the key {name!r}")
+        elif not key or key.style != "peft" or key.adapter:
             lost.append(f"the key {name!r}")
         elif ask.code == "peft" or (key.half == "magnitude" and ask.config.get("use_dora")):
             continue
@@ -422,6 +428,9 @@ def _keys(ask: Ask) -> Answer:
             "look it up for your server, or train without these modules",
             Severity.NOT_KNOWN,
         )
+    if whole and not lost:
+        text = f"{_first(whole)} is a weight of the base's own, which PEFT puts in its place"
+        return Fault(text, "servers do not: " + _MERGE_PEFT, Severity.WARNING)
     return _first(lost)
 
 

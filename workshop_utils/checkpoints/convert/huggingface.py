@@ -9,6 +9,7 @@ right, refuses what cannot be put right, and uses a directory of its own.
 
 import dataclasses
 import importlib
+import re
 import sys
 from functools import reduce
 from pathlib import Path
@@ -17,7 +18,7 @@ from workshop_utils.checkpoints.formats import huggingface, huggingface_config, 
 from workshop_utils.checkpoints.formats.architecture import section
 from workshop_utils.checkpoints.formats.findings import Severity, pass_over
 from workshop_utils.checkpoints.formats.gpt_classes import FAMILIES, Family
-from workshop_utils.checkpoints.formats.safe_text import read_json
+from workshop_utils.checkpoints.formats.safe_text import read_json, read_yaml
 from workshop_utils.checkpoints.formats.summary import Kind
 from workshop_utils.checkpoints.verify.verify import require_sound
 from workshop_utils.core import paths
@@ -109,16 +110,41 @@ def export_huggingface(checkpoint: Path, target: Path, trust: bool = False) -> P
 
     Raises:
         NotACheckpoint: ``checkpoint`` is no NeMo 2.0 directory.
+        UnsupportedCheckpoint: NeMo's exporter would leave out a field that changes the model.
         CheckpointError: it is unsafe or damaged.
     """
     checkpoint = nemo2.locate(Path(checkpoint)).resolve()
     require_sound(checkpoint, trust, (Kind.NEMO2,))
+    _check_written(checkpoint / "context" / "model.yaml")
     nemo_cpu.apply()
     from nemo.collections import llm
 
     with paths.new_directory(target) as part:
         llm.export_ckpt(path=checkpoint, target="hf", output_path=part, overwrite=True)
     return target
+
+
+#: What NeMo 2.4's exporters of the Llama-like families write nothing of, and what it is when it
+#: does nothing (``nemo/collections/llm/gpt/model/{llama,qwen2,qwen3,mistral,mixtral}.py``).
+_NOT_WRITTEN = {
+    "rotary_percent": (None, 1),
+    "seq_len_interpolation_factor": (None,),
+    "rotary_interleaved": (None, False),
+    "layernorm_zero_centered_gamma": (None, False),
+}
+_LLAMA_LIKE = re.compile(r"\.(Llama|Qwen[23]|Mistral|Mixtral)Model$")
+
+
+def _check_written(file: Path) -> None:
+    model = read_yaml(file) if file.is_file() else {}
+    if not _LLAMA_LIKE.search(str(model.get("_target_"))):
+        return
+    for name, idle in _NOT_WRITTEN.items():
+        if (value := section(model, "config").get(name)) not in idle:
+            raise UnsupportedCheckpoint(
+                f"{shown(file)}: config.{name} is {str(value)[:40]}, which NeMo's exporter leaves "
+                "out: the Hugging Face model would compute something else."
+            )
 
 
 def check(hf_model: Path, dtype: str | None = None) -> Family:

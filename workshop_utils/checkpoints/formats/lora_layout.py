@@ -468,6 +468,7 @@ _PEFT_TYPES = (
     | dict.fromkeys(_LISTS, (list,))
     | dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), (list, str))
     | {"layers_to_transform": (list, int), "trainable_token_indices": (list, dict), "bias": (str,)}
+    | {"lora_dropout": (int, float)}
 )
 
 
@@ -514,11 +515,11 @@ def _matches(pattern: str, name: str, until: float | None = None) -> bool:
 
 def peft_types(config: Mapping[str, Any]) -> Iterator[str]:
     """The fields of ``adapter_config.json`` at whose type PEFT breaks, and what it has to be."""
-    names = {dict: "an object", list: "a list", str: "a text", int: "a number"}
+    names = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number"}
     for name, kinds in _PEFT_TYPES.items():
         value = config.get(name)
         if value is not None and value is not False and not isinstance(value, kinds):
-            expected = " or ".join(names[kind] for kind in kinds)
+            expected = " or ".join(dict.fromkeys(names[kind] for kind in kinds))
             yield f"{PEFT_CONFIG}: {name} is {repr(value)[:60]}; it has to be {expected}, or null"
 
 

@@ -195,7 +195,7 @@ ROWS = [
         activations_checkpoint_method=recompute_method
         activations_checkpoint_num_layers=recompute_num_layers""",
     ),
-    Row("model.normalization", "config", "normalization", lambda name: _NORMS[name]),
+    Row("model.normalization", "config", "normalization", lambda name: _NORMS[name.lower()]),
     Row(
         "model.activation",
         "config",
