@@ -550,3 +550,12 @@ def test_what_an_export_answers_to_a_program(root, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert (answer["change"], answer["rank"], answer["path"]) == ("added", 4, "runs/store/a")
     assert "dynamic" in answer["notes"][0] and "cannot be told" in answer["notes"][1]
+
+
+def test_a_base_that_holds_an_adapter_proves_nothing(root):
+    """transformers would load it with the base, and compare the adapter with itself."""
+    base, source = base_of(root), trained_by_peft(root)
+    for file in source.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    done = export_adapter(source, "hf-peft", root / "p", base_model=str(base))
+    assert not done.proven and "holds an adapter, too" in done.proof

@@ -15,7 +15,11 @@ from tiny_model import make_tiny_model, write_rows, write_sharded
 
 from workshop_utils.adapters.export import export
 from workshop_utils.checkpoints.convert.bridge import bridge
-from workshop_utils.checkpoints.convert.huggingface import export_huggingface, import_checkpoint
+from workshop_utils.checkpoints.convert.huggingface import (
+    _check_written,
+    export_huggingface,
+    import_checkpoint,
+)
 from workshop_utils.checkpoints.verify.verify import verify
 from workshop_utils.cli import main
 from workshop_utils.core.errors import (
@@ -256,3 +260,15 @@ def test_a_module_that_peft_would_import(root):
             len([finding for finding in verify(root).findings if "antigravity" in str(finding)])
             == count
         )
+
+
+@pytest.mark.parametrize("field, value", [("rotary_percent", 0.5), ("rotary_interleaved", True)])
+def test_what_nemo_s_exporter_leaves_out_is_refused(tmp_path, field, value):
+    """Copied from its source: the exporter of Llama writes nothing of them."""
+    file = tmp_path / "model.yaml"
+    target = "nemo.collections.llm.gpt.model.llama.LlamaModel"
+    file.write_text(yaml.safe_dump({"_target_": target, "config": {field: value}}))
+    with pytest.raises(UnsupportedCheckpoint, match=f"config.{field} is {value}"):
+        _check_written(file)
+    file.write_text(yaml.safe_dump({"_target_": target, "config": {field: None}}))
+    _check_written(file)

@@ -131,6 +131,7 @@ BY_NAME = [{"name": "rag", "template": "x"}, {"name": "default", "template": SAY
         "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",
         "{{ strftime_now('%Y') }}{% for x in [1, 2] %}{% break %}{% endfor %}",
         "{{ bos_token }}{{ messages[0].content | trim }}{{ eos_token }}{{ add_eos_token }}",
+        "{{ image_token }}{{ additional_special_tokens[0] }}{{ additional_special_tokens }}",
     ],
 )
 def test_a_template_is_rendered_as_by_transformers(tokenizer_dir, tmp_path, template):
@@ -139,6 +140,8 @@ def test_a_template_is_rendered_as_by_transformers(tokenizer_dir, tmp_path, temp
     directory = shutil.copytree(tokenizer_dir, tmp_path / "hf")
     file = directory / "tokenizer_config.json"
     stated = json.loads(file.read_text()) | {"chat_template": template, "add_eos_token": True}
+    stated["extra_special_tokens"] = {"image_token": "<img>"}
+    stated["additional_special_tokens"] = ["<a>", "<b>"]
     del stated["bos_token"]
     file.write_text(json.dumps(stated))
     theirs = AutoTokenizer.from_pretrained(directory)

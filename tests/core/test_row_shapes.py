@@ -25,6 +25,7 @@ def share(*pairs):
 
 
 JOINED = {"role": "user", "content": "q\n\nmore"}
+CONTEXT = JOINED
 SHAPES = {
     "openai": ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
     "developer": (
@@ -44,6 +45,11 @@ SHAPES = {
         {"instruction": "q", "output": "a", "history": [["q", "a"]]},
         [USER, ANSWER, USER, ANSWER],
     ),
+    "roles of NVIDIA's chat rows": (
+        {"conversations": share(("System", "s"), ("User", "q"), ("Assistant", "a"))},
+        [SYSTEM, USER, ANSWER],
+    ),
+    "query and context": ({"query": "q", "context": "more", "response": "a"}, [CONTEXT, ANSWER]),
     "dolly": ({"instruction": "q", "context": "more", "response": "a"}, [JOINED, ANSWER]),
     "sharegpt": (
         {"conversations": share(("system", "s"), ("human", "q"), ("gpt", "a"))},
@@ -110,6 +116,12 @@ def test_what_is_used_and_what_is_not_is_said(tmp_path, capsys):
         ({"messages": [USER, {"role": ["x"], "content": "a"}]}, "messages[1] needs a `role`"),
         ({"messages": "q"}, "`messages` has to be a list"),
         ({"messages": [USER, ANSWER | {"weight": 0}]}, "messages[1].weight is 0"),
+        ({"messages": [USER, ANSWER | {"train": False}]}, "messages[1].train is false"),
+        ({"prompt": "q", "completion": "a", "label": False}, "label is false"),
+        (
+            {"messages": [USER, ANSWER | {"content": [{"type": "thinking", "text": "h"}]}]},
+            "a part of the type 'thinking'",
+        ),
         (
             {"messages": [USER, {"role": "tool", "content": "x"}, ANSWER]},
             "[1] is of a tool",

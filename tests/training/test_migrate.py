@@ -187,6 +187,11 @@ def test_a_value_without_a_counterpart_is_listed(tmp_path, change, left):
     assert left in migrate(written(tmp_path, PRETRAINING.replace(*change))).left
 
 
+def test_normalization_is_read_as_nemo_1_does(tmp_path):
+    text = PRETRAINING.replace("normalization: rmsnorm", "normalization: RMSNorm")
+    assert migrate(written(tmp_path, text)).value("config", "normalization") == "RMSNorm"
+
+
 def test_schemes_without_a_counterpart_are_listed(tmp_path):
     made = migrate(written(tmp_path, FINETUNING.replace("peft_scheme: lora,", "peft_scheme: ia3,")))
     assert "peft" not in made.parts
