@@ -187,6 +187,20 @@ def test_a_value_without_a_counterpart_is_listed(tmp_path, change, left):
     assert left in migrate(written(tmp_path, PRETRAINING.replace(*change))).left
 
 
+@pytest.mark.parametrize("scheme", ["ptuning", "lora,ptuning", "ia3"])
+def test_another_peft_scheme_trains_no_whole_model(tmp_path, scheme):
+    text = f"model: {{peft: {{peft_scheme: '{scheme}'}}, data: {{train_ds: {{file_names: [a]}}}}}}"
+    script = code.script(migrate(written(tmp_path, text)))
+    ast.parse(script)
+    assert f'raise NotImplementedError("model.peft.peft_scheme is {scheme}: give peft=' in script
+
+
+def test_a_file_whose_settings_stand_in_another_is_refused(tmp_path):
+    with pytest.raises(WorkshopError, match="defaults names 'base'.*--cfg job"):
+        migrate(written(tmp_path, "defaults: [base, _self_]\nmodel: {num_layers: 2}"))
+    migrate(written(tmp_path, "defaults: [_self_]\nmodel: {num_layers: 2}"))
+
+
 def test_normalization_is_read_as_nemo_1_does(tmp_path):
     text = PRETRAINING.replace("normalization: rmsnorm", "normalization: RMSNorm")
     assert migrate(written(tmp_path, text)).value("config", "normalization") == "RMSNorm"

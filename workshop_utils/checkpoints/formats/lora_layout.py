@@ -74,7 +74,7 @@ _ENDS = {
     "nemo1": r"\.adapter_layer\.(?P<adapter>\w+)(?:\.(?P<part>\w+))?\.linear_(?P<half>in|out)",
     "nemo2": r"\.adapter\.(?:adapter_(?P<part>\w+)\.)?(?:linear|weight)_(?P<half>in|out|magnitude)",
     "peft": r"\.lora_(?:embedding_)?(?P<half>A|B|magnitude)(?:_vector)?"
-    r"(?:\.(?P<adapter>(?!weight$)\w+))?",
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)\w+))?",
 }
 _ENDS = {style: re.compile(rf"{end}(?:\.weight)?$") for style, end in _ENDS.items()}
 _LAYER = re.compile(r"(?:^|\.)layers\.(?:(\d{1,6})\.)?(.+)")

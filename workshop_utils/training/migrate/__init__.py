@@ -53,7 +53,8 @@ class Argument:
 class Migration:
     """``parts`` holds, for each target of :data:`.signatures.TARGETS` (and "schedule"), its
     arguments by name. ``left`` are the keys without a counterpart, each with its value and the
-    reason; ``unset`` counts those that are null, which need none."""
+    reason; ``unset`` counts those that are null, which need none. ``no_peft`` says which PEFT has
+    none: without it every weight would be trained."""
 
     name: str
     parts: dict[str, dict[str, Argument]] = field(default_factory=dict)
@@ -61,6 +62,7 @@ class Migration:
     schedule: str | None = None
     finetuning: bool = False
     unset: int = 0
+    no_peft: str | None = None
 
     def put(self, target: str, argument: str, value: Any, source: str, note: str = "") -> None:
         """Set an argument, or leave its key over where the installed version has no such
@@ -134,6 +136,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise WorkshopError(
             f"{path} is the configuration of a Hugging Face model. `workshop import` converts "
             "such a model to NeMo 2.0."
+        )
+    named = tree.get("defaults")
+    others = [each for each in (named if isinstance(named, list) else [named]) if each]
+    if others := [each for each in others if each != "_self_" and "hydra" not in str(each)]:
+        raise WorkshopError(
+            f"{path}: defaults names {str(others[0])[:60]!r}, whose settings are not in this file. "
+            "Give the composed configuration: the script's own command with --cfg job prints it."
         )
     if not any(section in tree for section in SECTIONS):
         if not {f"model.{key}" for key in tree} & {row.key for row in ROWS}:
@@ -288,6 +297,8 @@ def _follow_up(result: Migration, flat: dict[str, Any]) -> None:
     }.items():
         for argument in result.parts.pop(target, {}).values() if why else ():
             result.left[argument.source] = (argument.value, why)
+    if scheme not in (None, "none") and no_lora:
+        result.no_peft = no_lora
     if no_lora is None:
         parts.setdefault("peft", {})
     elif scheme not in (None, "none", "lora"):

@@ -111,6 +111,9 @@ def _run(migration: Migration, defined: list[str]) -> list[str]:
             *settings,
             f"llm.finetune({names}, tokenizer='model')",
         ]
+    if migration.no_peft:
+        text = f"{migration.no_peft}: give peft=, or take this line out to train every weight"
+        end.insert(-1, f"raise NotImplementedError({_python(text)})")
     if "data" not in defined:
         missing = "# Add data=, a data module: the configuration names none. Then llm.pretrain or "
         return [*lines, f"{missing}llm.finetune."]
