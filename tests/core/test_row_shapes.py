@@ -25,7 +25,6 @@ def share(*pairs):
 
 
 JOINED = {"role": "user", "content": "q\n\nmore"}
-CONTEXT = JOINED
 SHAPES = {
     "openai": ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
     "developer": (
@@ -49,7 +48,7 @@ SHAPES = {
         {"conversations": share(("System", "s"), ("User", "q"), ("Assistant", "a"))},
         [SYSTEM, USER, ANSWER],
     ),
-    "query and context": ({"query": "q", "context": "more", "response": "a"}, [CONTEXT, ANSWER]),
+    "query and context": ({"query": "q", "context": "more", "response": "a"}, [JOINED, ANSWER]),
     "dolly": ({"instruction": "q", "context": "more", "response": "a"}, [JOINED, ANSWER]),
     "sharegpt": (
         {"conversations": share(("system", "s"), ("human", "q"), ("gpt", "a"))},
