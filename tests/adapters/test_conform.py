@@ -671,5 +671,13 @@ def test_targets_that_peft_finds_by_the_family(root, exported):
     path = peft_copy(root, exported, {"target_modules": None})
     assert check(path, "peft").conforms
     assert any("target_modules is null" in note for note in check(path, "peft").notes)
+    (root / "half").mkdir()
+    half = peft_copy(
+        root / "half",
+        exported,
+        {"target_modules": None},
+        without("layers.0.self_attn.q_proj.lora_B"),
+    )
+    assert "has no lora_B.weight" in broken(half, "peft")  # which nothing hides
     (verdict,) = check(path, "nim1").of(Severity.NOT_KNOWN)
     assert verdict.code == "modules" and "target_modules is None" in broken(path, "trtllm")

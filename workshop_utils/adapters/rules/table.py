@@ -418,7 +418,7 @@ def _keys(ask: Ask) -> Answer:
             beyond.append(f"the key {name!r}")  # experts, the output, or another family's names
     if lost and all(".default" in name for name, _ in ask.keys):
         own = (
-            "they still have the adapter's name in them, which only PEFT of 2026 leaves out again: "
+            "they still have the adapter's name in them, which only PEFT 0.21 leaves out again: "
             "{again} --trust"
         )
         return Fault(_first(lost), own, Severity.WARNING if ask.code == "peft" else None)
@@ -441,16 +441,16 @@ def _magnitudes(ask: Ask) -> Answer:
 
 
 def _modules(ask: Ask) -> Answer:
-    config, faults = ask.config, []
+    config, faults, odd = ask.config, [], None
     targets = config.get("target_modules")
     if targets is None and (
         ask.code == "peft" or ("target_modules" in config and ask.code != "trtllm")
     ):
         text = "target_modules is null: PEFT takes those that it knows of the base's family"
         severity = Severity.NOTE if ask.code == "peft" else Severity.NOT_KNOWN
-        return Fault(text, "write the names of the modules that have tensors", severity)
+        odd = Fault(text, "write the names of the modules that have tensors", severity)
     names = targets if isinstance(targets, list) else [targets]
-    if not names or not all(name and isinstance(name, str) for name in names):
+    if not odd and (not names or not all(name and isinstance(name, str) for name in names)):
         faults.append(f"target_modules is {targets!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         table = config.get(name) or {}
@@ -460,7 +460,7 @@ def _modules(ask: Ask) -> Answer:
             faults.append(f"{name} is {table!r}, no table of positive numbers")
     if fault := _first([*faults, *ask.facts.layout[1]]):
         return fault
-    return Fault(ask.facts.uneven, "", Severity.NOTE) if ask.facts.uneven else None
+    return odd or (Fault(ask.facts.uneven, "", Severity.NOTE) if ask.facts.uneven else None)
 
 
 def _nulls(ask: Ask) -> Answer:
